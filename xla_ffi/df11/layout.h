@@ -1,0 +1,122 @@
+// The native layout, version 1: constants and index arithmetic shared by the
+// encoder, the CPU decoder and the CUDA kernel. docs/format.md specifies it.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define DF11_HD __host__ __device__ __forceinline__
+#else
+#define DF11_HD inline __attribute__((always_inline))
+#endif
+
+namespace df11 {
+
+inline constexpr uint32_t kFormatVersion = 1;
+
+inline constexpr int kLanes = 32;
+inline constexpr int kStepRows = 16;
+inline constexpr int kSteps = 8;  // at most, in a chunk
+inline constexpr int kTileRows = kStepRows * kSteps;
+inline constexpr int kTileCols = 64;
+inline constexpr int kHalfStepPairs = kStepRows * kTileCols / 4;  // 256
+inline constexpr int kLanePairs = kHalfStepPairs / kLanes;        // 8, of a half-step
+inline constexpr int kStepWords = kStepRows * kTileCols / 4;      // of sign_mantissa
+
+inline constexpr int kMaxCodeBits = 12;
+inline constexpr int kTableSize = 1 << kMaxCodeBits;
+inline constexpr int kCodedExponents = 16;
+inline constexpr int kSymbols = kCodedExponents * kCodedExponents;
+
+inline constexpr int kMaxDims = 8;
+inline constexpr int kHeaderWords = 20;
+inline constexpr int kCodebookWords = (kCodedExponents + kSymbols / 2) / 4;  // 36
+
+// A record: checksum, patch count and base length, 32 extra lengths, streams, patches.
+inline constexpr int kRecordHeaderWords = 10;
+inline constexpr int kRawRecordHeaderWords = 2;
+inline constexpr uint32_t kRawChunk = 0xffff;
+
+// Sign and mantissa of both weights of a pair.
+inline constexpr uint32_t kSignMantissa = 0x807f807fu;
+
+// A table entry holds both exponents in place, and the code's length in bits 0..4.
+// Bits 5 and 6 stay zero, so that an entry can serve as a shift amount, and a sum of
+// a few entries keeps the sum of their lengths in its low seven bits.
+DF11_HD uint32_t table_entry(uint32_t exponent0, uint32_t exponent1, uint32_t length) {
+  return exponent0 << 7 | exponent1 << 23 | length;
+}
+
+DF11_HD uint32_t rotl(uint32_t x, int n) { return x << (n & 31) | x >> (-n & 31); }
+
+DF11_HD uint32_t merge_pair(uint32_t entry, uint32_t sign_mantissa) {
+  return (entry & ~kSignMantissa) | (sign_mantissa & kSignMantissa);
+}
+
+// The checksum of a chunk: see docs/format.md.
+DF11_HD uint32_t checksum_step(uint32_t acc, uint32_t pair) {
+  return rotl(acc * 0x9e3779b1u + pair, 13);
+}
+DF11_HD uint32_t checksum_mix(uint32_t x) {
+  x ^= x >> 16;
+  x *= 0x7feb352du;
+  return x ^ x >> 15;
+}
+DF11_HD uint32_t checksum_place(uint32_t acc, uint32_t place) {
+  return checksum_mix(acc + 0x85ebca6bu * place);
+}
+DF11_HD uint32_t checksum_patch(uint32_t patch) { return checksum_mix(patch + 0xc2b2ae35u); }
+DF11_HD uint32_t checksum_chunk(uint64_t chunk) {
+  return checksum_mix(static_cast<uint32_t>(chunk) + 0x27d4eb2fu);
+}
+
+// How one slice is seen as a matrix and cut into chunks.
+struct View {
+  int64_t size = 0;  // weights
+  int64_t rows = 0;
+  int64_t cols = kTileCols;
+
+  DF11_HD int64_t tile_cols() const { return (cols + kTileCols - 1) / kTileCols; }
+  DF11_HD int64_t tile_rows() const { return (rows + kTileRows - 1) / kTileRows; }
+  DF11_HD int64_t chunks() const { return tile_rows() * tile_cols(); }
+  DF11_HD int64_t step_rows() const { return (rows + kStepRows - 1) / kStepRows; }
+  DF11_HD int64_t sign_mantissa_words() const { return step_rows() * tile_cols() * kStepWords; }
+};
+
+struct Chunk {
+  int64_t row, col;            // of its first weight in the view
+  int64_t sign_mantissa_word;  // its first
+  int steps;
+};
+
+DF11_HD Chunk locate_chunk(const View& view, int64_t chunk) {
+  const int64_t tiles = view.tile_cols();
+  const int64_t tile_row = chunk / tiles, tile_col = chunk % tiles;
+  const int64_t steps_left = view.step_rows() - tile_row * kSteps;
+  const int steps = steps_left < kSteps ? static_cast<int>(steps_left) : kSteps;
+  return {tile_row * kTileRows, tile_col * kTileCols,
+          (tile_row * kSteps * tiles + tile_col * steps) * kStepWords, steps};
+}
+
+// The view of a slice of the given shape.
+inline View make_view(const int64_t* dims, int ndim) {
+  View view;
+  view.size = 1;
+  for (int i = 0; i < ndim; ++i) view.size *= dims[i];
+  if (ndim >= 2 && view.size > 0 && dims[ndim - 1] % 8 == 0) {
+    const int64_t cols = dims[ndim - 1], rows = view.size / cols;
+    const int64_t padded_rows = (rows + kStepRows - 1) / kStepRows * kStepRows;
+    const int64_t padded_cols = (cols + kTileCols - 1) / kTileCols * kTileCols;
+    // Compared as padding <= 2 %, in a form that does not overflow for any size in memory.
+    if (50 * (padded_rows * padded_cols - view.size) <= view.size) {
+      view.rows = rows;
+      view.cols = cols;
+      return view;
+    }
+  }
+  view.rows = (view.size + kTileCols - 1) / kTileCols;
+  view.cols = kTileCols;
+  return view;
+}
+
+}  // namespace df11
