@@ -1,0 +1,162 @@
+// The FFI handler for the CPU: decodes a set of tensors on XLA's thread pool.
+
+#include <atomic>
+#include <condition_variable>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "cpu/handler.h"
+
+namespace df11 {
+namespace {
+
+// Chunks that a thread takes at a time: 128 K weights, tens of microseconds.
+constexpr int64_t kChunksPerItem = 16;
+
+std::atomic<int64_t> decode_counter{0};
+std::atomic<Simd> simd{best_simd()};
+
+// Runs body(item) for all items on the pool and on the calling thread. Waits only for items
+// that were begun, so a pool whose threads are all busy (perhaps in a call like this one)
+// delays nothing. A worker that comes late finds no item; it may outlive the call, which is
+// why the state is shared.
+template <typename MakeWorker>
+void run_items(ffi::ThreadPool& pool, int64_t items, const MakeWorker& make_worker) {
+  struct State {
+    std::atomic<int64_t> next{0};
+    int64_t done = 0;
+    std::mutex mutex;
+    std::condition_variable all_done;
+  };
+  const auto state = std::make_shared<State>();
+  const auto work = [state, items, make_worker] {
+    int64_t item = state->next.fetch_add(1);
+    if (item >= items) return;
+    auto worker = make_worker();
+    int64_t done = 0;
+    for (; item < items; item = state->next.fetch_add(1), ++done) worker(item);
+    const std::lock_guard<std::mutex> lock(state->mutex);
+    state->done += done;
+    if (state->done == items) state->all_done.notify_all();
+  };
+  const int64_t helpers = std::min<int64_t>(pool.num_threads(), items - 1);
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::function<void()>(work));
+  work();
+  std::unique_lock<std::mutex> lock(state->mutex);
+  state->all_done.wait(lock, [&] { return state->done == items; });
+}
+
+// A call's tensors, and the first problem found.
+struct Call {
+  std::vector<TensorSlices> tensors;
+  std::vector<int64_t> first_item;  // of each tensor, and the end
+  std::mutex mutex;
+  int64_t failed_item = -1;
+  std::string problem;
+
+  void fail(int64_t item, size_t tensor, const std::string& names, const std::string& what) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (failed_item >= 0 && failed_item <= item) return;
+    failed_item = item;
+    problem = "df11_decode: " + tensor_name(names, tensor) + " is corrupt: " + what;
+  }
+};
+
+SlicePayload slice_payload(const TensorSlices& tensor, int64_t slice) {
+  return {tensor.view,
+          tensor.codebook + slice * kCodebookWords,
+          tensor.chunk_offsets + slice * (tensor.view.chunks() + 1),
+          tensor.exponents + slice * tensor.exponents_words,
+          tensor.exponents_words,
+          tensor.sign_mantissa + slice * tensor.view.sign_mantissa_words()};
+}
+
+// One thread's part in a call: keeps the table of the slice it is at.
+class Worker {
+ public:
+  Worker(Call& call, const std::string& names)
+      : call_(call), names_(names), decoder_(simd.load()) {}
+
+  void operator()(int64_t item) {
+    size_t at = 0;
+    while (item >= call_.first_item[at + 1]) ++at;
+    const TensorSlices& tensor = call_.tensors[at];
+    const int64_t chunks = tensor.view.chunks();
+    const int64_t items_per_slice = (chunks + kChunksPerItem - 1) / kChunksPerItem;
+    const int64_t batch = (item - call_.first_item[at]) / items_per_slice;
+    const int64_t first = (item - call_.first_item[at]) % items_per_slice * kChunksPerItem;
+    const int64_t slice = tensor.slice_of(batch);
+    if (tensor_ != &tensor || slice_ != slice) {
+      tensor_ = &tensor;
+      slice_ = slice;
+      usable_ = decoder_.set_slice(slice_payload(tensor, slice));
+    }
+    const std::string where = " of slice " + std::to_string(slice);
+    if (!usable_) return call_.fail(item, at, names_, "the codebook" + where);
+    uint16_t* out = tensor.out + batch * tensor.view.size;
+    for (int64_t c = first; c < std::min(first + kChunksPerItem, chunks); ++c) {
+      if (!decoder_.decode(c, out)) {
+        return call_.fail(item, at, names_, "chunk " + std::to_string(c) + where);
+      }
+    }
+  }
+
+ private:
+  Call& call_;
+  const std::string& names_;
+  ChunkDecoder decoder_;
+  const TensorSlices* tensor_ = nullptr;
+  int64_t slice_ = -1;
+  bool usable_ = false;
+};
+
+ffi::Error DecodeCpuImpl(ffi::ThreadPool pool, std::string_view names_attribute,
+                         ffi::RemainingArgs args, ffi::RemainingRets results) {
+  const std::string names(names_attribute);
+  Call call;
+  if (ffi::Error error = read_operands(args, results, names, call.tensors); error.failure()) {
+    return error;
+  }
+  call.first_item.push_back(0);
+  for (size_t i = 0; i < call.tensors.size(); ++i) {
+    const TensorSlices& tensor = call.tensors[i];
+    auto out = results.get<ffi::AnyBuffer>(i);
+    const auto dims = (*out)->dimensions();
+    const int batch_rank = static_cast<int>(args.get<ffi::AnyBuffer>(0)->dimensions().size());
+    for (int64_t b = 0; b < tensor.batch; ++b) {
+      const int64_t slice = tensor.slice_of(b);
+      const std::string problem =
+          check_header(tensor.header + slice * kHeaderWords, dims.begin() + batch_rank,
+                       static_cast<int>(dims.size()) - batch_rank);
+      if (!problem.empty()) {
+        return OperandError(tensor_name(names, i))("slice " + std::to_string(slice) + " " + problem);
+      }
+    }
+    decode_counter += tensor.batch;
+    const int64_t items = (tensor.view.chunks() + kChunksPerItem - 1) / kChunksPerItem;
+    call.first_item.push_back(call.first_item.back() + tensor.batch * items);
+  }
+  if (call.first_item.back() == 0) return ffi::Error::Success();
+  run_items(pool, call.first_item.back(), [&] { return Worker(call, names); });
+  if (call.failed_item >= 0) return ffi::Error(ffi::ErrorCode::kDataLoss, call.problem);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+int64_t decode_count() { return decode_counter; }
+
+void use_simd(Simd level) { simd = level; }
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(df11_decode_cpu, DecodeCpuImpl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<std::string_view>("names")
+                                  .RemainingArgs()   // index, then five arrays a tensor
+                                  .RemainingRets());  // the tensors
+
+}  // namespace df11

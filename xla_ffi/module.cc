@@ -1,0 +1,171 @@
+// df11_jax._native: the encoder, its verification, and the CPU handler, for Python.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+
+#include "cpu/handler.h"
+
+namespace nb = nanobind;
+
+namespace df11 {
+namespace {
+
+using Weights = nb::ndarray<const uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu, nb::ro>;
+using Words = nb::ndarray<const uint32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu, nb::ro>;
+using NewWords = nb::ndarray<uint32_t, nb::numpy, nb::ndim<2>>;
+
+// Memory that numpy will own.
+struct WordArray {
+  std::unique_ptr<uint32_t[]> data;
+  size_t stack, words;
+
+  WordArray(size_t stack, size_t words)
+      : data(new uint32_t[stack * words]), stack(stack), words(words) {}
+  uint32_t* slice(size_t i) { return data.get() + i * words; }
+  NewWords release() {
+    uint32_t* raw = data.release();
+    nb::capsule owner(raw, [](void* p) noexcept { delete[] static_cast<uint32_t*>(p); });
+    return NewWords(raw, {stack, words}, owner);
+  }
+};
+
+View checked_view(const std::vector<int64_t>& dims, size_t size) {
+  if (dims.size() > kMaxDims) throw std::invalid_argument("more than 8 dimensions");
+  const View view = make_view(dims.data(), static_cast<int>(dims.size()));
+  if (static_cast<size_t>(view.size) != size) {
+    throw std::invalid_argument("the weights do not have the size of the given dimensions");
+  }
+  return view;
+}
+
+// Slices are shared out among the threads where there are enough of them, else each slice's
+// chunks are.
+template <typename Body>
+void for_each_slice(int64_t stack, int threads, const Body& body) {
+  const bool across = stack >= threads;
+  std::exception_ptr failure;
+  std::mutex mutex;
+  parallel_for(stack, across ? threads : 1, [&](int64_t i) {
+    try {
+      body(i, across ? 1 : threads);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      if (!failure) failure = std::current_exception();
+    }
+  });
+  if (failure) std::rethrow_exception(failure);
+}
+
+nb::tuple encode(Weights weights, const std::vector<int64_t>& dims, int threads) {
+  const size_t stack = weights.shape(0);
+  const View view = checked_view(dims, weights.shape(1));
+  WordArray headers(stack, kHeaderWords), codebooks(stack, kCodebookWords),
+      chunk_offsets(stack, view.chunks() + 1), sign_mantissa(stack, view.sign_mantissa_words());
+  size_t longest = 0;
+  std::vector<std::vector<uint32_t>> records(stack);
+  std::unique_ptr<WordArray> exponents;
+  {
+    nb::gil_scoped_release release;
+    const auto header = make_header(dims.data(), static_cast<int>(dims.size()));
+    for_each_slice(stack, threads, [&](int64_t i, int slice_threads) {
+      std::copy(header.begin(), header.end(), headers.slice(i));
+      records[i] = encode_slice(weights.data() + i * view.size, view, slice_threads,
+                                codebooks.slice(i), chunk_offsets.slice(i),
+                                sign_mantissa.slice(i));
+    });
+    for (const auto& slice : records) longest = std::max(longest, slice.size());
+    exponents = std::make_unique<WordArray>(stack, longest);
+    for (size_t i = 0; i < stack; ++i) {
+      uint32_t* end = std::copy(records[i].begin(), records[i].end(), exponents->slice(i));
+      std::fill(end, exponents->slice(i) + longest, 0u);
+      records[i] = {};
+    }
+  }
+  return nb::make_tuple(headers.release(), codebooks.release(), chunk_offsets.release(),
+                        exponents->release(), sign_mantissa.release());
+}
+
+// The first element (counted over the whole stack) that does not come back, or -1.
+int64_t find_difference(Weights weights, const std::vector<int64_t>& dims, Words codebook,
+                        Words chunk_offsets, Words exponents, Words sign_mantissa, int threads) {
+  const size_t stack = weights.shape(0);
+  const View view = checked_view(dims, weights.shape(1));
+  const auto has_shape = [&](const Words& words, int64_t count) {
+    return words.shape(0) == stack && words.shape(1) == static_cast<size_t>(count);
+  };
+  if (!has_shape(codebook, kCodebookWords) || !has_shape(chunk_offsets, view.chunks() + 1) ||
+      !has_shape(exponents, exponents.shape(1)) ||
+      !has_shape(sign_mantissa, view.sign_mantissa_words())) {
+    throw std::invalid_argument("the compressed arrays do not have the shapes of the weights");
+  }
+  nb::gil_scoped_release release;
+  std::atomic<int64_t> first{INT64_MAX};
+  for_each_slice(stack, threads, [&](int64_t i, int slice_threads) {
+    const SlicePayload slice{view,
+                             codebook.data() + i * kCodebookWords,
+                             chunk_offsets.data() + i * (view.chunks() + 1),
+                             exponents.data() + i * exponents.shape(1),
+                             static_cast<int64_t>(exponents.shape(1)),
+                             sign_mantissa.data() + i * view.sign_mantissa_words()};
+    const auto found = [&](int64_t at) {
+      at += i * view.size;
+      for (int64_t seen = first; at < seen && !first.compare_exchange_weak(seen, at);) {
+      }
+    };
+    const int64_t batches = (view.chunks() + kEncodeBatch - 1) / kEncodeBatch;
+    parallel_for(batches, slice_threads, [&](int64_t batch) {
+      const auto decoder = std::make_unique<ChunkDecoder>(best_simd());
+      if (!decoder->set_slice(slice)) return found(0);
+      const int64_t end = std::min((batch + 1) * kEncodeBatch, view.chunks());
+      for (int64_t c = batch * kEncodeBatch; c < end; ++c) {
+        const int64_t at = decoder->find_difference(c, weights.data() + i * view.size);
+        if (at >= 0) found(at);
+      }
+    });
+  });
+  return first == INT64_MAX ? -1 : first.load();
+}
+
+std::string simd_name(Simd simd) {
+  return simd == Simd::kAvx512 ? "avx512" : simd == Simd::kAvx2 ? "avx2" : "portable";
+}
+
+}  // namespace
+}  // namespace df11
+
+NB_MODULE(_native, m) {
+  using namespace df11;
+  m.doc() = "The C++ encoder and CPU decoder of df11_jax.";
+  m.def("handlers", [] {
+    nb::dict handlers;
+    handlers["df11_decode"] = nb::capsule(reinterpret_cast<void*>(df11_decode_cpu));
+    return handlers;
+  });
+  m.def("encode", &encode, nb::arg("weights"), nb::arg("dims"), nb::arg("threads"),
+        "Encodes uint16[stack, size]: header, codebook, chunk_offsets, exponents, sign_mantissa.");
+  m.def("find_difference", &find_difference, nb::arg("weights"), nb::arg("dims"),
+        nb::arg("codebook"), nb::arg("chunk_offsets"), nb::arg("exponents"),
+        nb::arg("sign_mantissa"), nb::arg("threads"),
+        "The index of the first element that decodes to something else, or -1.");
+  m.def("decode_count", &decode_count, "Slices decoded by the CPU handler so far.");
+  m.def("simd_levels", [] {
+    std::vector<std::string> names;
+    for (int i = 0; i <= static_cast<int>(best_simd()); ++i) {
+      names.push_back(simd_name(static_cast<Simd>(i)));
+    }
+    return names;
+  }, "The instruction sets that the decoder can use here, the one in use by default last.");
+  m.def("use_simd", [](const std::string& name) {
+    for (int i = 0; i <= static_cast<int>(best_simd()); ++i) {
+      if (simd_name(static_cast<Simd>(i)) == name) return use_simd(static_cast<Simd>(i));
+    }
+    throw std::invalid_argument("this processor has no " + name);
+  }, nb::arg("name"), "Makes the CPU handler use one of simd_levels().");
+}
