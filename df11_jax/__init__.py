@@ -1,0 +1,36 @@
+"""Lossless compression of bfloat16 weights in JAX.
+
+Weights are kept compressed in device memory, at about two thirds of their size, and decompressed
+bit for bit inside jitted programs, one transformer block at a time.
+"""
+
+from importlib.metadata import version as _version
+from typing import Any
+
+from df11_jax._array import DF11Array
+from df11_jax._compress import compress, compress_params
+from df11_jax._decode import decompress, decompress_params
+from df11_jax._report import SizeReport, size_report
+from df11_jax._scan import scan_blocks
+
+__version__ = _version("df11_jax")
+
+__all__ = [
+    "EXPORT_SAFETY_CHECKS",
+    "DF11Array",
+    "SizeReport",
+    "compress",
+    "compress_params",
+    "decompress",
+    "decompress_params",
+    "scan_blocks",
+    "size_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "EXPORT_SAFETY_CHECKS":
+        from df11_jax import _decode
+
+        return _decode.EXPORT_SAFETY_CHECKS
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,22 +17,25 @@ namespace nb = nanobind;
 namespace df11 {
 namespace {
 
-using Weights = nb::ndarray<const uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu, nb::ro>;
-using Words = nb::ndarray<const uint32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu, nb::ro>;
-using NewWords = nb::ndarray<uint32_t, nb::numpy, nb::ndim<2>>;
+using WeightsIn = nb::ndarray<const uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu, nb::ro>;
+using WordsIn = nb::ndarray<const uint32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu, nb::ro>;
+using WordsOut = nb::ndarray<uint32_t, nb::numpy, nb::ndim<2>>;
 
-// Memory that numpy will own.
+// The words of every slice of a stack; numpy takes them over.
 struct WordArray {
-  std::unique_ptr<uint32_t[]> data;
-  size_t stack, words;
+  Words words;
+  size_t stack;
 
-  WordArray(size_t stack, size_t words)
-      : data(new uint32_t[stack * words]), stack(stack), words(words) {}
-  uint32_t* slice(size_t i) { return data.get() + i * words; }
-  NewWords release() {
-    uint32_t* raw = data.release();
-    nb::capsule owner(raw, [](void* p) noexcept { delete[] static_cast<uint32_t*>(p); });
-    return NewWords(raw, {stack, words}, owner);
+  WordArray(size_t stack, size_t words) : words(stack * words), stack(stack) {}
+  WordArray(size_t stack, Words words) : words(std::move(words)), stack(stack) {}
+  size_t slice_words() const { return stack ? words.size() / stack : 0; }
+  uint32_t* slice(size_t i) { return words.data() + i * slice_words(); }
+  WordsOut release() {
+    const size_t count = slice_words();
+    if (!words.data()) words.reserve(1);  // a capsule cannot hold a null pointer
+    uint32_t* raw = words.release();
+    nb::capsule owner(raw, [](void* p) noexcept { std::free(p); });
+    return WordsOut(raw, {stack, count}, owner);
   }
 };
 
@@ -63,14 +66,27 @@ void for_each_slice(int64_t stack, int threads, const Body& body) {
   if (failure) std::rethrow_exception(failure);
 }
 
-nb::tuple encode(Weights weights, const std::vector<int64_t>& dims, int threads) {
+// A stack of slices of different lengths, filled up with zeros to the longest.
+WordArray pad_together(std::vector<Words> slices) {
+  if (slices.size() == 1) return {1, std::move(slices[0])};
+  size_t longest = 0;
+  for (const Words& slice : slices) longest = std::max(longest, slice.size());
+  WordArray padded(slices.size(), longest);
+  for (size_t i = 0; i < slices.size(); ++i) {
+    uint32_t* end = std::copy_n(slices[i].data(), slices[i].size(), padded.slice(i));
+    std::fill(end, padded.slice(i) + longest, 0u);
+    slices[i] = Words();
+  }
+  return padded;
+}
+
+nb::tuple encode(WeightsIn weights, const std::vector<int64_t>& dims, int threads) {
   const size_t stack = weights.shape(0);
   const View view = checked_view(dims, weights.shape(1));
   WordArray headers(stack, kHeaderWords), codebooks(stack, kCodebookWords),
       chunk_offsets(stack, view.chunks() + 1), sign_mantissa(stack, view.sign_mantissa_words());
-  size_t longest = 0;
-  std::vector<std::vector<uint32_t>> records(stack);
-  std::unique_ptr<WordArray> exponents;
+  std::vector<Words> records(stack);
+  WordArray exponents(stack, 0);
   {
     nb::gil_scoped_release release;
     const auto header = make_header(dims.data(), static_cast<int>(dims.size()));
@@ -80,24 +96,18 @@ nb::tuple encode(Weights weights, const std::vector<int64_t>& dims, int threads)
                                 codebooks.slice(i), chunk_offsets.slice(i),
                                 sign_mantissa.slice(i));
     });
-    for (const auto& slice : records) longest = std::max(longest, slice.size());
-    exponents = std::make_unique<WordArray>(stack, longest);
-    for (size_t i = 0; i < stack; ++i) {
-      uint32_t* end = std::copy(records[i].begin(), records[i].end(), exponents->slice(i));
-      std::fill(end, exponents->slice(i) + longest, 0u);
-      records[i] = {};
-    }
+    exponents = pad_together(std::move(records));
   }
   return nb::make_tuple(headers.release(), codebooks.release(), chunk_offsets.release(),
-                        exponents->release(), sign_mantissa.release());
+                        exponents.release(), sign_mantissa.release());
 }
 
 // The first element (counted over the whole stack) that does not come back, or -1.
-int64_t find_difference(Weights weights, const std::vector<int64_t>& dims, Words codebook,
-                        Words chunk_offsets, Words exponents, Words sign_mantissa, int threads) {
+int64_t find_difference(WeightsIn weights, const std::vector<int64_t>& dims, WordsIn codebook,
+                        WordsIn chunk_offsets, WordsIn exponents, WordsIn sign_mantissa, int threads) {
   const size_t stack = weights.shape(0);
   const View view = checked_view(dims, weights.shape(1));
-  const auto has_shape = [&](const Words& words, int64_t count) {
+  const auto has_shape = [&](const WordsIn& words, int64_t count) {
     return words.shape(0) == stack && words.shape(1) == static_cast<size_t>(count);
   };
   if (!has_shape(codebook, kCodebookWords) || !has_shape(chunk_offsets, view.chunks() + 1) ||

@@ -7,33 +7,15 @@
 #include <string>
 #include <vector>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 #include "df11/decode.h"
 #include "df11/encode.h"
 #include "df11/tensor_slices.h"
 
 namespace df11 {
-
-enum class Simd { kPortable, kAvx2, kAvx512 };
-
-inline Simd best_simd() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("bmi2")) {
-    return Simd::kAvx512;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2")) return Simd::kAvx2;
-#endif
-  return Simd::kPortable;
-}
-
-inline DecodeRecord decode_record_for(Simd simd) {
-#if defined(__x86_64__) && defined(__GNUC__)
-  if (simd == Simd::kAvx512) return decode_record_avx512;
-  if (simd == Simd::kAvx2) return decode_record_avx2;
-#endif
-  (void)simd;
-  return decode_record_portable;
-}
 
 // A problem with a slice, or none if empty.
 inline std::string check_header(const uint32_t* header, const int64_t* dims, int ndim) {
@@ -48,10 +30,28 @@ inline std::string check_header(const uint32_t* header, const int64_t* dims, int
   return "";
 }
 
+// From this size on a slice will have left the caches before it is used, and is written past
+// them. A tile's rows lie far apart, often by a power of two, so that writing through the
+// caches costs three times as much (8.7 against 29.5 GB/s on a Zen 5 core).
+inline constexpr int64_t kStreamingBytes = 4 << 20;
+
+// Copies a tile of full rows past the caches; `out` must be aligned to 16 bytes in every row.
+inline void stream_tile(const uint16_t* tile, int64_t rows, uint16_t* out, int64_t stride) {
+  for (int64_t row = 0; row < rows; ++row) {
+#ifdef __SSE2__
+    const __m128i* from = reinterpret_cast<const __m128i*>(tile + row * kTileCols);
+    __m128i* to = reinterpret_cast<__m128i*>(out + row * stride);
+    for (int i = 0; i < kTileCols / 8; ++i) _mm_stream_si128(to + i, _mm_load_si128(from + i));
+#else
+    std::memcpy(out + row * stride, tile + row * kTileCols, 2 * kTileCols);
+#endif
+  }
+}
+
 // Decodes chunk after chunk of one slice after the other with one table.
 class ChunkDecoder {
  public:
-  explicit ChunkDecoder(Simd simd) : decode_record_(decode_record_for(simd)) {}
+  explicit ChunkDecoder(Simd simd) : decode_record_(DF11_SELECT(simd, decode_record)) {}
 
   // Must be called before chunks of this slice are decoded; false if the codebook is corrupt.
   bool set_slice(const SlicePayload& slice) {
@@ -74,6 +74,13 @@ class ChunkDecoder {
                           slice_.sign_mantissa + chunk.sign_mantissa_word, table_, tile, stride);
   }
 
+  // Makes what was streamed visible to other threads; to be called once, after the last chunk.
+  static void finish() {
+#ifdef __SSE2__
+    _mm_sfence();
+#endif
+  }
+
   // Decodes to where the chunk lies in `out`, the whole slice.
   bool decode(int64_t index, uint16_t* out) {
     const View& view = slice_.view;
@@ -81,10 +88,15 @@ class ChunkDecoder {
     const int64_t rows = chunk.steps * kStepRows;
     const bool inside = chunk.col + kTileCols <= view.cols &&
                         (chunk.row + rows - 1) * view.cols + chunk.col + kTileCols <= view.size;
-    if (inside) {
-      return decode_tile(index, chunk, out + chunk.row * view.cols + chunk.col, view.cols);
-    }
+    uint16_t* place = out + chunk.row * view.cols + chunk.col;
+    const bool stream = 2 * view.size >= kStreamingBytes && view.cols % 8 == 0 &&
+                        reinterpret_cast<uintptr_t>(out) % 16 == 0;
+    if (inside && !stream) return decode_tile(index, chunk, place, view.cols);
     if (!decode_tile(index, chunk, tile_, kTileCols)) return false;
+    if (inside) {
+      stream_tile(tile_, rows, place, view.cols);
+      return true;
+    }
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t count = valid_weights(chunk, row);
       if (count <= 0) break;
@@ -119,7 +131,7 @@ class ChunkDecoder {
     return std::min({int64_t{kTileCols}, view.cols - chunk.col, view.size - at});
   }
 
-  DecodeRecord decode_record_;
+  decltype(&decode_record_portable) decode_record_;
   SlicePayload slice_{};
   std::vector<uint32_t> copy_;
   alignas(64) uint32_t table_[kTableSize];

@@ -39,6 +39,7 @@ void run_items(ffi::ThreadPool& pool, int64_t items, const MakeWorker& make_work
     auto worker = make_worker();
     int64_t done = 0;
     for (; item < items; item = state->next.fetch_add(1), ++done) worker(item);
+    ChunkDecoder::finish();
     const std::lock_guard<std::mutex> lock(state->mutex);
     state->done += done;
     if (state->done == items) state->all_done.notify_all();
@@ -137,6 +138,7 @@ ffi::Error DecodeCpuImpl(ffi::ThreadPool pool, std::string_view names_attribute,
       }
     }
     decode_counter += tensor.batch;
+    expect_large_write(tensor.out, 2 * tensor.batch * tensor.view.size);
     const int64_t items = (tensor.view.chunks() + kChunksPerItem - 1) / kChunksPerItem;
     call.first_item.push_back(call.first_item.back() + tensor.batch * items);
   }

@@ -8,6 +8,7 @@
 
 #include "codebook.h"
 #include "layout.h"
+#include "simd.h"
 
 namespace df11 {
 
@@ -24,23 +25,38 @@ struct SlicePayload {
   const uint32_t* sign_mantissa;
 };
 
-// The eight exponent pairs of a lane's half-step; advances the lane's position in bits.
-DF11_HD void look_up_lane(const uint8_t* streams, const uint32_t* table, uint32_t& position,
-                          uint32_t* entries) {
+// Lanes decoded side by side: each look-up waits for the one before it in its lane, so a
+// core needs several lanes to be busy. Measured on a Zen 5 core: 1 lane 0.36 ns a weight,
+// 2 lanes 0.31, 4 lanes 0.25, 8 lanes 0.22; 16 lanes with AVX-512 gathers 0.46.
+inline constexpr int kLanesAtOnce = 8;
+
+// The exponent pairs of kLanesAtOnce lanes' half-step into their places in the grid;
+// advances the lanes' positions, which are in bits.
+DF11_HD void look_up_lanes(const uint8_t* streams, const uint32_t* table, int first_lane,
+                           uint32_t* positions, uint32_t* entries) {
+  uint32_t at[kLanesAtOnce];
+  for (int l = 0; l < kLanesAtOnce; ++l) at[l] = positions[first_lane + l];
   for (int i = 0; i < kLanePairs; i += 4) {
-    // 64 bits less at most 7 serve four codes of at most 12.
-    uint64_t window;
-    std::memcpy(&window, streams + (position >> 3), 8);
-    window >>= position & 7;
-    uint32_t lengths = 0;
-    for (int j = i; j < i + 4; ++j) {
-      const uint32_t entry = table[window & (kTableSize - 1)];
-      entries[j] = entry;
-      lengths += entry;
-      window >>= entry & 63;
+    // 64 bits less at most 7 serve four codes of at most 12. The highest bit marks how far
+    // the window was shifted.
+    uint64_t window[kLanesAtOnce];
+    for (int l = 0; l < kLanesAtOnce; ++l) {
+      std::memcpy(&window[l], streams + (at[l] >> 3), 8);
+      window[l] = window[l] >> (at[l] & 7) | uint64_t{1} << 63;
     }
-    position += lengths & 127;
+#pragma GCC unroll 4
+    for (int j = i; j < i + 4; ++j) {
+#pragma GCC unroll 8
+      for (int l = 0; l < kLanesAtOnce; ++l) {
+        const int lane = first_lane + l;
+        const uint32_t entry = table[window[l] & (kTableSize - 1)];
+        entries[lane % 4 * kTileCols + lane / 4 * kLanePairs + j] = entry;
+        window[l] >>= entry & 63;
+      }
+    }
+    for (int l = 0; l < kLanesAtOnce; ++l) at[l] += __builtin_clzll(window[l]);
   }
+  for (int l = 0; l < kLanesAtOnce; ++l) positions[first_lane + l] = at[l];
 }
 
 // Merges a half-step's exponents with sign and mantissa, folds the pairs into the checksum
@@ -65,6 +81,17 @@ DF11_HD void merge_half_step(const uint32_t* __restrict entries,
   }
 }
 
+// Fetches the part of the next chunk that the same half-step will need, since the hardware's
+// prefetchers stop at page boundaries. Addresses past the end are harmless.
+DF11_HD void prefetch_next_chunk(const uint32_t* chunk_sign_mantissa, const uint32_t* next_record,
+                                 int half_step) {
+  constexpr int kLineWords = 16, kRecordWords = 48;  // 48 words of codes a half-step, or fewer
+  const uint32_t* next = chunk_sign_mantissa + kSteps * kStepWords + half_step * kStepWords / 2;
+  for (int i = 0; i < kStepWords / 2; i += kLineWords) __builtin_prefetch(next + i);
+  next_record += half_step * kRecordWords;
+  for (int i = 0; i < kRecordWords; i += kLineWords) __builtin_prefetch(next_record + i);
+}
+
 // Decodes a record into a tile of 16 * chunk.steps rows of 64 weights, `stride` apart.
 // The record must be followed by kOverreadWords readable words. Returns false if it is
 // corrupt; what was written to the tile is then of no use.
@@ -81,6 +108,7 @@ DF11_HD bool decode_record(const uint32_t* record, int64_t words, const Chunk& c
   } else {
     if (words < kRecordHeaderWords) return false;
     patches = record[1] & 0xffff;
+    if (patches == kRawChunk) return false;
     const uint32_t base = record[1] >> 16;
     uint32_t bits = 0;
     for (int lane = 0; lane < kLanes; ++lane) {
@@ -100,11 +128,11 @@ DF11_HD bool decode_record(const uint32_t* record, int64_t words, const Chunk& c
         entries[i] = table_entry(pair & 255, pair >> 8 & 255, 0);
       }
     } else {
-      for (int lane = 0; lane < kLanes; ++lane) {
-        look_up_lane(reinterpret_cast<const uint8_t*>(streams), table, positions[lane],
-                     entries + lane % 4 * kTileCols + lane / 4 * kLanePairs);
+      for (int lane = 0; lane < kLanes; lane += kLanesAtOnce) {
+        look_up_lanes(reinterpret_cast<const uint8_t*>(streams), table, lane, positions, entries);
       }
     }
+    prefetch_next_chunk(chunk_sign_mantissa, record + words, half_step);
     const int64_t row = half_step / 2 * kStepRows + half_step % 2 * 2;
     merge_half_step(entries, chunk_sign_mantissa + half_step * kHalfStepPairs / 2, acc,
                     tile + row * stride, stride);
@@ -116,34 +144,17 @@ DF11_HD bool decode_record(const uint32_t* record, int64_t words, const Chunk& c
   for (uint32_t i = 0; i < patches; ++i) {
     sum += checksum_patch(patch[i]);
     const uint32_t position = patch[i] >> 16;
-    if (position >= static_cast<uint32_t>(chunk.steps * kStepRows * kTileCols)) return false;
-    tile[position / kTileCols * stride + position % kTileCols] = static_cast<uint16_t>(patch[i]);
+    if (position < static_cast<uint32_t>(chunk.steps * kStepRows * kTileCols)) {
+      tile[position / kTileCols * stride + position % kTileCols] = static_cast<uint16_t>(patch[i]);
+    }
   }
   return sum == record[0];
 }
 
-using DecodeRecord = bool (*)(const uint32_t*, int64_t, const Chunk&, int64_t, const uint32_t*,
-                              const uint32_t*, uint16_t*, int64_t);
-
-inline bool decode_record_portable(const uint32_t* record, int64_t words, const Chunk& chunk,
-                                   int64_t index, const uint32_t* sign_mantissa,
-                                   const uint32_t* table, uint16_t* tile, int64_t stride) {
-  return decode_record(record, words, chunk, index, sign_mantissa, table, tile, stride);
-}
-
-#if defined(__x86_64__) && defined(__GNUC__)
-// The same code, compiled for wider vectors.
-__attribute__((target("avx2,bmi,bmi2"))) inline bool decode_record_avx2(
-    const uint32_t* record, int64_t words, const Chunk& chunk, int64_t index,
-    const uint32_t* sign_mantissa, const uint32_t* table, uint16_t* tile, int64_t stride) {
-  return decode_record(record, words, chunk, index, sign_mantissa, table, tile, stride);
-}
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,bmi,bmi2,prefer-vector-width=512")))
-inline bool decode_record_avx512(
-    const uint32_t* record, int64_t words, const Chunk& chunk, int64_t index,
-    const uint32_t* sign_mantissa, const uint32_t* table, uint16_t* tile, int64_t stride) {
-  return decode_record(record, words, chunk, index, sign_mantissa, table, tile, stride);
-}
-#endif
+DF11_FOR_EACH_SIMD(bool, decode_record,
+                   (const uint32_t* record, int64_t words, const Chunk& chunk, int64_t index,
+                    const uint32_t* chunk_sign_mantissa, const uint32_t* table, uint16_t* tile,
+                    int64_t stride),
+                   (record, words, chunk, index, chunk_sign_mantissa, table, tile, stride))
 
 }  // namespace df11

@@ -3,19 +3,27 @@
 
 #include <algorithm>
 #include <array>
+#include <condition_variable>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <vector>
 
 #include "codebook.h"
 #include "layout.h"
 #include "parallel.h"
+#include "simd.h"
+#include "words.h"
 
 namespace df11 {
 
 // Chunks that one thread takes at a time.
 inline constexpr int64_t kEncodeBatch = 64;
+
+// Words to reserve for a chunk's record: 2.6 bits a weight, and a little more.
+inline constexpr int64_t kTypicalRecordWords = 700;
 
 inline std::array<uint32_t, kHeaderWords> make_header(const int64_t* dims, int ndim) {
   std::array<uint32_t, kHeaderWords> header{};
@@ -40,6 +48,11 @@ inline bool load_pairs(const uint16_t* weights, const View& view, int64_t row, i
   if (col + kTileCols <= view.cols && (row + 1) * view.cols + col + kTileCols <= view.size) {
     const uint16_t* __restrict first = weights + row * view.cols + col;
     const uint16_t* __restrict second = first + view.cols;
+    // The next tile's part of the rows: too far from this tile's for the hardware to guess.
+    for (int i = kTileCols; i < 2 * kTileCols; i += kTileCols / 2) {
+      __builtin_prefetch(first + i);
+      __builtin_prefetch(second + i);
+    }
     for (int i = 0; i < kTileCols; ++i) pairs[i] = first[i] | uint32_t{second[i]} << 16;
     return true;
   }
@@ -56,9 +69,12 @@ DF11_HD int64_t pair_row(int half_step, int t) {
   return half_step / 2 * kStepRows + 4 * t + 2 * (half_step % 2);
 }
 
-// Counts pairs of exponents, leaving out row pairs at the edges, which may hold padding.
+// Counts pairs of exponents, leaving out row pairs at the edges, which may hold padding. Of a
+// large slice only a sample of about 2^20 pairs is counted: pairs that it misses are patched.
+// Chunks are picked by a hash, so that no regularity of the tensor can hide from it.
 inline std::vector<uint64_t> count_pairs(const uint16_t* weights, const View& view,
                                          int threads) {
+  const uint32_t one_in = static_cast<uint32_t>(std::max<int64_t>(1, view.size >> 21));
   const int64_t batches = (view.chunks() + kEncodeBatch - 1) / kEncodeBatch;
   std::vector<std::vector<uint32_t>> partial(std::min<int64_t>(threads, batches));
   std::atomic<int64_t> next{0};
@@ -72,6 +88,7 @@ inline std::vector<uint64_t> count_pairs(const uint16_t* weights, const View& vi
     for (int64_t batch; (batch = next.fetch_add(1)) < batches;) {
       const int64_t end = std::min((batch + 1) * kEncodeBatch, view.chunks());
       for (int64_t c = batch * kEncodeBatch; c < end; ++c) {
+        if (checksum_chunk(c) % one_in != 0) continue;
         const Chunk chunk = locate_chunk(view, c);
         for (int half_step = 0; half_step < 2 * chunk.steps; ++half_step) {
           for (int t = 0; t < 4; ++t) {
@@ -99,12 +116,12 @@ class CodeTable {
  public:
   static constexpr uint32_t kUncoded = 1u << 31;  // the code is a substitute's
 
-  // Bits 0..11: code, 12..15: length, 16..23: symbol.
+  // Bits 0..11: code, 16..23: symbol, 27..30: length.
   explicit CodeTable(const Codebook& book) : book_(book), entries_(65536) {
     std::array<uint16_t, kSymbols> codes{};
     assign_codes(book, codes);
     const auto entry_of = [&](int symbol) {
-      return codes[symbol] | uint32_t{book.lengths[symbol]} << 12 | uint32_t(symbol) << 16;
+      return codes[symbol] | uint32_t(symbol) << 16 | uint32_t{book.lengths[symbol]} << 27;
     };
     const auto shorter = [&](int a, int b) {
       return a < 0 || (book.lengths[b] && book.lengths[b] < book.lengths[a]) ? b : a;
@@ -123,10 +140,14 @@ class CodeTable {
       second = shorter(second, symbol);
       any = shorter(any, symbol);
     }
-    for (int pair = 0; pair < 65536; ++pair) {
-      int substitute = by_first[pair >> 8];
-      if (by_second[pair & 255] >= 0) substitute = shorter(substitute, by_second[pair & 255]);
-      entries_[pair] = entry_of(substitute >= 0 ? substitute : any) | kUncoded;
+    for (int first = 0; first < 256; ++first) {
+      uint32_t* row = entries_.data() + (first << 8);
+      const int by_row = by_first[first];
+      std::fill_n(row, 256, entry_of(by_row >= 0 ? by_row : any) | kUncoded);
+      for (int second : book.exponents) {
+        if (by_second[second] < 0) continue;
+        row[second] = entry_of(shorter(by_row, by_second[second])) | kUncoded;
+      }
     }
     for (int symbol = 0; symbol < kSymbols; ++symbol) {
       if (book.lengths[symbol]) {
@@ -154,20 +175,93 @@ class CodeTable {
   uint32_t pad_;
 };
 
+// The loops of the encoder that vectorize, over all pairs of a chunk's half-steps.
+DF11_HD void split_pairs(const uint32_t* __restrict pairs, int count,
+                         uint32_t* __restrict sign_mantissa, uint16_t* __restrict index) {
+  for (int i = 0; i < count / 2; ++i) {
+    const uint32_t a = pairs[2 * i] & kSignMantissa, b = pairs[2 * i + 1] & kSignMantissa;
+    sign_mantissa[i] = a | rotl(b, -8);
+  }
+  for (int i = 0; i < count; ++i) index[i] = exponent_index(pairs[i]);
+}
+
+// Joins the codes of four neighbours in a lane, from CodeTable's entries: up to 48 bits of
+// codes, and their number in the highest byte. uncoded[h] tells whether half-step h has an entry
+// with kUncoded. Joining before the stream is written halves the encoder's work.
+DF11_HD void join_codes(const uint64_t* __restrict entry_pairs, int half_steps,
+                        uint64_t* __restrict groups, uint64_t* __restrict uncoded) {
+  constexpr int kPerHalfStep = kHalfStepPairs / 2;
+  constexpr uint64_t kCodes = (uint64_t{1} << 56) - 1;
+  uint64_t twos[kPerHalfStep];
+  for (int h = 0; h < half_steps; ++h) {
+    uint64_t any = 0;
+    for (int i = 0; i < kPerHalfStep; ++i) {
+      const uint64_t entries = entry_pairs[h * kPerHalfStep + i];
+      const uint64_t first_length = entries >> 27 & 15;
+      twos[i] = (entries & 0xfff) | (entries >> 32 & 0xfff) << first_length |
+                (first_length + (entries >> 59 & 15)) << 56;
+      any |= entries;
+    }
+    uncoded[h] = any & (uint64_t{CodeTable::kUncoded} << 32 | CodeTable::kUncoded);
+    for (int i = 0; i < kPerHalfStep / 2; ++i) {
+      const uint64_t a = twos[2 * i], b = twos[2 * i + 1];
+      groups[h * kPerHalfStep / 2 + i] =
+          (a & kCodes) | (b & kCodes) << (a >> 56) | ((a >> 56) + (b >> 56)) << 56;
+    }
+  }
+}
+
+DF11_HD uint32_t pairs_checksum(const uint32_t* __restrict pairs, int count) {
+  uint32_t acc[kHalfStepPairs] = {};
+  for (const uint32_t* end = pairs + count; pairs < end; pairs += kHalfStepPairs) {
+    for (int i = 0; i < kHalfStepPairs; ++i) acc[i] = checksum_step(acc[i], pairs[i]);
+  }
+  uint32_t sum = 0;
+  for (int i = 0; i < kHalfStepPairs; ++i) sum += checksum_place(acc[i], i);
+  return sum;
+}
+
+// Those loops, compiled for an instruction set.
+struct EncoderLoops {
+  void (*split_pairs)(const uint32_t*, int, uint32_t*, uint16_t*);
+  void (*join_codes)(const uint64_t*, int, uint64_t*, uint64_t*);
+  uint32_t (*pairs_checksum)(const uint32_t*, int);
+};
+
+DF11_FOR_EACH_SIMD(void, split_pairs,
+                   (const uint32_t* pairs, int count, uint32_t* sign_mantissa, uint16_t* index),
+                   (pairs, count, sign_mantissa, index))
+DF11_FOR_EACH_SIMD(void, join_codes,
+                   (const uint64_t* entry_pairs, int half_steps, uint64_t* groups,
+                    uint64_t* uncoded),
+                   (entry_pairs, half_steps, groups, uncoded))
+DF11_FOR_EACH_SIMD(uint32_t, pairs_checksum, (const uint32_t* pairs, int count), (pairs, count))
+
+inline EncoderLoops encoder_loops(Simd simd) {
+  return {DF11_SELECT(simd, split_pairs), DF11_SELECT(simd, join_codes),
+          DF11_SELECT(simd, pairs_checksum)};
+}
+
 // Encodes chunks of one slice one after the other; holds the buffers they share.
 class ChunkEncoder {
  public:
   ChunkEncoder(const uint16_t* weights, const View& view, const CodeTable& codes)
-      : weights_(weights), view_(view), codes_(codes), stream_(kMaxStreamBytes) {}
+      : weights_(weights),
+        view_(view),
+        codes_(codes),
+        loops_(encoder_loops(best_simd())),
+        stream_(kMaxStreamBytes) {}
 
   // Appends the chunk's record and writes its part of sign_mantissa.
-  void encode(int64_t index, std::vector<uint32_t>& records, uint32_t* sign_mantissa) {
+  void encode(int64_t index, Words& records, uint32_t* sign_mantissa) {
     const Chunk chunk = locate_chunk(view_, index);
     half_steps_ = 2 * chunk.steps;
     load(chunk);
-    write_sign_mantissa(sign_mantissa + chunk.sign_mantissa_word);
+    loops_.split_pairs(pairs_, half_steps_ * kHalfStepPairs,
+                       sign_mantissa + chunk.sign_mantissa_word, index_);
 
     patches_.clear();
+    look_up_codes();
     std::array<int, kLanes> bits;
     int64_t total = write_streams(0, bits);
     int longest = *std::max_element(bits.begin(), bits.end());
@@ -179,11 +273,11 @@ class ChunkEncoder {
     const size_t stream_words = (total + 31) / 32;
     if (kRecordHeaderWords + stream_words + patches_.size() >=
         size_t(kRawRecordHeaderWords + chunk.steps * kStepWords)) {
-      load(chunk);  // write_streams put substitutes in
+      load(chunk);  // without the substitutes
       append_raw(index, records);
       return;
     }
-    uint32_t sum = pairs_checksum(index);
+    uint32_t sum = checksum(index);
     for (uint32_t patch : patches_) sum += checksum_patch(patch);
     records.push_back(sum);
     records.push_back(static_cast<uint32_t>(patches_.size()) | uint32_t(base) << 16);
@@ -192,13 +286,12 @@ class ChunkEncoder {
       for (int i = 0; i < 4; ++i) extra |= uint32_t(bits[4 * word + i] - base) << (8 * i);
       records.push_back(extra);
     }
-    const size_t at = records.size();
-    records.resize(at + stream_words);
-    std::memcpy(records.data() + at, stream_.data(), 4 * stream_words);
-    records.insert(records.end(), patches_.begin(), patches_.end());
+    std::memcpy(records.extend(stream_words), stream_.data(), 4 * stream_words);
+    records.append(patches_.data(), patches_.size());
   }
 
  private:
+  static constexpr int kGroupPairs = 4;  // whose codes join_codes joins
   // All codes at their longest, and the eight bytes that the last store may write.
   static constexpr int kMaxStreamBytes = kTileRows * kTileCols / 2 * kMaxCodeBits / 8 + 8;
 
@@ -212,21 +305,43 @@ class ChunkEncoder {
     }
   }
 
-  void write_sign_mantissa(uint32_t* __restrict out) const {
-    for (int i = 0; i < half_steps_ * kHalfStepPairs / 2; ++i) {
-      const uint32_t a = pairs_[2 * i] & kSignMantissa, b = pairs_[2 * i + 1] & kSignMantissa;
-      out[i] = a | rotl(b, -8);
+  // Fills groups_; puts substitutes in place of pairs without a code, and patches them.
+  void look_up_codes() {
+    const uint32_t* table = codes_.entries();
+    const int count = half_steps_ * kHalfStepPairs;
+    for (int i = 0; i < count; i += 2) {
+      entries_[i / 2] = table[index_[i]] | uint64_t{table[index_[i + 1]]} << 32;
+    }
+    uint64_t uncoded[2 * kSteps];
+    loops_.join_codes(entries_, half_steps_, groups_, uncoded);
+    for (int half_step = 0; half_step < half_steps_; ++half_step) {
+      if (!uncoded[half_step]) continue;
+      for (int i = 0; i < kHalfStepPairs / 2; ++i) {
+        const uint64_t entries = entries_[half_step * kHalfStepPairs / 2 + i];
+        if (entries & CodeTable::kUncoded) add_patches(half_step, 2 * i);
+        if (entries >> 32 & CodeTable::kUncoded) add_patches(half_step, 2 * i + 1);
+      }
     }
   }
 
-  // Writes every lane's stream of at least min_bits; returns the number of bits in all.
+  void add_patches(int half_step, int place) {
+    uint32_t& pair = pairs_[half_step * kHalfStepPairs + place];
+    const uint32_t substitute = codes_.substitute(pair);
+    const int t = place / kTileCols, col = place % kTileCols;
+    const uint32_t position = static_cast<uint32_t>(pair_row(half_step, t)) * kTileCols + col;
+    if ((pair ^ substitute) & 0xffff) patches_.push_back(position << 16 | (pair & 0xffff));
+    if ((pair ^ substitute) >> 16) patches_.push_back((position + kTileCols) << 16 | pair >> 16);
+    pair = substitute;
+  }
+
+  // Writes every lane's stream, of at least min_bits; returns the number of bits in all.
   int64_t write_streams(int min_bits, std::array<int, kLanes>& bits) {
-    const uint32_t* entries = codes_.entries();
-    for (int i = 0; i < half_steps_ * kHalfStepPairs; ++i) index_[i] = exponent_index(pairs_[i]);
     uint8_t* out = stream_.data();
     uint64_t window = 0;
     int fill = 0;
-    const auto flush = [&] {
+    const auto append = [&](uint64_t codes, int count) {
+      window |= codes << fill;
+      fill += count;
       std::memcpy(out, &window, 8);
       out += fill >> 3;
       window >>= fill & ~7;
@@ -234,52 +349,27 @@ class ChunkEncoder {
     };
     int64_t written = 0;
     for (int lane = 0; lane < kLanes; ++lane) {
-      const int first = lane % 4 * kTileCols + lane / 4 * kLanePairs;
+      const uint64_t* group =
+          groups_ + (lane % 4 * kTileCols + lane / 4 * kLanePairs) / kGroupPairs;
       for (int half_step = 0; half_step < half_steps_; ++half_step) {
-        const int at = half_step * kHalfStepPairs + first;
-        uint32_t any = 0;
-        for (int i = 0; i < kLanePairs; i += 4) {
-          for (int j = i; j < i + 4; ++j) {
-            const uint32_t entry = entries[index_[at + j]];
-            any |= entry;
-            window |= uint64_t{entry & 0xfff} << fill;
-            fill += entry >> 12 & 15;
-          }
-          flush();
+        for (int i = 0; i < kLanePairs / kGroupPairs; ++i) {
+          append(group[i] & 0xffffffffffff, static_cast<int>(group[i] >> 56));
         }
-        if (any & CodeTable::kUncoded) add_patches(half_step, lane);
+        group += kHalfStepPairs / kGroupPairs;
       }
       const auto position = [&] { return (out - stream_.data()) * 8 + fill; };
       for (int64_t missing; (missing = written + min_bits - position()) > 0;) {
-        fill += static_cast<int>(std::min<int64_t>(missing, 48));
-        flush();
+        append(0, static_cast<int>(std::min<int64_t>(missing, 48)));
       }
       bits[lane] = static_cast<int>(position() - written);
       written = position();
     }
-    // The last store wrote the left-over bits and zeros behind them.
     std::memcpy(out, &window, 8);
     return written;
   }
 
-  // Patches the weights of a lane's half-step that substitutes get wrong.
-  void add_patches(int half_step, int lane) {
-    const int t = lane % 4;
-    for (int j = 0; j < kLanePairs; ++j) {
-      const int col = lane / 4 * kLanePairs + j;
-      uint32_t& pair = pairs_[half_step * kHalfStepPairs + t * kTileCols + col];
-      const uint32_t substitute = codes_.substitute(pair);
-      const uint32_t position = static_cast<uint32_t>(pair_row(half_step, t)) * kTileCols + col;
-      if ((pair ^ substitute) & 0xffff) patches_.push_back(position << 16 | (pair & 0xffff));
-      if ((pair ^ substitute) >> 16) {
-        patches_.push_back((position + kTileCols) << 16 | pair >> 16);
-      }
-      pair = substitute;
-    }
-  }
-
-  void append_raw(int64_t index, std::vector<uint32_t>& records) const {
-    records.push_back(pairs_checksum(index));
+  void append_raw(int64_t index, Words& records) const {
+    records.push_back(checksum(index));
     records.push_back(kRawChunk);
     for (int i = 0; i < half_steps_ * kHalfStepPairs; i += 2) {
       const auto bytes = [](uint32_t pair) { return (pair >> 7 & 255) | (pair >> 23 & 255) << 8; };
@@ -287,64 +377,63 @@ class ChunkEncoder {
     }
   }
 
-  uint32_t pairs_checksum(int64_t index) const {
-    uint32_t acc[kHalfStepPairs] = {};
-    for (int half_step = 0; half_step < half_steps_; ++half_step) {
-      const uint32_t* pairs = pairs_ + half_step * kHalfStepPairs;
-      for (int i = 0; i < kHalfStepPairs; ++i) acc[i] = checksum_step(acc[i], pairs[i]);
-    }
-    uint32_t sum = checksum_chunk(index);
-    for (int i = 0; i < kHalfStepPairs; ++i) sum += checksum_place(acc[i], i);
-    return sum;
+  uint32_t checksum(int64_t index) const {
+    return checksum_chunk(index) + loops_.pairs_checksum(pairs_, half_steps_ * kHalfStepPairs);
   }
 
   const uint16_t* weights_;
   const View& view_;
   const CodeTable& codes_;
+  const EncoderLoops loops_;
   int half_steps_ = 0;
   uint32_t pairs_[kTileRows * kTileCols / 2];
   uint16_t index_[kTileRows * kTileCols / 2];
+  uint64_t entries_[kTileRows * kTileCols / 4];  // of CodeTable, two at a time
+  uint64_t groups_[kTileRows * kTileCols / 2 / kGroupPairs];
   std::vector<uint8_t> stream_;
   std::vector<uint32_t> patches_;
 };
 
 // Encodes one slice of view.size weights. The caller provides kCodebookWords,
 // chunks() + 1 and sign_mantissa_words() words; the records come back.
-inline std::vector<uint32_t> encode_slice(const uint16_t* weights, const View& view, int threads,
-                                          uint32_t* codebook, uint32_t* chunk_offsets,
-                                          uint32_t* sign_mantissa) {
+inline Words encode_slice(const uint16_t* weights, const View& view, int threads,
+                          uint32_t* codebook, uint32_t* chunk_offsets, uint32_t* sign_mantissa) {
   const Codebook book = choose_codebook(count_pairs(weights, view, threads));
   book.pack(codebook);
   const CodeTable codes(book);
   const int64_t chunks = view.chunks(), batches = (chunks + kEncodeBatch - 1) / kEncodeBatch;
-  std::vector<std::vector<uint32_t>> parts(batches);
-  parallel_for(batches, threads, [&](int64_t batch) {
-    ChunkEncoder encoder(weights, view, codes);
-    const int64_t end = std::min((batch + 1) * kEncodeBatch, chunks);
-    for (int64_t c = batch * kEncodeBatch; c < end; ++c) {
-      chunk_offsets[c] = static_cast<uint32_t>(parts[batch].size());
-      encoder.encode(c, parts[batch], sign_mantissa);
+  Words records;
+  records.reserve(chunks * kTypicalRecordWords);
+  // Batches are encoded by any thread, but appended in order.
+  std::atomic<int64_t> next{0};
+  int64_t appended = 0;
+  std::mutex mutex;
+  std::condition_variable turn;
+  parallel_for(std::min<int64_t>(threads, batches), threads, [&](int64_t) {
+    const auto encoder = std::make_unique<ChunkEncoder>(weights, view, codes);
+    Words part;
+    for (int64_t batch; (batch = next.fetch_add(1)) < batches;) {
+      const int64_t first = batch * kEncodeBatch, end = std::min(first + kEncodeBatch, chunks);
+      part.clear();
+      for (int64_t c = first; c < end; ++c) {
+        chunk_offsets[c] = static_cast<uint32_t>(part.size());
+        encoder->encode(c, part, sign_mantissa);
+      }
+      std::unique_lock<std::mutex> lock(mutex);
+      turn.wait(lock, [&] { return appended == batch; });
+      for (int64_t c = first; c < end; ++c) {
+        chunk_offsets[c] += static_cast<uint32_t>(records.size());
+      }
+      records.append(part.data(), part.size());
+      ++appended;
+      turn.notify_all();
     }
   });
-  uint64_t words = 0;
-  for (int64_t batch = 0; batch < batches; ++batch) {
-    const int64_t end = std::min((batch + 1) * kEncodeBatch, chunks);
-    if (words + parts[batch].size() > UINT32_MAX) {
-      throw std::length_error("the compressed exponents of one slice exceed 2^32 words");
-    }
-    for (int64_t c = batch * kEncodeBatch; c < end; ++c) {
-      chunk_offsets[c] += static_cast<uint32_t>(words);
-    }
-    words += parts[batch].size();
+  if (records.size() > UINT32_MAX) {
+    throw std::length_error("the compressed exponents of one slice exceed 2^32 words");
   }
-  chunk_offsets[chunks] = static_cast<uint32_t>(words);
-  std::vector<uint32_t> records;
-  records.reserve((words + 3) / 4 * 4);
-  for (std::vector<uint32_t>& part : parts) {
-    records.insert(records.end(), part.begin(), part.end());
-    part = {};
-  }
-  records.resize((words + 3) / 4 * 4, 0);
+  chunk_offsets[chunks] = static_cast<uint32_t>(records.size());
+  while (records.size() % 4) records.push_back(0);
   return records;
 }
 
@@ -357,8 +446,9 @@ inline EncodedSlice encode_slice(const uint16_t* weights, const View& view, int 
   slice.codebook.resize(kCodebookWords);
   slice.chunk_offsets.resize(view.chunks() + 1);
   slice.sign_mantissa.resize(view.sign_mantissa_words());
-  slice.exponents = encode_slice(weights, view, threads, slice.codebook.data(),
-                                 slice.chunk_offsets.data(), slice.sign_mantissa.data());
+  const Words records = encode_slice(weights, view, threads, slice.codebook.data(),
+                                     slice.chunk_offsets.data(), slice.sign_mantissa.data());
+  slice.exponents.assign(records.data(), records.data() + records.size());
   return slice;
 }
 

@@ -1,0 +1,147 @@
+"""`DF11Array`: a losslessly compressed bfloat16 tensor as a pytree."""
+
+import dataclasses
+import json
+import math
+import operator
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, UInt32
+
+from df11_jax import _layout
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class DF11Array:
+    """A bfloat16 tensor, losslessly compressed, in five arrays on the device.
+
+    It is a pytree like any other: it can be passed to jitted functions, donated, sharded, saved,
+    mapped over. `df11_jax.decompress` gives back the tensor, bit for bit.
+
+    A stack of equally shaped tensors, such as the layers of a model, has the same leading axes on
+    all five arrays. What takes these axes away or puts new ones in front (`jax.lax.scan`,
+    `jax.vmap`, `jax.tree.map(lambda x: x[i], a)`) gives the compressed slice or stack.
+
+    Invariants: all arrays are uint32; their shapes are `stack_shape + (words,)`, the number of
+    words following from `slice_shape` (but for `exponents`); docs/format.md tells what they hold.
+
+    Attributes:
+        header: format version and shape of each slice.
+        codebook: the code of each slice.
+        chunk_offsets: where each chunk starts in `exponents`.
+        exponents: the coded exponents, a multiple of 4 words for each slice.
+        sign_mantissa: sign and mantissa of each weight.
+        slice_shape: shape of one slice; static.
+    """
+
+    header: UInt32[Array, "*stack 20"]
+    codebook: UInt32[Array, "*stack 36"]
+    chunk_offsets: UInt32[Array, "*stack chunks_and_end"]
+    exponents: UInt32[Array, "*stack words"]
+    sign_mantissa: UInt32[Array, "*stack quads"]
+    slice_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """The leading axes, which all five arrays have in common."""
+        return tuple(self.header.shape[:-1])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor that this stands for."""
+        return self.stack_shape + self.slice_shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(jnp.bfloat16)
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the bfloat16 tensor that this stands for."""
+        return 2 * self.size
+
+    @property
+    def compressed_nbytes(self) -> int:
+        """Bytes of the five arrays."""
+        return sum(4 * math.prod(array.shape) for array in self.payload)
+
+    @property
+    def payload(self) -> tuple[Array, Array, Array, Array, Array]:
+        """The five arrays, in the order of the specification."""
+        return (
+            self.header,
+            self.codebook,
+            self.chunk_offsets,
+            self.exponents,
+            self.sign_mantissa,
+        )
+
+    def __getitem__(self, index: Any) -> "DF11Array":
+        """The compressed slice, or slices, at `index` along the first stack axis.
+
+        Args:
+            index: an integer, a slice, or an integer array, also a traced one.
+
+        Raises:
+            IndexError: there is no stack axis, or an integer is out of bounds.
+            TypeError: the index is a tuple or anything else that is not listed above.
+        """
+        if not self.stack_shape:
+            raise IndexError(
+                f"{self!r} has no stack axis to index: only whole slices can be taken out of a "
+                "compressed stack; decompress it to index the weights"
+            )
+        length = self.stack_shape[0]
+        if not isinstance(index, (slice, jax.Array, np.ndarray)):
+            try:
+                index = operator.index(index)
+            except TypeError:
+                raise TypeError(
+                    "the stack axis of a DF11Array is indexed by an integer, a slice or an "
+                    f"integer array, got {index!r}"
+                ) from None
+            # jax would clamp, and iteration over a DF11Array would never end.
+            if not -length <= index < length:
+                raise IndexError(f"index {index} is out of bounds for a stack of {length}")
+        return jax.tree.map(lambda array: array[index], self)
+
+    def __repr__(self) -> str:
+        # Leaves may be tracers, shapes, or whatever a tree_map put there; none may break this.
+        try:
+            shape = ",".join(map(str, self.shape))
+            if not self.size:
+                return f"DF11Array(bfloat16[{shape}])"
+            bits = 8 * self.compressed_nbytes / self.size
+            return f"DF11Array(bfloat16[{shape}], {bits:.2f} bits/weight)"
+        except Exception:
+            leaves = ", ".join(
+                f"{name}={type(getattr(self, name, None)).__name__}" for name in _layout.PAYLOAD
+            )
+            return f"DF11Array({leaves}, slice_shape={self.slice_shape!r})"
+
+
+jax.export.register_pytree_node_serialization(
+    DF11Array,
+    serialized_name="df11_jax.DF11Array",
+    serialize_auxdata=lambda static: json.dumps(static).encode(),
+    deserialize_auxdata=lambda data: tuple(tuple(field) for field in json.loads(data)),
+)
+
+
+def is_df11(leaf: Any) -> bool:
+    """Whether a leaf is a `DF11Array`: the `is_leaf` of this package's tree functions."""
+    return isinstance(leaf, DF11Array)

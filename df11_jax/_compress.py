@@ -1,0 +1,223 @@
+"""Compression on the host: one tensor, or a pytree leaf by leaf."""
+
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, BFloat16, PyTree
+
+from df11_jax import _layout
+from df11_jax._array import DF11Array, is_df11
+from df11_jax._decode import path_name
+
+_BFLOAT16 = np.dtype(jnp.bfloat16)
+_CASTABLE = (np.dtype(np.float32), np.dtype(np.float16))
+
+# Below this size what a leaf could save does not pay for its table.
+MIN_SIZE = 16384
+
+
+def compress(
+    array: BFloat16[Array, "..."] | BFloat16[np.ndarray, "..."],
+    *,
+    stack_axes: int = 0,
+    verify: bool = True,
+    threads: int | None = None,
+) -> DF11Array:
+    """Compresses one bfloat16 tensor, on the host.
+
+    A numpy array, or a JAX array on the CPU, is read where it lies, if it is contiguous.
+
+    Args:
+        array: a bfloat16 array of any shape, without stack axes of at most 8 dimensions.
+        stack_axes: how many leading axes are a stack (of layers, say): each slice along them gets
+            its own codebook, and can be decompressed alone.
+        verify: decode the result, and compare it with `array` bit by bit.
+        threads: how many threads to use; None for all that this process may run on.
+
+    Returns:
+        The compressed tensor, on the device that `array` is on, or on the default device if it is
+        a numpy array. `decompress` of it is bit for bit `array`.
+
+    Raises:
+        TypeError: `array` is traced, or not bfloat16.
+        ValueError: too many dimensions, or fewer than `stack_axes`.
+        RuntimeError: verification failed, which means broken hardware or a bug.
+    """
+    return _compress(array, "array", stack_axes, verify, threads)
+
+
+def compress_params(
+    params: PyTree,
+    *,
+    include: str | None = None,
+    stacked: str | None = None,
+    predicate: Callable[[str, Any], bool] | None = None,
+    min_size: int = MIN_SIZE,
+    cast: bool = False,
+    verify: bool = True,
+    progress: bool = False,
+    threads: int | None = None,
+) -> PyTree:
+    """Compresses the leaves of a pytree for which it is worth it.
+
+    A leaf stays as it is if it is not bfloat16 (but see `cast`), is left out by one of the
+    arguments, is compressed already, or would not get smaller. Leaves are compressed one by one,
+    so beside `params` and the result the host holds what one leaf needs. `params` itself is never
+    changed: if this is interrupted, nothing is lost.
+
+    Args:
+        params: a pytree of arrays, such as Flax parameters.
+        include: regular expression; only leaves whose path (`layers/attention/query`) it is found
+            in are compressed. None for all.
+        stacked: regular expression; leaves whose path it is found in are stacks along their first
+            axis, as `flax.linen.scan` makes them, and get a stack axis. `scan_blocks` needs it.
+        predicate: `predicate(path, leaf)` has the last word on leaves that the rest lets through.
+        min_size: leaves with fewer weights stay as they are (a stack counts as a whole).
+        cast: round float32 and float16 leaves to bfloat16 first, which is not lossless. Those
+            that are then not compressed keep their type.
+        verify: decode each leaf and compare it bit by bit before going on.
+        progress: show a progress bar, in bytes.
+        threads: how many threads to use; None for all that this process may run on.
+
+    Returns:
+        The same pytree with `DF11Array` leaves.
+
+    Raises:
+        TypeError: a leaf to be compressed is traced.
+        ValueError: a leaf to be stacked has no axes; a regular expression is not one.
+        RuntimeError: verification failed. All messages name the leaf's path.
+    """
+    included = re.compile(include) if include is not None else None
+    stacks = re.compile(stacked) if stacked is not None else None
+
+    def is_wanted(path: str, leaf: Any) -> bool:
+        if is_df11(leaf) or not hasattr(leaf, "dtype") or leaf.size < min_size:
+            return False
+        if leaf.dtype != _BFLOAT16 and not (cast and _native_dtype(leaf) in _CASTABLE):
+            return False
+        if included is not None and not included.search(path):
+            return False
+        return predicate is None or predicate(path, leaf)
+
+    with_paths, treedef = jax.tree.flatten_with_path(params, is_leaf=is_df11)
+    named = [(path_name(path), leaf) for path, leaf in with_paths]
+    wanted = [is_wanted(path, leaf) for path, leaf in named]
+    total = sum(leaf.nbytes for (_, leaf), want in zip(named, wanted, strict=True) if want)
+    leaves = []
+    with _ProgressBar(total if progress else None) as bar:
+        for (path, leaf), want in zip(named, wanted, strict=True):
+            if want:
+                stack_axes = 1 if stacks is not None and stacks.search(path) else 0
+                small = _compress(leaf, path, stack_axes, verify, threads, cast=cast)
+                bar.update(path, leaf.nbytes)
+                if small.compressed_nbytes < leaf.nbytes:
+                    leaf = small
+            leaves.append(leaf)
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _compress(
+    array: Any,
+    name: str,
+    stack_axes: int,
+    verify: bool,
+    threads: int | None,
+    *,
+    cast: bool = False,
+) -> DF11Array:
+    # Not at the top: `import df11_jax` stays fast, and needs no compiled library.
+    from df11_jax import _native
+
+    weights, device = _on_host(array, name, cast)
+    if not 0 <= stack_axes <= weights.ndim:
+        raise ValueError(
+            f"{name}: cannot take {stack_axes} stack axes from an array of shape {weights.shape}"
+        )
+    stack_shape, slice_shape = weights.shape[:stack_axes], weights.shape[stack_axes:]
+    if len(slice_shape) > _layout.MAX_DIMS:
+        raise ValueError(
+            f"{name}: slices of shape {slice_shape} have more than {_layout.MAX_DIMS} dimensions; "
+            "reshape the array, or make leading axes stack axes"
+        )
+    stack = int(np.prod(stack_shape, dtype=np.int64))
+    slice_size = int(np.prod(slice_shape, dtype=np.int64))
+    bits = weights.view(np.uint16).reshape(stack, slice_size)
+    threads = threads or _available_threads()
+    words = _native.encode(bits, list(slice_shape), threads)
+    if verify:
+        at = _native.find_difference(bits, list(slice_shape), *words[1:], threads)
+        if at >= 0:
+            raise RuntimeError(
+                f"{name}: element {tuple(map(int, np.unravel_index(at, weights.shape)))} does not "
+                "come back as it was; the original is untouched. Please report this: it is a bug, "
+                "or broken hardware"
+            )
+    payload = (jax.device_put(w.reshape(*stack_shape, w.shape[-1]), device) for w in words)
+    return DF11Array(*payload, slice_shape=slice_shape)
+
+
+def _on_host(array: Any, name: str, cast: bool) -> tuple[np.ndarray, Any]:
+    """The array as contiguous bfloat16 on the host, and where the result is to go."""
+    if isinstance(array, jax.core.Tracer):
+        raise TypeError(
+            f"{name}: compression runs on the host and needs a concrete array, got a traced one "
+            f"({array.aval}). Compress outside of jit, and pass the DF11Array in"
+        )
+    if isinstance(array, DF11Array):
+        raise TypeError(f"{name}: is compressed already ({array!r})")
+    device = None
+    if isinstance(array, jax.Array):
+        devices = array.devices()
+        if len(devices) == 1:
+            (device,) = devices
+            # A new array of the same buffer: what comes to the host from another device is
+            # cached with the array that was asked for it, and would stay as long as that does.
+            array = array.addressable_data(0)
+    weights = np.asarray(array)
+    if cast and _native_dtype(weights) in _CASTABLE:
+        weights = weights.astype(_BFLOAT16)
+    if weights.dtype != _BFLOAT16:
+        raise TypeError(
+            f"{name}: expected bfloat16, got {weights.dtype}. "
+            "Cast it first, if rounding is acceptable: array.astype(jax.numpy.bfloat16)"
+        )
+    return np.ascontiguousarray(weights).reshape(weights.shape), device
+
+
+def _native_dtype(array: Any) -> np.dtype:
+    """The dtype in this machine's byte order."""
+    return np.dtype(array.dtype).newbyteorder("=")
+
+
+def _available_threads() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class _ProgressBar:
+    """A tqdm bar that counts bytes, or nothing if the total is None."""
+
+    def __init__(self, total: int | None) -> None:
+        self._bar: Any = None
+        if total is not None:
+            from tqdm.auto import tqdm
+
+            self._bar = tqdm(total=total, unit="B", unit_scale=True, desc="compress")
+
+    def __enter__(self) -> "_ProgressBar":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, path: str, nbytes: int) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(path, refresh=False)
+            self._bar.update(nbytes)

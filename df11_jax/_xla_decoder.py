@@ -1,0 +1,282 @@
+"""The decoder in plain XLA operations: for backends without a kernel, and as a test oracle.
+
+It follows docs/format.md on its own, one decoder for all slices, chunks and lanes at once. Shapes
+below: N slices, C chunks, W words of exponents, T = 4 and G = 8 for lane 4 g + t, J = 8 pairs of
+a lane in a half-step, H half-steps of a chunk. Only 32-bit integers are used.
+
+A traced program cannot raise, so a chunk that fails a check becomes NaNs (all bits set).
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, BFloat16, Bool, Int32, UInt16, UInt32
+
+from df11_jax import _layout
+from df11_jax._layout import View
+
+_U32 = jnp.uint32
+# Entries of the table are found by the next 12 bits of a stream, whose first bit is the lowest.
+_BIT_REVERSED = np.array([int(f"{i:012b}"[::-1], 2) for i in range(_layout.TABLE_SIZE)], np.int32)
+
+
+@functools.partial(jax.jit, static_argnames="slice_shape")
+def decode(
+    index: Int32[Array, "*batch"],
+    header: UInt32[Array, "*ones stack 20"],
+    codebook: UInt32[Array, "*ones stack 36"],
+    chunk_offsets: UInt32[Array, "*ones stack chunks_and_end"],
+    exponents: UInt32[Array, "*ones stack words"],
+    sign_mantissa: UInt32[Array, "*ones stack quads"],
+    *,
+    slice_shape: tuple[int, ...],
+) -> BFloat16[Array, "*batch_and_slice"]:
+    """Decodes slices of a stack: the same contract as the FFI call.
+
+    Args:
+        index: the slices wanted, clamped to the stack.
+        header, codebook, chunk_offsets, exponents, sign_mantissa: the compressed stack, with an
+            axis of size 1 in front for each axis of `index`.
+        slice_shape: shape of a slice.
+
+    Returns:
+        The slices. Chunks that are corrupt, or all of a slice whose header or codebook is, have
+        all bits set, which is a NaN.
+    """
+    view = _layout.make_view(slice_shape)
+    shape = index.shape + slice_shape
+    stack = header.shape[-2]
+    if view.size == 0 or stack == 0 or index.size == 0:
+        return jnp.zeros(shape, jnp.bfloat16)
+
+    which = jnp.clip(index.reshape(-1), 0, stack - 1)
+    header, codebook, chunk_offsets, exponents, sign_mantissa = (
+        array.reshape(stack, -1)[which]
+        for array in (header, codebook, chunk_offsets, exponents, sign_mantissa)
+    )
+    table, slice_ok = _build_table(codebook)
+    slice_ok &= jnp.all(header == _layout.pack_header(slice_shape), axis=1)
+    steps = _steps_of_chunks(view)
+    if exponents.shape[1] == 0:  # corrupt, but gathers need something to clamp to
+        exponents = jnp.zeros((exponents.shape[0], 1), _U32)
+    records = _read_records(chunk_offsets, exponents, steps)
+
+    pairs, checksum = _decode_pairs(view, steps, table, records, exponents, sign_mantissa)
+    weights, patches_checksum = _apply_patches(pairs, steps, records, exponents)
+    chunk = jnp.arange(view.chunks, dtype=_U32)
+    checksum += patches_checksum + _mix(chunk + _U32(0x27D4EB2F))
+
+    ok = slice_ok[:, None] & records.ok & (checksum == records.checksum)
+    weights = jnp.where(ok[None, :, :, None, None, None, None], weights, jnp.uint16(0xFFFF))
+    return _to_matrix(view, weights).reshape(shape)
+
+
+def _build_table(
+    codebook: UInt32[Array, "N 36"],
+) -> tuple[UInt32[Array, "N 4096"], Bool[Array, " N"]]:
+    """Table entries (both exponents in place, code length in bits 0..4), and which are valid."""
+    shifts = jnp.arange(0, 32, 8, dtype=_U32)
+    bytes_ = (codebook[:, :, None] >> shifts & 0xFF).reshape(codebook.shape[0], -1)
+    exponent, packed = jnp.split(bytes_, [_layout.CODED_EXPONENTS], axis=1)
+    length = jnp.stack([packed & 15, packed >> 4], axis=-1).reshape(-1, _layout.SYMBOLS)
+
+    # In a complete canonical code, a symbol takes 2^(12 - length) entries in a row.
+    coded = (length > 0) & (length <= _layout.MAX_CODE_BITS)
+    entries = jnp.where(coded, _U32(_layout.TABLE_SIZE) >> length, 0)
+    ok = jnp.all(length <= _layout.MAX_CODE_BITS, axis=1)
+    ok &= jnp.sum(entries, axis=1) == _layout.TABLE_SIZE
+
+    symbols = jnp.argsort(jnp.where(coded, length, 16), axis=1, stable=True)
+    ends = jnp.cumsum(jnp.take_along_axis(entries, symbols, axis=1), axis=1)
+    find = functools.partial(jnp.searchsorted, side="right")
+    rank = jax.vmap(find, in_axes=(0, None))(ends, jnp.arange(_layout.TABLE_SIZE, dtype=_U32))
+    symbol = jnp.take_along_axis(symbols, jnp.minimum(rank, _layout.SYMBOLS - 1), axis=1)
+    first = jnp.take_along_axis(exponent, symbol // _layout.CODED_EXPONENTS, axis=1)
+    second = jnp.take_along_axis(exponent, symbol % _layout.CODED_EXPONENTS, axis=1)
+    table = first << 7 | second << 23 | jnp.take_along_axis(length, symbol, axis=1)
+    return table[:, _BIT_REVERSED], ok
+
+
+class _Records(NamedTuple):
+    """What the records' first words say; all the same shape but for `bits`."""
+
+    ok: Bool[Array, "N C"]  # consistent, so far
+    start: UInt32[Array, "N C"]  # word of `exponents`
+    raw: Bool[Array, "N C"]
+    bits: UInt32[Array, "N C T G"]  # where the lanes' streams start, counted from `start`
+    patches: UInt32[Array, "N C"]  # how many; 0 where not ok
+    first_patch: UInt32[Array, "N C"]  # word of `exponents`
+    checksum: UInt32[Array, "N C"]
+
+
+def _steps_of_chunks(view: View) -> UInt32[np.ndarray, " C"]:
+    left = view.step_rows - _layout.STEPS * np.arange(view.tile_rows)
+    return np.repeat(np.minimum(left, _layout.STEPS), view.tile_cols).astype(np.uint32)
+
+
+def _gather(words: UInt32[Array, "N W"], at: UInt32[Array, "N ..."]) -> UInt32[Array, "N ..."]:
+    """words[n, at[n, ...]], clamped."""
+    at = jnp.minimum(at, _U32(words.shape[1] - 1)).astype(jnp.int32)
+    flat = jnp.take_along_axis(
+        words, at.reshape(at.shape[0], -1), axis=1, mode="promise_in_bounds"
+    )
+    return flat.reshape(at.shape)
+
+
+def _read_records(
+    chunk_offsets: UInt32[Array, "N C+1"],
+    exponents: UInt32[Array, "N W"],
+    steps: UInt32[np.ndarray, " C"],
+) -> _Records:
+    start, end = chunk_offsets[:, :-1], chunk_offsets[:, 1:]
+    words = end - start
+    ok = (start <= end) & (end <= exponents.shape[1])
+    ok &= words >= _layout.RAW_RECORD_HEADER_WORDS
+    head = _gather(
+        exponents, start[..., None] + jnp.arange(_layout.RECORD_HEADER_WORDS, dtype=_U32)
+    )
+    checksum, counts, extra_words = head[..., 0], head[..., 1], head[..., 2:]
+
+    extra = extra_words[..., None] >> jnp.arange(0, 32, 8, dtype=_U32) & 0xFF
+    lane_bits = (counts >> 16)[..., None] + extra.reshape(*counts.shape, _layout.LANES)
+    ends = jnp.cumsum(lane_bits, axis=-1, dtype=_U32)
+    stream_words = (ends[..., -1] + 31) >> 5
+    bits = 32 * _layout.RECORD_HEADER_WORDS + (ends - lane_bits)
+    bits = bits.reshape(*counts.shape, 8, 4).swapaxes(-1, -2)
+
+    patches = counts & 0xFFFF
+    raw = patches == _layout.RAW_CHUNK
+    patches = jnp.where(raw, 0, patches)
+    coded_words = _layout.RECORD_HEADER_WORDS + stream_words + patches
+    raw_words = _layout.RAW_RECORD_HEADER_WORDS + _layout.STEP_WORDS * steps
+    ok &= words == jnp.where(raw, raw_words, coded_words)
+    ok &= ~raw | (counts == _layout.RAW_CHUNK)
+    return _Records(
+        ok=ok,
+        start=start,
+        raw=raw,
+        bits=bits,
+        patches=jnp.where(ok, patches, 0),
+        first_patch=start + _layout.RECORD_HEADER_WORDS + stream_words,
+        checksum=checksum,
+    )
+
+
+def _decode_pairs(
+    view: View,
+    steps: UInt32[np.ndarray, " C"],
+    table: UInt32[Array, "N 4096"],
+    records: _Records,
+    exponents: UInt32[Array, "N W"],
+    sign_mantissa: UInt32[Array, "N quads"],
+) -> tuple[UInt32[Array, "H N C T G J"], UInt32[Array, "N C"]]:
+    """All pairs before patches, and the pairs' part of the checksums."""
+    slices, chunks = records.start.shape
+    half_steps = 2 * min(_layout.STEPS, view.step_rows)
+    start = records.start[:, :, None, None]
+    raw = records.raw[:, :, None, None]
+    t, g = (jnp.arange(n, dtype=_U32) for n in (4, 8))
+    quad = 32 * t[:, None] + 4 * g  # first of the lane's four words in a half-step
+    tile_row, tile_col = np.divmod(np.arange(chunks, dtype=np.int64), view.tile_cols)
+    sign_mantissa_start = jnp.asarray(
+        _layout.STEP_WORDS * (_layout.STEPS * tile_row * view.tile_cols + tile_col * steps), _U32
+    )
+
+    def half_step(
+        state: tuple[Array, Array], h: UInt32[Array, ""]
+    ) -> tuple[tuple[Array, Array], UInt32[Array, "N C T G J"]]:
+        bits, acc = state
+        entries = []
+        raw_word = start + _layout.RAW_RECORD_HEADER_WORDS + _layout.HALF_STEP_WORDS * h + quad
+        for i in range(4):
+            # Two codes, at most 24 bits, from one window of 32.
+            at = jnp.where(raw, raw_word + i, start + (bits >> 5))
+            word, following = _gather(exponents, at), _gather(exponents, at + 1)
+            window = word >> (bits & 31) | following << 1 << (31 - (bits & 31))
+            first = _gather(table, window & (_layout.TABLE_SIZE - 1))
+            window >>= first & 31
+            second = _gather(table, window & (_layout.TABLE_SIZE - 1))
+            bits += (first & 31) + (second & 31)
+            entries.append(jnp.where(raw, _raw_entry(word), first))
+            entries.append(jnp.where(raw, _raw_entry(word >> 16), second))
+
+        at = sign_mantissa_start[:, None, None, None] + _layout.HALF_STEP_WORDS * h
+        at = at + (quad[..., None] + jnp.arange(4, dtype=_U32))
+        low = _gather(sign_mantissa, jnp.broadcast_to(at, (slices, chunks, 4, 8, 4)))
+        other = jnp.stack([low, _rotl(low, 8)], axis=-1).reshape(slices, chunks, 4, 8, 8)
+        mask = _U32(_layout.SIGN_MANTISSA)
+        pair = (jnp.stack(entries, axis=-1) & ~mask) | (other & mask)
+
+        counts = (h < 2 * steps)[:, None, None, None]  # the last tile row may have fewer
+        acc = jnp.where(counts, _rotl(acc * _U32(0x9E3779B1) + pair, 13), acc)
+        return (bits, acc), pair
+
+    # Zeros made of the payload: in a shard_map, a loop's state must start as it goes on, namely
+    # different from device to device.
+    acc = jnp.zeros_like(records.bits[..., None], shape=(slices, chunks, 4, 8, 8))
+    (_, acc), pairs = jax.lax.scan(
+        half_step, (records.bits, acc), jnp.arange(half_steps, dtype=_U32)
+    )
+    place = 64 * t[:, None, None] + jnp.arange(64, dtype=_U32).reshape(8, 8)
+    checksum = jnp.sum(_mix(acc + _U32(0x85EBCA6B) * place), axis=(2, 3, 4), dtype=_U32)
+    return pairs, checksum
+
+
+def _apply_patches(
+    pairs: UInt32[Array, "H N C T G J"],
+    steps: UInt32[np.ndarray, " C"],
+    records: _Records,
+    exponents: UInt32[Array, "N W"],
+) -> tuple[UInt16[Array, "H N C T G J 2"], UInt32[Array, "N C"]]:
+    """The weights, and the patches' part of the checksums."""
+    weights = jax.lax.bitcast_convert_type(pairs, jnp.uint16)
+    n, c = jnp.indices(records.start.shape)
+
+    def patch_all_chunks(
+        i: Int32[Array, ""], state: tuple[Array, Array]
+    ) -> tuple[UInt16[Array, "H N C T G J 2"], UInt32[Array, "N C"]]:
+        weights, checksum = state
+        i = jnp.asarray(i, _U32)
+        patch = _gather(exponents, records.first_patch + i)
+        active = i < records.patches
+        row, col = patch >> 22, patch >> 16 & 63
+        h = row >> 3 & ~_U32(1) | row >> 1 & 1  # 2 * step + half-step
+        # What is not to be written goes out of bounds, where scatters drop it.
+        h = jnp.where(active & (row < _layout.STEP_ROWS * steps), h, _U32(2 * _layout.STEPS))
+        at = weights.at[h, n, c, row >> 2 & 3, col >> 3, col & 7, row & 1]
+        weights = at.set(patch.astype(jnp.uint16), mode="drop")
+        return weights, checksum + jnp.where(active, _mix(patch + _U32(0xC2B2AE35)), 0)
+
+    count = jnp.max(records.patches).astype(jnp.int32)
+    state = (weights, jnp.zeros_like(records.patches))
+    return jax.lax.fori_loop(0, count, patch_all_chunks, state)
+
+
+def _to_matrix(
+    view: View, weights: UInt16[Array, "H N C T G J 2"]
+) -> BFloat16[Array, "N size"]:
+    half_steps, slices = weights.shape[:2]
+    tiles = weights.reshape(half_steps, slices, view.tile_rows, view.tile_cols, 4, 8, 8, 2)
+    # Row 16 step + 4 t + 2 half-step + k of a tile, column 8 g + j.
+    tiles = tiles.reshape(half_steps // 2, 2, *tiles.shape[1:])
+    matrix = tiles.transpose(2, 3, 0, 5, 1, 8, 4, 6, 7)
+    matrix = matrix.reshape(slices, -1, view.tile_cols * _layout.TILE_COLS)
+    matrix = matrix[:, : view.rows, : view.cols].reshape(slices, -1)[:, : view.size]
+    return jax.lax.bitcast_convert_type(matrix, jnp.bfloat16)
+
+
+def _raw_entry(word: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    return (word & 0xFF) << 7 | (word & 0xFF00) << 15
+
+
+def _rotl(x: UInt32[Array, "..."], n: int) -> UInt32[Array, "..."]:
+    return x << n | x >> (32 - n)
+
+
+def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    x ^= x >> 16
+    x *= _U32(0x7FEB352D)
+    return x ^ x >> 15

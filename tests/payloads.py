@@ -1,0 +1,48 @@
+"""Weights, their payloads and comparisons, for several tests."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from df11_jax import _native
+from df11_jax._array import DF11Array
+
+
+def random_weights(shape: tuple[int, ...], seed: int = 0, scale: float = 0.02) -> jax.Array:
+    """Bfloat16 weights as a network has them."""
+    values = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return jnp.asarray(scale * values, jnp.bfloat16)
+
+
+def bits(weights: Any) -> np.ndarray:
+    weights = np.asarray(weights)
+    assert weights.dtype == jnp.bfloat16
+    return weights.view(np.uint16)
+
+
+def assert_same_bits(actual: Any, expected: Any) -> None:
+    np.testing.assert_array_equal(bits(actual), bits(expected))
+
+
+def from_payload(payload: Any, slice_shape: tuple[int, ...]) -> DF11Array:
+    return DF11Array(*map(jnp.asarray, payload), slice_shape=slice_shape)
+
+
+def compress_stack(weights: Any, stack_ndim: int = 0) -> DF11Array:
+    """Compresses with the native encoder, the first `stack_ndim` axes being stack axes."""
+    values = bits(weights)
+    stack, slice_shape = values.shape[:stack_ndim], values.shape[stack_ndim:]
+    flat = np.ascontiguousarray(values.reshape(int(np.prod(stack)), -1))
+    payload = _native.encode(flat, list(slice_shape), 2)
+    return from_payload([array.reshape(*stack, -1) for array in payload], slice_shape)
+
+
+def count_decodes(function: Callable[..., Any], *args: Any) -> int:
+    """How many slices of tensors the CPU handler decodes during a call."""
+    jax.block_until_ready(args)
+    before = _native.decode_count()
+    jax.block_until_ready(function(*args))
+    return _native.decode_count() - before

@@ -1,0 +1,168 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from payloads import assert_same_bits, compress_stack, random_weights
+
+from df11_jax import _layout
+from df11_jax._array import DF11Array
+from df11_jax._decode import decompress, decompress_params
+
+
+@pytest.fixture(scope="module")
+def stacked():
+    weights = random_weights((3, 64, 128))
+    return weights, compress_stack(weights, 1)
+
+
+@pytest.mark.parametrize("stack_ndim", [0, 1, 2])
+def test_describes_what_it_stands_for(stack_ndim):
+    weights = random_weights((2, 3, 64, 64))
+    a = compress_stack(weights, stack_ndim)
+    assert a.shape == weights.shape
+    assert a.stack_shape == weights.shape[:stack_ndim]
+    assert a.slice_shape == weights.shape[stack_ndim:]
+    assert (a.ndim, a.dtype, a.size, a.nbytes) == (4, jnp.bfloat16, 24576, 49152)
+    assert a.compressed_nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(a))
+    assert_same_bits(decompress(a), weights)
+
+
+def test_is_a_pytree_with_named_leaves(stacked):
+    _, a = stacked
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(a)]
+    assert paths == [f".{name}" for name in _layout.PAYLOAD]
+    assert jax.tree.structure(a) == jax.tree.structure(a[0])
+    assert all(leaf.dtype == jnp.uint32 for leaf in jax.tree.leaves(a))
+
+
+def test_is_frozen(stacked):
+    _, a = stacked
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        a.slice_shape = (1,)
+
+
+def test_tree_map_takes_slices(stacked):
+    weights, a = stacked
+    one = jax.tree.map(lambda leaf: leaf[1], a)
+    assert one.shape == (64, 128)
+    assert_same_bits(decompress(one), weights[1])
+    again = jax.tree.map(lambda *leaves: jnp.stack(leaves), *a)
+    assert_same_bits(decompress(again), weights)
+
+
+@pytest.mark.parametrize("index", [0, -1, np.int64(2), slice(1, None), np.array([2, 0])])
+def test_indexing_takes_slices(stacked, index):
+    weights, a = stacked
+    assert_same_bits(decompress(a[index]), weights[index])
+
+
+def test_indexing_with_a_tracer(stacked):
+    weights, a = stacked
+    assert_same_bits(jax.jit(lambda i: decompress(a[i]))(2), weights[2])
+
+
+def test_indexing_errors(stacked):
+    _, a = stacked
+    with pytest.raises(IndexError, match="out of bounds for a stack of 3"):
+        a[3]
+    with pytest.raises(TypeError, match=r"got \(0, 1\)"):
+        a[0, 1]
+    with pytest.raises(IndexError, match="no stack axis"):
+        a[0][0]
+    assert len(list(a)) == 3
+
+
+def test_repr(stacked):
+    _, a = stacked
+    rate = 8 * a.compressed_nbytes / a.size
+    expected = f"DF11Array(bfloat16[3,64,128], {rate:.2f} bits/weight)"
+    assert repr(a) == expected
+    assert repr(jax.eval_shape(lambda: a)) == expected
+    seen = []
+    jax.jit(lambda a: seen.append(repr(a)))(a)
+    jax.vmap(lambda a: seen.append(repr(a)))(a)
+    assert seen == [expected, expected.replace("3,64", "64")]
+    assert repr(compress_stack(jnp.zeros((0, 4), jnp.bfloat16))) == "DF11Array(bfloat16[0,4])"
+
+
+@pytest.mark.parametrize("leaf", [None, "name", 3, object(), (1, 2), jax.P("x")])
+def test_repr_of_odd_leaves(stacked, leaf):
+    _, a = stacked
+    odd = jax.tree.map(lambda _: leaf, a)
+    assert "DF11Array" in repr(odd)
+    assert repr(DF11Array(*[leaf] * 5, slice_shape=leaf))
+
+
+def test_decompress_params_touches_nothing_else(stacked):
+    weights, a = stacked
+    other = np.ones(3)
+    params = {"a": a, "b": [other, a[0]], "none": None, "name": "x"}
+    result = decompress_params(params)
+    assert_same_bits(result["a"], weights)
+    assert_same_bits(result["b"][1], weights[0])
+    assert result["b"][0] is other
+    assert result["name"] == "x"
+    assert decompress_params({}) == {}
+
+
+def test_decompress_refuses_other_things():
+    with pytest.raises(TypeError, match="takes a DF11Array, got ndarray"):
+        decompress(np.zeros(3))
+
+
+def test_arrays_that_do_not_fit(stacked):
+    _, a = stacked
+    short = dataclasses.replace(a, sign_mantissa=a.sign_mantissa[:, :-1])
+    with pytest.raises(
+        ValueError, match=r"block/kernel: sign_mantissa has shape \[3, 2047\], expected \[3, 2048\]"
+    ):
+        decompress_params({"block": {"kernel": short}})
+    with pytest.raises(ValueError, match=r"codebook has shape \[2, 36\], expected \[3, 36\]"):
+        decompress(dataclasses.replace(a, codebook=a.codebook[:2]))
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "cols"),
+    [
+        ((), 1, 64),
+        ((1,), 1, 64),
+        ((65,), 2, 64),
+        ((0, 64), 0, 64),
+        ((64, 64), 64, 64),
+        ((16, 64), 16, 64),
+        ((15, 64), 15, 64),  # flat: rows would be padded by 1/15, but the flat view is the same
+        ((192, 512), 192, 512),
+        ((3, 64, 256), 192, 256),
+        ((1, 100_000), 1563, 64),
+        ((4096, 4096 + 8), 4096, 4104),  # 1.4 % padding
+        ((800, 88), 1100, 64),
+        ((50, 64 * 50), 2500, 64),
+        ((64, 63), 63, 64),  # not a multiple of 8
+    ],
+)
+def test_view(shape, rows, cols):
+    view = _layout.make_view(shape)
+    assert (view.rows, view.cols) == (rows, cols)
+    assert view.size == np.prod(shape, dtype=np.int64)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (3, 2**33, 7), (1,) * 8])
+def test_header_round_trip(shape):
+    assert _layout.unpack_header(_layout.pack_header(shape)) == shape
+
+
+def test_header_errors():
+    with pytest.raises(ValueError, match="at most 8 dimensions"):
+        _layout.pack_header((1,) * 9)
+    header = _layout.pack_header((4, 4))
+    header[0] = 2
+    with pytest.raises(ValueError, match="format version 2 is unknown"):
+        _layout.unpack_header(header)
+    with pytest.raises(ValueError, match="20 uint32 words"):
+        _layout.unpack_header(header[1:])
+    corrupt = _layout.pack_header((4, 4))
+    corrupt[7] = 1
+    with pytest.raises(ValueError, match="corrupt"):
+        _layout.unpack_header(corrupt)
