@@ -157,8 +157,12 @@ def _compress(
                 "come back as it was; the original is untouched. Please report this: it is a bug, "
                 "or broken hardware"
             )
-    payload = (jax.device_put(w.reshape(*stack_shape, w.shape[-1]), device) for w in words)
-    return DF11Array(*payload, slice_shape=slice_shape)
+    header, codebook, chunk_offsets, exponents, sign_mantissa = (
+        jax.device_put(w.reshape(*stack_shape, w.shape[-1]), device) for w in words
+    )
+    return DF11Array(
+        header, codebook, chunk_offsets, exponents, sign_mantissa, slice_shape=slice_shape
+    )
 
 
 def _on_host(array: Any, name: str, cast: bool) -> tuple[np.ndarray, Any]:

@@ -36,7 +36,9 @@ def save_file(params: PyTree, path: str | os.PathLike[str]) -> None:
         if not all(isinstance(key, jax.tree_util.DictKey) for key in keys) or any(
             set("/:") & set(str(key.key)) for key in keys
         ):
-            raise ValueError(f"{name}: only nested dicts with keys free of '/' and ':' can be saved")
+            raise ValueError(
+                f"{name}: only nested dicts with keys free of '/' and ':' can be saved"
+            )
         if isinstance(leaf, DF11Array):
             for part, array in zip(_layout.PAYLOAD, leaf.payload, strict=True):
                 tensors[f"{name}:{part}"] = array
@@ -86,7 +88,9 @@ def load_file(path: str | os.PathLike[str]) -> PyTree:
 
 def _join(name: str, parts: dict[str, jax.Array]) -> DF11Array:
     if set(parts) != set(_layout.PAYLOAD):
-        raise ValueError(f"{name}: expected the parts {_layout.PAYLOAD}, got {tuple(sorted(parts))}")
+        raise ValueError(
+            f"{name}: expected the parts {_layout.PAYLOAD}, got {tuple(sorted(parts))}"
+        )
     header = jax.device_get(parts["header"])
     try:
         slice_shape = _layout.unpack_header(header.reshape(-1, header.shape[-1])[0])

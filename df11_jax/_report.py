@@ -78,9 +78,7 @@ class SizeReport:
         widths = [max(map(len, column)) for column in zip(head, *rows, total, strict=True)]
         lines = [
             "  ".join(cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in cells).rstrip()
-            for cells in (
-                enumerate(zip(row, widths, strict=True)) for row in (head, *rows, total)
-            )
+            for cells in (enumerate(zip(row, widths, strict=True)) for row in (head, *rows, total))
         ]
         rule = "-" * max(map(len, lines))
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
@@ -142,7 +140,7 @@ def size_report(params: PyTree) -> SizeReport:
     return SizeReport(tuple(leaves))
 
 
-def _bytes(n: int) -> str:
+def _bytes(n: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if n < 1024:
             return f"{n:.4g} {unit}"

@@ -60,9 +60,7 @@ def scan_blocks(
             names=[names[i] for i in compressed],
             after=carry,
         )
-        by_leaf = dict(zip(plain, block, strict=True)) | dict(
-            zip(compressed, weights, strict=True)
-        )
+        by_leaf = dict(zip(plain, block, strict=True)) | dict(zip(compressed, weights, strict=True))
         params = jax.tree.unflatten(treedef, [by_leaf[i] for i in range(len(leaves))])
         return block_fn(carry, params, x)
 

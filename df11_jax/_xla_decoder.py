@@ -120,9 +120,7 @@ def _steps_of_chunks(view: View) -> UInt32[np.ndarray, " C"]:
 def _gather(words: UInt32[Array, "N W"], at: UInt32[Array, "N ..."]) -> UInt32[Array, "N ..."]:
     """words[n, at[n, ...]], clamped."""
     at = jnp.minimum(at, _U32(words.shape[1] - 1)).astype(jnp.int32)
-    flat = jnp.take_along_axis(
-        words, at.reshape(at.shape[0], -1), axis=1, mode="promise_in_bounds"
-    )
+    flat = jnp.take_along_axis(words, at.reshape(at.shape[0], -1), axis=1, mode="promise_in_bounds")
     return flat.reshape(at.shape)
 
 
@@ -255,9 +253,7 @@ def _apply_patches(
     return jax.lax.fori_loop(0, count, patch_all_chunks, state)
 
 
-def _to_matrix(
-    view: View, weights: UInt16[Array, "H N C T G J 2"]
-) -> BFloat16[Array, "N size"]:
+def _to_matrix(view: View, weights: UInt16[Array, "H N C T G J 2"]) -> BFloat16[Array, "N size"]:
     half_steps, slices = weights.shape[:2]
     tiles = weights.reshape(half_steps, slices, view.tile_rows, view.tile_cols, 4, 8, 8, 2)
     # Row 16 step + 4 t + 2 half-step + k of a tile, column 8 g + j.

@@ -23,19 +23,19 @@ using WordsOut = nb::ndarray<uint32_t, nb::numpy, nb::ndim<2>>;
 
 // The words of every slice of a stack; numpy takes them over.
 struct WordArray {
+  size_t stack, slice_words;
   Words words;
-  size_t stack;
 
-  WordArray(size_t stack, size_t words) : words(stack * words), stack(stack) {}
-  WordArray(size_t stack, Words words) : words(std::move(words)), stack(stack) {}
-  size_t slice_words() const { return stack ? words.size() / stack : 0; }
-  uint32_t* slice(size_t i) { return words.data() + i * slice_words(); }
+  WordArray(size_t stack, size_t slice_words)
+      : stack(stack), slice_words(slice_words), words(stack * slice_words) {}
+  explicit WordArray(Words slice) : stack(1), slice_words(slice.size()), words(std::move(slice)) {}
+
+  uint32_t* slice(size_t i) { return words.data() + i * slice_words; }
   WordsOut release() {
-    const size_t count = slice_words();
     if (!words.data()) words.reserve(1);  // a capsule cannot hold a null pointer
     uint32_t* raw = words.release();
     nb::capsule owner(raw, [](void* p) noexcept { std::free(p); });
-    return WordsOut(raw, {stack, count}, owner);
+    return WordsOut(raw, {stack, slice_words}, owner);
   }
 };
 
@@ -68,7 +68,7 @@ void for_each_slice(int64_t stack, int threads, const Body& body) {
 
 // A stack of slices of different lengths, filled up with zeros to the longest.
 WordArray pad_together(std::vector<Words> slices) {
-  if (slices.size() == 1) return {1, std::move(slices[0])};
+  if (slices.size() == 1) return WordArray(std::move(slices[0]));
   size_t longest = 0;
   for (const Words& slice : slices) longest = std::max(longest, slice.size());
   WordArray padded(slices.size(), longest);
@@ -93,8 +93,7 @@ nb::tuple encode(WeightsIn weights, const std::vector<int64_t>& dims, int thread
     for_each_slice(stack, threads, [&](int64_t i, int slice_threads) {
       std::copy(header.begin(), header.end(), headers.slice(i));
       records[i] = encode_slice(weights.data() + i * view.size, view, slice_threads,
-                                codebooks.slice(i), chunk_offsets.slice(i),
-                                sign_mantissa.slice(i));
+                                codebooks.slice(i), chunk_offsets.slice(i), sign_mantissa.slice(i));
     });
     exponents = pad_together(std::move(records));
   }
@@ -104,7 +103,8 @@ nb::tuple encode(WeightsIn weights, const std::vector<int64_t>& dims, int thread
 
 // The first element (counted over the whole stack) that does not come back, or -1.
 int64_t find_difference(WeightsIn weights, const std::vector<int64_t>& dims, WordsIn codebook,
-                        WordsIn chunk_offsets, WordsIn exponents, WordsIn sign_mantissa, int threads) {
+                        WordsIn chunk_offsets, WordsIn exponents, WordsIn sign_mantissa,
+                        int threads) {
   const size_t stack = weights.shape(0);
   const View view = checked_view(dims, weights.shape(1));
   const auto has_shape = [&](const WordsIn& words, int64_t count) {
@@ -165,17 +165,23 @@ NB_MODULE(_native, m) {
         nb::arg("sign_mantissa"), nb::arg("threads"),
         "The index of the first element that decodes to something else, or -1.");
   m.def("decode_count", &decode_count, "Slices decoded by the CPU handler so far.");
-  m.def("simd_levels", [] {
-    std::vector<std::string> names;
-    for (int i = 0; i <= static_cast<int>(best_simd()); ++i) {
-      names.push_back(simd_name(static_cast<Simd>(i)));
-    }
-    return names;
-  }, "The instruction sets that the decoder can use here, the one in use by default last.");
-  m.def("use_simd", [](const std::string& name) {
-    for (int i = 0; i <= static_cast<int>(best_simd()); ++i) {
-      if (simd_name(static_cast<Simd>(i)) == name) return use_simd(static_cast<Simd>(i));
-    }
-    throw std::invalid_argument("this processor has no " + name);
-  }, nb::arg("name"), "Makes the CPU handler use one of simd_levels().");
+  m.def(
+      "simd_levels",
+      [] {
+        std::vector<std::string> names;
+        for (int i = 0; i <= static_cast<int>(best_simd()); ++i) {
+          names.push_back(simd_name(static_cast<Simd>(i)));
+        }
+        return names;
+      },
+      "The instruction sets that the decoder can use here, the one in use by default last.");
+  m.def(
+      "use_simd",
+      [](const std::string& name) {
+        for (int i = 0; i <= static_cast<int>(best_simd()); ++i) {
+          if (simd_name(static_cast<Simd>(i)) == name) return use_simd(static_cast<Simd>(i));
+        }
+        throw std::invalid_argument("this processor has no " + name);
+      },
+      nb::arg("name"), "Makes the CPU handler use one of simd_levels().");
 }

@@ -32,7 +32,8 @@ inline std::string tensor_name(std::string_view names, size_t i) {
     begin = names.find('\n', begin);
     if (begin != std::string_view::npos) ++begin;
   }
-  if (begin == std::string_view::npos || begin >= names.size()) return "tensor " + std::to_string(i);
+  if (begin == std::string_view::npos || begin >= names.size())
+    return "tensor " + std::to_string(i);
   return "'" + std::string(names.substr(begin, names.find('\n', begin) - begin)) + "'";
 }
 
@@ -80,10 +81,10 @@ inline bool set_batch_axes(TensorSlices& tensor, ffi::AnyBuffer::Dimensions out,
 
 inline ffi::Error read_operands(ffi::RemainingArgs args, ffi::RemainingRets results,
                                 std::string_view names, std::vector<TensorSlices>& tensors) {
-  const ffi::Error bad_count = ffi::Error::InvalidArgument(
-      "df11_decode: expected an index and five arrays for each of " +
-      std::to_string(results.size()) + " results, got " + std::to_string(args.size()) +
-      " operands");
+  const ffi::Error bad_count =
+      ffi::Error::InvalidArgument("df11_decode: expected an index and five arrays for each of " +
+                                  std::to_string(results.size()) + " results, got " +
+                                  std::to_string(args.size()) + " operands");
   if (args.size() != 1 + kArraysPerTensor * results.size()) return bad_count;
   const auto index = args.get<ffi::AnyBuffer>(0);
   if (!index || index->element_type() != ffi::DataType::S32) {
@@ -104,14 +105,14 @@ inline ffi::Error read_operands(ffi::RemainingArgs args, ffi::RemainingRets resu
                    std::to_string(kMaxDims) + " more");
     }
     TensorSlices tensor;
-    tensor.view = make_view(out_dims.begin() + batch_rank,
-                            static_cast<int>(out_dims.size() - batch_rank));
+    tensor.view =
+        make_view(out_dims.begin() + batch_rank, static_cast<int>(out_dims.size() - batch_rank));
 
     static constexpr const char* kArrayNames[kArraysPerTensor] = {
         "header", "codebook", "chunk_offsets", "exponents", "sign_mantissa"};
-    const int64_t expected_words[kArraysPerTensor] = {
-        kHeaderWords, kCodebookWords, tensor.view.chunks() + 1, -1,
-        tensor.view.sign_mantissa_words()};
+    const int64_t expected_words[kArraysPerTensor] = {kHeaderWords, kCodebookWords,
+                                                      tensor.view.chunks() + 1, -1,
+                                                      tensor.view.sign_mantissa_words()};
     const uint32_t* data[kArraysPerTensor];
     ffi::AnyBuffer::Dimensions payload_dims{};
     for (int k = 0; k < kArraysPerTensor; ++k) {
@@ -148,7 +149,8 @@ inline ffi::Error read_operands(ffi::RemainingArgs args, ffi::RemainingRets resu
                    " disagree, or there are more than " + std::to_string(kMaxBatchAxes) +
                    " that alternate");
     }
-    if (tensor.stack == 0 && tensor.batch > 0) return error("a slice of an empty stack was asked for");
+    if (tensor.stack == 0 && tensor.batch > 0)
+      return error("a slice of an empty stack was asked for");
     tensor.index = static_cast<const int32_t*>(index->untyped_data());
     tensor.header = data[0];
     tensor.codebook = data[1];

@@ -83,8 +83,8 @@ void fuzz(const std::vector<int64_t>& dims, const Source& source, int tries) {
   int caught = 0;
   for (int attempt = 0; attempt < tries; ++attempt) {
     Arrays arrays(view, good);
-    uint32_t* parts[] = {arrays.codebook.get(), arrays.chunk_offsets.get(),
-                         arrays.exponents.get(), arrays.sign_mantissa.get()};
+    uint32_t* parts[] = {arrays.codebook.get(), arrays.chunk_offsets.get(), arrays.exponents.get(),
+                         arrays.sign_mantissa.get()};
     const int changes = 1 + random_bits() % 3;
     for (int i = 0; i < changes; ++i) {
       const int part = random_bits() % 4;
@@ -111,8 +111,8 @@ int run() {
   const auto rare = [&](int64_t i) { return i % 97 ? normal_weight(i) : noise(i); };
   const Source sources[] = {normal_weight, pattern, noise, constant, uneven, rare};
   for (const Source& source : sources) {
-    for (int64_t n : {0, 1, 2, 7, 8, 9, 63, 64, 65, 127, 128, 129, 1023, 1024, 1025, 8191, 8192,
-                      8193, 16385, 65536}) {
+    for (int64_t n : {0,   1,   2,    7,    8,    9,    63,   64,   65,    127,
+                      128, 129, 1023, 1024, 1025, 8191, 8192, 8193, 16385, 65536}) {
       round_trip({n}, source);
     }
     for (int64_t rows : {1, 15, 16, 17, 127, 128, 129, 144, 257}) {
@@ -121,7 +121,7 @@ int run() {
     round_trip({3, 5, 64}, source);
     round_trip({}, source);
   }
-  round_trip({700, 1024}, normal_weight);  // more than one batch of chunks
+  round_trip({700, 1024}, normal_weight);   // more than one batch of chunks
   round_trip({2200, 1024}, normal_weight);  // written past the caches
   fuzz({130, 72}, normal_weight, 3000);
   fuzz({16, 64}, normal_weight, 3000);

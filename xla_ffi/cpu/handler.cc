@@ -1,5 +1,7 @@
 // The FFI handler for the CPU: decodes a set of tensors on XLA's thread pool.
 
+#include "cpu/handler.h"
+
 #include <atomic>
 #include <condition_variable>
 #include <functional>
@@ -8,8 +10,6 @@
 #include <string>
 #include <string_view>
 #include <vector>
-
-#include "cpu/handler.h"
 
 namespace df11 {
 namespace {
@@ -134,7 +134,8 @@ ffi::Error DecodeCpuImpl(ffi::ThreadPool pool, std::string_view names_attribute,
           check_header(tensor.header + slice * kHeaderWords, dims.begin() + batch_rank,
                        static_cast<int>(dims.size()) - batch_rank);
       if (!problem.empty()) {
-        return OperandError(tensor_name(names, i))("slice " + std::to_string(slice) + " " + problem);
+        return OperandError(tensor_name(names, i))("slice " + std::to_string(slice) + " " +
+                                                   problem);
       }
     }
     decode_counter += tensor.batch;
@@ -158,7 +159,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(df11_decode_cpu, DecodeCpuImpl,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<std::string_view>("names")
-                                  .RemainingArgs()   // index, then five arrays a tensor
+                                  .RemainingArgs()    // index, then five arrays a tensor
                                   .RemainingRets());  // the tensors
 
 }  // namespace df11

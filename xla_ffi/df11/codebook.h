@@ -66,8 +66,8 @@ inline void limited_lengths(const std::array<uint64_t, kSymbols>& counts,
     level.clear();
     for (size_t i = 0; i + 1 < merged.size(); i += 2) {
       level.push_back(static_cast<int>(nodes.size()));
-      nodes.push_back({nodes[merged[i]].weight + nodes[merged[i + 1]].weight, -1, merged[i],
-                       merged[i + 1]});
+      nodes.push_back(
+          {nodes[merged[i]].weight + nodes[merged[i + 1]].weight, -1, merged[i], merged[i + 1]});
     }
   }
   merge_leaves();
@@ -159,8 +159,8 @@ inline bool build_table(const uint32_t* words, uint32_t* table) {
   for (int i = 0; i < kSymbols; ++i) {
     const uint32_t bits = book.lengths[i];
     if (!bits) continue;
-    const uint32_t entry = table_entry(book.exponents[i / kCodedExponents],
-                                       book.exponents[i % kCodedExponents], bits);
+    const uint32_t entry =
+        table_entry(book.exponents[i / kCodedExponents], book.exponents[i % kCodedExponents], bits);
     for (uint32_t at = codes[i]; at < kTableSize; at += 1u << bits) table[at] = entry;
   }
   return true;

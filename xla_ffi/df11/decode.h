@@ -95,9 +95,9 @@ DF11_HD void prefetch_next_chunk(const uint32_t* chunk_sign_mantissa, const uint
 // Decodes a record into a tile of 16 * chunk.steps rows of 64 weights, `stride` apart.
 // The record must be followed by kOverreadWords readable words. Returns false if it is
 // corrupt; what was written to the tile is then of no use.
-DF11_HD bool decode_record(const uint32_t* record, int64_t words, const Chunk& chunk,
-                           int64_t index, const uint32_t* chunk_sign_mantissa,
-                           const uint32_t* table, uint16_t* tile, int64_t stride) {
+DF11_HD bool decode_record(const uint32_t* record, int64_t words, const Chunk& chunk, int64_t index,
+                           const uint32_t* chunk_sign_mantissa, const uint32_t* table,
+                           uint16_t* tile, int64_t stride) {
   if (words < kRawRecordHeaderWords) return false;
   const bool raw = record[1] == kRawChunk;
   uint32_t positions[kLanes];

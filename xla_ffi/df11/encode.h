@@ -72,8 +72,7 @@ DF11_HD int64_t pair_row(int half_step, int t) {
 // Counts pairs of exponents, leaving out row pairs at the edges, which may hold padding. Of a
 // large slice only a sample of about 2^20 pairs is counted: pairs that it misses are patched.
 // Chunks are picked by a hash, so that no regularity of the tensor can hide from it.
-inline std::vector<uint64_t> count_pairs(const uint16_t* weights, const View& view,
-                                         int threads) {
+inline std::vector<uint64_t> count_pairs(const uint16_t* weights, const View& view, int threads) {
   const uint32_t one_in = static_cast<uint32_t>(std::max<int64_t>(1, view.size >> 21));
   const int64_t batches = (view.chunks() + kEncodeBatch - 1) / kEncodeBatch;
   std::vector<std::vector<uint32_t>> partial(std::min<int64_t>(threads, batches));

@@ -32,9 +32,9 @@ inline Simd best_simd() {
 // Defines NAME_portable, NAME_avx2 and NAME_avx512, which inline the function NAME, and
 // selects one of them as a function pointer.
 #ifdef DF11_X86
-#define DF11_FOR_EACH_SIMD(RESULT, NAME, PARAMETERS, ARGUMENTS)                            \
-  inline RESULT NAME##_portable PARAMETERS { return NAME ARGUMENTS; }                      \
-  DF11_TARGET_AVX2 inline RESULT NAME##_avx2 PARAMETERS { return NAME ARGUMENTS; }         \
+#define DF11_FOR_EACH_SIMD(RESULT, NAME, PARAMETERS, ARGUMENTS)                    \
+  inline RESULT NAME##_portable PARAMETERS { return NAME ARGUMENTS; }              \
+  DF11_TARGET_AVX2 inline RESULT NAME##_avx2 PARAMETERS { return NAME ARGUMENTS; } \
   DF11_TARGET_AVX512 inline RESULT NAME##_avx512 PARAMETERS { return NAME ARGUMENTS; }
 #define DF11_SELECT(SIMD, NAME)                    \
   ((SIMD) == ::df11::Simd::kAvx512 ? NAME##_avx512 \

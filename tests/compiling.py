@@ -1,0 +1,45 @@
+"""Compiles C++ test drivers with the host compiler, and runs them, for several tests."""
+
+import pathlib
+import shutil
+import subprocess
+from collections.abc import Sequence
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+FLAGS = {
+    "plain": ["-O2"],
+    "address": ["-O1", "-fsanitize=address"],
+    "undefined": ["-O1", "-fsanitize=undefined", "-fno-sanitize-recover"],
+    "thread": ["-O1", "-fsanitize=thread"],
+}
+
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++ on PATH")
+
+
+def run_under(
+    sanitizer: str, folder: pathlib.Path, arguments: Sequence[str], standard: str = "c++17"
+) -> None:
+    """Compiles in the project's root with `FLAGS[sanitizer]`, runs, and shows what it prints.
+
+    Args:
+        sanitizer: a key of `FLAGS`.
+        folder: for the program.
+        arguments: of g++, sources included.
+        standard: the C++ standard.
+    """
+    program = folder / "driver"
+    command = ["g++", f"-std={standard}", "-Wall", "-Wextra", "-Werror", "-g", "-pthread"]
+    command += [*FLAGS[sanitizer], *arguments, "-o", str(program)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+
+    result = subprocess.run([program], capture_output=True, text=True, timeout=600)
+    if "unexpected memory mapping" in result.stderr:
+        # ThreadSanitizer, and a kernel that randomizes addresses more than it expects.
+        command = ["setarch", "--addr-no-randomize", str(program)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    print(result.stdout)
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -1,0 +1,265 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import df11_jax
+from df11_jax import _native
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return (RNG.standard_normal(shape, dtype=np.float32) * np.float32(0.02)).astype(BF16)
+
+
+def assert_same_bits(actual, expected):
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.dtype == expected.dtype == BF16
+    assert actual.shape == expected.shape
+    np.testing.assert_array_equal(actual.view(np.uint16), expected.view(np.uint16))
+
+
+def round_trip(weights, **options):
+    array = df11_jax.compress(weights, **options)
+    assert array.shape == np.shape(weights)
+    assert_same_bits(df11_jax.decompress(array), weights)
+    return array
+
+
+@pytest.mark.parametrize("simd", _native.simd_levels())
+def test_all_bit_patterns_on_every_instruction_set(simd):
+    patterns = np.arange(65536, dtype=np.uint16).view(BF16)
+    # Together with normal weights, so that some chunks are coded and some raw.
+    weights = np.concatenate([normal(100_000), patterns, normal(100_000), patterns[::-1]])
+    array = df11_jax.compress(weights)
+    try:
+        _native.use_simd(simd)
+        assert_same_bits(df11_jax.decompress(array), weights)
+    finally:
+        _native.use_simd(_native.simd_levels()[-1])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (),
+        (0,),
+        (3, 0, 5),
+        (1,),
+        (1, 1),
+        (7, 9),
+        (63,),
+        (64,),
+        (65,),
+        (8191,),
+        (8192,),
+        (8193,),
+        (127, 64),
+        (128, 64),
+        (129, 64),
+        (128, 72),
+        (144, 448),
+        (5, 6, 7, 8),
+        (2, 1, 2, 1, 2, 1, 2, 64),
+        (3001, 1024),  # large enough to be written past the caches
+    ],
+)
+@pytest.mark.parametrize("kind", ["normal", "noise", "zeros"])
+def test_shapes(shape, kind):
+    if kind == "normal":
+        weights = normal(*shape)
+    elif kind == "noise":
+        weights = RNG.integers(0, 65536, shape, dtype=np.uint16).view(BF16)
+    else:
+        weights = np.zeros(shape, BF16)
+    round_trip(weights)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    shape=st.lists(st.integers(0, 70), max_size=3),
+    exponents=st.integers(1, 256),
+    stack_axes=st.integers(0, 1),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_distribution(seed, shape, exponents, stack_axes):
+    rng = np.random.default_rng(seed)
+    used = rng.permutation(256)[:exponents]
+    weights = rng.choice(used, size=shape, p=rng.dirichlet(np.full(exponents, 0.2)))
+    weights = weights.astype(np.uint16) << 7 | rng.integers(0, 2, shape).astype(np.uint16) << 15
+    weights = (weights | rng.integers(0, 128, shape).astype(np.uint16)).view(BF16)
+    round_trip(weights, stack_axes=min(stack_axes, len(shape)))
+
+
+def test_stacks():
+    weights = normal(3, 2, 130, 64)
+    # Slices of very different statistics, and so of different lengths.
+    weights[1] *= np.float32(0)
+    weights[2, 0] = RNG.integers(0, 65536, (130, 64), dtype=np.uint16).view(BF16)
+    array = round_trip(weights, stack_axes=2)
+    assert array.stack_shape == (3, 2)
+    assert array.slice_shape == (130, 64)
+    assert_same_bits(df11_jax.decompress(array[2][0]), weights[2, 0])
+    assert round_trip(weights[:0], stack_axes=1).stack_shape == (0,)
+
+
+def test_size():
+    array = df11_jax.compress(normal(2**22).reshape(2048, -1))
+    assert 8 * array.compressed_nbytes / array.size < 10.63
+    # What does not compress costs a record's two words a chunk, and the tables.
+    noise = RNG.integers(0, 65536, (2048, 512), dtype=np.uint16).view(BF16)
+    assert df11_jax.compress(noise).compressed_nbytes < 1.002 * noise.nbytes
+
+
+def test_threads_give_the_same_bytes():
+    weights = normal(5, 700, 256)
+    one = df11_jax.compress(weights, threads=1, stack_axes=1)
+    for threads in (2, 3, 8):
+        other = df11_jax.compress(weights, threads=threads, stack_axes=1)
+        for a, b in zip(one.payload, other.payload, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_large_indices():
+    # 2^31 weights do not fit a test; the arithmetic that places them is the same for a chunk in
+    # the middle of a slice that large, whose start overflows 32 bits.
+    from df11_jax import _layout
+
+    view = _layout.make_view((2**18, 2**15))
+    assert view.size == 2**33
+    assert view.chunks == 2**20
+    assert view.sign_mantissa_words == 2**31
+
+
+class TestInputs:
+    def test_jax_array_stays_on_its_device(self):
+        weights = jnp.asarray(normal(300, 64))
+        array = round_trip(weights)
+        assert array.header.devices() == weights.devices()
+
+    def test_non_contiguous(self):
+        weights = normal(300, 128)
+        round_trip(weights[:, ::2])
+        round_trip(weights.T)
+        round_trip(weights[::-1])
+
+    def test_read_only(self):
+        weights = normal(300, 64)
+        weights.flags.writeable = False
+        round_trip(weights)
+
+    @pytest.mark.parametrize(
+        "dtype", [np.float32, np.float16, np.uint16, np.int8, ml_dtypes.float8_e4m3fn, ">f4"]
+    )
+    def test_other_dtypes_are_refused(self, dtype):
+        with pytest.raises(TypeError, match=r"array: expected bfloat16, got .*Cast it first"):
+            df11_jax.compress(np.zeros((300, 64), dtype))
+
+    def test_tracer_is_refused(self):
+        with pytest.raises(TypeError, match="needs a concrete array.*outside of jit"):
+            jax.jit(df11_jax.compress)(jnp.zeros((300, 64), jnp.bfloat16))
+
+    def test_compressed_is_refused(self):
+        with pytest.raises(TypeError, match="is compressed already"):
+            df11_jax.compress(df11_jax.compress(normal(64)))
+
+    def test_too_many_axes(self):
+        with pytest.raises(ValueError, match="more than 8 dimensions"):
+            df11_jax.compress(np.zeros((1,) * 9, BF16))
+        with pytest.raises(ValueError, match="cannot take 2 stack axes"):
+            df11_jax.compress(normal(64), stack_axes=2)
+
+
+class TestCompressParams:
+    def params(self):
+        return {
+            "layers": {"kernel": normal(4, 128, 64), "norm": np.ones((4, 64), BF16)},
+            "embedding": normal(500, 64),
+            "head": np.ones((300, 100), np.float32),
+            "noise": RNG.integers(0, 65536, (300, 100), dtype=np.uint16).view(BF16),
+            "step": 3,
+        }
+
+    def test_what_is_compressed(self):
+        params = self.params()
+        small = df11_jax.compress_params(params, stacked="^layers/")
+        assert isinstance(small["layers"]["kernel"], df11_jax.DF11Array)
+        assert small["layers"]["kernel"].stack_shape == (4,)
+        assert isinstance(small["embedding"], df11_jax.DF11Array)
+        assert small["embedding"].stack_shape == ()
+        # Small, of another type, incompressible, not an array: untouched.
+        for name in ("head", "noise", "step"):
+            assert small[name] is params[name]
+        assert small["layers"]["norm"] is params["layers"]["norm"]
+        back = df11_jax.decompress_params(small)
+        assert_same_bits(back["layers"]["kernel"], params["layers"]["kernel"])
+        assert_same_bits(back["embedding"], params["embedding"])
+        assert back["head"] is params["head"]
+        again = df11_jax.compress_params(small)
+        assert again["embedding"] is small["embedding"]
+
+    def test_filters(self):
+        params = self.params()
+
+        def compressed(**options):
+            tree = df11_jax.compress_params(params, **options)
+            leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, df11_jax.DF11Array))
+            return sum(isinstance(leaf, df11_jax.DF11Array) for leaf in leaves)
+
+        assert compressed() == 2
+        assert compressed(include="embed") == 1
+        assert compressed(min_size=500 * 64 + 1) == 1
+        assert compressed(predicate=lambda path, leaf: path == "layers/kernel") == 1
+        assert compressed(predicate=lambda path, leaf: leaf.ndim == 2) == 1
+
+    def test_cast(self):
+        weights = RNG.standard_normal((300, 64), dtype=np.float32)
+        for array in (weights, weights.astype(np.float16), weights.astype(">f4")):
+            small = df11_jax.compress_params({"w": array}, cast=True)["w"]
+            assert_same_bits(df11_jax.decompress(small), array.astype(BF16))
+        integers = {"w": np.zeros((300, 64), np.int32)}
+        assert df11_jax.compress_params(integers, cast=True)["w"] is integers["w"]
+
+    def test_errors_name_the_leaf(self):
+        params = {"a": {"b": np.zeros((20000,), BF16)}}
+        with pytest.raises(TypeError, match="a/b: compression runs on the host"):
+            jax.jit(df11_jax.compress_params)(params)
+        with pytest.raises(re.error):
+            df11_jax.compress_params(params, include="(")
+
+    def test_interruption_leaves_the_original(self):
+        params = self.params()
+        before = jax.tree.map(lambda leaf: np.asarray(leaf).tobytes(), params)
+
+        def interrupt(path, leaf):
+            if path == "layers/kernel":
+                raise KeyboardInterrupt
+            return True
+
+        with pytest.raises(KeyboardInterrupt):
+            df11_jax.compress_params(params, predicate=interrupt)
+        assert jax.tree.map(lambda leaf: np.asarray(leaf).tobytes(), params) == before
+
+    def test_progress(self, capsys):
+        df11_jax.compress_params(self.params(), progress=True)
+        shown = capsys.readouterr().err
+        assert "100%" in shown
+        df11_jax.compress_params(self.params())
+        assert not capsys.readouterr().err
+
+
+def test_verification_finds_a_difference():
+    weights = normal(2, 300, 64)
+    bits = weights.view(np.uint16).reshape(2, -1)
+    words = list(_native.encode(bits, [300, 64], 2))
+    assert _native.find_difference(bits, [300, 64], *words[1:], 2) == -1
+    changed = bits.copy()
+    changed[1, 12345] ^= 1
+    assert _native.find_difference(changed, [300, 64], *words[1:], 2) == 300 * 64 + 12345

@@ -1,0 +1,49 @@
+import ml_dtypes
+import numpy as np
+
+import df11_jax
+
+
+def params():
+    rng = np.random.default_rng(0)
+    return df11_jax.compress_params(
+        {
+            "layers": {"kernel": (rng.standard_normal((2, 256, 64))).astype(ml_dtypes.bfloat16)},
+            "scale": np.ones(10, np.float32),
+        },
+        stacked="^layers",
+    )
+
+
+def test_report():
+    tree = params()
+    report = df11_jax.size_report(tree)
+    kernel, scale = report.leaves
+    assert kernel.path == "layers/kernel"
+    assert kernel.shape == (2, 256, 64)
+    assert kernel.compressed
+    assert kernel.nbytes_before == 2 * 2 * 256 * 64
+    assert kernel.nbytes == sum(a.nbytes for a in tree["layers"]["kernel"].payload)
+    assert (scale.compressed, scale.nbytes_before, scale.nbytes) == (False, 40, 40)
+    assert report.nbytes == kernel.nbytes + 40
+    assert report.nbytes_before == kernel.nbytes_before + 40
+    lines = str(report).splitlines()
+    assert lines[0].split() == ["leaf", "shape", "dtype", "before", "now", "bits/weight"]
+    assert lines[2].startswith("layers/kernel  2x256x64  bfloat16")
+    assert lines[3].endswith("32.00 (plain)")
+    assert lines[-1].startswith("total")
+
+
+def test_empty():
+    report = df11_jax.size_report({})
+    assert report.nbytes == 0
+    assert "total" in str(report)
+
+
+def test_plot():
+    import matplotlib
+
+    matplotlib.use("agg")
+    axes = df11_jax.size_report(params()).plot()
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["layers/kernel", "scale"]
+    assert len(axes.patches) == 4
