@@ -3,11 +3,15 @@
     python tools/count_sass.py
 
 It compiles xla_ffi/cuda/decode_kernel.cuh, with and without the checksum, and disassembles it.
-Loops are found by their back edges: a branch to a label at or before itself. The inner loop of
-a chunk is the one that has no loop in it and, of all such loops, looks up most per weight that it
-stores in 16-byte stores to global memory: in shared memory, that is, and not in global memory.
-All instructions from the label to the branch count, predicated or not. A lane stores 8 weights
-with one 16-byte store, so `instructions / (8 * stores)` is instructions per weight.
+Loops are found by their back edges: a branch to a label before it. Of the loops that have no
+loop in them and store to global memory 16 bytes at a time, the inner loop is the one that loads
+most from shared memory: from the look-up table and from the staged record (the kernel's other
+such loops read raw chunks, or records that are not staged). All instructions from the label to
+the branch count, predicated ones too. A lane stores 8 weights with one 16-byte store, so
+instructions / (8 * stores) is the number of instructions per weight.
+
+What a warp does once per chunk (find it, stage it, sum up the checksum) is outside the loop and
+not counted.
 
 Needs nvcc and nvdisasm, from PATH or from pip (nvidia-cuda-nvcc, nvidia-cuda-nvdisasm).
 """
@@ -28,8 +32,8 @@ ARCHITECTURES = ("80", "90", "100")
 
 SOURCE = """
 #include "cuda/decode_kernel.cuh"
-template __global__ void df11::decode_kernel<true>(df11::DecodeBatch);
-template __global__ void df11::decode_kernel<false>(df11::DecodeBatch);
+template __global__ void df11::decode_kernel<true>(const __grid_constant__ df11::DecodeBatch);
+template __global__ void df11::decode_kernel<false>(const __grid_constant__ df11::DecodeBatch);
 """
 
 # Which unit an instruction keeps busy; what is not listed is "other".

@@ -56,7 +56,7 @@ class ChunkDecoder {
   // Must be called before chunks of this slice are decoded; false if the codebook is corrupt.
   bool set_slice(const SlicePayload& slice) {
     slice_ = slice;
-    return build_table(slice.codebook, table_);
+    return table_.build(slice.codebook);
   }
 
   // Decodes into a tile of chunk.steps * 16 rows; false if the chunk is corrupt.
@@ -134,7 +134,7 @@ class ChunkDecoder {
   decltype(&decode_record_portable) decode_record_;
   SlicePayload slice_{};
   std::vector<uint32_t> copy_;
-  alignas(64) uint32_t table_[kTableSize];
+  alignas(64) PairsTable table_;
   alignas(64) uint16_t tile_[kTileRows * kTileCols];
 };
 

@@ -20,7 +20,8 @@ ffi::Error DecodeCudaImpl(cudaStream_t stream, std::string_view names, ffi::Rema
   if (ffi::Error error = read_operands(args, results, names, tensors); error.failure()) {
     return error;
   }
-  const cudaError_t status = launch_decode(stream, tensors.data(), static_cast<int>(tensors.size()));
+  const cudaError_t status =
+      launch_decode(stream, tensors.data(), static_cast<int>(tensors.size()));
   if (status != cudaSuccess) {
     return ffi::Error::Internal(std::string("df11_decode: ") + cudaGetErrorString(status));
   }
@@ -31,7 +32,7 @@ XLA_FFI_DEFINE_HANDLER(kDecodeCuda, DecodeCudaImpl,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::PlatformStream<cudaStream_t>>()
                            .Attr<std::string_view>("names")
-                           .RemainingArgs()  // index, then five arrays a tensor
+                           .RemainingArgs()   // index, then five arrays a tensor
                            .RemainingRets(),  // the tensors
                        {ffi::Traits::kCmdBufferCompatible});
 

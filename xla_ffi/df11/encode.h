@@ -37,7 +37,7 @@ inline std::array<uint32_t, kHeaderWords> make_header(const int64_t* dims, int n
 }
 
 // Index of a pair's exponents in a table of 65,536 entries.
-DF11_HD uint16_t exponent_index(uint32_t pair) {
+DF11_INLINE uint16_t exponent_index(uint32_t pair) {
   return static_cast<uint16_t>((pair << 1 & 0xff00u) | (pair >> 23 & 0xffu));
 }
 
@@ -65,7 +65,7 @@ inline bool load_pairs(const uint16_t* weights, const View& view, int64_t row, i
   return false;
 }
 
-DF11_HD int64_t pair_row(int half_step, int t) {
+DF11_INLINE int64_t pair_row(int half_step, int t) {
   return half_step / 2 * kStepRows + 4 * t + 2 * (half_step % 2);
 }
 
@@ -175,8 +175,9 @@ class CodeTable {
 };
 
 // The loops of the encoder that vectorize, over all pairs of a chunk's half-steps.
-DF11_HD void split_pairs(const uint32_t* __restrict pairs, int count,
-                         uint32_t* __restrict sign_mantissa, uint16_t* __restrict index) {
+template <Simd>
+DF11_INLINE void split_pairs(const uint32_t* __restrict pairs, int count,
+                             uint32_t* __restrict sign_mantissa, uint16_t* __restrict index) {
   for (int i = 0; i < count / 2; ++i) {
     const uint32_t a = pairs[2 * i] & kSignMantissa, b = pairs[2 * i + 1] & kSignMantissa;
     sign_mantissa[i] = a | rotl(b, -8);
@@ -187,8 +188,9 @@ DF11_HD void split_pairs(const uint32_t* __restrict pairs, int count,
 // Joins the codes of four neighbours in a lane, from CodeTable's entries: up to 48 bits of
 // codes, and their number in the highest byte. uncoded[h] tells whether half-step h has an entry
 // with kUncoded. Joining before the stream is written halves the encoder's work.
-DF11_HD void join_codes(const uint64_t* __restrict entry_pairs, int half_steps,
-                        uint64_t* __restrict groups, uint64_t* __restrict uncoded) {
+template <Simd>
+DF11_INLINE void join_codes(const uint64_t* __restrict entry_pairs, int half_steps,
+                            uint64_t* __restrict groups, uint64_t* __restrict uncoded) {
   constexpr int kPerHalfStep = kHalfStepPairs / 2;
   constexpr uint64_t kCodes = (uint64_t{1} << 56) - 1;
   uint64_t twos[kPerHalfStep];
@@ -210,7 +212,8 @@ DF11_HD void join_codes(const uint64_t* __restrict entry_pairs, int half_steps,
   }
 }
 
-DF11_HD uint32_t pairs_checksum(const uint32_t* __restrict pairs, int count) {
+template <Simd>
+DF11_INLINE uint32_t pairs_checksum(const uint32_t* __restrict pairs, int count) {
   uint32_t acc[kHalfStepPairs] = {};
   for (const uint32_t* end = pairs + count; pairs < end; pairs += kHalfStepPairs) {
     for (int i = 0; i < kHalfStepPairs; ++i) acc[i] = checksum_step(acc[i], pairs[i]);

@@ -4,10 +4,13 @@
 
 #include <cstdint>
 
+// Inlined even where the compiler would not: into functions for other instruction sets.
+#define DF11_INLINE inline __attribute__((always_inline))
+// The same, for host and device.
 #ifdef __CUDACC__
 #define DF11_HD __host__ __device__ __forceinline__
 #else
-#define DF11_HD inline __attribute__((always_inline))
+#define DF11_HD DF11_INLINE
 #endif
 
 namespace df11 {

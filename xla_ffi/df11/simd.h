@@ -29,20 +29,22 @@ inline Simd best_simd() {
   return Simd::kPortable;
 }
 
-// Defines NAME_portable, NAME_avx2 and NAME_avx512, which inline the function NAME, and
-// selects one of them as a function pointer.
+// Defines NAME_portable, NAME_avx2 and NAME_avx512, which inline NAME<Simd>, and selects one of
+// them as a function pointer.
 #ifdef DF11_X86
-#define DF11_FOR_EACH_SIMD(RESULT, NAME, PARAMETERS, ARGUMENTS)                    \
-  inline RESULT NAME##_portable PARAMETERS { return NAME ARGUMENTS; }              \
-  DF11_TARGET_AVX2 inline RESULT NAME##_avx2 PARAMETERS { return NAME ARGUMENTS; } \
-  DF11_TARGET_AVX512 inline RESULT NAME##_avx512 PARAMETERS { return NAME ARGUMENTS; }
+#define DF11_FOR_EACH_SIMD(RESULT, NAME, PARAMETERS, ARGUMENTS)                                 \
+  inline RESULT NAME##_portable PARAMETERS { return NAME<Simd::kPortable> ARGUMENTS; }          \
+  DF11_TARGET_AVX2 inline RESULT NAME##_avx2 PARAMETERS { return NAME<Simd::kAvx2> ARGUMENTS; } \
+  DF11_TARGET_AVX512 inline RESULT NAME##_avx512 PARAMETERS {                                   \
+    return NAME<Simd::kAvx512> ARGUMENTS;                                                       \
+  }
 #define DF11_SELECT(SIMD, NAME)                    \
   ((SIMD) == ::df11::Simd::kAvx512 ? NAME##_avx512 \
    : (SIMD) == ::df11::Simd::kAvx2 ? NAME##_avx2   \
                                    : NAME##_portable)
 #else
 #define DF11_FOR_EACH_SIMD(RESULT, NAME, PARAMETERS, ARGUMENTS) \
-  inline RESULT NAME##_portable PARAMETERS { return NAME ARGUMENTS; }
+  inline RESULT NAME##_portable PARAMETERS { return NAME<Simd::kPortable> ARGUMENTS; }
 #define DF11_SELECT(SIMD, NAME) ((void)(SIMD), NAME##_portable)
 #endif
 

@@ -1,0 +1,61 @@
+"""Compiles the CUDA decoder for every supported architecture; needs nvcc, but no GPU."""
+
+import importlib.util
+import pathlib
+import re
+import subprocess
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
+
+spec = importlib.util.spec_from_file_location("count_sass", ROOT / "tools" / "count_sass.py")
+count_sass = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(count_sass)
+
+needs_nvcc = pytest.mark.skipif(
+    not count_sass.find_tool("nvcc"), reason="nvcc is neither on PATH nor installed with pip"
+)
+needs_nvdisasm = pytest.mark.skipif(
+    not count_sass.find_tool("nvdisasm"),
+    reason="nvdisasm is neither on PATH nor installed with pip",
+)
+
+
+@needs_nvcc
+def test_no_spills(tmp_path):
+    command = [count_sass.find_tool("nvcc"), "-std=c++17", "-Werror", "all-warnings", "-fatbin"]
+    command += ["-Xptxas", "-v", "--threads", "2"]
+    for arch in ARCHITECTURES:
+        command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    command += ["-o", tmp_path / "decode.fatbin", ROOT / "xla_ffi" / "cuda" / "decode.cu"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+    # Per architecture, ptxas prints the kernel's name, then its stack frame, then the rest.
+    reports = re.findall(
+        r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?"
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+        r"Used (\d+) registers.*?(\d+) bytes smem",
+        result.stderr,
+        re.DOTALL,
+    )
+    assert sorted((r[1] for r in reports), key=int) == ARCHITECTURES, result.stderr
+    for kernel, arch, frame, stores, loads, registers, shared in reports:
+        print(f"sm_{arch}: {registers} registers, {shared} bytes of shared memory")
+        assert "decode_kernel" in kernel
+        assert (frame, stores, loads) == ("0", "0", "0"), f"sm_{arch} spills"
+        assert int(registers) <= 64
+        # Static shared memory ends at 48 KB; four blocks share the 227 KB of an H200.
+        assert int(shared) <= 48 * 1024
+
+
+@needs_nvcc
+@needs_nvdisasm
+@pytest.mark.parametrize("arch", count_sass.ARCHITECTURES)
+def test_instructions_per_weight(arch):
+    for checksum, instructions, weights, _ in count_sass.count(arch):
+        print(f"sm_{arch}, checksum {checksum}: {instructions / weights:.2f} per weight")
+        assert weights == 32
+        assert instructions / weights <= 10
