@@ -5,11 +5,10 @@ bit for bit inside jitted programs, one transformer block at a time.
 """
 
 from importlib.metadata import version as _version
-from typing import Any
 
 from df11_jax._array import DF11Array
 from df11_jax._compress import compress, compress_params
-from df11_jax._decode import decompress, decompress_params
+from df11_jax._decode import EXPORT_SAFETY_CHECKS, decompress, decompress_params
 from df11_jax._report import SizeReport, size_report
 from df11_jax._scan import scan_blocks
 
@@ -26,11 +25,3 @@ __all__ = [
     "scan_blocks",
     "size_report",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "EXPORT_SAFETY_CHECKS":
-        from df11_jax import _decode
-
-        return _decode.EXPORT_SAFETY_CHECKS
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

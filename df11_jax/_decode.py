@@ -19,7 +19,6 @@ from jaxtyping import Array, BFloat16, Int32, PyTree
 from df11_jax import _ffi, _layout, _xla_decoder
 from df11_jax._array import DF11Array, is_df11
 
-
 # For `jax.export.export(..., disabled_checks=EXPORT_SAFETY_CHECKS)`: the FFI call is stable, but
 # whoever runs the exported program must have imported df11_jax.
 EXPORT_SAFETY_CHECKS = (export.DisabledSafetyCheck.custom_call(_ffi.DECODE_TARGET),)
@@ -183,23 +182,8 @@ def _decode(tensors: _Tensors, index: Array, *payloads: Array) -> tuple[Array, .
 @functools.partial(_decode.defjvp, symbolic_zeros=True)
 def _decode_jvp(
     tensors: _Tensors, primals: tuple[Array, ...], tangents: tuple[Any, ...]
-) -> tuple[tuple[Array, ...], tuple[SymbolicZero, ...]]:
+) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
     # The tangents' zeros are symbolic: as arrays, they would be as large as the weights.
     del tangents
     weights = _decode(tensors, *primals)
     return weights, tuple(SymbolicZero.from_primal_value(weight) for weight in weights)
-
-
-def is_decode(primitive: Any, avals: Sequence[Any], params: dict[str, Any]) -> bool:
-    """Whether an equation decodes weights: for policies of `jax.checkpoint`.
-
-    Args:
-        primitive, avals, params: of the equation, as a policy gets them.
-
-    Returns:
-        True for the call of `_decode`, and for the FFI call in it. Other functions with a custom
-        derivative that take integers only count too; recomputing them costs nothing to speak of.
-    """
-    if primitive.name == "custom_jvp_call":
-        return all(jnp.issubdtype(aval.dtype, jnp.integer) for aval in avals)
-    return primitive.name == "ffi_call" and params["target_name"] == _ffi.DECODE_TARGET

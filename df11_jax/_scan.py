@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from df11_jax._array import DF11Array, is_df11
-from df11_jax._decode import decode_slices, is_decode, path_name
+from df11_jax._decode import decode_slices, path_name
 
 Carry = TypeVar("Carry")
 
@@ -23,9 +23,10 @@ def scan_blocks(
     """Runs a stack of blocks, one after the other, decompressing one block at a time.
 
     The same as `jax.lax.scan` over the decompressed stack, bit for bit, but only one block's
-    weights exist decompressed at any time. When differentiated, they are decompressed once more
-    in the backward pass, and not saved; what else is saved is up to `block_fn`, which may be
-    wrapped in `jax.checkpoint`.
+    weights exist decompressed at any time.
+
+    When differentiated, a block with compressed weights is run again in the backward pass, as under
+    `jax.checkpoint`: only what it was called with is stored, and it is decompressed once more.
 
     Args:
         block_fn: `block_fn(carry, block_params, x) -> (carry, y)`, where `block_params` has the
@@ -64,15 +65,11 @@ def scan_blocks(
         params = jax.tree.unflatten(treedef, [by_leaf[i] for i in range(len(leaves))])
         return block_fn(carry, params, x)
 
-    if compressed:
-        body = jax.checkpoint(body, policy=_save_all_but_weights, prevent_cse=True)
     steps = (jnp.arange(length, dtype=jnp.int32), [leaves[i] for i in plain], xs)
+    if compressed:
+        # Differentiating would else store the decoded weights of all blocks.
+        body = jax.checkpoint(body)
     return jax.lax.scan(body, carry, steps)
-
-
-def _save_all_but_weights(primitive: Any, *avals: Any, **params: Any) -> bool:
-    # A policy on names (checkpoint_name) would not do: it saves what the name was put on.
-    return not is_decode(primitive, avals, params)
 
 
 def _common_length(names: list[str], leaves: list[Any], xs: PyTree) -> int:

@@ -38,8 +38,11 @@ def decode(
 
     Args:
         index: the slices wanted, clamped to the stack.
-        header, codebook, chunk_offsets, exponents, sign_mantissa: the compressed stack, with an
-            axis of size 1 in front for each axis of `index`.
+        header: of the compressed stack, with an axis of size 1 for each axis of `index`.
+        codebook: likewise.
+        chunk_offsets: likewise.
+        exponents: likewise.
+        sign_mantissa: likewise.
         slice_shape: shape of a slice.
 
     Returns:

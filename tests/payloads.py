@@ -31,15 +31,6 @@ def from_payload(payload: Any, slice_shape: tuple[int, ...]) -> DF11Array:
     return DF11Array(*map(jnp.asarray, payload), slice_shape=slice_shape)
 
 
-def compress_stack(weights: Any, stack_ndim: int = 0) -> DF11Array:
-    """Compresses with the native encoder, the first `stack_ndim` axes being stack axes."""
-    values = bits(weights)
-    stack, slice_shape = values.shape[:stack_ndim], values.shape[stack_ndim:]
-    flat = np.ascontiguousarray(values.reshape(int(np.prod(stack)), -1))
-    payload = _native.encode(flat, list(slice_shape), 2)
-    return from_payload([array.reshape(*stack, -1) for array in payload], slice_shape)
-
-
 def count_decodes(function: Callable[..., Any], *args: Any) -> int:
     """How many slices of tensors the CPU handler decodes during a call."""
     jax.block_until_ready(args)

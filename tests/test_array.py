@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from payloads import assert_same_bits, compress_stack, random_weights
+from payloads import assert_same_bits, random_weights
 
-from df11_jax import _layout
+from df11_jax import _layout, compress
 from df11_jax._array import DF11Array
 from df11_jax._decode import decompress, decompress_params
 
@@ -14,13 +14,13 @@ from df11_jax._decode import decompress, decompress_params
 @pytest.fixture(scope="module")
 def stacked():
     weights = random_weights((3, 64, 128))
-    return weights, compress_stack(weights, 1)
+    return weights, compress(weights, stack_axes=1)
 
 
 @pytest.mark.parametrize("stack_ndim", [0, 1, 2])
 def test_describes_what_it_stands_for(stack_ndim):
     weights = random_weights((2, 3, 64, 64))
-    a = compress_stack(weights, stack_ndim)
+    a = compress(weights, stack_axes=stack_ndim)
     assert a.shape == weights.shape
     assert a.stack_shape == weights.shape[:stack_ndim]
     assert a.slice_shape == weights.shape[stack_ndim:]
@@ -84,7 +84,7 @@ def test_repr(stacked):
     jax.jit(lambda a: seen.append(repr(a)))(a)
     jax.vmap(lambda a: seen.append(repr(a)))(a)
     assert seen == [expected, expected.replace("3,64", "64")]
-    assert repr(compress_stack(jnp.zeros((0, 4), jnp.bfloat16))) == "DF11Array(bfloat16[0,4])"
+    assert repr(compress(jnp.zeros((0, 4), jnp.bfloat16))) == "DF11Array(bfloat16[0,4])"
 
 
 @pytest.mark.parametrize("leaf", [None, "name", 3, object(), (1, 2), jax.P("x")])

@@ -1,4 +1,6 @@
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -163,7 +165,7 @@ class TestInputs:
             df11_jax.compress(np.zeros((300, 64), dtype))
 
     def test_tracer_is_refused(self):
-        with pytest.raises(TypeError, match="needs a concrete array.*outside of jit"):
+        with pytest.raises(TypeError, match=r"needs a concrete array.*outside of jit"):
             jax.jit(df11_jax.compress)(jnp.zeros((300, 64), jnp.bfloat16))
 
     def test_compressed_is_refused(self):
@@ -263,3 +265,26 @@ def test_verification_finds_a_difference():
     changed = bits.copy()
     changed[1, 12345] ^= 1
     assert _native.find_difference(changed, [300, 64], *words[1:], 2) == 300 * 64 + 12345
+
+
+def test_peak_host_memory():
+    """No more than the original, the result, and what one leaf needs at a time."""
+    program = """
+import resource, numpy as np, ml_dtypes, jax, df11_jax
+
+def peak():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+rng = np.random.default_rng(0)
+block = (rng.standard_normal(2**20, np.float32) * 0.02).astype(ml_dtypes.bfloat16)
+params = {f"leaf{i}": np.tile(block, 16).reshape(-1, 1024) for i in range(8)}
+df11_jax.compress_params({"warm up": params["leaf0"][:64]})
+before = peak()
+small = df11_jax.compress_params(params)
+extra = peak() - before - df11_jax.size_report(small).nbytes
+print(extra / params["leaf0"].nbytes)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    # The leaf's result once more, while it moves to the device.
+    assert float(run.stdout) < 1.0

@@ -82,7 +82,7 @@ def test_messages_name_the_leaf_and_the_chunk():
     )
     with pytest.raises(
         jax.errors.JaxRuntimeError,
-        match="DATA_LOSS.*df11_decode: 'layers/query' is corrupt: chunk 1 of slice 0",
+        match=r"DATA_LOSS.*df11_decode: 'layers/query' is corrupt: chunk 1 of slice 0",
     ):
         jax.block_until_ready(df11_jax.decompress_params(params))
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_encoder
-from payloads import assert_same_bits, bits, compress_stack, from_payload, random_weights
+from payloads import assert_same_bits, bits, from_payload, random_weights
 
-from df11_jax import _xla_decoder
+from df11_jax import _xla_decoder, compress
 from df11_jax._decode import decompress
 
 SHAPES = [
@@ -52,19 +52,25 @@ def all_patterns():
     return jnp.asarray(np.arange(1 << 16, dtype=np.uint16).reshape(256, 256).view(jnp.bfloat16))
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+CASES = [(shape, name) for shape in SHAPES for name in ("plain", "some raw")]
+CASES += [((192, 128), name) for name in OPTIONS if name not in ("plain", "some raw")]
+
+
+@pytest.mark.parametrize(("shape", "options"), CASES, ids=str)
 def test_both_decoders_read_the_reference_encoder(shape, options):
     weights = random_weights(shape)
-    a = from_payload(reference_encoder.encode(bits(weights), **options), shape)
+    payload = list(reference_encoder.encode(bits(weights), **OPTIONS[options]))
+    # More zeros at the end are allowed; here they save compiling once more for each option.
+    payload[3] = np.pad(payload[3], (0, 4 * payload[4].size + 512 - payload[3].size))
+    a = from_payload(payload, shape)
     assert_same_bits(decode(a), weights)
     assert_same_bits(decompress(a), weights)
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (1024, 1024), (3, 1000, 128)], ids=str)
+@pytest.mark.parametrize("shape", [(), (130, 72), (192, 128), (0, 64), (512, 1024)], ids=str)
 def test_reads_the_native_encoder(shape):
     weights = random_weights(shape, scale=3.0)
-    a = compress_stack(weights)
+    a = compress(weights)
     assert_same_bits(decode(a), weights)
     assert_same_bits(decompress(a), weights)
 
@@ -73,7 +79,7 @@ def test_reads_the_native_encoder(shape):
 def test_all_bit_patterns(encoder):
     weights = all_patterns()
     if encoder == "native":
-        a = compress_stack(weights)
+        a = compress(weights)
     else:
         a = from_payload(reference_encoder.encode(bits(weights)), weights.shape)
     assert_same_bits(decode(a), weights)
@@ -83,7 +89,7 @@ def test_all_bit_patterns(encoder):
 @pytest.mark.parametrize("value", [0.0, -0.0, 1.5, float("inf"), float("nan")])
 def test_constant_weights(value):
     weights = jnp.full((64, 128), value, jnp.bfloat16)
-    for payload in (reference_encoder.encode(bits(weights)), compress_stack(weights).payload):
+    for payload in (reference_encoder.encode(bits(weights)), compress(weights).payload):
         a = from_payload(payload, weights.shape)
         assert_same_bits(decode(a), weights)
         assert_same_bits(decompress(a), weights)
@@ -176,7 +182,7 @@ def test_no_exponents_at_all_is_poison():
 
 def test_a_corrupt_slice_leaves_the_others_alone():
     weights = random_weights((3, 128, 64))
-    payload = [np.array(a) for a in compress_stack(weights, 1).payload]
+    payload = [np.array(a) for a in compress(weights, stack_axes=1).payload]
     payload[0][1, 0] = 2  # another version
     result = decode(from_payload(payload, weights.shape[1:]), jnp.arange(3))
     assert (bits(result[1]) == 0xFFFF).all()
@@ -185,6 +191,6 @@ def test_a_corrupt_slice_leaves_the_others_alone():
 
 def test_memory_is_a_small_multiple_of_the_output():
     weights = random_weights((1024, 1024))
-    a = compress_stack(weights)
+    a = compress(weights)
     compiled = jax.jit(decode).lower(a).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes <= 8 * weights.nbytes
+    assert compiled.memory_analysis().temp_size_in_bytes <= 3 * weights.nbytes

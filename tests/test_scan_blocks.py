@@ -1,0 +1,398 @@
+"""`scan_blocks`: the same bits as the plain program, one decompressed block at a time."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from payloads import assert_same_bits, count_decodes, random_weights
+
+from df11_jax import compress, scan_blocks
+
+LAYERS, WIDTH, HIDDEN = 8, 128, 512
+TENSORS = 2  # compressed, of a block
+BLOCK_BYTES = 2 * TENSORS * WIDTH * HIDDEN
+
+on_cpu = pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="counts decodes, or reads programs, of the CPU backend"
+)
+
+
+def make_params(layers=LAYERS):
+    """Plain and compressed parameters of a stack of blocks; some leaves are plain in both."""
+    plain = {
+        "mlp": {
+            "up": random_weights((layers, WIDTH, HIDDEN), 1, 0.1),
+            "down": random_weights((layers, HIDDEN, WIDTH), 2, 0.1),
+        },
+        "scale": 1 + random_weights((layers, WIDTH), 3),
+        "bias": jnp.linspace(0, 1, layers),
+    }
+    mlp = {name: compress(stack, stack_axes=1) for name, stack in plain["mlp"].items()}
+    return plain, plain | {"mlp": mlp}
+
+
+@pytest.fixture(scope="module")
+def params():
+    return make_params()
+
+
+@pytest.fixture(scope="module")
+def one_layer():
+    return make_params(1)
+
+
+@pytest.fixture(scope="module")
+def x():
+    return random_weights((WIDTH,), 4, 1.0)
+
+
+def block(x, params, _):
+    hidden = jnp.tanh((x * params["scale"]) @ params["mlp"]["up"])
+    x = x + (hidden @ params["mlp"]["down"]) + params["bias"].astype(x.dtype)
+    return x.astype(jnp.bfloat16), jnp.max(x).astype(jnp.bfloat16)
+
+
+def forward(params, x):
+    return scan_blocks(block, x, params)
+
+
+def reference(params, x):
+    return jax.lax.scan(lambda x, p: block(x, p, None), x, params)
+
+
+def loss(x, params, block=block):
+    x, maxima = scan_blocks(block, x, params)
+    return jnp.sum(x.astype(jnp.float32)) + jnp.sum(maxima.astype(jnp.float32))
+
+
+def generate(params, x, tokens=5):
+    return jax.lax.fori_loop(0, tokens, lambda _, x: jnp.tanh(forward(params, x)[0]), x)
+
+
+def temp_bytes(function, *args):
+    return jax.jit(function).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+# What is computed.
+
+
+def test_same_bits_as_the_plain_program(params, x):
+    plain, compressed = params
+    for function in (jax.jit(forward), forward):
+        carry, ys = function(compressed, x)
+        assert_same_bits(carry, function(plain, x)[0])
+        assert_same_bits(ys, function(plain, x)[1])
+    assert_same_bits(jax.jit(forward)(plain, x)[0], jax.jit(reference)(plain, x)[0])
+
+
+def test_one_layer(one_layer, x):
+    plain, compressed = one_layer
+    assert_same_bits(jax.jit(forward)(compressed, x)[0], jax.jit(forward)(plain, x)[0])
+
+
+def test_no_layers(params, x):
+    _, compressed = params
+    carry, ys = forward(jax.tree.map(lambda leaf: leaf[:0], compressed), x)
+    assert_same_bits(carry, x)
+    assert ys.shape == (0,)
+
+
+def test_xs_and_a_cache_in_the_carry(params, x):
+    def with_cache(carry, p, x):
+        h, cache, key, at = carry
+        key, used = jax.random.split(key)
+        h, y = block(h + x + jax.random.normal(used, h.shape, h.dtype), p, None)
+        return (h, cache.at[at].set(h), key, at + 1), {"y": y}
+
+    plain, compressed = params
+    xs = random_weights((LAYERS, WIDTH), 5)
+    carry = (x, jnp.zeros((LAYERS, WIDTH), x.dtype), jax.random.key(0), jnp.int32(0))
+    run = jax.jit(lambda p: scan_blocks(with_cache, carry, p, xs))
+    (h, cache, key, at), ys = run(compressed)
+    (h0, cache0, key0, at0), ys0 = run(plain)
+    for actual, expected in ((h, h0), (cache, cache0), (ys["y"], ys0["y"])):
+        assert_same_bits(actual, expected)
+    assert key == key0 and at == at0 == LAYERS
+
+
+def test_a_carry_without_arrays(params):
+    plain, compressed = params
+
+    def one(carry, p, x):
+        return carry, jnp.max(p["mlp"]["up"]) + x.astype(jnp.bfloat16)
+
+    for carry in (None, (), {"key": jax.random.key(0)}):
+        run = jax.jit(lambda p, carry=carry: scan_blocks(one, carry, p, jnp.arange(LAYERS))[1])
+        assert_same_bits(run(compressed), run(plain))
+
+
+def test_vmap_over_activations_and_over_models(params, x):
+    plain, compressed = params
+    xs = jnp.stack([x, 2 * x])
+    run = jax.jit(jax.vmap(forward, in_axes=(None, 0)))
+    assert_same_bits(run(compressed, xs)[0], run(plain, xs)[0])
+    two_plain, two = (jax.tree.map(lambda a: jnp.stack([a, a[::-1]]), p) for p in params)
+    run = jax.jit(jax.vmap(forward, in_axes=(0, None)))
+    assert_same_bits(run(two, x)[0], run(two_plain, x)[0])
+
+
+def test_disable_jit(params, x):
+    plain, compressed = (jax.tree.map(lambda leaf: leaf[:2], p) for p in params)
+    with jax.disable_jit():
+        assert_same_bits(forward(compressed, x)[0], forward(plain, x)[0])
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map_over_the_batch(params, x, check_vma):
+    devices = jax.devices("cpu")[:2]
+    if len(devices) < 2:
+        pytest.skip("needs two CPU devices")
+    mesh = jax.sharding.Mesh(np.array(devices), ("batch",))
+    spec, everywhere = jax.P("batch"), jax.NamedSharding(mesh, jax.P())
+    run = jax.shard_map(
+        lambda x, p: jax.vmap(lambda x: forward(p, x)[0])(x),
+        mesh=mesh,
+        in_specs=(spec, jax.P()),
+        out_specs=spec,
+        check_vma=check_vma,
+    )
+    plain, compressed = (jax.device_put(p, everywhere) for p in params)
+    xs = jax.device_put(jnp.stack([x, 2 * x]), jax.NamedSharding(mesh, spec))
+    assert_same_bits(jax.jit(run)(xs, compressed), jax.jit(run)(xs, plain))
+    text = jax.jit(run).lower(xs, compressed).compile().as_text()
+    assert "all-gather" not in text
+
+    def loss(xs, p):
+        return jnp.sum(run(xs, p).astype(jnp.float32))
+
+    gradient = jax.jit(jax.grad(loss))
+    assert_same_bits(gradient(xs, compressed), gradient(xs, plain))
+
+
+# Derivatives.
+
+
+def with_more_on_weights(x, params, _):
+    """A block that makes other arrays of the weights, which are as large."""
+    mlp = {
+        name: jax.jit(lambda w: w.T.astype(jnp.float32).reshape(4, -1))(w)
+        for name, w in params["mlp"].items()
+    }
+    mlp = {name: jnp.tanh(w).reshape(params["mlp"][name].shape[::-1]).T for name, w in mlp.items()}
+    return block(x, params | {"mlp": mlp}, None)
+
+
+def half_checkpointed(x, params, _):
+    x = jnp.tanh(x)
+    return jax.checkpoint(lambda x, p: block(x, p, None))(x, params)
+
+
+BLOCKS = {
+    "plain": block,
+    "casts": with_more_on_weights,
+    "checkpoint": jax.checkpoint(block),
+    "part in checkpoint": half_checkpointed,
+    "policy": jax.checkpoint(block, policy=jax.checkpoint_policies.everything_saveable),
+}
+
+
+@pytest.mark.parametrize("block_fn", BLOCKS.values(), ids=BLOCKS)
+def test_gradients_are_the_same_bits(params, x, block_fn):
+    plain, compressed = params
+    gradient = jax.jit(jax.grad(lambda x, p: loss(x, p, block_fn)))
+    assert_same_bits(gradient(x, compressed), gradient(x, plain))
+
+
+@pytest.mark.parametrize("block_fn", BLOCKS.values(), ids=BLOCKS)
+@on_cpu
+def test_weights_are_decoded_again_and_not_stored(params, x, block_fn):
+    _, compressed = params
+    gradient = jax.jit(jax.grad(lambda x: loss(x, compressed, block_fn)))
+    assert count_decodes(gradient, x) == 2 * LAYERS * TENSORS
+
+    def residuals(x):
+        return jax.tree.leaves(jax.vjp(lambda x: loss(x, compressed, block_fn), x)[1])
+
+    stored = [leaf for leaf in jax.eval_shape(residuals, x) if leaf.dtype != jnp.uint32]
+    assert all(leaf.size < WIDTH * HIDDEN for leaf in stored)
+
+
+def test_gradients_of_plain_leaves(params, x):
+    plain, compressed = params
+
+    def with_scale(scale, p):
+        return loss(x, p | {"scale": scale})
+
+    gradient = jax.jit(jax.grad(with_scale))
+    assert_same_bits(gradient(plain["scale"], compressed), gradient(plain["scale"], plain))
+
+
+def test_gradients_of_what_the_block_closes_over(params, x):
+    def with_adapter(adapter, p):
+        a, b = adapter
+        return loss(x, p, lambda x, p, _: block(x + (x @ a) @ b, p, None))
+
+    plain, compressed = params
+    adapter = random_weights((WIDTH, 4), 6, 0.1), random_weights((4, WIDTH), 7, 0.1)
+    gradient = jax.jit(jax.grad(with_adapter))
+    for actual, expected in zip(
+        gradient(adapter, compressed), gradient(adapter, plain), strict=True
+    ):
+        assert_same_bits(actual, expected)
+
+
+def test_forward_mode(params, x):
+    plain, compressed = params
+    run = jax.jit(lambda p: jax.jvp(lambda x: forward(p, x)[0], (x,), (jnp.ones_like(x),))[1])
+    assert_same_bits(run(compressed), run(plain))
+    second = jax.jit(lambda p: jax.jvp(jax.grad(lambda x: loss(x, p)), (x,), (x,))[1])
+    assert_same_bits(second(compressed), second(plain))
+
+
+def test_nothing_is_added_without_derivatives(params, x):
+    _, compressed = params
+    text = jax.jit(forward).lower(compressed, x).as_text()
+    assert text.count("optimization_barrier") == 1
+    assert text.count("custom_call @df11_decode") <= 1
+
+
+# When blocks are decoded, and what is in memory.
+
+
+@on_cpu
+def test_decodes_each_block_once(params, x):
+    _, compressed = params
+    assert count_decodes(jax.jit(forward), compressed, x) == LAYERS * TENSORS
+
+
+@on_cpu
+def test_decodes_each_block_once_a_token(params, x):
+    plain, compressed = params
+    assert count_decodes(jax.jit(generate), compressed, x) == 5 * LAYERS * TENSORS
+    assert_same_bits(jax.jit(generate)(compressed, x), jax.jit(generate)(plain, x))
+
+
+@on_cpu
+def test_one_layer_in_a_token_loop_is_not_decoded_in_advance(one_layer, x):
+    # XLA unrolls the inner loop, so that nothing but the carry ties the decode to the outer one.
+    plain, compressed = one_layer
+    assert count_decodes(jax.jit(generate), compressed, x) == 5 * TENSORS
+    assert_same_bits(jax.jit(generate)(compressed, x), jax.jit(generate)(plain, x))
+    check_decodes_in_loop(jax.jit(generate).lower(compressed, x).compile().as_text())
+
+
+@on_cpu
+def test_a_constant_in_the_carry_does_not_untie_decodes(one_layer, x):
+    def with_constant(carry, p, _):
+        positions, x = carry
+        x, _ = block(x + positions, p, None)
+        return (positions, x), None
+
+    def run(params, positions, x):
+        def token(_, x):
+            return scan_blocks(with_constant, (positions, x), params)[0][1]
+
+        return jax.lax.fori_loop(0, 5, token, x)
+
+    _, compressed = one_layer
+    assert count_decodes(jax.jit(run), compressed, jnp.ones_like(x), x) == 5 * TENSORS
+
+
+@on_cpu
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="the CPU backend makes float32 copies of all operands"
+)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_memory_is_one_block(params, x, tokens):
+    def product(x, w):  # the CPU backend makes float32 copies of what `@` multiplies
+        return jnp.sum(x[:, None] * w, axis=0, dtype=jnp.float32).astype(x.dtype)
+
+    def block(x, p, _):
+        hidden = jnp.tanh(product(x * p["scale"], p["mlp"]["up"]))
+        return x + product(hidden, p["mlp"]["down"]), None
+
+    def run(p, x):
+        return jax.lax.fori_loop(0, tokens, lambda _, x: scan_blocks(block, x, p)[0], x)
+
+    _, compressed = params
+    activations = 4 * (WIDTH + HIDDEN)
+    assert temp_bytes(run, compressed, x) <= 1.15 * BLOCK_BYTES + activations
+
+
+@on_cpu
+def test_memory_of_the_backward_pass_is_one_block(params, x):
+    _, compressed = params
+    float32_copies = 2 * 4 * WIDTH * HIDDEN  # of both weights, as above
+    activations = LAYERS * 8 * (WIDTH + HIDDEN)
+    gradient = jax.grad(lambda x, p: loss(x, p))
+    assert temp_bytes(gradient, x, compressed) <= 1.15 * BLOCK_BYTES + float32_copies + activations
+
+
+def instructions(text):
+    """(computation, shape, opcode, line) of each instruction of an HLO module."""
+    computation = ""
+    for line in text.splitlines():
+        if match := re.match(r"(?:ENTRY )?(%[\w.\-]+) \(.*\{$", line):
+            computation = match[1]
+        elif match := re.match(r"\s+(?:ROOT )?%[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(", line):
+            yield computation, match[1], match[2], line
+
+
+def check_decodes_in_loop(text):
+    """There is one call, in the body of a loop, and payloads reach it without being touched."""
+    program = list(instructions(text))
+    bodies = {name for *_, line in program for name in re.findall(r"body=(%[\w.\-]+)", line)}
+    calls = [c for c, _, op, line in program if op == "custom-call" and "df11_decode" in line]
+    assert len(calls) == 1
+    assert calls[0] in bodies
+    passing_on = {"parameter", "get-tuple-element", "tuple", "while", "bitcast", "constant"}
+    for _, shape, opcode, line in program:
+        if shape.startswith("u32["):
+            words = math.prod(
+                map(int, filter(None, re.match(r"u32\[(.*?)\]", shape)[1].split(",")))
+            )
+            assert words < 100 or opcode in passing_on, line
+
+
+@on_cpu
+def test_program_neither_slices_nor_copies_payloads(params, x):
+    _, compressed = params
+    for function in (forward, generate):
+        check_decodes_in_loop(jax.jit(function).lower(compressed, x).compile().as_text())
+
+
+# Errors.
+
+
+def test_errors_name_the_leaf(params, x):
+    plain, compressed = params
+    short = compressed | {"scale": plain["scale"][:5]}
+    with pytest.raises(
+        ValueError, match=r"stacked_params: scale: expected 8 blocks, like .*: bias, got 5"
+    ):
+        forward(short, x)
+    other = compressed | {"mlp": {"up": compressed["mlp"]["up"][:3]}}
+    with pytest.raises(ValueError, match=r"stacked_params: mlp/up: expected 8 blocks.*got 3"):
+        forward(other, x)
+    with pytest.raises(ValueError, match=r"xs: cache/0: expected 8 blocks.*got 2"):
+        scan_blocks(block, x, compressed, {"cache": [jnp.zeros(2)]})
+    with pytest.raises(ValueError, match=r"xs: tensor: expected blocks stacked.*got a scalar"):
+        scan_blocks(block, x, compressed, jnp.float32(0))
+
+
+def test_errors_about_stack_axes(params, x):
+    _, compressed = params
+    single = {"w": compressed["mlp"]["up"][0]}
+    with pytest.raises(ValueError, match="w: expected a DF11Array with exactly one stack axis"):
+        scan_blocks(block, x, single)
+    double = jax.tree.map(lambda leaf: leaf[None], compressed["mlp"]["up"])
+    with pytest.raises(ValueError, match=r"got 2 of shape \(1, 8\)"):
+        scan_blocks(block, x, {"w": double})
+
+
+def test_nothing_to_scan_over(x):
+    with pytest.raises(ValueError, match="nothing to scan over"):
+        scan_blocks(block, x, {})
