@@ -3,6 +3,12 @@
 import click
 
 
+def _not_empty(context: click.Context, option: click.Parameter, value: str) -> str:
+    if not value:
+        raise click.BadParameter("must not be empty")
+    return value
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="df11_jax")
 def commands() -> None:
@@ -10,12 +16,28 @@ def commands() -> None:
 
 
 @commands.command()
-def demo() -> None:
+@click.option(
+    "--prompt",
+    callback=_not_empty,
+    default='The "with" statement ',
+    show_default=True,
+    help="To continue.",
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=1),
+    default=300,
+    show_default=True,
+    help="Bytes to generate.",
+)
+@click.option("--temperature", default=0.5, show_default=True, help="Of the text that is shown.")
+@click.option("--seed", default=0, show_default=True, help="Of the random numbers for it.")
+def demo(prompt: str, tokens: int, temperature: float, seed: int) -> None:
     """Generate text from a small model, with plain and with compressed weights, and compare.
 
-    The model (3 million parameters, bundled) writes something like Python's reference manual.
+    The bundled model (3 million parameters) writes something like Python's reference manual.
     Exits with an error unless logits and tokens are the same, bit for bit.
     """
     from df11_jax.demo.run import run_demo
 
-    run_demo()
+    run_demo(prompt, tokens, temperature, seed)

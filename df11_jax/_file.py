@@ -46,7 +46,10 @@ def save_file(params: PyTree, path: str | os.PathLike[str]) -> None:
             tensors[name] = jax.numpy.asarray(leaf)
     partial = Path(path).with_name(Path(path).name + ".partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         save(tensors, partial, metadata=_METADATA)
+        partial.chmod(mode)  # safetensors leaves files that only their owner can read
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -70,7 +70,9 @@ def disassemble(arch: str, folder: pathlib.Path) -> dict[str, list[str]]:
         [find_tool("nvdisasm"), "-c", cubin], check=True, capture_output=True, text=True
     ).stdout
     sections = re.split(r"^\s*\.section\s+\.text\.(\S+?),.*$", text, flags=re.MULTILINE)
-    return {name: body.splitlines() for name, body in zip(sections[1::2], sections[2::2])}
+    return {
+        name: body.splitlines() for name, body in zip(sections[1::2], sections[2::2], strict=True)
+    }
 
 
 def innermost_loops(lines: list[str]) -> list[list[str]]:
@@ -92,6 +94,7 @@ def innermost_loops(lines: list[str]) -> list[list[str]]:
 
 
 def opcode(instruction: str) -> str:
+    """The instruction's name without its modifiers."""
     return instruction.split()[0].split(".")[0]
 
 
@@ -121,6 +124,7 @@ def count(arch: str) -> list[tuple[bool, int, int, collections.Counter]]:
 
 
 def main() -> None:
+    """Prints the table."""
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()

@@ -40,9 +40,9 @@ class Config:
 
 
 class Cache(NamedTuple):
-    """Keys (already rotated) and values of every position that fits, a layer at a time in blocks.
+    """Keys (already rotated) and values of one block, for every position that fits.
 
-    `init_cache` makes it for the whole model, with a leading `layers` axis.
+    `init_cache` makes it for the whole model: a leading `layers` axis is added to both.
     """
 
     keys: Float[Array, "batch length kv_heads head_dim"]
@@ -54,6 +54,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+        """Norms each vector of the last axis."""
         return rms_norm(x, self.param("scale", nn.initializers.ones, x.shape[-1:]))
 
 
@@ -103,6 +104,7 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch seq dim"]) -> Float[Array, "batch seq dim"]:
+        """Maps each position by itself."""
         c = self.config
         hidden = nn.silu(_dense(c, c.hidden, "gate")(x)) * _dense(c, c.hidden, "up")(x)
         return _dense(c, c.dim, "down")(hidden)
@@ -120,6 +122,7 @@ class Block(nn.Module):
         cache: Cache,
         start: Int[Array, ""],
     ) -> tuple[Float[Array, "batch seq dim"], Cache]:
+        """Advances `x`, at positions `start, start + 1, ...`, and this block's cache."""
         attended, cache = Attention(self.config, name="attention")(
             RMSNorm(name="attention_norm")(x), cache, start
         )
@@ -151,7 +154,7 @@ def forward(
     embedding = outer["embedding"].astype(config.dtype)
     block = Block(config)
 
-    def block_fn(x, block_params, layer_cache):
+    def block_fn(x: Array, block_params: Params, layer_cache: Cache) -> Any:
         return block.apply({"params": block_params}, x, layer_cache, start)
 
     x = embedding[tokens]
@@ -167,7 +170,7 @@ def init_params(key: PRNGKeyArray, config: Config) -> Params:
     x = jnp.zeros((1, 1, config.dim), config.dtype)
     cache = jax.tree.map(lambda a: a[0], init_cache(config, batch=1, length=1))
 
-    def init_block(block_key):
+    def init_block(block_key: PRNGKeyArray) -> Params:
         return Block(config).init(block_key, x, cache, 0)["params"]
 
     return {
@@ -195,7 +198,7 @@ def rms_norm(
 def rotate(
     x: Float[Array, "batch seq heads head_dim"], positions: Int[Array, " seq"], base: float
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """Rotary position embedding: turns the pair (i, i + head_dim / 2) by position * base^(-2i/d)."""
+    """Rotary embedding: turns the pair (i, i + half) by position * base^(-i / half)."""
     half = x.shape[-1] // 2
     frequencies = base ** (-jnp.arange(half) / half)
     angles = positions[:, None, None] * frequencies  # [seq, 1, half]: the same for every head

@@ -1,11 +1,14 @@
 """Trains the bundled demo model on the text of Python's own help topics.
 
-    python -m df11_jax.demo.train --out checkpoint.npz
+    pip install ".[train]"
+    python -m df11_jax.demo.train --out checkpoint.safetensors
 
 The text is `pydoc_data.topics`, part of Python under the PSF licence, read byte by byte. The
 bundled checkpoint was made by this script, with its defaults, on a CPU with Python 3.11.7,
 jax 0.10.2, flax 0.12.8 and optax 0.2.8. The topics change between Python versions, and the sums
 of a matrix product between machines, so elsewhere expect an equally good model, not equal bits.
+It ends at 1.185 nats (1.71 bits) per held-out byte; that loss also told when to stop, after about
+seven passes over the text: with 2000 steps and a tenth of the weight decay it came to 1.43.
 """
 
 import dataclasses
@@ -21,9 +24,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, UInt8
 
-from df11_jax.demo import model
+from df11_jax.demo import checkpoint, model
 
-# Float32 activations: on a CPU they are faster than bf16, which it has to emulate.
+# Float32 activations take a CPU no longer than bf16 ones, and are not rounded.
 CONFIG = dataclasses.replace(model.Config(), dtype=jnp.float32)
 HELD_OUT_TOPICS = ("execmodel", "import")  # 5% of the text, never trained on
 WINDOW = 256
@@ -39,14 +42,18 @@ def load_text() -> tuple[UInt8[np.ndarray, " train"], UInt8[np.ndarray, " held_o
     so no held-out paragraph is among those trained on.
     """
     order = sorted(topics, key=lambda name: (name not in HELD_OUT_TOPICS, -len(topics[name])))
-    seen = set()
-    train, held_out = [], []
+    seen: set[str] = set()
+    train: list[str] = []
+    held_out: list[str] = []
     for name in order:
         fresh = [p for p in topics[name].split("\n\n") if p.strip() not in seen]
         seen.update(p.strip() for p in fresh)
         (held_out if name in HELD_OUT_TOPICS else train).append("\n\n".join(fresh))
-    join = lambda parts: np.frombuffer("\n\n\n".join(parts).encode(), np.uint8)  # noqa: E731
-    return join(train), join(held_out)
+    return _as_bytes(train), _as_bytes(held_out)
+
+
+def _as_bytes(parts: list[str]) -> UInt8[np.ndarray, " bytes"]:
+    return np.frombuffer("\n\n\n".join(parts).encode(), np.uint8)
 
 
 def cross_entropy(
@@ -60,24 +67,32 @@ def cross_entropy(
 
 
 def make_optimizer(steps: int) -> optax.GradientTransformation:
-    """AdamW under a warmed-up cosine schedule; norms (vectors per layer) are not decayed."""
+    """AdamW under a warmed-up cosine schedule.
+
+    The text is read several times over, hence the strong weight decay. Norm scales are spared.
+    """
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, PEAK_LEARNING_RATE, steps // 20, steps, PEAK_LEARNING_RATE / 50
     )
 
-    def decayed(params):
+    def decayed(params: model.Params) -> model.Params:
         return jax.tree_util.tree_map_with_path(
             lambda path, _: "norm" not in jax.tree_util.keystr(path), params
         )
 
     return optax.chain(
         optax.clip_by_global_norm(1.0),
-        optax.adamw(schedule, b2=0.99, weight_decay=0.1, mask=decayed),
+        optax.adamw(schedule, b2=0.99, weight_decay=1.0, mask=decayed),
     )
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
-def train_step(optimizer, params, state, windows):
+def train_step(
+    optimizer: optax.GradientTransformation,
+    params: model.Params,
+    state: optax.OptState,
+    windows: Int[Array, "batch window"],
+) -> tuple[model.Params, optax.OptState, Float[Array, ""]]:
     """One update; returns (params, optimizer state, mean loss in nats per byte)."""
     loss, gradients = jax.value_and_grad(lambda p: cross_entropy(p, windows).mean())(params)
     updates, state = optimizer.update(gradients, state, params)
@@ -85,7 +100,9 @@ def train_step(optimizer, params, state, windows):
 
 
 @jax.jit
-def _held_out_losses(params, windows):
+def _held_out_losses(
+    params: model.Params, windows: Int[Array, "batch window"]
+) -> Float[Array, "batch predicted"]:
     return cross_entropy(params, windows)
 
 
@@ -106,16 +123,9 @@ def round_to_bf16(params: model.Params) -> model.Params:
     return jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
 
 
-def save(params: model.Params, path: pathlib.Path) -> None:
-    """Writes bf16 parameters as uint16 bit patterns under '/'-joined names."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(params)
-    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-    np.savez(path, **{name(keys): np.asarray(leaf).view(np.uint16) for keys, leaf in flat})
-
-
 @click.command()
 @click.option("--out", type=click.Path(dir_okay=False, path_type=pathlib.Path), required=True)
-@click.option("--steps", default=2000, show_default=True)
+@click.option("--steps", default=1200, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 def main(out: pathlib.Path, steps: int, seed: int) -> None:
     """Trains from scratch and writes the bf16 parameters to OUT."""
@@ -140,7 +150,7 @@ def main(out: pathlib.Path, steps: int, seed: int) -> None:
                 f"held out {held_out_loss(shipped, held_out):.3f} nats/byte  "
                 f"{time.monotonic() - began:.0f} s"
             )
-            save(shipped, out)  # an interrupted run leaves its latest parameters
+            checkpoint.save(shipped, out)  # an interrupted run leaves its latest parameters
             losses = []
 
 
