@@ -115,6 +115,7 @@ class ChunkDecoder {
       const int64_t at = (chunk.row + row) * view.cols + chunk.col;
       const int64_t count = valid_weights(chunk, row);
       if (count <= 0) break;
+      prefetch_weights(weights + at + kTileCols);
       if (std::memcmp(weights + at, tile_ + row * kTileCols, 2 * count) == 0) continue;
       for (int64_t i = 0; i < count; ++i) {
         if (weights[at + i] != tile_[row * kTileCols + i]) return at + i;

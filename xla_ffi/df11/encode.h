@@ -41,6 +41,11 @@ DF11_INLINE uint16_t exponent_index(uint32_t pair) {
   return static_cast<uint16_t>((pair << 1 & 0xff00u) | (pair >> 23 & 0xffu));
 }
 
+// Fetches a row of the next tile: too far from this tile's for the hardware to guess.
+DF11_INLINE void prefetch_weights(const uint16_t* row) {
+  for (int i = 0; i < kTileCols; i += 32) __builtin_prefetch(row + i);
+}
+
 // The pairs of grid row t of a half-step, whose first row in the view is `row`: `col` is
 // the tile's first column. Returns false, with padding filled by `pad`, at the view's edge.
 inline bool load_pairs(const uint16_t* weights, const View& view, int64_t row, int64_t col,
@@ -48,11 +53,8 @@ inline bool load_pairs(const uint16_t* weights, const View& view, int64_t row, i
   if (col + kTileCols <= view.cols && (row + 1) * view.cols + col + kTileCols <= view.size) {
     const uint16_t* __restrict first = weights + row * view.cols + col;
     const uint16_t* __restrict second = first + view.cols;
-    // The next tile's part of the rows: too far from this tile's for the hardware to guess.
-    for (int i = kTileCols; i < 2 * kTileCols; i += kTileCols / 2) {
-      __builtin_prefetch(first + i);
-      __builtin_prefetch(second + i);
-    }
+    prefetch_weights(first + kTileCols);
+    prefetch_weights(second + kTileCols);
     for (int i = 0; i < kTileCols; ++i) pairs[i] = first[i] | uint32_t{second[i]} << 16;
     return true;
   }
