@@ -130,8 +130,14 @@ def _compress(
     *,
     cast: bool = False,
 ) -> DF11Array:
-    # Not at the top: `import df11_jax` stays fast, and needs no compiled library.
-    from df11_jax import _native
+    # Not at the top: `import df11_jax` needs no compiled library.
+    try:
+        from df11_jax import _native
+    except ImportError as error:
+        raise ImportError(
+            f"df11_jax in {os.path.dirname(__file__)} has no compiled library ({error}). If that "
+            "is the source tree, install it (pip install .) and start Python somewhere else"
+        ) from error
 
     weights, device = _on_host(array, name, cast)
     if not 0 <= stack_axes <= weights.ndim:

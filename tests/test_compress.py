@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import df11_jax
-from df11_jax import _native
+from df11_jax import _compress, _native
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 RNG = np.random.default_rng(0)
@@ -152,13 +152,28 @@ class TestInputs:
         round_trip(weights.T)
         round_trip(weights[::-1])
 
+    def test_reads_where_it_lies(self):
+        array = jnp.asarray(normal(300, 64))
+        weights, _ = _compress._on_host(array, "array", cast=False)
+        assert weights.ctypes.data == array.unsafe_buffer_pointer()
+        weights, _ = _compress._on_host(np.asarray(array), "array", cast=False)
+        assert weights.ctypes.data == array.unsafe_buffer_pointer()
+
     def test_read_only(self):
         weights = normal(300, 64)
         weights.flags.writeable = False
         round_trip(weights)
 
     @pytest.mark.parametrize(
-        "dtype", [np.float32, np.float16, np.uint16, np.int8, ml_dtypes.float8_e4m3fn, ">f4"]
+        "dtype",
+        [
+            np.float32,
+            np.float16,
+            np.uint16,
+            ml_dtypes.float8_e4m3fn,
+            ">f4",
+            BF16.newbyteorder(">"),
+        ],
     )
     def test_other_dtypes_are_refused(self, dtype):
         with pytest.raises(TypeError, match=r"array: expected bfloat16, got .*Cast it first"):
@@ -267,7 +282,7 @@ def test_verification_finds_a_difference():
     assert _native.find_difference(changed, [300, 64], *words[1:], 2) == 300 * 64 + 12345
 
 
-def test_peak_host_memory():
+def test_peak_host_memory(tmp_path):
     """No more than the original, the result, and what one leaf needs at a time."""
     program = """
 import resource, numpy as np, ml_dtypes, jax, df11_jax
@@ -284,7 +299,10 @@ small = df11_jax.compress_params(params)
 extra = peak() - before - df11_jax.size_report(small).nbytes
 print(extra / params["leaf0"].nbytes)
 """
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    # Not in the source tree, whose package has no compiled library.
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path
+    )
     assert run.returncode == 0, run.stderr
     # The leaf's result once more, while it moves to the device.
     assert float(run.stdout) < 1.0
