@@ -40,8 +40,9 @@ def compress(
         threads: how many threads to use; None for all that this process may run on.
 
     Returns:
-        The compressed tensor, on the device that `array` is on, or on the default device if it is
-        a numpy array. `decompress` of it is bit for bit `array`.
+        The compressed tensor, on the device that `array` is on; on the default device if that is
+        a numpy array, or is spread over several devices (`jax.device_put` places the result, like
+        any pytree). `decompress` of it is bit for bit `array`.
 
     Raises:
         TypeError: `array` is traced, or not bfloat16.
@@ -90,13 +91,14 @@ def compress_params(
     Raises:
         TypeError: a leaf to be compressed is traced.
         ValueError: a leaf to be stacked has no axes; a regular expression is not one.
-        RuntimeError: verification failed. All messages name the leaf's path.
+        RuntimeError: verification failed, or an array was deleted. All errors name the leaf's
+            path, in their message or in a note.
     """
     included = re.compile(include) if include is not None else None
     stacks = re.compile(stacked) if stacked is not None else None
 
     def is_wanted(path: str, leaf: Any) -> bool:
-        if is_df11(leaf) or not hasattr(leaf, "dtype") or leaf.size < min_size:
+        if not isinstance(leaf, (jax.Array, np.ndarray)) or leaf.size < min_size:
             return False
         if leaf.dtype != _BFLOAT16 and not (cast and _native_dtype(leaf) in _CASTABLE):
             return False
@@ -113,7 +115,12 @@ def compress_params(
         for (path, leaf), want in zip(named, wanted, strict=True):
             if want:
                 stack_axes = 1 if stacks is not None and stacks.search(path) else 0
-                small = _compress(leaf, path, stack_axes, verify, threads, cast=cast)
+                try:
+                    small = _compress(leaf, path, stack_axes, verify, threads, cast=cast)
+                except Exception as error:
+                    # What numpy and jax raise (for deleted arrays, say) does not name the leaf.
+                    error.add_note(f"df11_jax: while compressing the leaf {path}")
+                    raise
                 bar.update(path, leaf.nbytes)
                 if small.compressed_nbytes < leaf.nbytes:
                     leaf = small
@@ -182,12 +189,12 @@ def _on_host(array: Any, name: str, cast: bool) -> tuple[np.ndarray, Any]:
         raise TypeError(f"{name}: is compressed already ({array!r})")
     device = None
     if isinstance(array, jax.Array):
-        devices = array.devices()
-        if len(devices) == 1:
-            (device,) = devices
-            # A new array of the same buffer: what comes to the host from another device is
-            # cached with the array that was asked for it, and would stay as long as that does.
-            array = array.addressable_data(0)
+        if len(array.devices()) == 1 and (array.committed or array.devices() != _default_device()):
+            (device,) = array.devices()
+        # A new array of the same buffers: what comes to the host from another device is cached
+        # with the array that was asked for it, and would stay as long as that does.
+        shards = [shard.data for shard in array.addressable_shards]
+        array = jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
     weights = np.asarray(array)
     if cast and _native_dtype(weights) in _CASTABLE:
         weights = weights.astype(_BFLOAT16)
@@ -199,8 +206,14 @@ def _on_host(array: Any, name: str, cast: bool) -> tuple[np.ndarray, Any]:
     return np.ascontiguousarray(weights).reshape(weights.shape), device
 
 
-def _native_dtype(array: Any) -> np.dtype:
-    """The dtype in this machine's byte order."""
+def _default_device() -> set[jax.Device]:
+    return jnp.zeros(()).devices()
+
+
+def _native_dtype(array: Any) -> np.dtype | None:
+    """The dtype in this machine's byte order; None for those, like keys, that numpy lacks."""
+    if jnp.issubdtype(array.dtype, jax.dtypes.extended):
+        return None
     return np.dtype(array.dtype).newbyteorder("=")
 
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import export
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, BFloat16, Int32, PyTree
@@ -111,8 +110,12 @@ def decode_slices(
     names = tuple(names) if names is not None else tuple(f"tensor {i}" for i in range(len(arrays)))
     lengths = []
     for array, name in zip(arrays, names, strict=True):
-        shapes = [np.shape(leaf) for leaf in array.payload]
-        stack = _layout.check_payload_shapes(shapes, array.slice_shape, name)
+        stack = _layout.check_payload(array.payload, array.slice_shape, name)
+        if any(_is_split(leaf) for leaf in array.payload):
+            raise ValueError(
+                f"{name}: is sharded over explicit axes of a mesh; decompress it in a "
+                "jax.shard_map, or make the mesh with axis_types=(jax.sharding.AxisType.Auto, ...)"
+            )
         lengths.append(math.prod(stack))
         if lengths[-1] != lengths[0]:
             raise ValueError(
@@ -155,6 +158,11 @@ def _tie(index: Int32[Array, "*batch"], after: PyTree) -> Int32[Array, "*batch"]
     return jax.lax.optimization_barrier((index, *leaves))[0]
 
 
+def _is_split(leaf: Any) -> bool:
+    """Whether the type says that an array is sharded, which its decoding cannot go along with."""
+    return any(axis is not None for axis in jax.typeof(leaf).sharding.spec)
+
+
 def _is_number(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
 
@@ -176,7 +184,8 @@ def _decode(tensors: _Tensors, index: Array, *payloads: Array) -> tuple[Array, .
 
     _ffi.warn_if_slow()
     compiled = dict.fromkeys(_ffi.platforms(), ffi)
-    return jax.lax.platform_dependent(index, *payloads, **compiled, default=xla)
+    with jax.numpy_rank_promotion("allow"):  # whatever the user wants of their own code
+        return jax.lax.platform_dependent(index, *payloads, **compiled, default=xla)
 
 
 @functools.partial(_decode.defjvp, symbolic_zeros=True)

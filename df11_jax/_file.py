@@ -100,5 +100,5 @@ def _join(name: str, parts: dict[str, jax.Array]) -> DF11Array:
     except (IndexError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from None
     array = DF11Array(**parts, slice_shape=slice_shape)
-    _layout.check_payload_shapes([part.shape for part in array.payload], slice_shape, name)
+    _layout.check_payload(array.payload, slice_shape, name)
     return array

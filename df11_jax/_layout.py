@@ -6,6 +6,7 @@ The same constants and index arithmetic as `xla_ffi/df11/layout.h`.
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt32
@@ -133,13 +134,11 @@ def unpack_header(header: UInt32[np.ndarray, "20"]) -> tuple[int, ...]:
     return shape
 
 
-def check_payload_shapes(
-    shapes: Sequence[tuple[int, ...]], slice_shape: Sequence[int], name: str
-) -> tuple[int, ...]:
-    """Checks that the five arrays of a compressed tensor fit each other and its shape.
+def check_payload(payload: Sequence[Any], slice_shape: Sequence[int], name: str) -> tuple[int, ...]:
+    """Checks types and shapes of the five arrays of a compressed tensor against its shape.
 
     Args:
-        shapes: their shapes, in the order of `PAYLOAD`.
+        payload: the arrays, or anything with their dtypes and shapes, in the order of `PAYLOAD`.
         slice_shape: shape of one slice.
         name: of the tensor, for messages.
 
@@ -151,13 +150,15 @@ def check_payload_shapes(
     """
     view = make_view(slice_shape)
     words = (HEADER_WORDS, CODEBOOK_WORDS, view.chunks + 1, None, view.sign_mantissa_words)
-    stack = tuple(shapes[0][:-1])
-    for array, shape, expected in zip(PAYLOAD, shapes, words, strict=True):
-        last = "words" if expected is None else expected
-        want = f"[{', '.join(map(str, (*stack, last)))}]"
-        if not shape or tuple(shape[:-1]) != stack or expected not in (None, shape[-1]):
+    stack = tuple(payload[0].shape[:-1])
+    for part, array, expected in zip(PAYLOAD, payload, words, strict=True):
+        shape = tuple(array.shape)
+        fits = shape and (shape[-1] % 4 == 0 if expected is None else shape[-1] == expected)
+        if array.dtype != np.uint32 or shape[:-1] != stack or not fits:
+            last = "a multiple of 4" if expected is None else expected
+            want = ", ".join(map(str, (*stack, last)))
             raise ValueError(
-                f"{name}: {array} has shape {list(shape)}, expected {want} for slices of shape "
-                f"{list(slice_shape)}"
+                f"{name}: {part} is {array.dtype}{list(shape)}, expected uint32[{want}] for slices "
+                f"of shape {list(slice_shape)}"
             )
     return stack

@@ -31,7 +31,17 @@ def run_under(
         standard: the C++ standard.
     """
     program = folder / "driver"
-    command = ["g++", f"-std={standard}", "-Wall", "-Wextra", "-Werror", "-g", "-pthread"]
+    command = [
+        "g++",
+        f"-std={standard}",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-g",
+        "-pthread",
+        "-Ixla_ffi",
+        "-Itests",
+    ]
     command += [*FLAGS[sanitizer], *arguments, "-o", str(program)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr

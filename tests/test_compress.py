@@ -159,6 +159,18 @@ class TestInputs:
         weights, _ = _compress._on_host(np.asarray(array), "array", cast=False)
         assert weights.ctypes.data == array.unsafe_buffer_pointer()
 
+    def test_placement(self):
+        first, second = jax.devices("cpu")[:2]
+        weights = normal(300, 64)
+        assert not df11_jax.compress(jnp.asarray(weights)).header.committed
+        moved = df11_jax.compress(jax.device_put(weights, second))
+        assert moved.header.devices() == {second}
+        assert moved.header.committed
+        mesh = jax.sharding.Mesh(np.array([first, second]), ("rows",))
+        split = jax.device_put(weights, jax.NamedSharding(mesh, jax.P("rows")))
+        array = round_trip(split)
+        assert len(array.header.devices()) == 1
+
     def test_read_only(self):
         weights = normal(300, 64)
         weights.flags.writeable = False
@@ -250,6 +262,20 @@ class TestCompressParams:
             jax.jit(df11_jax.compress_params)(params)
         with pytest.raises(re.error):
             df11_jax.compress_params(params, include="(")
+        deleted = jnp.asarray(params["a"]["b"])
+        deleted.delete()
+        with pytest.raises(RuntimeError, match="deleted") as raised:
+            df11_jax.compress_params({"a": {"b": deleted}})
+        assert raised.value.__notes__ == ["df11_jax: while compressing the leaf a/b"]
+
+    def test_other_leaves_stay(self):
+        leaves = {
+            "key": jax.random.split(jax.random.key(0), 20000),
+            "shape": jax.ShapeDtypeStruct((20000,), jnp.bfloat16),
+            "text": "text",
+        }
+        small = df11_jax.compress_params(leaves, cast=True)
+        assert all(small[name] is leaves[name] for name in leaves)
 
     def test_interruption_leaves_the_original(self):
         params = self.params()

@@ -69,5 +69,5 @@ def test_bad_files(tmp_path):
 
     check({"codebook": None}, "w: expected the parts")
     check({"header": parts["header"].at[0, 0].set(9)}, "w: format version 9 is unknown")
-    check({"sign_mantissa": parts["sign_mantissa"][:, :-4]}, "w: sign_mantissa has shape")
+    check({"sign_mantissa": parts["sign_mantissa"][:, :-4]}, "w: sign_mantissa is uint32")
     check({"header": parts["header"][:0]}, "w: ")

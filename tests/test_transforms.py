@@ -255,6 +255,35 @@ def test_shard_map_of_activations(weights, stack, x, mesh, check_vma):
     assert_same_bits(jax.jit(jax.grad(loss))(x), expected)
 
 
+def test_types_are_checked(stack):
+    wrong = dataclasses.replace(stack, exponents=stack.exponents.astype(jnp.int32))
+    with pytest.raises(
+        ValueError, match=r"w: exponents is int32\[4, \d+\], expected uint32\[4, a mu"
+    ):
+        decompress_params({"w": wrong})
+    odd = dataclasses.replace(stack, exponents=stack.exponents[:, :-1])
+    with pytest.raises(ValueError, match=r"expected uint32.*a multiple of 4"):
+        decompress(odd)
+
+
+def test_strict_modes(weights, stack):
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        assert_same_bits(jax.jit(lambda a: decompress(a))(stack), weights)
+    with jax.enable_x64(True):
+        assert_same_bits(jax.jit(lambda a: decompress(a))(stack), weights)
+
+
+def test_explicit_meshes(weights, stack):
+    if len(jax.devices()) < 2:
+        pytest.skip("needs two devices")
+    mesh = jax.make_mesh((2,), ("layers",), axis_types=(jax.sharding.AxisType.Explicit,))
+    split = jax.device_put(stack, NamedSharding(mesh, P("layers")))
+    with pytest.raises(ValueError, match=r"tensor: is sharded over explicit axes.*shard_map"):
+        decompress(split)
+    everywhere = jax.device_put(stack, NamedSharding(mesh, P()))
+    assert_same_bits(decompress(everywhere), weights)
+
+
 @on_cpu
 def test_many_tensors_are_one_call(weights, stack):
     other = random_weights((100,))

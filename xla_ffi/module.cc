@@ -7,7 +7,6 @@
 
 #include <atomic>
 #include <memory>
-#include <mutex>
 #include <stdexcept>
 
 #include "cpu/handler.h"
@@ -53,17 +52,7 @@ View checked_view(const std::vector<int64_t>& dims, size_t size) {
 template <typename Body>
 void for_each_slice(int64_t stack, int threads, const Body& body) {
   const bool across = stack >= threads;
-  std::exception_ptr failure;
-  std::mutex mutex;
-  parallel_for(stack, across ? threads : 1, [&](int64_t i) {
-    try {
-      body(i, across ? 1 : threads);
-    } catch (...) {
-      const std::lock_guard<std::mutex> lock(mutex);
-      if (!failure) failure = std::current_exception();
-    }
-  });
-  if (failure) std::rethrow_exception(failure);
+  parallel_for(stack, across ? threads : 1, [&](int64_t i) { body(i, across ? 1 : threads); });
 }
 
 // A stack of slices of different lengths, filled up with zeros to the longest.

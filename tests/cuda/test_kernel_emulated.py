@@ -7,7 +7,7 @@ from compiling import FLAGS, needs_compiler, run_under
 @needs_compiler
 @pytest.mark.parametrize("sanitizer", FLAGS)
 def test_kernel_matches_cpu_decoder(sanitizer, tmp_path):
-    arguments = ["-Ixla_ffi/cuda/emulation", "-Ixla_ffi", "-Wno-unknown-pragmas"]
+    arguments = ["-Ixla_ffi/cuda/emulation", "-Wno-unknown-pragmas"]
     # The kernel reads words four at a time.
     arguments += ["-fno-strict-aliasing"]
     # Two warps a block, because a host thread for each of 256 is slow.

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/decode_slices.h"
+#include "native/encoded_slice.h"
 
 namespace df11 {
 namespace {

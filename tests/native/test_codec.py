@@ -7,4 +7,4 @@ from compiling import needs_compiler, run_under
 @needs_compiler
 @pytest.mark.parametrize("sanitizer", ["address", "undefined", "thread"])
 def test_codec(sanitizer, tmp_path):
-    run_under(sanitizer, tmp_path, ["tests/native/codec_test.cc", "-Ixla_ffi"])
+    run_under(sanitizer, tmp_path, ["tests/native/codec_test.cc"])

@@ -62,11 +62,11 @@ class ChunkDecoder {
   // Decodes into a tile of chunk.steps * 16 rows; false if the chunk is corrupt.
   bool decode_tile(int64_t index, const Chunk& chunk, uint16_t* tile, int64_t stride) {
     const uint32_t begin = slice_.chunk_offsets[index], end = slice_.chunk_offsets[index + 1];
-    if (begin > end || end > slice_.exponents_words) return false;
+    if (begin > end || end > slice_.exponents_words || end - begin > kMostRecordWords) return false;
     const uint32_t* record = slice_.exponents + begin;
     if (end + kOverreadWords > slice_.exponents_words) {
       // Near the end of the buffer the record is read from a copy with room behind it.
-      copy_.assign(end - begin + kOverreadWords, 0);
+      copy_.resize(kMostRecordWords + kOverreadWords);
       std::memcpy(copy_.data(), record, 4 * size_t{end - begin});
       record = copy_.data();
     }

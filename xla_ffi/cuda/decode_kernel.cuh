@@ -187,6 +187,7 @@ __device__ inline bool open_record(const Assignment& work, int64_t index, const 
   }
   __pipeline_wait_prior(0);
   __syncwarp();  // All lanes' copies have arrived.
+  if (!raw && patches == kRawChunk) return false;
   return words == (raw ? kRawRecordHeaderWords + chunk.steps * kStepWords
                        : kRecordHeaderWords + (total + 31) / 32 + patches);
 }
@@ -260,14 +261,16 @@ __device__ inline void poison_chunk(EdgeRows rows, int steps) {
   }
 }
 
+// Whether the header names a shape with this view: the same weights in the same places.
 DF11_HD bool is_header_of(const uint32_t* header, const View& view) {
-  uint64_t size = 1;
   if (header[0] != kFormatVersion || header[1] > kMaxDims) return false;
-  for (uint32_t i = 0; i < kMaxDims; ++i) {
-    const uint64_t dim = header[2 + 2 * i] | uint64_t{header[3 + 2 * i]} << 32;
-    if (i < header[1]) size *= dim;
+  uint64_t size = 1, last = 0;
+  for (uint32_t i = 0; i < header[1]; ++i) {
+    last = header[2 + 2 * i] | uint64_t{header[3 + 2 * i]} << 32;
+    size *= last;
   }
-  return size == static_cast<uint64_t>(view.size);
+  const View found = make_view(size, header[1] >= 2 ? last : 0);
+  return found.size == view.size && found.rows == view.rows && found.cols == view.cols;
 }
 
 // Blocks share the chunks of a launch in order, so that a block sees few slices: it builds

@@ -14,6 +14,10 @@ namespace df11 {
 // Words that a lane may read past its own start: 128 codes of 12 bits and a window.
 inline constexpr int64_t kOverreadWords = 52;
 
+// The longest record: all codes and all weights patched.
+inline constexpr uint32_t kMostRecordWords =
+    kRecordHeaderWords + kTileRows * kTileCols / 2 * kMaxCodeBits / 32 + kTileRows * kTileCols;
+
 // The arrays of one slice.
 struct SlicePayload {
   View view;
@@ -131,23 +135,32 @@ DF11_INLINE void merge_pairs(const uint16_t* lane, const uint16_t* next_lane,
   using V = Vectors<kWidth>;
   typename V::U16 exponents;
   typename V::HalfU32 words;
-  typename V::U32 rest, sums;
+  typename V::U32 sums;
   std::memcpy(&words, sign_mantissa, sizeof words);
   std::memcpy(&sums, acc, sizeof sums);
   const typename V::HalfU32 rotated = words << 8 | words >> 24;
-  if constexpr (kWidth == 16) {
-    Vectors<8>::U16 first, second;
+  typename V::U32 rest;
+#if __has_builtin(__builtin_shufflevector)
+  if constexpr (kWidth == kLanePairs) {
+    std::memcpy(&exponents, lane, sizeof exponents);
+    rest = __builtin_shufflevector(words, rotated, 0, 4, 1, 5, 2, 6, 3, 7);
+  } else {
+    Vectors<kLanePairs>::U16 first, second;
     std::memcpy(&first, lane, sizeof first);
     std::memcpy(&second, next_lane, sizeof second);
     exponents = __builtin_shufflevector(first, second, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,
                                         14, 15);
     rest = __builtin_shufflevector(words, rotated, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7,
                                    15);
-  } else {
-    (void)next_lane;
-    std::memcpy(&exponents, lane, sizeof exponents);
-    rest = __builtin_shufflevector(words, rotated, 0, 4, 1, 5, 2, 6, 3, 7);
   }
+#else  // Before GCC 12. Slower: the vectors are put together in memory.
+  std::memcpy(&exponents, lane, 2 * kLanePairs);
+  if constexpr (kWidth > kLanePairs) {
+    std::memcpy(reinterpret_cast<char*>(&exponents) + 2 * kLanePairs, next_lane, 2 * kLanePairs);
+  }
+  for (int i = 0; i < kWidth; ++i) rest[i] = i % 2 ? rotated[i / 2] : words[i / 2];
+#endif
+  (void)next_lane;
   const auto both = __builtin_convertvector(exponents, typename V::U32);
   const typename V::U32 pairs =
       (both << 7 & 0x7f80u) | (both << 15 & 0x7f800000u) | (rest & kSignMantissa);

@@ -411,9 +411,23 @@ inline Words encode_slice(const uint16_t* weights, const View& view, int threads
   // Batches are encoded by any thread, but appended in order.
   std::atomic<int64_t> next{0};
   int64_t appended = 0;
+  bool failed = false;
   std::mutex mutex;
   std::condition_variable turn;
   parallel_for(std::min<int64_t>(threads, batches), threads, [&](int64_t) {
+    // Whoever waits for its turn must not wait for a thread that an exception ended.
+    struct Alarm {
+      bool& failed;
+      std::mutex& mutex;
+      std::condition_variable& turn;
+      bool armed = true;
+      ~Alarm() {
+        if (!armed) return;
+        const std::lock_guard<std::mutex> lock(mutex);
+        failed = true;
+        turn.notify_all();
+      }
+    } alarm{failed, mutex, turn};
     const auto encoder = std::make_unique<ChunkEncoder>(weights, view, codes);
     Words part;
     for (int64_t batch; (batch = next.fetch_add(1)) < batches;) {
@@ -424,7 +438,8 @@ inline Words encode_slice(const uint16_t* weights, const View& view, int threads
         encoder->encode(c, part, sign_mantissa);
       }
       std::unique_lock<std::mutex> lock(mutex);
-      turn.wait(lock, [&] { return appended == batch; });
+      turn.wait(lock, [&] { return appended == batch || failed; });
+      if (failed) break;
       for (int64_t c = first; c < end; ++c) {
         chunk_offsets[c] += static_cast<uint32_t>(records.size());
       }
@@ -432,6 +447,7 @@ inline Words encode_slice(const uint16_t* weights, const View& view, int threads
       ++appended;
       turn.notify_all();
     }
+    alarm.armed = false;
   });
   if (records.size() > UINT32_MAX) {
     throw std::length_error("the compressed exponents of one slice exceed 2^32 words");
@@ -439,21 +455,6 @@ inline Words encode_slice(const uint16_t* weights, const View& view, int threads
   chunk_offsets[chunks] = static_cast<uint32_t>(records.size());
   while (records.size() % 4) records.push_back(0);
   return records;
-}
-
-struct EncodedSlice {
-  std::vector<uint32_t> codebook, chunk_offsets, exponents, sign_mantissa;
-};
-
-inline EncodedSlice encode_slice(const uint16_t* weights, const View& view, int threads) {
-  EncodedSlice slice;
-  slice.codebook.resize(kCodebookWords);
-  slice.chunk_offsets.resize(view.chunks() + 1);
-  slice.sign_mantissa.resize(view.sign_mantissa_words());
-  const Words records = encode_slice(weights, view, threads, slice.codebook.data(),
-                                     slice.chunk_offsets.data(), slice.sign_mantissa.data());
-  slice.exponents.assign(records.data(), records.data() + records.size());
-  return slice;
 }
 
 }  // namespace df11

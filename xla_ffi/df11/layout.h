@@ -101,25 +101,32 @@ DF11_HD Chunk locate_chunk(const View& view, int64_t chunk) {
           (tile_row * kSteps * tiles + tile_col * steps) * kStepWords, steps};
 }
 
-// The view of a slice of the given shape.
-inline View make_view(const int64_t* dims, int ndim) {
+// The view of a slice of `size` weights whose last dimension is `cols`, or 0 if it has fewer than
+// two. Numbers that a corrupt header invents give some view, which the caller compares with the
+// one it expects.
+DF11_HD View make_view(uint64_t size, uint64_t cols) {
   View view;
-  view.size = 1;
-  for (int i = 0; i < ndim; ++i) view.size *= dims[i];
-  if (ndim >= 2 && view.size > 0 && dims[ndim - 1] % 8 == 0) {
-    const int64_t cols = dims[ndim - 1], rows = view.size / cols;
-    const int64_t padded_rows = (rows + kStepRows - 1) / kStepRows * kStepRows;
-    const int64_t padded_cols = (cols + kTileCols - 1) / kTileCols * kTileCols;
-    // Compared as padding <= 2 %, in a form that does not overflow for any size in memory.
-    if (50 * (padded_rows * padded_cols - view.size) <= view.size) {
-      view.rows = rows;
-      view.cols = cols;
+  view.size = static_cast<int64_t>(size);
+  if (size > 0 && cols > 0 && cols % 8 == 0) {
+    const uint64_t rows = size / cols;
+    const uint64_t padded_rows = (rows + kStepRows - 1) / kStepRows * kStepRows;
+    const uint64_t padded_cols = (cols + kTileCols - 1) / kTileCols * kTileCols;
+    // The padding, compared so that it does not overflow for any size in memory.
+    if (50 * (padded_rows * padded_cols - size) <= size) {
+      view.rows = static_cast<int64_t>(rows);
+      view.cols = static_cast<int64_t>(cols);
       return view;
     }
   }
-  view.rows = (view.size + kTileCols - 1) / kTileCols;
+  view.rows = static_cast<int64_t>((size + kTileCols - 1) / kTileCols);
   view.cols = kTileCols;
   return view;
+}
+
+inline View make_view(const int64_t* dims, int ndim) {
+  uint64_t size = 1;
+  for (int i = 0; i < ndim; ++i) size *= static_cast<uint64_t>(dims[i]);
+  return make_view(size, ndim >= 2 ? static_cast<uint64_t>(dims[ndim - 1]) : uint64_t{0});
 }
 
 }  // namespace df11

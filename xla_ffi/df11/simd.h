@@ -11,9 +11,14 @@ enum class Simd { kPortable, kAvx2, kAvx512 };
 #if defined(__x86_64__) && defined(__GNUC__)
 #define DF11_X86 1
 #define DF11_TARGET_AVX2 __attribute__((target("avx2,bmi,bmi2,lzcnt")))
+#ifdef __clang__  // does not know how to prefer a width
+#define DF11_TARGET_AVX512 \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,bmi,bmi2,lzcnt")))
+#else
 #define DF11_TARGET_AVX512 \
   __attribute__((          \
       target("avx512f,avx512bw,avx512dq,avx512vl,bmi,bmi2,lzcnt,prefer-vector-width=512")))
+#endif
 #endif
 
 inline Simd best_simd() {
