@@ -10,6 +10,7 @@
 #include <stdexcept>
 
 #include "cpu/handler.h"
+#include "df11/encode.h"
 
 namespace nb = nanobind;
 

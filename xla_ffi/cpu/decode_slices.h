@@ -2,6 +2,7 @@
 // XLA; handler.cc runs it on XLA's thread pool, the encoder's verification on its own.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -12,7 +13,7 @@
 #endif
 
 #include "df11/decode.h"
-#include "df11/encode.h"
+#include "df11/pairs.h"
 #include "df11/tensor_slices.h"
 
 namespace df11 {
@@ -31,8 +32,8 @@ inline std::string check_header(const uint32_t* header, const int64_t* dims, int
 }
 
 // From this size on a slice will have left the caches before it is used, and is written past
-// them. A tile's rows lie far apart, often by a power of two, so that writing through the
-// caches costs three times as much (8.7 against 29.5 GB/s on a Zen 5 core).
+// them. A tile's rows lie far apart, often by a power of two, so that they would compete for
+// the same places in the caches.
 inline constexpr int64_t kStreamingBytes = 4 << 20;
 
 // Copies a tile of full rows past the caches; `out` must be aligned to 16 bytes in every row.

@@ -11,6 +11,8 @@
 #include <string_view>
 #include <vector>
 
+#include "df11/words.h"
+
 namespace df11 {
 namespace {
 

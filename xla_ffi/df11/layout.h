@@ -2,6 +2,7 @@
 // encoder, the CPU decoder and the CUDA kernel. docs/format.md specifies it.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 // Inlined even where the compiler would not: into functions for other instruction sets.
@@ -127,6 +128,18 @@ inline View make_view(const int64_t* dims, int ndim) {
   uint64_t size = 1;
   for (int i = 0; i < ndim; ++i) size *= static_cast<uint64_t>(dims[i]);
   return make_view(size, ndim >= 2 ? static_cast<uint64_t>(dims[ndim - 1]) : uint64_t{0});
+}
+
+// The header of a slice of the given shape.
+inline std::array<uint32_t, kHeaderWords> make_header(const int64_t* dims, int ndim) {
+  std::array<uint32_t, kHeaderWords> header{};
+  header[0] = kFormatVersion;
+  header[1] = static_cast<uint32_t>(ndim);
+  for (int i = 0; i < ndim; ++i) {
+    header[2 + 2 * i] = static_cast<uint32_t>(dims[i]);
+    header[3 + 2 * i] = static_cast<uint32_t>(dims[i] >> 32);
+  }
+  return header;
 }
 
 }  // namespace df11
