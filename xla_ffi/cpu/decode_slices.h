@@ -52,12 +52,17 @@ inline void stream_tile(const uint16_t* tile, int64_t rows, uint16_t* out, int64
 // Decodes chunk after chunk of one slice after the other with one table.
 class ChunkDecoder {
  public:
-  explicit ChunkDecoder(Simd simd) : decode_record_(DF11_SELECT(simd, decode_record)) {}
+  explicit ChunkDecoder(Simd simd)
+      : fill_pairs_table_(DF11_SELECT(simd, fill_pairs_table)),
+        decode_record_(DF11_SELECT(simd, decode_record)) {}
 
   // Must be called before chunks of this slice are decoded; false if the codebook is corrupt.
   bool set_slice(const SlicePayload& slice) {
     slice_ = slice;
-    return table_.build(slice.codebook);
+    uint32_t entries[kTableSize];
+    if (!build_table(slice.codebook, entries)) return false;
+    fill_pairs_table_(entries, table_);
+    return true;
   }
 
   // Decodes into a tile of chunk.steps * 16 rows; false if the chunk is corrupt.
@@ -133,6 +138,7 @@ class ChunkDecoder {
     return std::min({int64_t{kTileCols}, view.cols - chunk.col, view.size - at});
   }
 
+  decltype(&fill_pairs_table_portable) fill_pairs_table_;
   decltype(&decode_record_portable) decode_record_;
   SlicePayload slice_{};
   std::vector<uint32_t> copy_;
