@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <functional>
 #include <memory>
+#include <new>
 #include <random>
 #include <vector>
 
@@ -102,7 +103,23 @@ void fuzz(const std::vector<int64_t>& dims, const Source& source, int tries) {
               static_cast<long long>(view.rows), static_cast<long long>(view.cols), caught, tries);
 }
 
+// An exception in any thread reaches the caller, who may be Python.
+void check_exceptions() {
+  for (int threads : {1, 4}) {
+    bool caught = false;
+    try {
+      parallel_for(100, threads, [](int64_t i) {
+        if (i == 37) throw std::bad_alloc();
+      });
+    } catch (const std::bad_alloc&) {
+      caught = true;
+    }
+    check(caught, "exception got lost", View());
+  }
+}
+
 int run() {
+  check_exceptions();
   const auto pattern = [](int64_t i) { return static_cast<uint16_t>(i); };
   const auto noise = [](int64_t) { return static_cast<uint16_t>(random_bits()); };
   const auto constant = [](int64_t) { return uint16_t{0x3f80}; };
