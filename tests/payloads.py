@@ -24,6 +24,8 @@ def bits(weights: Any) -> np.ndarray:
 
 
 def assert_same_bits(actual: Any, expected: Any) -> None:
+    # numpy would compare a scalar with every element of an array.
+    assert np.shape(actual) == np.shape(expected)
     np.testing.assert_array_equal(bits(actual), bits(expected))
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from payloads import assert_same_bits, random_weights
 
 import df11_jax
 from df11_jax import _compress, _native
@@ -18,14 +19,7 @@ RNG = np.random.default_rng(0)
 
 
 def normal(*shape):
-    return (RNG.standard_normal(shape, dtype=np.float32) * np.float32(0.02)).astype(BF16)
-
-
-def assert_same_bits(actual, expected):
-    actual, expected = np.asarray(actual), np.asarray(expected)
-    assert actual.dtype == expected.dtype == BF16
-    assert actual.shape == expected.shape
-    np.testing.assert_array_equal(actual.view(np.uint16), expected.view(np.uint16))
+    return np.array(random_weights(shape))
 
 
 def round_trip(weights, **options):

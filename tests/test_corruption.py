@@ -4,9 +4,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
+from payloads import random_weights
 
 import df11_jax
 from df11_jax import _layout, _xla_decoder
@@ -15,7 +15,7 @@ RNG = np.random.default_rng(0)
 
 
 def sample(kind):
-    weights = RNG.standard_normal((136, 64), dtype=np.float32).astype(ml_dtypes.bfloat16)
+    weights = np.array(random_weights((136, 64), scale=1.0))
     if kind == "patched":
         places = RNG.integers(0, weights.size, 50)
         weights.reshape(-1).view(np.uint16)[places] = RNG.integers(0, 65536, 50)

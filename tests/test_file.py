@@ -1,7 +1,7 @@
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
+from payloads import random_weights
 from safetensors.flax import save_file as save_safetensors
 
 import df11_jax
@@ -9,10 +9,9 @@ from df11_jax import _file
 
 
 def params():
-    rng = np.random.default_rng(0)
     return df11_jax.compress_params(
         {
-            "layers": {"kernel": rng.standard_normal((2, 256, 64)).astype(ml_dtypes.bfloat16)},
+            "layers": {"kernel": random_weights((2, 256, 64))},
             "bias": jnp.arange(10, dtype=jnp.bfloat16),
         },
         stacked="^layers",

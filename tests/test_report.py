@@ -1,14 +1,13 @@
-import ml_dtypes
 import numpy as np
+from payloads import random_weights
 
 import df11_jax
 
 
 def params():
-    rng = np.random.default_rng(0)
     return df11_jax.compress_params(
         {
-            "layers": {"kernel": (rng.standard_normal((2, 256, 64))).astype(ml_dtypes.bfloat16)},
+            "layers": {"kernel": random_weights((2, 256, 64))},
             "scale": np.ones(10, np.float32),
         },
         stacked="^layers",

@@ -37,15 +37,16 @@ inline std::string tensor_name(std::string_view names, size_t i) {
   return "'" + std::string(names.substr(begin, names.find('\n', begin) - begin)) + "'";
 }
 
-class OperandError {
- public:
-  explicit OperandError(std::string tensor) : tensor_(std::move(tensor)) {}
-  ffi::Error operator()(const std::string& problem) const {
-    return ffi::Error::InvalidArgument("df11_decode: " + tensor_ + ": " + problem);
-  }
+// Makes the error for tensor i. Every call makes one of these, few make an error: the text is put
+// together only then.
+struct OperandError {
+  std::string_view names;
+  size_t tensor;
 
- private:
-  std::string tensor_;
+  ffi::Error operator()(const std::string& problem) const {
+    return ffi::Error::InvalidArgument("df11_decode: " + tensor_name(names, tensor) + ": " +
+                                       problem);
+  }
 };
 
 // Fills `axes` from the batch dimensions of the result, the payload and the index.
@@ -81,11 +82,12 @@ inline bool set_batch_axes(TensorSlices& tensor, ffi::AnyBuffer::Dimensions out,
 
 inline ffi::Error read_operands(ffi::RemainingArgs args, ffi::RemainingRets results,
                                 std::string_view names, std::vector<TensorSlices>& tensors) {
-  const ffi::Error bad_count =
-      ffi::Error::InvalidArgument("df11_decode: expected an index and five arrays for each of " +
-                                  std::to_string(results.size()) + " results, got " +
-                                  std::to_string(args.size()) + " operands");
-  if (args.size() != 1 + kArraysPerTensor * results.size()) return bad_count;
+  if (args.size() != 1 + kArraysPerTensor * results.size()) {
+    return ffi::Error::InvalidArgument(
+        "df11_decode: expected an index and five arrays for each of " +
+        std::to_string(results.size()) + " results, got " + std::to_string(args.size()) +
+        " operands");
+  }
   const auto index = args.get<ffi::AnyBuffer>(0);
   if (!index || index->element_type() != ffi::DataType::S32) {
     return ffi::Error::InvalidArgument("df11_decode: operand 0 (index) must be int32");
@@ -93,7 +95,7 @@ inline ffi::Error read_operands(ffi::RemainingArgs args, ffi::RemainingRets resu
   const size_t batch_rank = index->dimensions().size();
 
   for (size_t i = 0; i < results.size(); ++i) {
-    const OperandError error(tensor_name(names, i));
+    const OperandError error{names, i};
     auto out = results.get<ffi::AnyBuffer>(i);
     if (!out || (*out)->element_type() != ffi::DataType::BF16) {
       return error("the result must be bfloat16");

@@ -95,8 +95,9 @@ class ChunkDecoder {
     const bool inside = chunk.col + kTileCols <= view.cols &&
                         (chunk.row + rows - 1) * view.cols + chunk.col + kTileCols <= view.size;
     uint16_t* place = out + chunk.row * view.cols + chunk.col;
-    const bool stream = 2 * view.size >= kStreamingBytes && view.cols % 8 == 0 &&
-                        reinterpret_cast<uintptr_t>(out) % 16 == 0;
+    // The columns of a view are a multiple of 8, so every row is aligned like the first.
+    const bool stream =
+        2 * view.size >= kStreamingBytes && reinterpret_cast<uintptr_t>(out) % 16 == 0;
     if (inside && !stream) return decode_tile(index, chunk, place, view.cols);
     if (!decode_tile(index, chunk, tile_, kTileCols)) return false;
     if (inside) {
@@ -106,8 +107,7 @@ class ChunkDecoder {
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t count = valid_weights(chunk, row);
       if (count <= 0) break;
-      std::memcpy(out + (chunk.row + row) * view.cols + chunk.col, tile_ + row * kTileCols,
-                  2 * count);
+      std::memcpy(place + row * view.cols, tile_ + row * kTileCols, 2 * count);
     }
     return true;
   }

@@ -136,8 +136,7 @@ ffi::Error DecodeCpuImpl(ffi::ThreadPool pool, std::string_view names_attribute,
           check_header(tensor.header + slice * kHeaderWords, dims.begin() + batch_rank,
                        static_cast<int>(dims.size()) - batch_rank);
       if (!problem.empty()) {
-        return OperandError(tensor_name(names, i))("slice " + std::to_string(slice) + " " +
-                                                   problem);
+        return OperandError{names, i}("slice " + std::to_string(slice) + " " + problem);
       }
     }
     decode_counter += tensor.batch;

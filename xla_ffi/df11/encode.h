@@ -325,20 +325,7 @@ inline Words encode_slice(const uint16_t* weights, const View& view, int threads
   bool failed = false;
   std::mutex mutex;
   std::condition_variable turn;
-  parallel_for(std::min<int64_t>(threads, batches), threads, [&](int64_t) {
-    // Whoever waits for its turn must not wait for a thread that an exception ended.
-    struct Alarm {
-      bool& failed;
-      std::mutex& mutex;
-      std::condition_variable& turn;
-      bool armed = true;
-      ~Alarm() {
-        if (!armed) return;
-        const std::lock_guard<std::mutex> lock(mutex);
-        failed = true;
-        turn.notify_all();
-      }
-    } alarm{failed, mutex, turn};
+  const auto encode_batches = [&] {
     const auto encoder = std::make_unique<ChunkEncoder>(weights, view, codes);
     Words part;
     for (int64_t batch; (batch = next.fetch_add(1)) < batches;) {
@@ -350,7 +337,7 @@ inline Words encode_slice(const uint16_t* weights, const View& view, int threads
       }
       std::unique_lock<std::mutex> lock(mutex);
       turn.wait(lock, [&] { return appended == batch || failed; });
-      if (failed) break;
+      if (failed) return;
       for (int64_t c = first; c < end; ++c) {
         chunk_offsets[c] += static_cast<uint32_t>(records.size());
       }
@@ -358,7 +345,19 @@ inline Words encode_slice(const uint16_t* weights, const View& view, int threads
       ++appended;
       turn.notify_all();
     }
-    alarm.armed = false;
+  };
+  parallel_for(std::min<int64_t>(threads, batches), threads, [&](int64_t) {
+    try {
+      encode_batches();
+    } catch (...) {
+      // Whoever waits for its turn must not wait for this thread.
+      {
+        const std::lock_guard<std::mutex> lock(mutex);
+        failed = true;
+      }
+      turn.notify_all();
+      throw;
+    }
   });
   if (records.size() > UINT32_MAX) {
     throw std::length_error("the compressed exponents of one slice exceed 2^32 words");

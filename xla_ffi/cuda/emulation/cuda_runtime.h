@@ -103,7 +103,6 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   for (int i = 0; i < cuda_emulation::kWarpSize; ++i) ballot |= votes[i] << i;
   return ballot;
 }
-inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
   const uint32_t* values = cuda_emulation::exchange(mask, value);
   unsigned sum = 0;
@@ -153,7 +152,6 @@ inline void __pipeline_wait_prior(size_t) {}
 
 enum cudaError_t {
   cudaSuccess = 0,
-  cudaErrorInvalidValue = 1,
   cudaErrorMisalignedAddress = 716,
 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
