@@ -6,10 +6,15 @@ import sys
 
 def main() -> None:
     """Runs the command line; says what to install if that is missing."""
-    needed = ("click", "flax", "rich", "safetensors")
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        sys.exit(f'df11-jax needs {", ".join(missing)}. Install with: pip install "df11_jax[demo]"')
+    require("cli", "click", "rich")
     from df11_jax._commands import commands
 
     commands(prog_name="df11-jax")
+
+
+def require(extra: str, *modules: str) -> None:
+    """Ends the program if modules are missing, and says what to install."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        names = ", ".join(missing)
+        sys.exit(f'df11-jax needs {names}. Install with: pip install "df11_jax[{extra}]"')

@@ -2,6 +2,9 @@
 
 import click
 
+from df11_jax import _checkpoint_commands
+from df11_jax._cli import require
+
 
 def _not_empty(context: click.Context, option: click.Parameter, value: str) -> str:
     if not value:
@@ -9,10 +12,20 @@ def _not_empty(context: click.Context, option: click.Parameter, value: str) -> s
     return value
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Ends with status 0; 1 if what was compared differs; 2 if it was used wrongly, or files "
+    "cannot be read or written; 130 if it was interrupted.",
+)
 @click.version_option(package_name="df11_jax")
 def commands() -> None:
     """Lossless compression of bfloat16 weights in JAX."""
+
+
+commands.add_command(_checkpoint_commands.info)
+commands.add_command(_checkpoint_commands.compress)
+commands.add_command(_checkpoint_commands.decompress)
+commands.add_command(_checkpoint_commands.verify)
 
 
 @commands.command()
@@ -38,6 +51,7 @@ def demo(prompt: str, tokens: int, temperature: float, seed: int) -> None:
     The bundled model (3 million parameters) writes something like Python's reference manual.
     Exits with an error unless logits and tokens are the same, bit for bit.
     """
+    require("demo", "flax")
     from df11_jax.demo.run import run_demo
 
     run_demo(prompt, tokens, temperature, seed)

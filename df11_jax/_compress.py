@@ -1,6 +1,5 @@
 """Compression on the host: one tensor, or a pytree leaf by leaf."""
 
-import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, BFloat16, PyTree
 
-from df11_jax import _layout
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._decode import path_name
+from df11_jax._host_codec import encode
+from df11_jax._progress import ProgressBar
 
 _BFLOAT16 = np.dtype(jnp.bfloat16)
 _CASTABLE = (np.dtype(np.float32), np.dtype(np.float16))
@@ -111,7 +111,7 @@ def compress_params(
     wanted = [is_wanted(path, leaf) for path, leaf in named]
     total = sum(leaf.nbytes for (_, leaf), want in zip(named, wanted, strict=True) if want)
     leaves = []
-    with _ProgressBar(total if progress else None) as bar:
+    with ProgressBar("compress", total, show=progress) as bar:
         for (path, leaf), want in zip(named, wanted, strict=True):
             if want:
                 stack_axes = 1 if stacks is not None and stacks.search(path) else 0
@@ -137,42 +137,12 @@ def _compress(
     *,
     cast: bool = False,
 ) -> DF11Array:
-    # Not at the top: `import df11_jax` needs no compiled library.
-    try:
-        from df11_jax import _native
-    except ImportError as error:
-        raise ImportError(
-            f"df11_jax in {os.path.dirname(__file__)} has no compiled library ({error}). If that "
-            "is the source tree, install it (pip install .) and start Python somewhere else"
-        ) from error
-
     weights, device = _on_host(array, name, cast)
-    if not 0 <= stack_axes <= weights.ndim:
-        raise ValueError(
-            f"{name}: cannot take {stack_axes} stack axes from an array of shape {weights.shape}"
-        )
-    stack_shape, slice_shape = weights.shape[:stack_axes], weights.shape[stack_axes:]
-    if len(slice_shape) > _layout.MAX_DIMS:
-        raise ValueError(
-            f"{name}: slices of shape {slice_shape} have more than {_layout.MAX_DIMS} dimensions; "
-            "reshape the array, or make leading axes stack axes"
-        )
-    stack = int(np.prod(stack_shape, dtype=np.int64))
-    slice_size = int(np.prod(slice_shape, dtype=np.int64))
-    bits = weights.view(np.uint16).reshape(stack, slice_size)
-    threads = threads or _available_threads()
-    words = _native.encode(bits, list(slice_shape), threads)
-    if verify:
-        at = _native.find_difference(bits, list(slice_shape), *words[1:], threads)
-        if at >= 0:
-            raise RuntimeError(
-                f"{name}: element {tuple(map(int, np.unravel_index(at, weights.shape)))} does not "
-                "come back as it was; the original is untouched. Please report this: it is a bug, "
-                "or broken hardware"
-            )
+    words = encode(weights, name, stack_axes=stack_axes, verify=verify, threads=threads)
     header, codebook, chunk_offsets, exponents, sign_mantissa = (
-        jax.device_put(w.reshape(*stack_shape, w.shape[-1]), device) for w in words
+        jax.device_put(w, device) for w in words
     )
+    slice_shape = weights.shape[stack_axes:]
     return DF11Array(
         header, codebook, chunk_offsets, exponents, sign_mantissa, slice_shape=slice_shape
     )
@@ -191,10 +161,7 @@ def _on_host(array: Any, name: str, cast: bool) -> tuple[np.ndarray, Any]:
     if isinstance(array, jax.Array):
         if len(array.devices()) == 1 and (array.committed or array.devices() != _default_device()):
             (device,) = array.devices()
-        # A new array of the same buffers: what comes to the host from another device is cached
-        # with the array that was asked for it, and would stay as long as that does.
-        shards = [shard.data for shard in array.addressable_shards]
-        array = jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
+        array = fetch(array)
     weights = np.asarray(array)
     if cast and _native_dtype(weights) in _CASTABLE:
         weights = weights.astype(_BFLOAT16)
@@ -206,6 +173,14 @@ def _on_host(array: Any, name: str, cast: bool) -> tuple[np.ndarray, Any]:
     return np.ascontiguousarray(weights).reshape(weights.shape), device
 
 
+def fetch(array: jax.Array) -> np.ndarray:
+    """An array's elements on the host, which are gone when the caller drops them."""
+    # From a new array of the same buffers: what comes to the host from another device is cached
+    # with the array that was asked for it, and would stay as long as that does.
+    shards = [shard.data for shard in array.addressable_shards]
+    return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards))
+
+
 def _default_device() -> set[jax.Device]:
     return jnp.zeros(()).devices()
 
@@ -215,32 +190,3 @@ def _native_dtype(array: Any) -> np.dtype | None:
     if jnp.issubdtype(array.dtype, jax.dtypes.extended):
         return None
     return np.dtype(array.dtype).newbyteorder("=")
-
-
-def _available_threads() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-class _ProgressBar:
-    """A tqdm bar that counts bytes, or nothing if the total is None."""
-
-    def __init__(self, total: int | None) -> None:
-        self._bar: Any = None
-        if total is not None:
-            from tqdm.auto import tqdm
-
-            self._bar = tqdm(total=total, unit="B", unit_scale=True, desc="compress")
-
-    def __enter__(self) -> "_ProgressBar":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def update(self, path: str, nbytes: int) -> None:
-        if self._bar is not None:
-            self._bar.set_postfix_str(path, refresh=False)
-            self._bar.update(nbytes)

@@ -20,7 +20,10 @@ from df11_jax._array import DF11Array, is_df11
 
 # For `jax.export.export(..., disabled_checks=EXPORT_SAFETY_CHECKS)`: the FFI call is stable, but
 # whoever runs the exported program must have imported df11_jax.
-EXPORT_SAFETY_CHECKS = (export.DisabledSafetyCheck.custom_call(_ffi.DECODE_TARGET),)
+EXPORT_SAFETY_CHECKS = tuple(
+    export.DisabledSafetyCheck.custom_call(target)
+    for target in (_ffi.DECODE_TARGET, _ffi.PUBLISHED_DECODE_TARGET)
+)
 
 
 class _Tensors(NamedTuple):

@@ -7,12 +7,14 @@ import warnings
 import jax
 
 DECODE_TARGET = "df11_decode"
+PUBLISHED_DECODE_TARGET = "df11_published_decode"
 
 # Platform, as jax.lax.platform_dependent names it: (module with the handlers, name for XLA).
 _LIBRARIES = {
     "cpu": ("df11_jax._native", "cpu"),
     "cuda": ("df11_jax._native_cuda", "CUDA"),
 }
+_registered: dict[str, frozenset[str]] = {}  # the targets of each platform
 
 
 @functools.cache
@@ -32,12 +34,17 @@ def register(platform: str) -> str | None:
         return str(error)
     for target, handler in handlers.items():
         jax.ffi.register_ffi_target(target, handler, platform=xla_platform)
+    _registered[platform] = frozenset(handlers)
     return None
 
 
-def platforms() -> tuple[str, ...]:
+def platforms(target: str = DECODE_TARGET) -> tuple[str, ...]:
     """The platforms with a compiled decoder; it is registered when this returns."""
-    return tuple(platform for platform in _LIBRARIES if register(platform) is None)
+    return tuple(
+        platform
+        for platform in _LIBRARIES
+        if register(platform) is None and target in _registered[platform]
+    )
 
 
 @functools.cache

@@ -66,15 +66,22 @@ class SizeReport:
                 leaf.path,
                 "x".join(map(str, leaf.shape)) or "scalar",
                 leaf.dtype,
-                _bytes(leaf.nbytes_before),
-                _bytes(leaf.nbytes),
+                format_bytes(leaf.nbytes_before),
+                format_bytes(leaf.nbytes),
                 f"{leaf.bits_per_weight:.2f}" + ("" if leaf.compressed else " (plain)"),
             )
             for leaf in self.leaves
         ]
         before, now = self.nbytes_before, self.nbytes
         share = f"{100 * now / before:.1f} %" if before else "-"
-        total = ("total", share, "", _bytes(before), _bytes(now), f"{self.bits_per_weight:.2f}")
+        total = (
+            "total",
+            share,
+            "",
+            format_bytes(before),
+            format_bytes(now),
+            f"{self.bits_per_weight:.2f}",
+        )
         widths = [max(map(len, column)) for column in zip(head, *rows, total, strict=True)]
         lines = [
             "  ".join(cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in cells).rstrip()
@@ -140,7 +147,8 @@ def size_report(params: PyTree) -> SizeReport:
     return SizeReport(tuple(leaves))
 
 
-def _bytes(n: float) -> str:
+def format_bytes(n: float) -> str:
+    """A number of bytes, as people read it."""
     for unit in ("B", "KiB", "MiB"):
         if n < 1024:
             return f"{n:.4g} {unit}"

@@ -1,26 +1,36 @@
-"""Counts the SASS instructions per weight of the CUDA decoder's inner loop.
+"""Counts the SASS instructions per weight of the CUDA decoders' inner loops.
 
     python tools/count_sass.py
 
-It compiles xla_ffi/cuda/decode_kernel.cuh, with and without the checksum, and disassembles it.
-Loops are found by their back edges: a branch to a label before it. Of the loops that have no
-loop in them and store to global memory 16 bytes at a time, the inner loop is the one that loads
-most from shared memory: from the look-up table and from the staged record (the kernel's other
-such loops read raw chunks, or records that are not staged). All instructions from the label to
-the branch count, predicated ones too. A lane stores 8 weights with one 16-byte store, so
+The native layout: it compiles xla_ffi/cuda/decode_kernel.cuh, with and without the checksum, and
+disassembles it. Loops are found by their back edges: a branch to a label before it. Of the loops
+that have no loop in them and store to global memory 16 bytes at a time, the inner loop is the one
+that loads most from shared memory: from the look-up table and from the staged record (the kernel's
+other such loops read raw chunks, or records that are not staged). All instructions from the label
+to the branch count, predicated ones too. A lane stores 8 weights with one 16-byte store, so
 instructions / (8 * stores) is the number of instructions per weight.
 
 What a warp does once per chunk (find it, stage it, sum up the checksum) is outside the loop and
 not counted.
+
+The published layout: three loops of xla_ffi/cuda/published_kernel.cuh. One counts codes, one
+decodes them, one joins them with signs and mantissas. The first two make two look-ups in shared
+memory and load the next word of the stream; if a code is too long for the table they branch to
+something that loads bytes from global memory, which is not counted. How many codes two look-ups
+find depends on the weights: it is computed for normal ones.
 
 Needs nvcc and nvdisasm, from PATH or from pip (nvidia-cuda-nvcc, nvidia-cuda-nvdisasm).
 """
 
 import argparse
 import collections
+import functools
 import glob
+import heapq
+import math
 import os
 import pathlib
+import random
 import re
 import shutil
 import site
@@ -35,6 +45,9 @@ SOURCE = """
 template __global__ void df11::decode_kernel<true>(const __grid_constant__ df11::DecodeBatch);
 template __global__ void df11::decode_kernel<false>(const __grid_constant__ df11::DecodeBatch);
 """
+PUBLISHED_SOURCE = '#include "cuda/published_kernel.cuh"'
+# Of a look-up there: kIndexBits and kMaxCodes in xla_ffi/cuda/published_table.cuh.
+INDEX_BITS, MAX_CODES = 11, 4
 
 # Which unit an instruction keeps busy; what is not listed is "other".
 UNITS = {
@@ -59,10 +72,10 @@ def find_tool(name: str) -> str | None:
     return None
 
 
-def disassemble(arch: str, folder: pathlib.Path) -> dict[str, list[str]]:
+def disassemble(source_text: str, arch: str, folder: pathlib.Path) -> dict[str, list[str]]:
     """The lines of each kernel, labels and instructions."""
     source, cubin = folder / "kernels.cu", folder / f"sm_{arch}.cubin"
-    source.write_text(SOURCE)
+    source.write_text(source_text)
     include = f"-I{ROOT / 'xla_ffi'}"
     command = [find_tool("nvcc"), "-std=c++17", include, f"-arch=sm_{arch}", "-cubin"]
     subprocess.run([*command, "-o", cubin, source], check=True)
@@ -75,22 +88,48 @@ def disassemble(arch: str, folder: pathlib.Path) -> dict[str, list[str]]:
     }
 
 
-def innermost_loops(lines: list[str]) -> list[list[str]]:
-    """The loops that have no loop in them, as lists of instructions without predicates."""
-    instructions, labels, loops = [], {}, []
-    for line in lines:
-        if match := re.match(r"(\.L_\w+):", line.strip()):
-            labels[match[1]] = len(instructions)
-        elif match := re.match(r"/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([^;]*);", line.strip()):
-            instructions.append(match[1])
-            branch = re.match(r"BRA.*\((\.L_\w+)\)", match[1])
-            if branch and branch[1] in labels:
-                loops.append((labels[branch[1]], len(instructions)))
-    return [
-        instructions[begin:end]
-        for begin, end in loops
-        if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in loops)
-    ]
+class Kernel:
+    """A kernel's instructions without predicates, and its loops."""
+
+    def __init__(self, lines: list[str]) -> None:
+        self.instructions: list[str] = []
+        self.branches: dict[int, str] = {}  # by instruction: the label that it may go to
+        self.labels: dict[str, int] = {}
+        for line in lines:
+            if match := re.match(r"(\.L_\w+):", line.strip()):
+                self.labels[match[1]] = len(self.instructions)
+            elif match := re.match(r"/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([^;]*);", line.strip()):
+                if branch := re.match(r"BRA.*\((\.L_\w+)\)", match[1]):
+                    self.branches[len(self.instructions)] = branch[1]
+                self.instructions.append(match[1])
+        # First and last instruction.
+        self.loops = [
+            (self.labels[label], at)
+            for at, label in self.branches.items()
+            if self.labels[label] <= at
+        ]
+
+    def innermost_loops(self) -> list[list[str]]:
+        """The loops that have no loop in them."""
+        return [
+            self.instructions[begin : end + 1]
+            for begin, end in self.loops
+            if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in self.loops)
+        ]
+
+    def usual_paths(self) -> list[list[str]]:
+        """The loops, without what is branched over and loads bytes from global memory."""
+        paths = []
+        for begin, end in self.loops:
+            path, at = [], begin
+            while at <= end:
+                path.append(self.instructions[at])
+                target = self.labels[self.branches[at]] if at in self.branches else 0
+                skipped = self.instructions[at + 1 : target] if target <= end else []
+                rare = any(i.startswith("LDG") and ".U8" in i for i in skipped)
+                at = target if rare else at + 1
+            paths.append(path)
+        return paths
 
 
 def opcode(instruction: str) -> str:
@@ -98,29 +137,81 @@ def opcode(instruction: str) -> str:
     return instruction.split()[0].split(".")[0]
 
 
+def stores(loop: list[str]) -> int:
+    """How often a loop stores 16 bytes to global memory."""
+    return sum(i.startswith("STG") and ".128" in i for i in loop)
+
+
+def units(loop: list[str]) -> collections.Counter:
+    """How many instructions keep each unit busy."""
+    unit_of = {code: unit for unit, codes in UNITS.items() for code in codes.split()}
+    return collections.Counter(unit_of.get(opcode(i), "other") for i in loop)
+
+
 def inner_loop(lines: list[str]) -> tuple[list[str], int]:
     """The inner loop of a staged chunk, and the weights that a lane decodes in it."""
-
-    def stores(loop):
-        return sum(i.startswith("STG") and ".128" in i for i in loop)
 
     def lookups(loop):
         return sum(opcode(i) == "LDS" for i in loop)
 
-    loop = max(innermost_loops(lines), key=lambda loop: lookups(loop) if stores(loop) else 0)
+    loops = Kernel(lines).innermost_loops()
+    loop = max(loops, key=lambda loop: lookups(loop) if stores(loop) else 0)
     return loop, 8 * stores(loop)
 
 
 def count(arch: str) -> list[tuple[bool, int, int, collections.Counter]]:
     """(with checksum, instructions, weights, instructions by unit) of both kernels."""
-    unit_of = {code: unit for unit, codes in UNITS.items() for code in codes.split()}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, lines in disassemble(arch, pathlib.Path(folder)).items():
+        for name, lines in disassemble(SOURCE, arch, pathlib.Path(folder)).items():
             loop, weights = inner_loop(lines)
-            units = collections.Counter(unit_of.get(opcode(i), "other") for i in loop)
-            rows.append(("Lb1E" in name, len(loop), weights, units))
+            rows.append(("Lb1E" in name, len(loop), weights, units(loop)))
     return sorted(rows, reverse=True)
+
+
+@functools.cache
+def codes_per_lookup() -> float:
+    """How many codes a look-up finds in the published layout, of normal weights."""
+    rng = random.Random(0)
+    exponents = [math.frexp(rng.gauss(0, 0.02))[1] for _ in range(200_000)]
+    nodes = [(count, e, [e]) for e, count in collections.Counter(exponents).items()]
+    heapq.heapify(nodes)
+    lengths = collections.Counter()
+    while len(nodes) > 1:
+        (few, _, a), (more, tie, b) = heapq.heappop(nodes), heapq.heappop(nodes)
+        lengths.update(a + b)
+        heapq.heappush(nodes, (few + more, tie, a + b))
+    lookups = found = bits = 0
+    for exponent in exponents:
+        if found == MAX_CODES or bits + lengths[exponent] > INDEX_BITS:
+            lookups += 1
+            found = bits = 0
+        found += 1
+        bits += lengths[exponent]
+    return len(exponents) / lookups
+
+
+def count_published(arch: str) -> list[tuple[str, int, float, collections.Counter]]:
+    """(loop, instructions, weights of a lane, instructions by unit) of the published layout's."""
+    with tempfile.TemporaryDirectory() as folder:
+        (lines,) = disassemble(PUBLISHED_SOURCE, arch, pathlib.Path(folder)).values()
+    kernel = Kernel(lines)
+
+    def shortest(loads: int, stores: int) -> list[str]:
+        def matches(path):
+            codes = collections.Counter(map(opcode, path))
+            return codes["LDS"] == loads and codes["STS"] == stores and codes["LDG"] == 0
+
+        return min(filter(matches, kernel.usual_paths()), key=len)
+
+    join = max(kernel.innermost_loops(), key=stores)
+    # Two look-ups, of one word or of two, and the next word of the stream.
+    loops = {"count": shortest(3, 0), "decode": shortest(5, 2), "join": join}
+    found = 2 * codes_per_lookup()
+    return [
+        (name, len(loop), 8 * stores(loop) if loop is join else found, units(loop))
+        for name, loop in loops.items()
+    ]
 
 
 def main() -> None:
@@ -135,10 +226,21 @@ def main() -> None:
     print("| architecture | checksum | instructions per weight | of them", ", ".join(columns), "|")
     print("|---|---|---|---|")
     for arch in ARCHITECTURES:
-        for checksum, instructions, weights, units in count(arch):
-            shares = ", ".join(f"{units[unit] / weights:.2f}" for unit in columns)
-            per_weight = f"{instructions} / {weights} = **{instructions / weights:.2f}**"
-            print(f"| sm_{arch} | {'yes' if checksum else 'no'} | {per_weight} | {shares} |")
+        for checksum, instructions, weights, by_unit in count(arch):
+            print_row(f"sm_{arch} | {'yes' if checksum else 'no'}", instructions, weights, by_unit)
+    print(f"\nPublished layout, {codes_per_lookup():.2f} codes a look-up\n")
+    print("| architecture | loop | instructions per weight | of them", ", ".join(columns), "|")
+    print("|---|---|---|---|")
+    for arch in ARCHITECTURES:
+        for loop, instructions, weights, by_unit in count_published(arch):
+            print_row(f"sm_{arch} | {loop}", instructions, weights, by_unit)
+
+
+def print_row(what: str, instructions: int, weights: float, by_unit: collections.Counter) -> None:
+    """Prints a row of the table."""
+    shares = ", ".join(f"{by_unit[unit] / weights:.2f}" for unit in (*UNITS, "other"))
+    per_weight = f"{instructions} / {weights:.4g} = **{instructions / weights:.2f}**"
+    print(f"| {what} | {per_weight} | {shares} |")
 
 
 if __name__ == "__main__":

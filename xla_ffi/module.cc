@@ -10,7 +10,9 @@
 #include <stdexcept>
 
 #include "cpu/handler.h"
+#include "cpu/published_handler.h"
 #include "df11/encode.h"
+#include "published/bindings.h"
 
 namespace nb = nanobind;
 
@@ -18,6 +20,7 @@ namespace df11 {
 namespace {
 
 using WeightsIn = nb::ndarray<const uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu, nb::ro>;
+using WeightsOut = nb::ndarray<uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using WordsIn = nb::ndarray<const uint32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu, nb::ro>;
 using WordsOut = nb::ndarray<uint32_t, nb::numpy, nb::ndim<2>>;
 
@@ -91,46 +94,82 @@ nb::tuple encode(WeightsIn weights, const std::vector<int64_t>& dims, int thread
                         exponents.release(), sign_mantissa.release());
 }
 
-// The first element (counted over the whole stack) that does not come back, or -1.
-int64_t find_difference(WeightsIn weights, const std::vector<int64_t>& dims, WordsIn codebook,
-                        WordsIn chunk_offsets, WordsIn exponents, WordsIn sign_mantissa,
-                        int threads) {
-  const size_t stack = weights.shape(0);
-  const View view = checked_view(dims, weights.shape(1));
+// Keeps the smallest of the values that threads offer.
+class Smallest {
+ public:
+  void offer(int64_t value) {
+    for (int64_t seen = value_; value < seen && !value_.compare_exchange_weak(seen, value);) {
+    }
+  }
+  // -1 if none was.
+  int64_t get() const { return value_ == INT64_MAX ? -1 : value_.load(); }
+
+ private:
+  std::atomic<int64_t> value_{INT64_MAX};
+};
+
+// Runs body(decoder, slice, chunk) for all chunks of all slices; with a null pointer, and for the
+// first chunk of a batch only, where the codebook of the slice is corrupt.
+template <typename Body>
+void for_each_chunk(const View& view, size_t stack, const WordsIn& codebook,
+                    const WordsIn& chunk_offsets, const WordsIn& exponents,
+                    const WordsIn& sign_mantissa, int threads, const Body& body) {
   const auto has_shape = [&](const WordsIn& words, int64_t count) {
     return words.shape(0) == stack && words.shape(1) == static_cast<size_t>(count);
   };
+  const auto exponents_words = static_cast<int64_t>(exponents.shape(1));
   if (!has_shape(codebook, kCodebookWords) || !has_shape(chunk_offsets, view.chunks() + 1) ||
-      !has_shape(exponents, exponents.shape(1)) ||
+      !has_shape(exponents, exponents_words) ||
       !has_shape(sign_mantissa, view.sign_mantissa_words())) {
     throw std::invalid_argument("the compressed arrays do not have the shapes of the weights");
   }
   nb::gil_scoped_release release;
-  std::atomic<int64_t> first{INT64_MAX};
   for_each_slice(stack, threads, [&](int64_t i, int slice_threads) {
     const SlicePayload slice{view,
                              codebook.data() + i * kCodebookWords,
                              chunk_offsets.data() + i * (view.chunks() + 1),
-                             exponents.data() + i * exponents.shape(1),
-                             static_cast<int64_t>(exponents.shape(1)),
+                             exponents.data() + i * exponents_words,
+                             exponents_words,
                              sign_mantissa.data() + i * view.sign_mantissa_words()};
-    const auto found = [&](int64_t at) {
-      at += i * view.size;
-      for (int64_t seen = first; at < seen && !first.compare_exchange_weak(seen, at);) {
-      }
-    };
     const int64_t batches = (view.chunks() + kEncodeBatch - 1) / kEncodeBatch;
     parallel_for(batches, slice_threads, [&](int64_t batch) {
       const auto decoder = std::make_unique<ChunkDecoder>(best_simd());
-      if (!decoder->set_slice(slice)) return found(0);
-      const int64_t end = std::min((batch + 1) * kEncodeBatch, view.chunks());
-      for (int64_t c = batch * kEncodeBatch; c < end; ++c) {
-        const int64_t at = decoder->find_difference(c, weights.data() + i * view.size);
-        if (at >= 0) found(at);
-      }
+      const int64_t begin = batch * kEncodeBatch;
+      if (!decoder->set_slice(slice)) return body(nullptr, i, begin);
+      const int64_t end = std::min(begin + kEncodeBatch, view.chunks());
+      for (int64_t c = begin; c < end; ++c) body(decoder.get(), i, c);
+      ChunkDecoder::finish();
     });
   });
-  return first == INT64_MAX ? -1 : first.load();
+}
+
+// The first element (counted over the whole stack) that does not come back, or -1.
+int64_t find_difference(WeightsIn weights, const std::vector<int64_t>& dims, WordsIn codebook,
+                        WordsIn chunk_offsets, WordsIn exponents, WordsIn sign_mantissa,
+                        int threads) {
+  const View view = checked_view(dims, weights.shape(1));
+  Smallest first;
+  for_each_chunk(view, weights.shape(0), codebook, chunk_offsets, exponents, sign_mantissa, threads,
+                 [&](ChunkDecoder* decoder, int64_t slice, int64_t chunk) {
+                   const uint16_t* expected = weights.data() + slice * view.size;
+                   const int64_t at = decoder ? decoder->find_difference(chunk, expected) : 0;
+                   if (at >= 0) first.offer(slice * view.size + at);
+                 });
+  return first.get();
+}
+
+// Decodes into `weights`. The first chunk (counted over the whole stack) that is corrupt, or -1.
+int64_t decode(WeightsOut weights, const std::vector<int64_t>& dims, WordsIn codebook,
+               WordsIn chunk_offsets, WordsIn exponents, WordsIn sign_mantissa, int threads) {
+  const View view = checked_view(dims, weights.shape(1));
+  Smallest first;
+  for_each_chunk(view, weights.shape(0), codebook, chunk_offsets, exponents, sign_mantissa, threads,
+                 [&](ChunkDecoder* decoder, int64_t slice, int64_t chunk) {
+                   uint16_t* out = weights.data() + slice * view.size;
+                   const bool decoded = decoder && decoder->decode(chunk, out);
+                   if (!decoded) first.offer(slice * view.chunks() + chunk);
+                 });
+  return first.get();
 }
 
 std::string simd_name(Simd simd) {
@@ -146,6 +185,8 @@ NB_MODULE(_native, m) {
   m.def("handlers", [] {
     nb::dict handlers;
     handlers["df11_decode"] = nb::capsule(reinterpret_cast<void*>(df11_decode_cpu));
+    handlers["df11_published_decode"] =
+        nb::capsule(reinterpret_cast<void*>(published::df11_published_decode_cpu));
     return handlers;
   });
   m.def("encode", &encode, nb::arg("weights"), nb::arg("dims"), nb::arg("threads"),
@@ -154,6 +195,10 @@ NB_MODULE(_native, m) {
         nb::arg("codebook"), nb::arg("chunk_offsets"), nb::arg("exponents"),
         nb::arg("sign_mantissa"), nb::arg("threads"),
         "The index of the first element that decodes to something else, or -1.");
+  m.def("decode", &decode, nb::arg("weights"), nb::arg("dims"), nb::arg("codebook"),
+        nb::arg("chunk_offsets"), nb::arg("exponents"), nb::arg("sign_mantissa"),
+        nb::arg("threads"),
+        "Decodes into uint16[stack, size]; the index of the first chunk that is corrupt, or -1.");
   m.def("decode_count", &decode_count, "Slices decoded by the CPU handler so far.");
   m.def(
       "simd_levels",
@@ -174,4 +219,5 @@ NB_MODULE(_native, m) {
         throw std::invalid_argument("this processor has no " + name);
       },
       nb::arg("name"), "Makes the CPU handler use one of simd_levels().");
+  published::add_bindings(m);
 }

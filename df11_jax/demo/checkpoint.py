@@ -3,17 +3,17 @@
 import importlib.resources
 import pathlib
 
-from df11_jax import _file, compress_params
+from df11_jax import checkpoints, compress_params
 from df11_jax.demo import model
 
 
 def save(params: model.Params, path: pathlib.Path) -> None:
     """Compresses bf16 parameters and writes them to a safetensors file."""
-    _file.save_file(compress_params(params, stacked="^layers/"), path)
+    checkpoints.save(compress_params(params, stacked="^layers/"), path)
 
 
 def load_checkpoint() -> model.Params:
     """The bundled parameters, compressed, on the default device."""
     bundled = importlib.resources.files(__package__) / "checkpoint.safetensors"
     with importlib.resources.as_file(bundled) as path:
-        return _file.load_file(path)
+        return checkpoints.load(path)

@@ -1,7 +1,6 @@
-"""The CUDA decoder on a GPU, through XLA and alone: `pytest -m gpu`."""
+"""The CUDA decoders on a GPU, through XLA and alone: `pytest -m gpu`."""
 
 import dataclasses
-import pathlib
 import shutil
 import subprocess
 
@@ -12,7 +11,7 @@ import pytest
 from compiling import ROOT
 from payloads import assert_same_bits, bits, random_weights
 
-from df11_jax import _ffi, compress, decompress, scan_blocks
+from df11_jax import _ffi, compress, decompress, published, scan_blocks
 
 
 def has_gpu() -> bool:
@@ -84,18 +83,49 @@ def test_corrupt_chunks_are_poisoned():
     assert (out[128:] == 0xFFFF).all()
 
 
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 100, 12_345, 3_000_001])
+@pytest.mark.parametrize("scale", [0.02, 1e30])
+def test_published_sizes(size, scale):
+    weights = np.asarray(random_weights((size,), scale=scale))
+    unit = published.encode_unit({"w": weights})
+    assert_same_bits(published.decompress(unit)["w"], weights)
+
+
+def test_published_tensors_in_jit():
+    tensors = {f"w{i}": np.asarray(random_weights((64, 33 + i), i)) for i in range(3)}
+    unit = jax.device_put(published.encode_unit(tensors))
+    out = jax.jit(published.decompress)(unit)
+    for name, weights in tensors.items():
+        assert_same_bits(out[name], weights)
+
+
+def test_corrupt_published_blocks_are_poisoned():
+    weights = np.asarray(random_weights((60_000,)))
+    unit = published.encode_unit({"w": weights})
+    gaps = unit.gaps.copy()
+    gaps[320:640] ^= 0xFF  # of the second block: where its first code starts, too
+    out = bits(published.decompress(dataclasses.replace(unit, gaps=gaps))["w"])
+    third_block = unit.output_positions[2]
+    # The first block does not end where the second should begin.
+    assert (out[:third_block] == 0xFFFF).all()
+    np.testing.assert_array_equal(out[third_block:], bits(weights)[third_block:])
+
+
 @pytest.mark.parametrize("tool", ["", "memcheck", "racecheck"])
-def test_driver(tool, tmp_path):
-    """The driver that the emulation runs, with the real kernel, also under compute-sanitizer."""
+@pytest.mark.parametrize(
+    ("driver", "source"), [("kernel_test", "decode"), ("published_kernel_test", "published")]
+)
+def test_driver(driver, source, tool, tmp_path):
+    """The drivers that the emulation runs, with the real kernels, also under compute-sanitizer."""
     for program in ("nvcc", *(["compute-sanitizer"] if tool else [])):
         if not shutil.which(program):
             pytest.skip(f"needs {program} on PATH")
-    driver = tmp_path / "kernel_test"
+    program = tmp_path / driver
     command = ["nvcc", "-std=c++17", "-arch=native", "-Ixla_ffi", "-Itests"]
-    command += ["-diag-suppress=1675", "-x", "cu"]
-    command += ["-o", driver, "tests/cuda/kernel_test.cc", "xla_ffi/cuda/decode.cu"]
+    command += ["-diag-suppress=1675", "-x", "cu", "-o", program]
+    command += [f"tests/cuda/{driver}.cc", f"xla_ffi/cuda/{source}.cu"]
     subprocess.run(command, cwd=ROOT, check=True)
     check = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"] if tool else []
-    result = subprocess.run([*check, pathlib.Path(driver)], capture_output=True, text=True)
+    result = subprocess.run([*check, program], capture_output=True, text=True)
     print(result.stdout)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -3,14 +3,12 @@
 #include "cpu/handler.h"
 
 #include <atomic>
-#include <condition_variable>
-#include <functional>
-#include <memory>
 #include <mutex>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "cpu/run_items.h"
 #include "df11/words.h"
 
 namespace df11 {
@@ -21,37 +19,6 @@ constexpr int64_t kChunksPerItem = 16;
 
 std::atomic<int64_t> decode_counter{0};
 std::atomic<Simd> simd{best_simd()};
-
-// Runs body(item) for all items on the pool and on the calling thread. Waits only for items
-// that were begun, so a pool whose threads are all busy (perhaps in a call like this one)
-// delays nothing. A worker that comes late finds no item; it may outlive the call, which is
-// why the state is shared.
-template <typename MakeWorker>
-void run_items(ffi::ThreadPool& pool, int64_t items, const MakeWorker& make_worker) {
-  struct State {
-    std::atomic<int64_t> next{0};
-    int64_t done = 0;
-    std::mutex mutex;
-    std::condition_variable all_done;
-  };
-  const auto state = std::make_shared<State>();
-  const auto work = [state, items, make_worker] {
-    int64_t item = state->next.fetch_add(1);
-    if (item >= items) return;
-    auto worker = make_worker();
-    int64_t done = 0;
-    for (; item < items; item = state->next.fetch_add(1), ++done) worker(item);
-    ChunkDecoder::finish();
-    const std::lock_guard<std::mutex> lock(state->mutex);
-    state->done += done;
-    if (state->done == items) state->all_done.notify_all();
-  };
-  const int64_t helpers = std::min<int64_t>(pool.num_threads(), items - 1);
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::function<void()>(work));
-  work();
-  std::unique_lock<std::mutex> lock(state->mutex);
-  state->all_done.wait(lock, [&] { return state->done == items; });
-}
 
 // A call's tensors, and the first problem found.
 struct Call {
@@ -83,6 +50,7 @@ class Worker {
  public:
   Worker(Call& call, const std::string& names)
       : call_(call), names_(names), decoder_(simd.load()) {}
+  ~Worker() { ChunkDecoder::finish(); }
 
   void operator()(int64_t item) {
     size_t at = 0;
@@ -155,6 +123,8 @@ ffi::Error DecodeCpuImpl(ffi::ThreadPool pool, std::string_view names_attribute,
 int64_t decode_count() { return decode_counter; }
 
 void use_simd(Simd level) { simd = level; }
+
+Simd simd_in_use() { return simd; }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(df11_decode_cpu, DecodeCpuImpl,
                               ffi::Ffi::Bind()

@@ -13,7 +13,8 @@ extern "C" XLA_FFI_Error* df11_decode_cpu(XLA_FFI_CallFrame* call_frame);
 // Slices decoded by the handler since the library was loaded: tests count with it.
 int64_t decode_count();
 
-// Makes the handler use this level from now on; it must be one that the processor has.
+// Makes the CPU handlers use this level from now on; it must be one that the processor has.
 void use_simd(Simd level);
+Simd simd_in_use();
 
 }  // namespace df11

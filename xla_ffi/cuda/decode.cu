@@ -1,41 +1,19 @@
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 
 #include "decode.h"
 #include "decode_kernel.cuh"
+#include "resident_blocks.h"
 
 namespace df11 {
 namespace {
 
 constexpr auto kKernel = decode_kernel</*kChecksum=*/true>;
 
-// Blocks that fit on the current device at once.
-cudaError_t resident_blocks(int* blocks) {
-  constexpr int kCachedDevices = 64;
-  static std::atomic<int> cache[kCachedDevices];  // 0: not asked yet
-
-  int device = 0;
-  if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  const bool cached = device < kCachedDevices;
-  if (cached) {
-    *blocks = cache[device].load(std::memory_order_relaxed);
-    if (*blocks) return cudaSuccess;
-  }
-  int multiprocessors = 0, occupancy = 0;
-  cudaError_t error =
-      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
-  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&occupancy, kKernel, kThreads, 0);
-  if (error != cudaSuccess) return error;
-  *blocks = multiprocessors * std::max(occupancy, 1);
-  if (cached) cache[device].store(*blocks, std::memory_order_relaxed);
-  return cudaSuccess;
-}
-
 cudaError_t launch(cudaStream_t stream, const DecodeBatch& batch) {
   int resident = 0;
-  if (cudaError_t error = resident_blocks(&resident); error != cudaSuccess) return error;
+  if (cudaError_t error = resident_blocks<kKernel>(kThreads, 0, &resident); error != cudaSuccess)
+    return error;
   const int64_t chunks = batch.first_chunk[batch.count];
   cudaLaunchConfig_t config = {};
   config.gridDim =

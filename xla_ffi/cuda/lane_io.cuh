@@ -36,17 +36,24 @@ __device__ __forceinline__ void store_global(uint16_t* to, uint16_t weight) {
 #endif
 }
 
-// merge_pair in one instruction; the compiler takes two.
-__device__ __forceinline__ uint32_t merge_in_one(uint32_t entry, uint32_t sign_mantissa) {
+// The bits of `a` where kMask has zeros, those of `b` where it has ones: in one instruction. The
+// compiler takes two.
+template <uint32_t kMask>
+__device__ __forceinline__ uint32_t select_bits(uint32_t a, uint32_t b) {
 #ifdef __CUDACC__
-  uint32_t pair;
-  asm("lop3.b32 %0, %1, %2, %3, 0xb8;"  // (a & ~b) | (c & b)
-      : "=r"(pair)
-      : "r"(entry), "n"(kSignMantissa), "r"(sign_mantissa));
-  return pair;
+  uint32_t selected;
+  asm("lop3.b32 %0, %1, %2, %3, 0xb8;"  // (a & ~mask) | (b & mask)
+      : "=r"(selected)
+      : "r"(a), "n"(kMask), "r"(b));
+  return selected;
 #else
-  return merge_pair(entry, sign_mantissa);
+  return (a & ~kMask) | (b & kMask);
 #endif
+}
+
+// merge_pair.
+__device__ __forceinline__ uint32_t merge_in_one(uint32_t entry, uint32_t sign_mantissa) {
+  return select_bits<kSignMantissa>(entry, sign_mantissa);
 }
 
 // Two successive words of a stream that is in shared memory.

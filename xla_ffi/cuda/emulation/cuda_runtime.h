@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <barrier>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -28,6 +29,9 @@
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
 };
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
@@ -63,6 +67,7 @@ struct Block {
 };
 
 inline thread_local Block* block = nullptr;
+inline thread_local uint4* dynamic_shared = nullptr;  // in place of an extern __shared__ array
 inline thread_local unsigned exchanges = 0;
 
 inline Warp& warp() { return *block->warps[threadIdx.x / kWarpSize]; }
@@ -113,6 +118,9 @@ inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
 inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
   return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> (shift & 31));
 }
+inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>((uint64_t{high} << 32 | low) << (shift & 31) >> 32);
+}
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
   const uint64_t bytes = uint64_t{y} << 32 | x;
   uint32_t result = 0;
@@ -124,6 +132,7 @@ inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
   return result;
 }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }
 inline uint32_t __brev(uint32_t x) {
   uint32_t result = 0;
   for (int i = 0; i < 32; ++i) result |= (x >> i & 1) << (31 - i);
@@ -155,6 +164,7 @@ enum cudaError_t {
   cudaErrorMisalignedAddress = 716,
 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 using cudaStream_t = struct CUstream_st*;
 struct cudaLaunchAttribute;
 struct cudaLaunchConfig_t {
@@ -171,6 +181,10 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   *value = cuda_emulation::kMultiprocessors;
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
   return cudaSuccess;
 }
 template <typename T>
@@ -195,8 +209,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const unsigned threads = config->blockDim.x;
   cuda_emulation::check(threads % cuda_emulation::kWarpSize == 0, "a warp is not full");
   cuda_emulation::Block block(static_cast<int>(threads));
+  // Of exactly the size, in an allocation of its own: so that sanitizers see what leaves it.
+  const std::unique_ptr<std::byte[]> dynamic_shared(new std::byte[config->dynamicSmemBytes]);
   const auto run = [&](unsigned thread) {
     cuda_emulation::block = &block;
+    cuda_emulation::dynamic_shared = reinterpret_cast<uint4*>(dynamic_shared.get());
     threadIdx = dim3(thread);
     blockDim = config->blockDim;
     gridDim = config->gridDim;

@@ -1,0 +1,250 @@
+"""The commands of `df11-jax` that work on checkpoints: info, compress, decompress, verify."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from df11_jax._report import format_bytes
+from df11_jax.checkpoints import Source, open_checkpoint
+from df11_jax.checkpoints._compare import differences
+from df11_jax.checkpoints._convert import write_native, write_plain
+from df11_jax.checkpoints._directory import (
+    JOURNAL,
+    PUBLISHED_CONFIG,
+    read_config,
+    read_json,
+)
+from df11_jax.checkpoints._summary import Summary, summarize
+
+# Exit codes; wrong usage is 2, too.
+DIFFERENT = 1
+FAILED = 2
+INTERRUPTED = 130
+
+_COMPRESS_EXAMPLES = """\b
+Examples:
+  df11-jax compress Qwen3-8B Qwen3-8B-native
+  df11-jax compress Qwen3-8B Qwen3-8B-DF11 --format published
+  df11-jax compress Qwen3-8B-DF11 Qwen3-8B-native
+"""
+
+_path = click.Path(path_type=Path)
+_shapes = click.option(
+    "--shapes",
+    type=_path,
+    help="The original model; its headers tell the shapes of a published checkpoint whose own "
+    "config.json does not.",
+)
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    """Ends the command with a message and a status."""
+    failure = click.ClickException(message)
+    failure.exit_code = exit_code  # type: ignore[misc]
+    raise failure from None
+
+
+@click.command()
+@click.argument("path", type=_path)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+@_shapes
+def info(path: Path, as_json: bool, shapes: Path | None) -> None:
+    """Show what a checkpoint holds, and what it takes.
+
+    PATH is a safetensors file or the directory of a model, plain, native or published (DFloat11).
+    Only headers are read. Layers are added up: `*` stands for their number.
+    """
+    with _failures():
+        summary = summarize(open_checkpoint(path, shapes=shapes))
+    if as_json:
+        click.echo(json.dumps(summary.as_json(), indent=2))
+    else:
+        _print_summary(summary)
+
+
+@click.command(epilog=_COMPRESS_EXAMPLES)
+@click.argument("source", metavar="SRC", type=_path)
+@click.argument("target", metavar="DST", type=_path)
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["native", "published"]),
+    default="native",
+    show_default=True,
+    help="What to write: df11_jax's own format, or that of DFloat11's checkpoints.",
+)
+@click.option(
+    "--verify/--no-verify",
+    default=True,
+    show_default=True,
+    help="Decode each tensor, and compare it bit by bit before it is written. (Published units "
+    "are always verified.)",
+)
+@click.option(
+    "--pattern-dict",
+    type=_path,
+    help="JSON file that says which modules are to be units of the published checkpoint; needed "
+    "for model types without a default. The config.json of a DFloat11 checkpoint is one.",
+)
+@_shapes
+def compress(
+    source: Path,
+    target: Path,
+    format_: str,
+    verify: bool,
+    pattern_dict: Path | None,
+    shapes: Path | None,
+) -> None:
+    """Compress the checkpoint SRC to the new directory DST.
+
+    SRC is a safetensors file or the directory of a model, in another format than DST is to have:
+    a published checkpoint is transcoded to the native format. Tokenizer, configuration and the
+    like are copied. If this is interrupted, the same command goes on from there.
+    """
+    with _failures(target):
+        checkpoint = open_checkpoint(source, shapes=shapes)
+        if checkpoint.format == format_:
+            raise ValueError(f"{source}: is in the {format_} format already")
+        _require_directory(target)
+        if pattern_dict is not None and format_ != "published":
+            raise ValueError("--pattern-dict is for --format published")
+        if format_ == "native":
+            write_native(checkpoint, target, verify=verify, progress=_progress())
+        else:
+            _write_published(checkpoint, target, pattern_dict)
+        _print_outcome(checkpoint, target)
+
+
+@click.command()
+@click.argument("source", metavar="SRC", type=_path)
+@click.argument("target", metavar="DST", type=_path)
+@_shapes
+def decompress(source: Path, target: Path, shapes: Path | None) -> None:
+    """Decompress the checkpoint SRC to the new directory DST, as other programs read it.
+
+    SRC is a native or published checkpoint. What comes out are safetensors files, bit for bit what
+    was compressed. If this is interrupted, the same command goes on from there.
+    """
+    with _failures(target):
+        checkpoint = open_checkpoint(source, shapes=shapes)
+        if checkpoint.format == "plain":
+            raise ValueError(f"{source}: is not compressed")
+        _require_directory(target)
+        write_plain(checkpoint, target, progress=_progress())
+        _print_outcome(checkpoint, target)
+
+
+@click.command()
+@click.argument("first", metavar="A", type=_path)
+@click.argument("second", metavar="B", type=_path)
+@_shapes
+def verify(first: Path, second: Path, shapes: Path | None) -> None:
+    """Compare two checkpoints bit by bit, whatever their formats.
+
+    Ends with status 0 if all tensors of A and B are the same, with 1 if not, and with 2 if they
+    cannot be read. An lm_head that only one has is no difference if the other's config.json ties
+    it to the embedding, and the bits are the same.
+    """
+    with _failures():
+        a, b = (open_checkpoint(path, shapes=shapes) for path in (first, second))
+        found = list(differences(a, b, progress=_progress()))
+    if found:
+        _fail("\n".join(("the checkpoints differ:", *found)), DIFFERENT)
+    nbytes = sum(tensor.nbytes for tensor in a.tensors.values())
+    click.echo(f"All {len(a.tensors)} tensors ({format_bytes(nbytes)}) are bit-identical.")
+
+
+def _write_published(source: Source, target: Path, pattern_dict: Path | None) -> None:
+    from df11_jax import published
+
+    config = read_config(source.path)
+    if pattern_dict is None:
+        patterns: Any = published.default_pattern_dict(config)
+    else:
+        patterns = read_json(pattern_dict)
+        # Perhaps it is the config.json of a checkpoint of that model.
+        patterns = patterns.get(PUBLISHED_CONFIG, patterns)
+        patterns = patterns.get("pattern_dict", patterns)
+    published.write(source, target, patterns, config=config, progress=_progress())
+
+
+def _require_directory(target: Path) -> None:
+    if target.suffix == ".safetensors":
+        raise ValueError(f"{target}: is a name for a file; expected that of a new directory")
+
+
+@contextlib.contextmanager
+def _failures(target: Path | None = None) -> Iterator[None]:
+    """Ends the command with one line, not a traceback, for what can go wrong with files."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # one of ours, raised before anything was written
+            _fail(str(error), FAILED)
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror}{_what_is_left(target)}", FAILED)
+    except (ValueError, ImportError, RuntimeError) as error:
+        _fail(f"{error}{_what_is_left(target)}", FAILED)
+    except KeyboardInterrupt:
+        _fail(f"interrupted{_what_is_left(target)}", INTERRUPTED)
+
+
+def _what_is_left(target: Path | None) -> str:
+    if target is None or not (target / JOURNAL).exists():
+        return ""
+    return f"\n{target} is not complete; the same command goes on from there."
+
+
+def _progress() -> bool:
+    return sys.stderr.isatty()
+
+
+def _print_outcome(source: Source, target: Path) -> None:
+    shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
+    summary = summarize(open_checkpoint(target, shapes=shapes))
+    click.echo(f"{target}: {summary.format}, {_totals(summary)}")
+    if summary.format == "native" and summary.nbytes == summary.nbytes_before:
+        click.echo(
+            "No tensor got smaller: only bfloat16 tensors of 16,384 weights and more do.", err=True
+        )
+
+
+def _totals(summary: Summary) -> str:
+    before, now = summary.nbytes_before, summary.nbytes
+    share = f" ({now / before:.1%} of {format_bytes(before)})" if now != before else ""
+    return (
+        f"{summary.tensors:,} tensors, {format_bytes(now)}{share}, "
+        f"{summary.bits_per_weight:.2f} bits per weight"
+    )
+
+
+def _print_summary(summary: Summary) -> None:
+    of = f" of the model type {summary.model_type}" if summary.model_type else ""
+    # What is not a terminal has no width to keep to.
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console.print(f"{summary.path}: {summary.format} checkpoint{of}", soft_wrap=True)
+    table = Table()
+    for column in ("tensors", "", "shape", "dtype", "format", "before", "now", "%"):
+        numeric = column in ("", "before", "now", "%")
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for group in summary.groups:
+        table.add_row(
+            Text(group.pattern),
+            f"x {group.count}" if group.count > 1 else "",
+            "x".join(map(str, group.shape)) or "scalar",
+            group.dtype,
+            group.format,
+            format_bytes(group.nbytes_before),
+            format_bytes(group.nbytes),
+            f"{100 * group.nbytes / max(1, group.nbytes_before):.1f}",
+        )
+    console.print(table)
+    console.print(_totals(summary), soft_wrap=True)

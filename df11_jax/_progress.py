@@ -1,0 +1,34 @@
+"""Progress bars that count bytes."""
+
+from typing import Any
+
+
+class ProgressBar:
+    """A tqdm bar on the standard error, or nothing."""
+
+    def __init__(self, what: str, total: int, *, show: bool) -> None:
+        """Shows the bar.
+
+        Args:
+            what: what is being done: "compress".
+            total: bytes to go.
+            show: False for a bar that does nothing.
+        """
+        self._bar: Any = None
+        if show:
+            from tqdm.auto import tqdm
+
+            self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=what)
+
+    def __enter__(self) -> "ProgressBar":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, name: str, nbytes: int) -> None:
+        """Counts a tensor that is done."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(name, refresh=False)
+            self._bar.update(nbytes)

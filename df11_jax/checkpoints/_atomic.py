@@ -1,0 +1,48 @@
+"""Files that exist only when they are complete."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+PARTIAL = ".partial"
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file that gets its name, and replaces what had it, when the block has succeeded.
+
+    Until then it is `path` with `.partial` appended; a block that fails leaves nothing.
+
+    Args:
+        path: of the file.
+
+    Yields:
+        The file, open for writing.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            # Otherwise the name could outlive a power failure and the content not.
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        # A full disk is found out while writing to a descriptor, which has no name.
+        if error.filename is None:
+            error.filename = str(partial)
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,132 @@
+"""Native checkpoints: how pytrees with compressed leaves lie in safetensors files.
+
+A compressed leaf at path `a/b` is five tensors, `a/b:header` to `a/b:sign_mantissa`; its header
+holds its shape, so a file describes itself. Other leaves are tensors under their paths.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from df11_jax import _layout
+from df11_jax._array import DF11Array
+from df11_jax._host_codec import decode
+from df11_jax.checkpoints._safetensors import DTYPES, TensorFile
+from df11_jax.checkpoints._source import TensorInfo
+
+METADATA = {"format": "df11_jax", "version": str(_layout.FORMAT_VERSION)}
+
+
+def part_names(name: str) -> tuple[str, ...]:
+    """Names of the five tensors of a compressed leaf."""
+    return tuple(f"{name}:{part}" for part in _layout.PAYLOAD)
+
+
+def is_native(files: Iterable[TensorFile]) -> bool:
+    """Whether files say that they are a native checkpoint, of any version."""
+    return any(file.metadata.get("format") == METADATA["format"] for file in files)
+
+
+class NativeCheckpoint:
+    """Leaves from one or several files.
+
+    Attributes:
+        path: of the directory or file.
+        tensors: all leaves by path, compressed ones as the tensors that they stand for.
+    """
+
+    format = "native"
+
+    def __init__(self, path: Path, files: Mapping[str, TensorFile]) -> None:
+        """Takes the files that hold the tensors, and checks what the headers say of the leaves.
+
+        Raises:
+            ValueError: a file is not native or of another version; parts of a leaf are missing or
+                do not fit each other. The message names the file and the leaf.
+        """
+        self.path = path
+        self.tensors: dict[str, TensorInfo] = {}
+        self._files = files
+        self._slice_shapes: dict[str, tuple[int, ...]] = {}
+        leaves: dict[str, list[str]] = {}
+        for name, file in files.items():
+            if file.metadata != METADATA:
+                raise ValueError(
+                    f"{file.path}: expected a file with the metadata {METADATA}, "
+                    f"got {file.metadata}"
+                )
+            leaf, _, part = name.partition(":")
+            leaves.setdefault(leaf, []).append(part)
+        for leaf, parts in leaves.items():
+            self.tensors[leaf] = (
+                self._plain_info(leaf) if parts == [""] else self._info(leaf, parts)
+            )
+
+    def read(self, name: str) -> np.ndarray:
+        """One leaf, decoded, on the host."""
+        if name not in self._slice_shapes:
+            return self._array(name)
+        payload = [self._array(part) for part in part_names(name)]
+        return decode(payload, self._slice_shapes[name], self._where(name))
+
+    def load(self, name: str) -> DF11Array | Array | np.ndarray:
+        """One leaf as it is stored, on the default device."""
+        if name not in self._slice_shapes:
+            return to_device(self._array(name))
+        parts = zip(_layout.PAYLOAD, part_names(name), strict=True)
+        payload = {part: jnp.asarray(to_device(self._array(stored))) for part, stored in parts}
+        return DF11Array(**payload, slice_shape=self._slice_shapes[name])
+
+    def _array(self, name: str) -> np.ndarray:
+        return self._files[name].array(name)
+
+    def _plain_info(self, name: str) -> TensorInfo:
+        entry = self._files[name].entries[name]
+        return TensorInfo(entry.shape, entry.dtype, entry.nbytes, entry.nbytes)
+
+    def _info(self, name: str, parts: Sequence[str]) -> TensorInfo:
+        if sorted(parts) != sorted(_layout.PAYLOAD):
+            stored = f"{name}:{parts[0]}" if parts[0] else name
+            raise ValueError(
+                f"{self._files[stored].path}: {name}: expected the parts {_layout.PAYLOAD}, got "
+                f"{tuple(sorted(parts))}"
+            )
+        where = self._where(name)
+        headers = self._array(part_names(name)[0])
+        if not headers.size or headers.shape[-1:] != (_layout.HEADER_WORDS,):
+            raise ValueError(
+                f"{where}: header is {headers.dtype}{list(headers.shape)}, expected "
+                f"uint32[..., {_layout.HEADER_WORDS}] of one slice or more"
+            )
+        try:
+            slice_shape = _layout.unpack_header(headers.reshape(-1, _layout.HEADER_WORDS)[0])
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        entries = [self._files[part].entries[part] for part in part_names(name)]
+        # Not the arrays: they would be read from the disk.
+        payload = [jax.ShapeDtypeStruct(e.shape, DTYPES.get(e.dtype, object)) for e in entries]
+        stack_shape = _layout.check_payload(payload, slice_shape, where)
+        self._slice_shapes[name] = slice_shape
+        shape = stack_shape + slice_shape
+        stored_nbytes = sum(entry.nbytes for entry in entries)
+        return TensorInfo(shape, "BF16", 2 * math.prod(shape), stored_nbytes)
+
+    def _where(self, name: str) -> str:
+        return f"{self._files[part_names(name)[0]].path}: {name}"
+
+
+def to_device(array: np.ndarray) -> Array | np.ndarray:
+    """A view of a mapped file as an array on the default device.
+
+    If jax lacks its type, as it lacks 64-bit integers by default, the array is on the host.
+    """
+    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+        return array.copy()
+    # This copies. `device_put` would take the file for the array's memory, if that happens to be
+    # aligned, on a CPU, and with `may_alias=False`, too.
+    return jnp.array(array)

@@ -1,0 +1,60 @@
+"""Which format a checkpoint has."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from df11_jax.checkpoints._directory import (
+    PUBLISHED_CONFIG,
+    find_index,
+    find_tensors,
+    read_config,
+    read_index,
+)
+from df11_jax.checkpoints._native_format import NativeCheckpoint, is_native
+from df11_jax.checkpoints._plain import PlainCheckpoint
+from df11_jax.checkpoints._safetensors import TensorFile
+from df11_jax.checkpoints._source import Source
+
+Shapes = Mapping[str, Sequence[int]] | str | os.PathLike[str]
+
+
+def open_checkpoint(path: str | os.PathLike[str], *, shapes: Shapes | None = None) -> Source:
+    """Opens a checkpoint of any format, which its content tells.
+
+    Plain and native checkpoints are one safetensors file, or a directory of a model as Hugging
+    Face lays it out: `model.safetensors`, or shards with their index.
+
+    Args:
+        path: of the directory or file.
+        shapes: for published checkpoints, the model's shapes: see `df11_jax.published.Checkpoint`.
+
+    Returns:
+        A reader, which has read headers only.
+
+    Raises:
+        FileNotFoundError: nothing is there, or a shard is missing.
+        ValueError: it is none of the formats, or damaged; the message says what was found.
+    """
+    path = Path(path)
+    if _is_published(path):
+        from df11_jax.published import Checkpoint
+
+        return Checkpoint(path, shapes)
+    files = find_tensors(path)
+    if is_native(files.values()):
+        return NativeCheckpoint(path, files)
+    return PlainCheckpoint(path, files)
+
+
+def _is_published(path: Path) -> bool:
+    if PUBLISHED_CONFIG in read_config(path):
+        return True
+    if not path.is_dir():
+        names = set(TensorFile(path).entries) if path.is_file() else set()
+    elif index := find_index(path):
+        names = set(read_index(index))
+    else:
+        # Published directories may have a file for each unit, and no index.
+        names = {name for file in path.glob("*.safetensors") for name in TensorFile(file).entries}
+    return any(name.endswith(".encoded_exponent") for name in names)

@@ -1,0 +1,162 @@
+"""Pytrees from and to checkpoints."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from df11_jax._array import DF11Array, is_df11
+from df11_jax._compress import _compress, fetch
+from df11_jax._decode import path_name
+from df11_jax._progress import ProgressBar
+from df11_jax.checkpoints._convert import (
+    Places,
+    Tensors,
+    is_worth_it,
+    plan_shards,
+    write_shard,
+)
+from df11_jax.checkpoints._directory import write_index
+from df11_jax.checkpoints._incomplete import incomplete
+from df11_jax.checkpoints._native_format import (
+    METADATA,
+    NativeCheckpoint,
+    part_names,
+    to_device,
+)
+from df11_jax.checkpoints._open import Shapes, open_checkpoint
+from df11_jax.checkpoints._source import Source
+
+
+def load(
+    checkpoint: str | os.PathLike[str] | Source,
+    *,
+    shapes: Shapes | None = None,
+    progress: bool = False,
+) -> PyTree:
+    """Loads a checkpoint of any format, compressed, onto the default device.
+
+    Of native checkpoints, which `save` and `df11-jax compress` write, leaves are what they were.
+    Those of other formats come out as `compress_params` would have them. Leaf follows leaf, so
+    that the host holds what one needs (in the published format: one unit).
+
+    Args:
+        checkpoint: the path of its directory or file; or one that is open already.
+        shapes: for published checkpoints, the model's shapes: see `df11_jax.published.Checkpoint`.
+        progress: show a progress bar.
+
+    Returns:
+        Arrays and `DF11Array`s by name; where names contain `/`, nested dicts.
+
+    Raises:
+        FileNotFoundError: nothing is there, or a shard is missing.
+        ValueError: it is none of the formats, of another version, or damaged; the message names
+            the file and the leaf.
+    """
+    if isinstance(checkpoint, (str, os.PathLike)):
+        source = open_checkpoint(checkpoint, shapes=shapes)
+    else:
+        source = checkpoint
+    total = sum(info.nbytes for info in source.tensors.values())
+    params: dict[str, Any] = {}
+    with ProgressBar("load", total, show=progress) as bar:
+        for name, info in source.tensors.items():
+            *parents, last = name.split("/")
+            place = params
+            for key in parents:
+                place = place.setdefault(key, {})
+                if not isinstance(place, dict):
+                    raise ValueError(f"{source.path}: {name}: {key} is a leaf as well")
+            place[last] = _load_leaf(source, name)
+            bar.update(name, info.nbytes)
+    return params
+
+
+def save(params: PyTree, path: str | os.PathLike[str]) -> None:
+    """Saves parameters as a native checkpoint.
+
+    A file of that name is replaced only when the new one is complete. A directory is complete when
+    its index is there.
+
+    Args:
+        params: nested dicts with string keys of arrays and `DF11Array`s.
+        path: of a file, if it ends in `.safetensors`; else of a directory, new or empty, which
+            gets shards of up to 2 GB.
+
+    Raises:
+        FileExistsError: the directory is not empty.
+        ValueError: a name contains `/` or `:`, a container is not a dict, or there is no name for
+            a leaf's dtype.
+    """
+    leaves = _named_leaves(params)
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        _write_leaves(path, leaves)
+        return
+    shards = plan_shards(path, {name: leaf.nbytes for name, leaf in leaves.items()})
+    with incomplete(path, {"writes": "native", "from": "df11_jax.checkpoints.save"}):
+        # Of what an interrupted run has left, nobody knows whether these were its leaves.
+        for file in path.glob("model-*-of-*.safetensors"):
+            file.unlink()
+        for file, names in shards.items():
+            _write_leaves(file, {name: leaves[name] for name in names})
+        write_index(path, shards)
+
+
+def _named_leaves(params: PyTree) -> dict[str, Any]:
+    leaves = {}
+    for keys, leaf in jax.tree.leaves_with_path(params, is_leaf=is_df11):
+        name = path_name(keys)
+        if not all(isinstance(key, jax.tree_util.DictKey) for key in keys) or any(
+            set("/:") & set(str(key.key)) for key in keys
+        ):
+            raise ValueError(
+                f"{name}: only nested dicts with keys free of '/' and ':' can be saved"
+            )
+        leaves[name] = leaf if hasattr(leaf, "nbytes") else jnp.asarray(leaf)
+    return leaves
+
+
+def _write_leaves(path: Path, leaves: Mapping[str, Any]) -> None:
+    def places() -> Places:
+        for name, leaf in leaves.items():
+            if isinstance(leaf, DF11Array):
+                yield from zip(part_names(name), (part.ndim for part in leaf.payload), strict=True)
+            else:
+                yield name, leaf.ndim
+
+    def tensors() -> Iterator[Tensors]:
+        for name, leaf in sorted(leaves.items(), key=lambda item: -_itemsize(item[1])):
+            if isinstance(leaf, DF11Array):
+                yield [
+                    (part, _on_host(array))
+                    for part, array in zip(part_names(name), leaf.payload, strict=True)
+                ]
+            else:
+                yield [(name, _on_host(leaf))]
+
+    write_shard(path, places(), tensors(), METADATA)
+
+
+def _load_leaf(source: Source, name: str) -> DF11Array | Array | np.ndarray:
+    if isinstance(source, NativeCheckpoint):
+        return source.load(name)
+    array = source.read(name)
+    if is_worth_it(source.tensors[name]):
+        small = _compress(array, name, 0, verify=True, threads=None)
+        if small.compressed_nbytes < array.nbytes:
+            return small
+    return to_device(array)
+
+
+def _itemsize(leaf: Any) -> int:
+    return 4 if is_df11(leaf) else leaf.dtype.itemsize
+
+
+def _on_host(array: Any) -> np.ndarray:
+    return fetch(array) if isinstance(array, jax.Array) else np.asarray(array)

@@ -1,0 +1,106 @@
+"""What `df11-jax info` tells of a checkpoint, from its headers alone."""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+from df11_jax.checkpoints._directory import read_config
+from df11_jax.checkpoints._source import Source
+
+_NUMBER = re.compile(r"(?<![^./])\d+(?![^./])")
+
+
+@dataclasses.dataclass
+class Group:
+    """Tensors that differ in the number of their layer only.
+
+    Attributes:
+        pattern: their names, with `*` for the number.
+        shape: of each.
+        dtype: of each, as safetensors names it.
+        format: `"plain"` or that of the checkpoint.
+        count: how many they are.
+        nbytes_before: bytes of all of them, not compressed.
+        nbytes: bytes that they take.
+    """
+
+    pattern: str
+    shape: tuple[int, ...]
+    dtype: str
+    format: str
+    count: int = 0
+    nbytes_before: int = 0
+    nbytes: int = 0
+
+
+@dataclasses.dataclass
+class Summary:
+    """A checkpoint's sizes.
+
+    Attributes:
+        path: as it was given.
+        format: `"plain"`, `"native"` or `"published"`.
+        model_type: from its config.json, if there is one.
+        groups: its tensors, in the order in which they come.
+    """
+
+    path: str
+    format: str
+    model_type: str | None
+    groups: list[Group]
+
+    @property
+    def tensors(self) -> int:
+        return sum(group.count for group in self.groups)
+
+    @property
+    def weights(self) -> int:
+        return sum(group.count * math.prod(group.shape) for group in self.groups)
+
+    @property
+    def nbytes_before(self) -> int:
+        return sum(group.nbytes_before for group in self.groups)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(group.nbytes for group in self.groups)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / max(1, self.weights)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, for `json.dumps`."""
+        totals = ("tensors", "weights", "nbytes_before", "nbytes", "bits_per_weight")
+        fields = dataclasses.asdict(self)
+        groups = fields.pop("groups")
+        return {**fields, **{name: getattr(self, name) for name in totals}, "groups": groups}
+
+
+def summarize(source: Source) -> Summary:
+    """Adds up what the headers say.
+
+    Args:
+        source: the checkpoint.
+    """
+    groups: dict[tuple[Any, ...], Group] = {}
+    for name, info in source.tensors.items():
+        plain = info.stored_nbytes == info.nbytes
+        key = (
+            _NUMBER.sub("*", name),
+            info.shape,
+            info.dtype,
+            "plain" if plain else source.format,
+        )
+        group = groups.setdefault(key, Group(*key))
+        group.count += 1
+        group.nbytes_before += info.nbytes
+        group.nbytes += info.stored_nbytes
+    model_type = read_config(source.path).get("model_type")
+    return Summary(
+        path=str(source.path),
+        format=source.format,
+        model_type=model_type if isinstance(model_type, str) else None,
+        groups=list(groups.values()),
+    )

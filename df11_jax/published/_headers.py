@@ -1,0 +1,219 @@
+"""What the headers of a published checkpoint's files tell, and whether it fits together."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from df11_jax.checkpoints._atomic import PARTIAL
+from df11_jax.checkpoints._directory import JOURNAL, read_index
+from df11_jax.checkpoints._safetensors import TensorFile
+from df11_jax.published._unit import ARRAYS, BLOCK_BYTES, BLOCK_GAP_BYTES
+
+PARTS = (*ARRAYS, "split_positions")
+
+_PICKLES = (".pkl", ".pickle", ".bin", ".pt", ".pth")
+_PICKLE_MAGIC = (b"\x80", b"PK\x03\x04")  # of a pickle, and of the zip that torch puts it in
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor, as it lies in a file.
+
+    Attributes:
+        name: of the tensor.
+        source: the open file.
+    """
+
+    name: str
+    source: TensorFile
+
+    @property
+    def file(self) -> Path:
+        return self.source.path
+
+    @property
+    def dtype(self) -> str:
+        return self.source.entries[self.name].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.entries[self.name].shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.entries[self.name].nbytes
+
+    def read(self) -> np.ndarray:
+        """The tensor, as a read-only view of the file.
+
+        Raises:
+            OSError: the file is no longer there.
+            ValueError: numpy has no such type, or the file has become shorter.
+        """
+        return self.source.array(self.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredUnit:
+    """A unit's six tensors, as they lie in files.
+
+    Attributes:
+        name: of the module that owns them, such as `model.layers.0`.
+        parts: the tensors, by the names of `PARTS`.
+    """
+
+    name: str
+    parts: Mapping[str, StoredTensor]
+
+    def __str__(self) -> str:
+        return f"{self.file}: unit {self.name}"
+
+    @property
+    def file(self) -> Path:
+        """The file that holds the unit, or most of it, should it be spread over several."""
+        return (self.parts.get("sign_mantissa") or next(iter(self.parts.values()))).file
+
+    @property
+    def size(self) -> int:
+        """How many elements the unit has."""
+        return self.parts["sign_mantissa"].shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.nbytes for part in self.parts.values())
+
+
+def read_headers(path: Path) -> dict[str, StoredTensor]:
+    """All tensors in the files of a checkpoint, in the order of the files.
+
+    Args:
+        path: of the directory or file.
+
+    Raises:
+        OSError: there is nothing at `path`, or it cannot be read.
+        ValueError: a file is damaged, a pickle, or not finished; there is none; two hold the same
+            tensor; or an index says otherwise.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in _find_files(path):
+        try:
+            source = TensorFile(file)
+        except ValueError as error:
+            raise ValueError(f"{error}; download or write it again") from None
+        for name in source.entries:
+            if name in tensors:
+                raise ValueError(
+                    f"{file}: {name}: is in {tensors[name].file}, too; remove the file that does "
+                    "not belong to the checkpoint"
+                )
+            tensors[name] = StoredTensor(name, source)
+    # DFloat11's own index lists only the tensors that no unit owns, so there may be others.
+    for index in sorted(path.glob("*.safetensors.index.json")):
+        for name, shard in read_index(index).items():
+            if name not in tensors or tensors[name].file.name != shard:
+                raise ValueError(
+                    f"{path / shard}: {name}: {index.name} says that it is in this file, but it is "
+                    "not; download the file again"
+                )
+    return tensors
+
+
+def find_units(path: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredUnit]:
+    """The units among tensors, with their headers checked.
+
+    Raises:
+        ValueError: there are none; one lacks a part; or parts do not fit each other.
+    """
+    modules: dict[str, dict[str, StoredTensor]] = {}
+    for name, tensor in tensors.items():
+        module, _, part = name.rpartition(".")
+        if part in PARTS:
+            modules.setdefault(module, {})[part] = tensor
+    if not modules:
+        raise ValueError(
+            f"{path}: holds no compressed unit, so it is not a published DFloat11 checkpoint (a "
+            f"unit is six tensors, {', '.join(PARTS)})"
+        )
+    units = {module: StoredUnit(module, parts) for module, parts in modules.items()}
+    for unit in units.values():
+        missing = [part for part in PARTS if part not in unit.parts]
+        if missing:
+            raise ValueError(
+                f"{unit}: {', '.join(missing)} is missing; download or write the checkpoint again"
+            )
+        _check_parts(unit)
+    return units
+
+
+def _find_files(path: Path) -> list[Path]:
+    """The safetensors files of a directory, or the one that the path names.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        ValueError: a file is damaged, a pickle, or not finished; or there is none.
+    """
+    if path.is_dir():
+        if (path / JOURNAL).exists():
+            raise ValueError(
+                f"{path}: is incomplete: writing it was interrupted, or is still going on. The "
+                "same call or command again goes on from there"
+            )
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            pickles = sorted(file for file in path.iterdir() if file.suffix in _PICKLES)
+            if pickles:
+                raise _pickle_error(pickles[0])
+            raise ValueError(f"{path}: there are no *.safetensors files in it")
+        return files
+    with open(path, "rb") as stream:
+        start = stream.read(8)
+    # A safetensors file begins with the length of its header, which is far from 2**32.
+    if path.suffix in _PICKLES or (start.startswith(_PICKLE_MAGIC) and any(start[4:])):
+        raise _pickle_error(path)
+    if path.suffix == PARTIAL:
+        raise ValueError(f"{path}: is incomplete: writing it was interrupted")
+    return [path]
+
+
+def _pickle_error(path: Path) -> ValueError:
+    return ValueError(
+        f"{path}: is a pickle, as DFloat11 wrote them before version 0.2. It is not read, since "
+        "reading one can run any code; get the checkpoint as safetensors, or compress the original"
+    )
+
+
+def _check_parts(unit: StoredUnit) -> None:
+    """Checks types and shapes of a unit's parts against each other."""
+    for part in PARTS:
+        dtype, ndim = ("I64" if part == "split_positions" else "U8"), 1 + (part == "luts")
+        tensor = unit.parts[part]
+        if tensor.dtype != dtype or len(tensor.shape) != ndim:
+            raise _part_error(unit, part, f"{dtype} with {ndim} dimension(s)")
+    n, n_bytes = unit.size, unit.parts["encoded_exponent"].nbytes
+    # Codes have 1 to 32 bits; a last byte is filled up.
+    least, most = -(-n // 8), 4 * n + 1
+    if not least <= n_bytes <= most:
+        raise _part_error(unit, "encoded_exponent", f"{least} to {most} bytes for {n} elements")
+    rows, columns = unit.parts["luts"].shape
+    if rows < 2 or columns != 256:
+        raise _part_error(unit, "luts", "U8[2 or more, 256]")
+    blocks = -(-n_bytes // BLOCK_BYTES)
+    # If no code starts in the last block, the end takes the place of its entry.
+    for part, expected in (
+        ("output_positions", {4 * (blocks + 1), 4 * max(blocks, 1)}),
+        ("gaps", {BLOCK_GAP_BYTES * blocks}),
+    ):
+        if unit.parts[part].nbytes not in expected:
+            numbers = " or ".join(map(str, sorted(expected, reverse=True)))
+            raise _part_error(unit, part, f"{numbers} bytes for {n_bytes} of encoded_exponent")
+
+
+def _part_error(unit: StoredUnit, part: str, expected: str) -> ValueError:
+    tensor = unit.parts[part]
+    return ValueError(
+        f"{unit}: {part} is {tensor.dtype}{list(tensor.shape)}, expected {expected}; download or "
+        "write the checkpoint again"
+    )

@@ -1,0 +1,136 @@
+"""Pattern dicts: which modules of a model are units, and which tensors a unit consists of."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from df11_jax.published._shapes import FAMILIES, ModelConfig
+
+PatternDict = Mapping[str, Sequence[str]]
+
+_LAYER_WEIGHTS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+
+
+def check_pattern_dict(pattern_dict: Any, where: str) -> dict[str, list[str]]:
+    """The pattern dict, if it is one.
+
+    Args:
+        pattern_dict: regular expressions of module names, and lists of attributes.
+        where: it comes from, for messages.
+
+    Raises:
+        ValueError: it is something else, or an expression is not one.
+    """
+    if not isinstance(pattern_dict, Mapping):
+        raise ValueError(f"{where}: pattern_dict is {pattern_dict!r:.80}, expected a dict")
+    for pattern, attributes in pattern_dict.items():
+        if isinstance(attributes, str) or not (
+            isinstance(attributes, Sequence) and all(isinstance(a, str) for a in attributes)
+        ):
+            raise ValueError(
+                f"{where}: pattern_dict: {pattern!r}: expected a list of attributes such as "
+                f"'self_attn.q_proj', got {attributes!r:.80}"
+            )
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError, TypeError) as error:
+            raise ValueError(
+                f"{where}: pattern_dict: {pattern!r:.80} is not a regular expression ({error})"
+            ) from None
+    return {pattern: list(attributes) for pattern, attributes in pattern_dict.items()}
+
+
+def match_module(pattern_dict: PatternDict, module: str) -> tuple[str, ...] | None:
+    """The tensors of the unit that a module is, in the order in which they are joined.
+
+    Args:
+        pattern_dict: the first pattern that matches the whole name counts.
+        module: its name, such as `model.layers.0`.
+
+    Returns:
+        Names such as `model.layers.0.self_attn.q_proj.weight`, or None if no pattern matches.
+    """
+    for pattern, attributes in pattern_dict.items():
+        if re.fullmatch(pattern, module):
+            if not attributes:
+                return (f"{module}.weight",)
+            return tuple(f"{module}.{attribute}.weight" for attribute in attributes)
+    return None
+
+
+def match_units(pattern_dict: PatternDict, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The units among the modules that own tensors of the given names.
+
+    Args:
+        pattern_dict: regular expressions of module names, and lists of attributes.
+        names: of all tensors of a model.
+
+    Returns:
+        Modules and their units' tensors, in the order of `names`.
+
+    Raises:
+        ValueError: a unit lacks a tensor, or a tensor would be part of two units.
+    """
+    names = list(names)
+    existing = set(names)
+    modules = dict.fromkeys(
+        name[:end] for name in names for end in range(len(name)) if name[end] == "."
+    )
+    units: dict[str, tuple[str, ...]] = {}
+    owners: dict[str, str] = {}
+    for module in modules:
+        tensors = match_module(pattern_dict, module)
+        if tensors is None:
+            continue
+        for name in tensors:
+            if name not in existing:
+                raise ValueError(
+                    f"{module}: matches the pattern dict, which makes {name} part of its unit, but "
+                    "there is no such tensor"
+                )
+            if name in owners:
+                raise ValueError(
+                    f"{name}: would be part of the units {owners[name]} and {module}; a tensor "
+                    "belongs to one"
+                )
+            owners[name] = module
+        units[module] = tensors
+    return units
+
+
+def default_pattern_dict(config: Mapping[str, Any] | None) -> dict[str, list[str]]:
+    """The pattern dict that DFloat11's own checkpoints of a model family have.
+
+    Each layer is a unit of its seven matrices. So are `lm_head` and the embeddings, each of its
+    own, if they are not tied: what reads a tied `lm_head` does not know that it is compressed.
+    (DFloat11/Qwen3-8B-DF11, Llama-3.1-8B-Instruct-DF11 and Mistral-Nemo-Instruct-2407-DF11 are
+    like that; Qwen3-4B-DF11 and gemma-3-4b-it-DF11, which are tied, have layers only.)
+
+    Args:
+        config: the content of the model's config.json. Model types llama, mistral, qwen2, qwen3,
+            gemma2, gemma3_text and gemma3 (its language model) are known.
+
+    Raises:
+        ValueError: the model type is unknown.
+    """
+    model = ModelConfig(config)
+    if not model.is_known:
+        raise ValueError(
+            f"there is no default pattern dict for the model type {model.family!r}, only for "
+            f"{', '.join(FAMILIES)}; pass one"
+        )
+    inner = r"(?:language_model\.model|model\.language_model)" if model.is_nested else "model"
+    patterns: dict[str, list[str]] = {}
+    if not model.is_tied:
+        patterns[r"(?:language_model\.)?lm_head" if model.is_nested else "lm_head"] = []
+        patterns[rf"{inner}\.embed_tokens"] = []
+    patterns[rf"{inner}\.layers\.\d+"] = list(_LAYER_WEIGHTS)
+    return patterns

@@ -1,0 +1,182 @@
+"""What a unit does not store: the shapes that its tensors have in the model."""
+
+import math
+import operator
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from df11_jax.checkpoints._directory import read_index
+from df11_jax.checkpoints._safetensors import TensorFile
+
+Shapes = Mapping[str, Sequence[int]] | str | os.PathLike[str]
+
+# What the config of a family leaves out if it is the default. Configs inside of others, as Gemma 3
+# has them, leave out all defaults.
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 128},
+    "gemma2": {"head_dim": 256, "tie_word_embeddings": True},
+    "gemma3_text": {
+        "head_dim": 256,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 26,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+        "vocab_size": 262208,
+    },
+}
+
+FAMILIES = tuple(_FAMILIES)
+
+_MODEL = r"(?:(?:model|language_model)\.)*"
+_LAYER = re.compile(_MODEL + r"layers\.(\d+)\.")
+_WEIGHT = re.compile(_MODEL + r"(?:layers\.\d+\.)?((?:self_attn\.|mlp\.)?\w+)\.weight")
+
+
+class ModelConfig:
+    """What the config of a model says about its weights.
+
+    Attributes:
+        family: the model type, of the language model if there are others.
+        is_known: whether this library knows the family.
+        is_nested: whether the language model is a part of a larger one.
+        is_tied: whether the embeddings are the weights of `lm_head`, too.
+    """
+
+    def __init__(self, config: Mapping[str, Any] | None) -> None:
+        """Takes the content of a config.json, or None if there is none."""
+        config = config or {}
+        text = config.get("text_config", config)
+        text = text if isinstance(text, Mapping) else {}
+        self.is_nested = "text_config" in config
+        self.family: Any = text.get("model_type")
+        defaults = _FAMILIES.get(self.family) if isinstance(self.family, str) else None
+        self.is_known = defaults is not None
+        given = {key: value for key, value in text.items() if value is not None}
+        self._fields: dict[str, Any] = {**(defaults or {}), **given}
+        is_tied = config.get("tie_word_embeddings", self._fields.get("tie_word_embeddings"))
+        self.is_tied = is_tied is True
+
+    def tied_names(self, names: Iterable[str]) -> tuple[str, str] | None:
+        """Which tensors are one and the same: `lm_head` and the embeddings; None if there are none.
+
+        Args:
+            names: of all tensors.
+        """
+        parts = {match[1]: name for name in names if (match := _WEIGHT.fullmatch(name))}
+        if self.is_tied and "lm_head" in parts and "embed_tokens" in parts:
+            return parts["lm_head"], parts["embed_tokens"]
+        return None
+
+    def shape(self, name: str) -> tuple[int, int] | None:
+        """The shape of a weight matrix; None if it is not known.
+
+        Raises:
+            ValueError: the config lacks a number that is needed, or it is not a positive integer.
+        """
+        match = _WEIGHT.fullmatch(name)
+        if match is None or not self.is_known:
+            return None
+        part = match[1]
+        if part in ("self_attn.q_proj", "self_attn.o_proj"):
+            heads = self._number("num_attention_heads")
+        elif part in ("self_attn.k_proj", "self_attn.v_proj"):
+            heads = self._number("num_key_value_heads", "num_attention_heads")
+        elif part in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
+            outer = self._number("intermediate_size")
+        elif part in ("embed_tokens", "lm_head"):
+            outer = self._number("vocab_size")
+        else:
+            return None
+        hidden = self._number("hidden_size")
+        if part.startswith("self_attn."):
+            outer = heads * self._head_dim()
+        reads_hidden = part not in ("self_attn.o_proj", "mlp.down_proj")
+        return (outer, hidden) if reads_hidden else (hidden, outer)
+
+    def missing_layer(self, names: Iterable[str]) -> int | None:
+        """The first layer that no tensor belongs to; None if there is none, or nobody knows.
+
+        Raises:
+            ValueError: the number of layers is not a positive integer.
+        """
+        if not self.is_known or "num_hidden_layers" not in self._fields:
+            return None
+        present = {int(match[1]) for name in names if (match := _LAYER.match(name))}
+        layers = range(self._number("num_hidden_layers"))
+        return next((layer for layer in layers if layer not in present), None)
+
+    def _head_dim(self) -> int:
+        if "head_dim" in self._fields:
+            return self._number("head_dim")
+        return self._number("hidden_size") // self._number("num_attention_heads")
+
+    def _number(self, field: str, otherwise: str | None = None) -> int:
+        if field not in self._fields and otherwise is not None:
+            field = otherwise
+        number = self._fields.get(field)
+        if not isinstance(number, int) or isinstance(number, bool) or number <= 0:
+            raise ValueError(
+                f"config.json: {field} is {number!r:.80}, expected a positive integer (model type "
+                f"{self.family})"
+            )
+        return number
+
+
+def read_shapes(shapes: Shapes | None) -> dict[str, tuple[int, ...]]:
+    """Shapes by tensor name.
+
+    Args:
+        shapes: these, or the original model: its safetensors file, index, or directory; only
+            headers are read.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a file is not what it should be; or a shape is not one.
+    """
+    if shapes is None:
+        return {}
+    if isinstance(shapes, Mapping):
+        return {name: _as_shape(name, shape) for name, shape in shapes.items()}
+    path = Path(shapes)
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"shapes: {path}: there are no *.safetensors files in it")
+    elif path.name.endswith(".index.json"):
+        files = [path.with_name(file) for file in dict.fromkeys(read_index(path).values())]
+    else:
+        files = [path]
+    headers = (TensorFile(file).entries for file in files)
+    return {name: entry.shape for entries in headers for name, entry in entries.items()}
+
+
+def _as_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    try:
+        dims = tuple(map(operator.index, shape))
+    except TypeError:
+        dims = (-1,)
+    if min(dims, default=0) < 0:
+        raise ValueError(f"shapes: {name}: {shape!r:.80} is not a shape")
+    return dims
+
+
+def check_shape(shape: Sequence[int], size: int, where: str) -> None:
+    """Checks that a shape holds as many elements as a unit has for it.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if math.prod(shape) != size:
+        raise ValueError(
+            f"{where}: its shape in the model is {list(shape)}, which is {math.prod(shape)} "
+            f"elements, but the unit has {size} for it; pass the shapes of the model that was "
+            "compressed (shapes=...)"
+        )

@@ -1,0 +1,189 @@
+import os
+
+import jax
+import jax.numpy as jnp
+import model_files
+import numpy as np
+import pytest
+from payloads import assert_same_bits, random_weights
+from safetensors.flax import save_file
+
+import df11_jax
+from df11_jax import DF11Array, checkpoints
+from df11_jax.checkpoints import _convert
+from df11_jax.checkpoints._native_format import METADATA
+
+
+def params():
+    return df11_jax.compress_params(
+        {
+            "layers": {"kernel": random_weights((2, 256, 64))},
+            "bias": jnp.arange(10, dtype=jnp.bfloat16),
+            "host": np.arange(3, dtype=np.uint8),
+            "step": 7,
+        },
+        stacked="^layers",
+    )
+
+
+def assert_same(loaded, tree):
+    kernel = tree["layers"]["kernel"]
+    assert isinstance(loaded["layers"]["kernel"], DF11Array)
+    assert repr(loaded["layers"]["kernel"]) == repr(kernel)
+    for a, b in zip(loaded["layers"]["kernel"].payload, kernel.payload, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert_same_bits(loaded["bias"], tree["bias"])
+    np.testing.assert_array_equal(loaded["host"], tree["host"])
+    assert loaded["step"] == tree["step"]
+    assert set(loaded) == set(tree)
+
+
+def test_round_trip_of_a_file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    tree = params()
+    checkpoints.save(tree, path)
+    assert_same(checkpoints.load(path), tree)
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def test_round_trip_of_a_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr(_convert, "SHARD_BYTES", 100)
+    tree = params()
+    checkpoints.save(tree, tmp_path / "model")
+    assert_same(checkpoints.load(tmp_path / "model"), tree)
+    names = sorted(file.name for file in (tmp_path / "model").iterdir())
+    assert names[0] == "model-00001-of-00003.safetensors"
+    assert names[-1] == "model.safetensors.index.json"
+    with pytest.raises(FileExistsError, match="exists already"):
+        checkpoints.save(tree, tmp_path / "model")
+
+
+def test_a_model_without_parameters(tmp_path):
+    for path in (tmp_path / "file.safetensors", tmp_path / "directory"):
+        checkpoints.save({}, path)
+        assert checkpoints.load(path) == {}
+
+
+def test_failed_save_leaves_the_old_file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    checkpoints.save(params(), path)
+    before = path.read_bytes()
+    for bad in ({"a/b": jnp.zeros(1)}, {"a": [jnp.zeros(1)]}, {"a:b": jnp.zeros(1)}):
+        with pytest.raises(ValueError, match="only nested dicts"):
+            checkpoints.save(bad, path)
+    with pytest.raises(ValueError, match="b: safetensors files cannot hold the dtype int4"):
+        checkpoints.save({"a": jnp.zeros(9), "b": jnp.zeros(1, jnp.int4)}, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_failed_save_leaves_no_directory(tmp_path):
+    with pytest.raises(ValueError, match="b: safetensors files cannot hold the dtype int4"):
+        checkpoints.save({"b": jnp.zeros(1, jnp.int4)}, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_save_starts_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(_convert, "SHARD_BYTES", 100)
+    bad = params() | {"zzz": jnp.zeros(1, jnp.int4)}
+    with pytest.raises(ValueError, match="zzz"):
+        checkpoints.save(bad, tmp_path / "model")
+    with pytest.raises(ValueError, match="is incomplete"):
+        checkpoints.load(tmp_path / "model")
+    tree = params() | {"layers": {"kernel": df11_jax.compress(random_weights((256, 256), 5))}}
+    checkpoints.save(tree, tmp_path / "model")
+    assert_same(checkpoints.load(tmp_path / "model"), tree)
+    assert len(list((tmp_path / "model").iterdir())) == 4  # three shards and their index
+
+
+def test_loads_other_formats_compressed(tmp_path, capsys):
+    weights = model_files.tensors()
+    path = model_files.write_model(tmp_path / "plain", weights)
+    loaded = checkpoints.load(path, progress=True)
+    assert "load: 100%" in capsys.readouterr().err
+    assert set(loaded) == set(weights)
+    compressed = {name for name, leaf in loaded.items() if isinstance(leaf, DF11Array)}
+    expected = df11_jax.compress_params({k: jnp.asarray(v) for k, v in weights.items()})
+    assert compressed == {name for name, leaf in expected.items() if isinstance(leaf, DF11Array)}
+    assert "cube" in compressed and "incompressible" not in compressed
+    for name, leaf in df11_jax.decompress_params(loaded).items():
+        assert np.asarray(leaf).tobytes() == weights[name].tobytes()
+
+
+def test_what_is_loaded_does_not_need_the_file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    tree = params()
+    checkpoints.save(tree, path)
+    loaded = checkpoints.load(path)
+    with open(path, "r+b") as file:  # in place, which a mapping would see
+        file.write(bytes(path.stat().st_size))
+    assert_same(loaded, tree)
+
+
+def test_types_that_jax_lacks_stay_on_the_host(tmp_path):
+    path = tmp_path / "model.safetensors"
+    big = np.array([1 << 40, -1])
+    checkpoints.save({"big": big}, path)
+    loaded = checkpoints.load(path)["big"]
+    assert isinstance(loaded, np.ndarray)
+    np.testing.assert_array_equal(loaded, big)
+
+
+def test_bad_files(tmp_path):
+    path = tmp_path / "bad.safetensors"
+    parts = dict(
+        zip(
+            ("header", "codebook", "chunk_offsets", "exponents", "sign_mantissa"),
+            params()["layers"]["kernel"].payload,
+            strict=True,
+        )
+    )
+
+    def check(changes, message, metadata=METADATA):
+        kept = {k: v for k, v in (parts | changes).items() if v is not None}
+        save_file({f"w:{k}": v for k, v in kept.items()}, path, metadata=metadata)
+        with pytest.raises(ValueError, match=r"bad\.safetensors: " + message):
+            checkpoints.load(path)
+
+    check({"codebook": None}, "w: expected the parts")
+    check({"more": parts["header"]}, "w: expected the parts")
+    check({"header": parts["header"].at[0, 0].set(9)}, "w: format version 9 is unknown")
+    check({"header": parts["header"][:0]}, "w: header is uint32")
+    check({"header": parts["header"][:, :0]}, "w: header is uint32")
+    check({"header": parts["header"][0, 0]}, "w: header is uint32")
+    check({"sign_mantissa": parts["sign_mantissa"][:, :-4]}, "w: sign_mantissa is uint32")
+    check({}, "expected a file with the metadata", metadata=METADATA | {"version": "2"})
+
+    save_file({"a": jnp.zeros(1), "a/b": jnp.zeros(1)}, path, metadata=METADATA)
+    with pytest.raises(ValueError, match="a/b: a is a leaf as well"):
+        checkpoints.load(path)
+
+
+@pytest.mark.parametrize("word", [0, 3, 1000])
+def test_a_corrupt_leaf_is_named_when_it_is_read(tmp_path, word):
+    path = tmp_path / "bad.safetensors"
+    tree = params()
+    kernel = tree["layers"]["kernel"]
+    exponents = kernel.exponents.at[1, word].set(kernel.exponents[1, word] ^ 0x10)
+    bad = jax.tree.map(lambda a: exponents if a is kernel.exponents else a, kernel)
+    checkpoints.save({"layers": {"kernel": bad}}, path)
+    source = checkpoints.open_checkpoint(path)
+    with pytest.raises(ValueError, match=r"bad\.safetensors: layers/kernel: is corrupt: .*e 1"):
+        source.read("layers/kernel")
+
+
+def test_a_header_that_differs_within_a_stack(tmp_path):
+    path = tmp_path / "bad.safetensors"
+    kernel = params()["layers"]["kernel"]
+    header = kernel.header.at[1, 2].add(1)
+    bad = jax.tree.map(lambda a: header if a is kernel.header else a, kernel)
+    checkpoints.save({"w": bad}, path)
+    with pytest.raises(ValueError, match="w: not all slices have a header of the shape"):
+        checkpoints.open_checkpoint(path).read("w")
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
