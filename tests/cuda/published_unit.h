@@ -214,6 +214,7 @@ inline BlockModel decode_block(const UnitArrays& unit, int64_t block) {
     model.sound = false;
     model.must_be_poison |= must_be_poison;
   };
+  if (block == 0 && unit.gap(0) != 0) fail(true);
   if (found < elements) fail(true);
   if (model.end != unit.size() && block + 1 < unit.blocks()) {
     if (found > elements) fail(true);

@@ -201,7 +201,8 @@ __device__ inline bool decode_block(const Unit& unit, const StepTable& table, Wa
   if (first == end) return true;
   if (end - first > kMaxBlockElements) return false;
   const uint8_t* gaps = unit.gaps + block * kBlockGapBytes;
-  Progress progress = {first, static_cast<int>(end - first), end == unit.size, read_gap(gaps, 0)};
+  const uint32_t first_gap = block > 0 ? read_gap(gaps, 0) : 0;  // the stream begins with a code
+  Progress progress = {first, static_cast<int>(end - first), end == unit.size, first_gap};
   int windows = kMostWindows;
   while (progress.done < progress.elements) {
     if (progress.window == kBlockWindows) return false;
