@@ -13,6 +13,7 @@
 
 #include "cpu/decode_slices.h"
 #include "cuda/decode.h"
+#include "cuda/driver.h"
 #include "native/encoded_slice.h"
 
 namespace df11 {
@@ -24,35 +25,6 @@ using Shape = std::vector<int64_t>;
 
 constexpr uint16_t kUnwritten = 0x5a5a;
 constexpr uint16_t kPoison = 0xffff;
-
-int failures = 0;
-int64_t checked_chunks = 0, poisoned_chunks = 0;
-
-void expect(bool ok, const std::string& what) {
-  if (ok) return;
-  if (++failures <= 20) std::printf("FAILED: %s\n", what.c_str());
-}
-
-// Device memory of exactly the size of `data`; begins `offset` elements into an allocation.
-template <typename T>
-class Buffer {
- public:
-  Buffer(const std::vector<T>& data, size_t offset = 0) : size_(data.size()) {
-    const size_t bytes = (offset + size_) * sizeof(T);
-    expect(cudaMallocManaged(&memory_, bytes ? bytes : 1) == cudaSuccess, "cudaMallocManaged");
-    data_ = memory_ + offset;
-    std::copy(data.begin(), data.end(), data_);
-  }
-  Buffer(const Buffer&) = delete;
-  ~Buffer() { cudaFree(memory_); }
-  T* get() const { return data_; }
-  Weights copy() const { return Weights(data_, data_ + size_); }
-
- private:
-  T* memory_ = nullptr;
-  T* data_;
-  size_t size_;
-};
 
 // A stack of slices on the host, as a compressed tensor holds it.
 struct Payload {
@@ -110,9 +82,9 @@ Weights decode_on_cpu(const Payload& payload, int64_t slice) {
   }
   std::vector<uint16_t> decoded(view.size);
   for (int64_t c = 0; c < view.chunks(); ++c) {
-    ++checked_chunks;
+    ++checked;
     if (!decoder->decode(c, decoded.data())) {
-      ++poisoned_chunks;
+      ++poisoned;
       continue;
     }
     const Chunk chunk = locate_chunk(view, c);
@@ -155,6 +127,12 @@ struct DeviceOperand {
     int64_t batch = 1;
     for (const BatchAxis& axis : axes()) batch *= axis.size;
     return batch;
+  }
+  // As the kernel finds it in device memory, but on the host.
+  int64_t slice_of(int64_t b) const {
+    TensorSlices on_host = slices();
+    on_host.index = operand.index.data();
+    return on_host.slice_of(b);
   }
   TensorSlices slices() const {
     TensorSlices slices;
@@ -206,7 +184,7 @@ void check(const std::string& name, const std::vector<Operand>& operands,
     const TensorSlices slices = device.slices();
     const int64_t size = slices.view.size;
     for (int64_t b = 0; b < slices.batch; ++b) {
-      const int64_t slice = slices.slice_of(b);
+      const int64_t slice = device.slice_of(b);
       const Weights got(decoded[i].begin() + b * size, decoded[i].begin() + (b + 1) * size);
       const std::string which =
           name + ", tensor " + std::to_string(i) + ", batch element " + std::to_string(b);
@@ -226,20 +204,10 @@ void check(const std::string& name, const std::vector<Operand>& operands,
 
 // Weights
 
-std::mt19937_64 rng(11);
-
-uint64_t random_below(uint64_t end) { return rng() % end; }
-
 Weights fill(int64_t size, const std::function<uint16_t()>& draw) {
   Weights weights(size);
   for (uint16_t& weight : weights) weight = draw();
   return weights;
-}
-uint16_t normal() {
-  const float value = std::normal_distribution<float>(0, 0.02f)(rng);
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return static_cast<uint16_t>(bits >> 16);
 }
 uint16_t any_bits() { return static_cast<uint16_t>(rng()); }
 // 16 exponents alike: 4 bits each, so that records do not fit in the staging buffer.
@@ -343,6 +311,39 @@ void test_many_tensors() {
   check("no tensors", {});
 }
 
+// However many small tensors there are, one launch serves 18 of them; and what is launched can be
+// captured in a CUDA graph, which finds its index in device memory whenever it runs.
+void test_launches() {
+  const Shape shape = {64, 64};
+  const std::vector<Weights> slices = {fill(size_of(shape), normal), fill(size_of(shape), normal)};
+  const Payload payload = compress(shape, slices), empty = compress({0}, {{}, {}});
+  for (const int count : {0, 1, 7, 18, 19, 37}) {
+    std::vector<std::unique_ptr<DeviceOperand>> device;
+    std::vector<TensorSlices> tensors;
+    for (int i = 0; i < count; ++i) {
+      for (const Payload* p : {&payload, &empty}) {  // what is empty does not count
+        device.push_back(std::make_unique<DeviceOperand>(Operand{p}));
+        tensors.push_back(device.back()->slices());
+      }
+    }
+    const std::string name = std::to_string(count) + " tensors: ";
+    Recording recording([&](cudaStream_t stream) {
+      return launch_decode(stream, tensors.data(), static_cast<int>(tensors.size()));
+    });
+    for (const int32_t slice : {0, 1}) {
+      for (const auto& operand : device) operand->index.set({slice});
+      const int launches = recording.run(), expected = (count + 17) / 18;
+      expect(launches == expected,
+             name + std::to_string(launches) + " launches, should be " + std::to_string(expected));
+      for (int i = 0; i < count; ++i) {
+        expect(device[2 * i]->out.copy() == slices[slice],
+               name + "tensor " + std::to_string(i) + " is not slice " + std::to_string(slice));
+        ++checked;
+      }
+    }
+  }
+}
+
 // Damages a payload somewhere.
 void damage(Payload& payload) {
   Array* const arrays[] = {&payload.header, &payload.codebook, &payload.chunk_offsets,
@@ -425,20 +426,13 @@ int main(int argc, char** argv) {
     return 2;
   }
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 100;
-  const auto section = [](const char* name, const std::function<void()>& test) {
-    df11::checked_chunks = df11::poisoned_chunks = 0;
-    test();
-    std::printf("%-12s %6lld chunks compared, %lld of them poisoned\n", name,
-                static_cast<long long>(df11::checked_chunks),
-                static_cast<long long>(df11::poisoned_chunks));
-    std::fflush(stdout);
-  };
-  section("values", df11::test_values);
-  section("shapes", df11::test_shapes);
-  section("stacks", df11::test_stacks);
-  section("alignment", df11::test_alignment);
-  section("many tensors", df11::test_many_tensors);
-  section("damage", [&] { df11::test_damage(rounds); });
+  df11::section("values", "chunks", df11::test_values);
+  df11::section("shapes", "chunks", df11::test_shapes);
+  df11::section("stacks", "chunks", df11::test_stacks);
+  df11::section("alignment", "chunks", df11::test_alignment);
+  df11::section("many tensors", "chunks", df11::test_many_tensors);
+  df11::section("launches", "chunks", df11::test_launches);
+  df11::section("damage", "chunks", [&] { df11::test_damage(rounds); });
   std::printf("%d failures\n", df11::failures);
   return df11::failures != 0;
 }

@@ -62,6 +62,8 @@ struct Block {
   }
 };
 
+inline int launches = 0;  // of kernels, so far
+
 inline thread_local Block* block = nullptr;
 inline thread_local unsigned exchanges = 0;
 
@@ -174,8 +176,13 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return cudaSuccess;
 }
 template <typename T>
-cudaError_t cudaMallocManaged(T** memory, size_t bytes) {
+cudaError_t cudaMalloc(T** memory, size_t bytes) {
   *memory = static_cast<T*>(std::malloc(bytes));
+  return cudaSuccess;
+}
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  if (bytes) std::memcpy(to, from, bytes);
   return cudaSuccess;
 }
 inline cudaError_t cudaFree(void* memory) {
@@ -192,6 +199,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
+  ++cuda_emulation::launches;
   const unsigned threads = config->blockDim.x;
   cuda_emulation::check(threads % cuda_emulation::kWarpSize == 0, "a warp is not full");
   cuda_emulation::Block block(static_cast<int>(threads));
