@@ -55,3 +55,19 @@ def demo(prompt: str, tokens: int, temperature: float, seed: int) -> None:
     from df11_jax.demo.run import run_demo
 
     run_demo(prompt, tokens, temperature, seed)
+
+
+@commands.command()
+@click.option("--quick", is_flag=True, help="Fewer sizes, in less time.")
+@click.option("--max-weights", type=click.IntRange(min=2**16), help="Of a tensor or a block.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--plot", type=click.Path(dir_okay=False), help="File for a plot (matplotlib).")
+def bench(quick: bool, max_weights: int | None, as_json: bool, plot: str | None) -> None:
+    """Measure how fast this device decompresses, and what its memory would allow.
+
+    Over tensors of 1 M to 1 G weights and the transformer blocks of four models, as far as memory
+    allows (up to 64 M weights on a CPU), with other decoders beside it where they are installed.
+    """
+    from df11_jax.bench.run import run_bench
+
+    run_bench(quick=quick, max_weights=max_weights, as_json=as_json, plot=plot)

@@ -43,6 +43,7 @@ def scan_blocks(
         `jax.lax.scan`.
 
     Raises:
+        TypeError: `block_fn` does not return a pair.
         ValueError: there is nothing to scan over, or a leaf cannot be scanned over or differs in
             length; the message has its path.
     """
@@ -53,8 +54,11 @@ def scan_blocks(
     compressed = [i for i, leaf in enumerate(leaves) if is_df11(leaf)]
     plain = [i for i, leaf in enumerate(leaves) if not is_df11(leaf)]
 
-    def body(carry: Carry, step: Any) -> tuple[Carry, Any]:
-        index, block, x = step
+    # The index is carried, not scanned over: XLA makes it one with the loop's own counter, and a
+    # GPU need not copy it out of an array before each block.
+    def body(state: tuple[Any, Carry], step: Any) -> tuple[tuple[Any, Carry], Any]:
+        index, carry = state
+        block, x = step
         weights = decode_slices(
             [leaves[i] for i in compressed],
             index,
@@ -63,13 +67,20 @@ def scan_blocks(
         )
         by_leaf = dict(zip(plain, block, strict=True)) | dict(zip(compressed, weights, strict=True))
         params = jax.tree.unflatten(treedef, [by_leaf[i] for i in range(len(leaves))])
-        return block_fn(carry, params, x)
+        result = block_fn(carry, params, x)
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise TypeError(
+                f"scan_blocks: block_fn must return (carry, y), got {type(result).__name__}"
+            )
+        carry, y = result
+        return (index + 1, carry), y
 
-    steps = (jnp.arange(length, dtype=jnp.int32), [leaves[i] for i in plain], xs)
     if compressed:
         # Differentiating would else store the decoded weights of all blocks.
         body = jax.checkpoint(body)
-    return jax.lax.scan(body, carry, steps)
+    steps = ([leaves[i] for i in plain], xs)
+    (_, carry), ys = jax.lax.scan(body, (jnp.int32(0), carry), steps, length=length)
+    return carry, ys
 
 
 def _common_length(names: list[str], leaves: list[Any], xs: PyTree) -> int:

@@ -199,6 +199,11 @@ BLOCKS = {
 }
 
 
+def test_block_that_returns_no_pair(params, x):
+    with pytest.raises(TypeError, match="must return .carry, y., got"):
+        scan_blocks(lambda x, weights, _: x, x, params)
+
+
 @pytest.mark.parametrize("block_fn", BLOCKS.values(), ids=BLOCKS)
 def test_gradients_are_the_same_bits(params, x, block_fn):
     plain, compressed = params

@@ -10,6 +10,7 @@
 #include <functional>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace df11 {
@@ -38,19 +39,83 @@ class Buffer {
  public:
   Buffer(const std::vector<T>& data, size_t offset = 0) : size_(data.size()) {
     const size_t bytes = (offset + size_) * sizeof(T);
-    expect(cudaMallocManaged(&memory_, bytes ? bytes : 1) == cudaSuccess, "cudaMallocManaged");
+    expect(cudaMalloc(&memory_, bytes ? bytes : 1) == cudaSuccess, "cudaMalloc");
     data_ = memory_ + offset;
-    std::copy(data.begin(), data.end(), data_);
+    set(data);
   }
   Buffer(const Buffer&) = delete;
   ~Buffer() { cudaFree(memory_); }
   T* get() const { return data_; }
-  std::vector<T> copy() const { return std::vector<T>(data_, data_ + size_); }
+  void set(const std::vector<T>& data) {
+    expect(cudaMemcpy(data_, data.data(), size_ * sizeof(T), cudaMemcpyHostToDevice) == cudaSuccess,
+           "cudaMemcpy to the device");
+  }
+  std::vector<T> copy() const {
+    std::vector<T> data(size_);
+    expect(cudaMemcpy(data.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost) == cudaSuccess,
+           "cudaMemcpy to the host");
+    return data;
+  }
 
  private:
   T* memory_ = nullptr;
   T* data_;
   size_t size_;
+};
+
+// What a function enqueues on a stream, as a CUDA graph. The emulation, which has no graphs,
+// calls the function again each time.
+class Recording {
+ public:
+  using Enqueue = std::function<cudaError_t(cudaStream_t)>;
+#ifdef __CUDACC__
+  explicit Recording(const Enqueue& enqueue) {
+    expect(cudaStreamCreate(&stream_) == cudaSuccess, "cudaStreamCreate");
+    // In this mode, a synchronization or an allocation anywhere in the process is an error.
+    expect(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeGlobal) == cudaSuccess,
+           "cudaStreamBeginCapture");
+    const cudaError_t error = enqueue(stream_);
+    expect(error == cudaSuccess, std::string("while captured: ") + cudaGetErrorString(error));
+    expect(cudaStreamEndCapture(stream_, &graph_) == cudaSuccess, "cudaStreamEndCapture");
+    expect(cudaGraphInstantiate(&program_, graph_, 0) == cudaSuccess, "cudaGraphInstantiate");
+  }
+  ~Recording() {
+    cudaGraphExecDestroy(program_);
+    cudaGraphDestroy(graph_);
+    cudaStreamDestroy(stream_);
+  }
+  // Runs it to its end; returns how many kernels it has launched.
+  int run() {
+    size_t count = 0;
+    expect(cudaGraphGetNodes(graph_, nullptr, &count) == cudaSuccess, "cudaGraphGetNodes");
+    std::vector<cudaGraphNode_t> nodes(count);
+    expect(cudaGraphGetNodes(graph_, nodes.data(), &count) == cudaSuccess, "cudaGraphGetNodes");
+    for (const cudaGraphNode_t node : nodes) {
+      cudaGraphNodeType type;
+      expect(cudaGraphNodeGetType(node, &type) == cudaSuccess && type == cudaGraphNodeTypeKernel,
+             "nothing but kernels in a graph");
+    }
+    expect(cudaGraphLaunch(program_, stream_) == cudaSuccess, "cudaGraphLaunch");
+    expect(cudaStreamSynchronize(stream_) == cudaSuccess, "cudaStreamSynchronize");
+    return static_cast<int>(count);
+  }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+  cudaGraph_t graph_ = nullptr;
+  cudaGraphExec_t program_ = nullptr;
+#else
+  explicit Recording(Enqueue enqueue) : enqueue_(std::move(enqueue)) {}
+  int run() {
+    const int before = cuda_emulation::launches;
+    expect(enqueue_(nullptr) == cudaSuccess, "what is recorded fails");
+    return cuda_emulation::launches - before;
+  }
+
+ private:
+  Enqueue enqueue_;
+#endif
+  Recording(const Recording&) = delete;
 };
 
 inline std::mt19937_64 rng(11);

@@ -128,6 +128,12 @@ struct DeviceOperand {
     for (const BatchAxis& axis : axes()) batch *= axis.size;
     return batch;
   }
+  // As the kernel finds it in device memory, but on the host.
+  int64_t slice_of(int64_t b) const {
+    TensorSlices on_host = slices();
+    on_host.index = operand.index.data();
+    return on_host.slice_of(b);
+  }
   TensorSlices slices() const {
     TensorSlices slices;
     slices.view = operand.payload->view;
@@ -178,7 +184,7 @@ void check(const std::string& name, const std::vector<Operand>& operands,
     const TensorSlices slices = device.slices();
     const int64_t size = slices.view.size;
     for (int64_t b = 0; b < slices.batch; ++b) {
-      const int64_t slice = slices.slice_of(b);
+      const int64_t slice = device.slice_of(b);
       const Weights got(decoded[i].begin() + b * size, decoded[i].begin() + (b + 1) * size);
       const std::string which =
           name + ", tensor " + std::to_string(i) + ", batch element " + std::to_string(b);
@@ -305,6 +311,39 @@ void test_many_tensors() {
   check("no tensors", {});
 }
 
+// However many small tensors there are, one launch serves 18 of them; and what is launched can be
+// captured in a CUDA graph, which finds its index in device memory whenever it runs.
+void test_launches() {
+  const Shape shape = {64, 64};
+  const std::vector<Weights> slices = {fill(size_of(shape), normal), fill(size_of(shape), normal)};
+  const Payload payload = compress(shape, slices), empty = compress({0}, {{}, {}});
+  for (const int count : {0, 1, 7, 18, 19, 37}) {
+    std::vector<std::unique_ptr<DeviceOperand>> device;
+    std::vector<TensorSlices> tensors;
+    for (int i = 0; i < count; ++i) {
+      for (const Payload* p : {&payload, &empty}) {  // what is empty does not count
+        device.push_back(std::make_unique<DeviceOperand>(Operand{p}));
+        tensors.push_back(device.back()->slices());
+      }
+    }
+    const std::string name = std::to_string(count) + " tensors: ";
+    Recording recording([&](cudaStream_t stream) {
+      return launch_decode(stream, tensors.data(), static_cast<int>(tensors.size()));
+    });
+    for (const int32_t slice : {0, 1}) {
+      for (const auto& operand : device) operand->index.set({slice});
+      const int launches = recording.run(), expected = (count + 17) / 18;
+      expect(launches == expected,
+             name + std::to_string(launches) + " launches, should be " + std::to_string(expected));
+      for (int i = 0; i < count; ++i) {
+        expect(device[2 * i]->out.copy() == slices[slice],
+               name + "tensor " + std::to_string(i) + " is not slice " + std::to_string(slice));
+        ++checked;
+      }
+    }
+  }
+}
+
 // Damages a payload somewhere.
 void damage(Payload& payload) {
   Array* const arrays[] = {&payload.header, &payload.codebook, &payload.chunk_offsets,
@@ -392,6 +431,7 @@ int main(int argc, char** argv) {
   df11::section("stacks", "chunks", df11::test_stacks);
   df11::section("alignment", "chunks", df11::test_alignment);
   df11::section("many tensors", "chunks", df11::test_many_tensors);
+  df11::section("launches", "chunks", df11::test_launches);
   df11::section("damage", "chunks", [&] { df11::test_damage(rounds); });
   std::printf("%d failures\n", df11::failures);
   return df11::failures != 0;

@@ -12,26 +12,49 @@ import pytest
 
 SCRIPT = pathlib.Path(__file__).with_name("compile_for_gpu.py")
 
+pytestmark = [
+    pytest.mark.skipif(
+        not importlib.util.find_spec("jax_cuda13_plugin"),
+        reason='needs XLA\'s compiler for CUDA: pip install "jax[cuda13]"',
+    ),
+    pytest.mark.skipif(
+        not importlib.util.find_spec("df11_jax._native_cuda"),
+        reason="needs the CUDA decoder: install df11_jax with nvcc on PATH",
+    ),
+]
 
-@pytest.mark.skipif(
-    not importlib.util.find_spec("jax_cuda13_plugin"),
-    reason='needs XLA\'s compiler for CUDA: pip install "jax[cuda13]"',
-)
-@pytest.mark.skipif(
-    not importlib.util.find_spec("df11_jax._native_cuda"),
-    reason="needs the CUDA decoder: install df11_jax with nvcc on PATH",
-)
-def test_memory_and_copies():
+
+@pytest.fixture(scope="module")
+def programs():
     result = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    programs = [json.loads(line) for line in result.stdout.splitlines()]
-    compressed = [p for p in programs if p["weights"] == "compressed"]
-    assert [p["program"] for p in compressed] == ["scan", "token_loop"]
-    for program in compressed:
-        print(program)
-        assert program["temporary_blocks"] < 1.15
-        assert program["decode_calls"] == 1
-        # Payloads are handed over whole: what moves is the layer index and the activations.
-        for shape in program["copied_or_sliced"]:
-            dims = [int(d) for d in re.findall(r"\d+", shape.partition("[")[2])]
-            assert math.prod(dims) <= 4 * 1024, shape
+    print(result.stdout)
+    lines = map(json.loads, result.stdout.splitlines())
+    return {program["program"]: program for program in lines}
+
+
+@pytest.mark.parametrize("name", ["scan", "token_loop", "llama_8b", "llama_8b_decoding"])
+def test_memory_and_copies(programs, name):
+    program = programs.get(name) or programs[f"{name}_compressed"]
+    assert program["temporary_blocks"] < 1.15
+    assert program["decode_calls"] == 1
+    # Payloads are handed over whole: what moves is the activations and the loop's counter.
+    for shape in program["copied_or_sliced"]:
+        dims = [int(d) for d in re.findall(r"\d+", shape.partition("[")[2])]
+        assert math.prod(dims) <= 4 * 4096, shape
+
+
+def test_step_of_a_scan(programs):
+    # The decoder, the loop's counter, and what the block does: nothing to fetch the layer's index.
+    step = programs["llama_8b_decoding"]["step"]
+    assert step == ["kCustomCall", "kCustomKernel", "kCustomKernel"]
+
+
+@pytest.mark.parametrize("name", ["scan_compressed", "token_loop_compressed", "llama_8b"])
+def test_decoder_is_in_a_cuda_graph(programs, name):
+    assert programs[name]["in_graph"]
+
+
+def test_small_tensors_are_one_call(programs):
+    assert programs["small_tensors"]["decode_calls"] == 1
+    assert programs["small_tensors"]["in_graph"]

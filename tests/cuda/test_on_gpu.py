@@ -1,6 +1,7 @@
 """The CUDA decoders on a GPU, through XLA and alone: `pytest -m gpu`."""
 
 import dataclasses
+import json
 import shutil
 import subprocess
 
@@ -8,10 +9,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from compiling import ROOT
 from payloads import assert_same_bits, bits, random_weights
+from thunks import decoder_in_graph, dump_options, read_thunks
 
-from df11_jax import _ffi, compress, decompress, published, scan_blocks
+from df11_jax import (
+    _commands,
+    _ffi,
+    compress,
+    decompress,
+    decompress_params,
+    published,
+    scan_blocks,
+)
+from df11_jax._decode import decode_slices
+from df11_jax.bench.blocks import BLOCKS
+from df11_jax.bench.measure import DECODE_KERNEL
+from df11_jax.bench.programs import Program
+from df11_jax.bench.timing import kernel_durations
+from df11_jax.bench.workload import make_workload
 
 
 def has_gpu() -> bool:
@@ -111,21 +128,81 @@ def test_corrupt_published_blocks_are_poisoned():
     np.testing.assert_array_equal(out[third_block:], bits(weights)[third_block:])
 
 
-@pytest.mark.parametrize("tool", ["", "memcheck", "racecheck"])
+@pytest.mark.parametrize("model", BLOCKS)
+def test_block_shapes(model):
+    # Fails unless every bit comes back, through jit and one call for all seven matrices.
+    assert make_workload(model, BLOCKS[model].matrices, 1).weights == BLOCKS[model].size
+
+
+@pytest.mark.parametrize("in_loop", [False, True])
+def test_in_a_cuda_graph(in_loop, tmp_path):
+    """XLA captures the call, and what it replays reads index and payload anew."""
+    stacks = {f"w{i}": random_weights((3, 256, 64 + 64 * i), i) for i in range(7)}
+    small = {name: compress(stack, stack_axes=1) for name, stack in stacks.items()}
+    reversed_stacks = {name: stack[::-1] for name, stack in stacks.items()}
+    reversed_small = {name: compress(s, stack_axes=1) for name, s in reversed_stacks.items()}
+
+    def decode(arrays, index):
+        if not in_loop:
+            return dict(zip(arrays, decode_slices(list(arrays.values()), index), strict=True))
+        return scan_blocks(lambda _, weights, __: (index, weights), index, arrays)[1]
+
+    jitted = jax.jit(decode, compiler_options=dump_options(tmp_path, min_graph_size=1))
+    for _ in range(3):
+        for expected, arrays in ((stacks, small), (reversed_stacks, reversed_small)):
+            for index in range(3):
+                out = jitted(arrays, jnp.int32(index))
+                for name, weights in out.items():
+                    stack = expected[name]
+                    assert_same_bits(weights, stack if in_loop else stack[index])
+    assert decoder_in_graph(read_thunks(tmp_path)), read_thunks(tmp_path)
+
+
+@pytest.mark.parametrize(("tensors", "launches"), [(1, 1), (18, 1), (19, 2)])
+def test_small_tensors_take_one_launch(tensors, launches):
+    small = {f"w{i}": compress(random_weights((64, 64), i)) for i in range(tensors)}
+    decode = jax.jit(decompress_params)
+    try:
+        durations = kernel_durations(Program(lambda: decode(small), 1), DECODE_KERNEL)
+    except RuntimeError as error:
+        if "CUPTI" not in str(error):
+            raise
+        pytest.skip(str(error))
+    assert len(durations) == launches
+
+
+def test_bench():
+    result = CliRunner().invoke(_commands.commands, ["bench", "--quick", "--json"])
+    assert result.exit_code == 0, result.output
+    print(result.stdout)
+    report = json.loads(result.stdout)
+    assert report["device"]["platform"] == "gpu"
+    assert report["device"]["decoder"] == "compiled"
+    for decoding in report["decodings"]:
+        assert 10.5 < decoding["bits_per_weight"] < 10.9
+        assert 0 < decoding["share_of_limit"] < 1.5
+    assert report["scan"]["blocks"] == 8
+
+
+@pytest.mark.parametrize("tool", ["", "memcheck", "racecheck", "initcheck", "synccheck"])
 @pytest.mark.parametrize(
     ("driver", "source"), [("kernel_test", "decode"), ("published_kernel_test", "published")]
 )
 def test_driver(driver, source, tool, tmp_path):
     """The drivers that the emulation runs, with the real kernels, also under compute-sanitizer."""
-    for program in ("nvcc", *(["compute-sanitizer"] if tool else [])):
-        if not shutil.which(program):
-            pytest.skip(f"needs {program} on PATH")
+    for needed in ("nvcc", *(["compute-sanitizer"] if tool else [])):
+        if not shutil.which(needed):
+            pytest.skip(f"needs {needed} on PATH")
     program = tmp_path / driver
     command = ["nvcc", "-std=c++17", "-arch=native", "-Ixla_ffi", "-Itests"]
     command += ["-diag-suppress=1675", "-x", "cu", "-o", program]
     command += [f"tests/cuda/{driver}.cc", f"xla_ffi/cuda/{source}.cu"]
     subprocess.run(command, cwd=ROOT, check=True)
     check = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"] if tool else []
-    result = subprocess.run([*check, program], capture_output=True, text=True)
+    # Under a tool, damage is tried less often: it takes a hundred times as long.
+    command = [*check, program, "10" if tool else "100"]
+    result = subprocess.run(command, capture_output=True, text=True)
     print(result.stdout)
+    if tool and "Device not supported" in result.stdout + result.stderr:
+        pytest.skip("compute-sanitizer does not support this device")
     assert result.returncode == 0, result.stdout + result.stderr

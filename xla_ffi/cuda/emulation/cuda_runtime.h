@@ -66,6 +66,8 @@ struct Block {
   }
 };
 
+inline int launches = 0;  // of kernels, so far
+
 inline thread_local Block* block = nullptr;
 inline thread_local uint4* dynamic_shared = nullptr;  // in place of an extern __shared__ array
 inline thread_local unsigned exchanges = 0;
@@ -188,8 +190,13 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
   return cudaSuccess;
 }
 template <typename T>
-cudaError_t cudaMallocManaged(T** memory, size_t bytes) {
+cudaError_t cudaMalloc(T** memory, size_t bytes) {
   *memory = static_cast<T*>(std::malloc(bytes));
+  return cudaSuccess;
+}
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  if (bytes) std::memcpy(to, from, bytes);
   return cudaSuccess;
 }
 inline cudaError_t cudaFree(void* memory) {
@@ -206,6 +213,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
+  ++cuda_emulation::launches;
   const unsigned threads = config->blockDim.x;
   cuda_emulation::check(threads % cuda_emulation::kWarpSize == 0, "a warp is not full");
   cuda_emulation::Block block(static_cast<int>(threads));

@@ -1,0 +1,1 @@
+"""`df11-jax bench`: how fast this device decompresses, and how much of what its memory allows."""

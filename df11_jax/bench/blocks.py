@@ -1,0 +1,53 @@
+"""The weight matrices of transformer blocks, from the public configurations of models."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """The shapes of a model's transformer block.
+
+    Attributes:
+        layers: how many such blocks the model has.
+        hidden: width of the residual stream.
+        query: query heads times their width.
+        key_value: key (or value) heads times their width.
+        mlp: width of the feed-forward layer.
+    """
+
+    layers: int
+    hidden: int
+    query: int
+    key_value: int
+    mlp: int
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """The seven matrices, [in, out] like Flax kernels."""
+        return {
+            "query": (self.hidden, self.query),
+            "key": (self.hidden, self.key_value),
+            "value": (self.hidden, self.key_value),
+            "out": (self.query, self.hidden),
+            "gate": (self.hidden, self.mlp),
+            "up": (self.hidden, self.mlp),
+            "down": (self.mlp, self.hidden),
+        }
+
+    @property
+    def size(self) -> int:
+        """Weights of one block."""
+        return sum(rows * cols for rows, cols in self.matrices.values())
+
+    def divided(self, divisor: int) -> "Block":
+        """A block of the same kind, whose matrices have all sides divided."""
+        sides = dataclasses.astuple(self)[1:]
+        return Block(self.layers, *(side // divisor for side in sides))
+
+
+BLOCKS = {
+    "Llama-3.1-8B": Block(layers=32, hidden=4096, query=32 * 128, key_value=8 * 128, mlp=14336),
+    "Llama-3.1-70B": Block(layers=80, hidden=8192, query=64 * 128, key_value=8 * 128, mlp=28672),
+    "Qwen3-14B": Block(layers=40, hidden=5120, query=40 * 128, key_value=8 * 128, mlp=17408),
+    "Gemma-3-27B": Block(layers=62, hidden=5376, query=32 * 128, key_value=16 * 128, mlp=21504),
+}

@@ -1,0 +1,161 @@
+"""The measurements behind `df11-jax bench`."""
+
+import dataclasses
+import logging
+import statistics
+from typing import Any
+
+import jax
+
+from df11_jax.bench.programs import Program, copy_programs, decode_program, scan_program
+from df11_jax.bench.timing import Effort, kernel_durations, time_in_turn
+from df11_jax.bench.workload import Workload, repeat_slices
+
+DECODE_KERNEL = "decode_kernel"
+
+_PROFILED_RUNS = 3
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How fast one workload is decoded, and what the device's memory would allow.
+
+    Attributes:
+        name: of the workload.
+        weights: that one call decodes.
+        matrices: how many, in one call.
+        bits_per_weight: of the compressed weights, everything included.
+        seconds: of each timing, for one call.
+        copy_bytes_per_second: read and written, of a copy that moves as much: the faster of two.
+        kernel_seconds: of one call, on the GPU alone; None if that is not known.
+        copy_kernel_seconds: of one copy, likewise.
+    """
+
+    name: str
+    weights: int
+    matrices: int
+    bits_per_weight: float
+    seconds: tuple[float, ...]
+    copy_bytes_per_second: float
+    kernel_seconds: float | None
+    copy_kernel_seconds: float | None
+
+    @property
+    def output_bytes_per_second(self) -> float:
+        """Bytes of bfloat16 written per second."""
+        return 2 * self.weights / statistics.median(self.seconds)
+
+    @property
+    def limit_bytes_per_second(self) -> float:
+        """The same at the speed of the copy: compressed bits are read, 16 a weight are written."""
+        return self.copy_bytes_per_second * 16 / (16 + self.bits_per_weight)
+
+    @property
+    def share_of_limit(self) -> float:
+        """Of what the copy allows."""
+        return self.output_bytes_per_second / self.limit_bytes_per_second
+
+    @property
+    def kernel_share_of_limit(self) -> float | None:
+        """The copy's time on the GPU over the decoder's: small tensors wait for the host."""
+        if self.kernel_seconds is None or self.copy_kernel_seconds is None:
+            return None
+        return self.copy_kernel_seconds / self.kernel_seconds
+
+    def as_json(self) -> dict[str, Any]:
+        """All figures, the derived ones too."""
+        derived = (
+            "output_bytes_per_second",
+            "limit_bytes_per_second",
+            "share_of_limit",
+            "kernel_share_of_limit",
+        )
+        return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """What a scan over compressed blocks costs beyond their decoding.
+
+    Attributes:
+        name: of the block.
+        blocks: how many are scanned over.
+        distinct_blocks: how many of them differ.
+        weights: of one block.
+        seconds: of each timing, for one block in the scan.
+        decode_seconds: for one block decoded by a program that does nothing else.
+        kernel_seconds: of one block's decoding in the scan, on the GPU alone; None if not known.
+    """
+
+    name: str
+    blocks: int
+    distinct_blocks: int
+    weights: int
+    seconds: tuple[float, ...]
+    decode_seconds: tuple[float, ...]
+    kernel_seconds: float | None
+
+    @property
+    def overhead(self) -> float:
+        """Over decoding alone."""
+        return statistics.median(self.seconds) / statistics.median(self.decode_seconds) - 1
+
+    @property
+    def kernel_overhead(self) -> float | None:
+        """Over the time of the decoder's kernels."""
+        if self.kernel_seconds is None:
+            return None
+        return statistics.median(self.seconds) / self.kernel_seconds - 1
+
+    def as_json(self) -> dict[str, Any]:
+        """All figures, the derived ones too."""
+        derived = ("overhead", "kernel_overhead")
+        return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
+
+
+def measure_decoding(workload: Workload, effort: Effort) -> Decoding:
+    """Times decoding, and copies that move as many bytes."""
+    decode = decode_program(workload)
+    copies = copy_programs(workload.moved_bytes, workload.slices)
+    times = time_in_turn({"decode": decode, **copies}, effort)
+    copy_seconds = {name: statistics.median(times[name]) for name in copies}
+    fastest = min(copy_seconds, key=lambda name: copy_seconds[name])
+    return Decoding(
+        name=workload.name,
+        weights=workload.weights,
+        matrices=len(workload.arrays),
+        bits_per_weight=workload.bits_per_weight,
+        seconds=tuple(times["decode"]),
+        copy_bytes_per_second=workload.moved_bytes / copy_seconds[fastest],
+        kernel_seconds=_kernel_seconds_per_call(decode),
+        copy_kernel_seconds=_kernel_seconds_per_call(copies[fastest]),
+    )
+
+
+def measure_scan(workload: Workload, blocks: int, effort: Effort) -> Scan:
+    """Times a scan over so many blocks, the workload's in turn, and their decoding alone."""
+    scan, decode = scan_program(repeat_slices(workload, blocks)), decode_program(workload)
+    times = time_in_turn({"scan": scan, "decode": decode}, effort)
+    return Scan(
+        name=workload.name,
+        blocks=blocks,
+        distinct_blocks=workload.slices,
+        weights=workload.weights,
+        seconds=tuple(times["scan"]),
+        decode_seconds=tuple(times["decode"]),
+        kernel_seconds=_kernel_seconds_per_call(scan, DECODE_KERNEL),
+    )
+
+
+def _kernel_seconds_per_call(program: Program, kernel: str = "") -> float | None:
+    if jax.default_backend() != "gpu":
+        return None
+    try:
+        runs = [sum(kernel_durations(program, kernel)) for _ in range(_PROFILED_RUNS)]
+        return statistics.median(runs) / program.calls
+    except Exception as error:
+        # The figures by the clock stand without those by the profiler, whatever it lacks here.
+        _LOG.warning("no kernel times: %s", error)
+        return None

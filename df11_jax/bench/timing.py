@@ -1,0 +1,108 @@
+"""Times programs by the clock on the host, and kernels by the profiler."""
+
+import dataclasses
+import pathlib
+import tempfile
+import time
+from collections.abc import Mapping
+
+import jax
+
+from df11_jax.bench.programs import Program
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """How long to measure.
+
+    Attributes:
+        repeats: how often each program is timed.
+        seconds: at least so long each time; the program runs as often as that takes.
+        warm_up: before that, for clocks to rise and caches to fill.
+    """
+
+    repeats: int
+    seconds: float
+    warm_up: float
+
+
+def time_in_turn(programs: Mapping[str, Program], effort: Effort) -> dict[str, list[float]]:
+    """Times programs in turn, so that whatever else the device does meets all alike.
+
+    Args:
+        programs: by name.
+        effort: how often and how long.
+
+    Returns:
+        For each program the seconds of one call, as often as it was timed.
+    """
+    runs = {name: _runs_within(program, effort) for name, program in programs.items()}
+    times: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(effort.repeats):
+        for name, program in programs.items():
+            seconds = _time_runs(program, runs[name])
+            times[name].append(seconds / (runs[name] * program.calls))
+    return times
+
+
+def kernel_durations(program: Program, kernel: str = "") -> list[float]:
+    """The time that each of a GPU's kernels takes in one run, by the profiler.
+
+    Args:
+        program: what to run.
+        kernel: only those with this in their name; else all, and copies too.
+
+    Returns:
+        Seconds, without what is between the kernels.
+
+    Raises:
+        RuntimeError: the profiler has not seen any kernel.
+    """
+    jax.block_until_ready(program.run())  # compiled, and loaded
+    options = jax.profiler.ProfileOptions()
+    options.host_tracer_level = options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            jax.block_until_ready(program.run())
+        (trace,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        return read_durations(jax.profiler.ProfileData.from_file(str(trace)), kernel)
+
+
+def read_durations(profile: jax.profiler.ProfileData, kernel: str) -> list[float]:
+    """The same, from what the profiler has written."""
+    events = [
+        event
+        for plane in profile.planes
+        if plane.name.startswith("/device:GPU")
+        for line in plane.lines
+        if line.name.startswith("Stream")  # other lines sum these up
+        for event in line.events
+    ]
+    if not events:
+        raise RuntimeError("the profiler has seen no kernels (is CUPTI installed?)")
+    return [event.duration_ns / 1e9 for event in events if kernel in event.name]
+
+
+def _runs_within(program: Program, effort: Effort) -> int:
+    """Warms up; returns how many runs take as long as the effort says."""
+    jax.block_until_ready(program.run())
+    runs, seconds, warm = 1, 0.0, 0.0
+    while seconds < effort.seconds / 2 or warm < effort.warm_up:
+        seconds = _time_runs(program, runs)
+        warm += seconds
+        if seconds < effort.seconds / 2:
+            runs *= 2
+    return max(1, round(runs * effort.seconds / seconds))
+
+
+def _time_runs(program: Program, runs: int) -> float:
+    # A GPU is sent the next run while it works; on a CPU, two would share its threads.
+    wait_at_once = jax.default_backend() == "cpu"
+    start = time.perf_counter()
+    former = None
+    for _ in range(runs):
+        result = program.run()
+        jax.block_until_ready(result if wait_at_once else former)
+        former = result
+    jax.block_until_ready(former)
+    return time.perf_counter() - start

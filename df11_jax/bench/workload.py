@@ -1,0 +1,119 @@
+"""Compressed weights to measure with: drawn on the device, and verified on it."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Bool
+
+from df11_jax._array import DF11Array
+from df11_jax._compress import compress
+from df11_jax._decode import decode_slices
+
+SIGMA = 0.02
+
+# What is read and written must not stay in a cache from one time to the next: no device has one of
+# half that size.
+_CACHE_BYTES = 256 * 2**20
+# Calls of one program: for small tensors, enough to be timed.
+_MOST_SLICES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """Equally shaped stacks of slices, which are decoded one slice of each at a time.
+
+    Attributes:
+        name: for the tables.
+        arrays: one stack per matrix.
+    """
+
+    name: str
+    arrays: tuple[DF11Array, ...]
+
+    @property
+    def slices(self) -> int:
+        """How many a stack has."""
+        return self.arrays[0].stack_shape[0]
+
+    @property
+    def weights(self) -> int:
+        """How many one decode gives."""
+        return sum(math.prod(array.slice_shape) for array in self.arrays)
+
+    @property
+    def compressed_bytes(self) -> float:
+        """That one decode reads."""
+        return sum(array.compressed_nbytes for array in self.arrays) / self.slices
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the compressed weights, everything included."""
+        return 8 * self.compressed_bytes / self.weights
+
+    @property
+    def moved_bytes(self) -> float:
+        """That one decode reads and writes."""
+        return self.compressed_bytes + 2 * self.weights
+
+
+def slices_beyond_cache(weights: int) -> int:
+    """How many slices of that size take more memory than a cache has."""
+    return min(_MOST_SLICES, math.ceil(_CACHE_BYTES / (weights * (2 + 10.6 / 8))))
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def draw(key: Array, shape: tuple[int, ...]) -> BFloat16[Array, "..."]:
+    """Weights as a network has them: normal(0, 0.02)."""
+    # In float32: bfloat16 draws would have few exponents.
+    return (SIGMA * jax.random.normal(key, shape, jnp.float32)).astype(jnp.bfloat16)
+
+
+def make_workload(name: str, matrices: Mapping[str, tuple[int, ...]], slices: int) -> Workload:
+    """Draws, compresses and verifies a workload.
+
+    Args:
+        name: of the workload.
+        matrices: name and shape of each matrix.
+        slices: how many of each, all different.
+
+    Returns:
+        The workload, on the default device.
+
+    Raises:
+        RuntimeError: the device does not decode what was compressed.
+    """
+    keys = jax.random.split(jax.random.key(len(matrices)), len(matrices))
+    originals = [
+        draw(key, (slices, *shape)) for key, shape in zip(keys, matrices.values(), strict=True)
+    ]
+    # Verified below, on the device.
+    arrays = tuple(compress(original, stack_axes=1, verify=False) for original in originals)
+    decode = jax.jit(lambda arrays, index: decode_slices(arrays, index, names=list(matrices)))
+    for index in range(slices):
+        decoded = decode(arrays, jnp.int32(index))
+        for matrix, got, original in zip(matrices, decoded, originals, strict=True):
+            if not _same_bits(got, original, index):
+                raise RuntimeError(
+                    f"{name}: {matrix}, slice {index} of {slices}, does not come back bit for bit "
+                    f"on {jax.devices()[0].device_kind}; nothing was timed"
+                )
+    return Workload(name, arrays)
+
+
+@jax.jit
+def _same_bits(
+    got: BFloat16[Array, "..."], originals: BFloat16[Array, "slices ..."], index: int
+) -> Bool[Array, ""]:
+    expected = jax.lax.dynamic_index_in_dim(originals, index, keepdims=False)
+    bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint16)
+    return jnp.all(bits(got) == bits(expected))
+
+
+def repeat_slices(workload: Workload, slices: int) -> Workload:
+    """The same with more slices, the ones that are there over and over."""
+    order = jnp.arange(slices) % workload.slices
+    return dataclasses.replace(workload, arrays=tuple(array[order] for array in workload.arrays))
