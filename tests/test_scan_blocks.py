@@ -200,7 +200,7 @@ BLOCKS = {
 
 
 def test_block_that_returns_no_pair(params, x):
-    with pytest.raises(TypeError, match="must return .carry, y., got"):
+    with pytest.raises(TypeError, match="block_fn must return"):
         scan_blocks(lambda x, weights, _: x, x, params)
 
 
