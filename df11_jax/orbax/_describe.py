@@ -1,0 +1,169 @@
+"""Making manifests: of parameters that are to be saved, and of checkpoints that have none."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from df11_jax import _layout
+from df11_jax._array import DF11Array, is_df11
+from df11_jax._decode import path_name
+from df11_jax.orbax import _shardings
+from df11_jax.orbax._manifest import Keys, Leaf, Manifest
+
+
+def describe(params: PyTree) -> tuple[Manifest, list[Any]]:
+    """The manifest of parameters, without checksums, and their leaves in its order.
+
+    Args:
+        params: any pytree. Dicts, lists and tuples are remembered; other containers are, like
+            Orbax does it, remembered as dicts, or as lists if their children have no names.
+
+    Raises:
+        TypeError: a leaf is neither an array nor a number nor a text.
+        ValueError: two leaves would be stored in one place.
+    """
+    values: list[Any] = []
+
+    def describe_leaf(value: Any, path: str, keys: Keys) -> Leaf:
+        values.append(value)
+        arrays = value.payload if is_df11(value) else (value,)
+        shardings = tuple(
+            _shardings.to_text(array.sharding) if isinstance(array, jax.Array) else None
+            for array in arrays
+        )
+        if isinstance(value, DF11Array):
+            return Leaf(
+                path,
+                keys,
+                value.shape,
+                str(value.dtype),
+                shardings,
+                len(value.stack_shape),
+                value.exponents.shape[-1],
+            )
+        if isinstance(value, str):
+            return Leaf(path, keys, (), None, shardings)
+        dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
+        if getattr(dtype, "kind", None) == "O":
+            raise TypeError(f"{path}: Orbax cannot save a {type(value).__name__}")
+        return Leaf(path, keys, tuple(np.shape(value)), str(dtype), shardings)
+
+    manifest = _walk(params, is_df11, describe_leaf)
+    _check_names(manifest)
+    return manifest, values
+
+
+def infer(stored: PyTree, headers: Mapping[Keys, np.ndarray], where: str) -> Manifest:
+    """The manifest of a checkpoint that has none, because plain Orbax saved it.
+
+    Args:
+        stored: Orbax's metadata of all that is stored.
+        headers: what is stored where `find_headers` says.
+        where: the checkpoint, for messages.
+
+    Raises:
+        ValueError: a header is not one, or the arrays of a compressed leaf do not fit it.
+    """
+
+    def describe_leaf(node: Any, path: str, keys: Keys) -> Leaf:
+        if not isinstance(node, dict):
+            dtype = getattr(node, "dtype", None)
+            shape = tuple(getattr(node, "shape", ()))
+            return Leaf(path, keys, shape, dtype and str(dtype), (_sharding(node),))
+        rows = headers[*keys, "header"]
+        arrays = [node[part] for part in _layout.PAYLOAD]
+        try:
+            shape = _layout.unpack_header(rows.reshape(-1, rows.shape[-1])[0])
+        except (IndexError, ValueError) as error:
+            raise ValueError(f"{where}: {path}: {error}") from None
+        stack = _layout.check_payload(arrays, shape, f"{where}: {path}")
+        shardings = tuple(_sharding(array) for array in arrays)
+        words = node["exponents"].shape[-1]
+        return Leaf(
+            path,
+            keys,
+            stack + shape,
+            "bfloat16",
+            shardings,
+            len(stack),
+            words,
+            has_tables=False,
+        )
+
+    return _walk(stored, _is_stored_df11, describe_leaf)
+
+
+def find_headers(stored: PyTree) -> list[Keys]:
+    """Where plain Orbax has stored headers of compressed leaves.
+
+    Args:
+        stored: Orbax's metadata of all that is stored.
+    """
+    nodes = jax.tree.leaves_with_path(stored, is_leaf=_is_stored_df11)
+    return [(*stored_keys(path), "header") for path, node in nodes if _is_stored_df11(node)]
+
+
+def stored_keys(path: tuple[Any, ...]) -> Keys:
+    """Where Orbax has what is at a path of a pytree."""
+    return tuple(str(_name(key)) for key in path)
+
+
+def _walk(
+    tree: PyTree, is_leaf: Callable[[Any], bool], describe_leaf: Callable[[Any, str, Keys], Leaf]
+) -> Manifest:
+    leaves: list[Leaf] = []
+
+    def visit(node: Any, path: tuple[Any, ...]) -> Any:
+        children = jax.tree.leaves_with_path(node, is_leaf=lambda child: child is not node)
+        if is_leaf(node) or (len(children) == 1 and children[0][1] is node):
+            leaves.append(describe_leaf(node, path_name(path), stored_keys(path)))
+            return len(leaves) - 1
+        if node is None:
+            return None
+        named = [(_name(key), visit(child, (*path, key))) for (key,), child in children]
+        if isinstance(node, (list, tuple)) and not hasattr(node, "_fields"):
+            return {"list" if isinstance(node, list) else "tuple": [child for _, child in named]}
+        if any(isinstance(key, jax.tree_util.FlattenedIndexKey) for (key,), _ in children):
+            return {"list": [child for _, child in named]}
+        return {"dict": [list(pair) for pair in named]}
+
+    return Manifest(visit(tree, ()), tuple(leaves))
+
+
+def _name(key: Any) -> str | int:
+    """What a container calls a child, if JSON can say it; a string otherwise."""
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            name = getattr(key, attribute)
+            return name if type(name) in (str, int) else str(name)
+    return str(key)
+
+
+def _is_stored_df11(node: Any) -> bool:
+    """Whether it is Orbax's metadata of the arrays of a compressed leaf."""
+    return (
+        isinstance(node, dict)
+        and node.keys() == set(_layout.PAYLOAD)
+        and all(getattr(array, "dtype", None) == np.uint32 for array in node.values())
+    )
+
+
+def _sharding(array: Any) -> str | None:
+    sharding = getattr(array, "sharding", None)
+    return None if sharding is None else sharding.to_serialized_string()
+
+
+def _check_names(manifest: Manifest) -> None:
+    # Orbax joins keys with dots, and would store the second array over the first.
+    paths: dict[str, str] = {}
+    for leaf in manifest.leaves:
+        for array in leaf.arrays:
+            name = ".".join(array.keys)
+            if name in paths:
+                raise ValueError(
+                    f"{leaf.path}: Orbax stores it as {name!r}, like {paths[name]}; rename one"
+                )
+            paths[name] = leaf.path

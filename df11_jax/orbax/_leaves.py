@@ -1,0 +1,118 @@
+"""Leaves and the arrays that they consist of."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from df11_jax import _layout
+from df11_jax._array import DF11Array
+from df11_jax.orbax._manifest import TABLES, Leaf
+
+
+def join(arrays: Iterable[Any], leaf: Leaf) -> DF11Array:
+    """The compressed leaf of these arrays, or of what stands for them.
+
+    Args:
+        arrays: in the order of the payload.
+        leaf: of which they are.
+    """
+    parts = dict(zip(_layout.PAYLOAD, arrays, strict=True))
+    return DF11Array(**parts, slice_shape=leaf.slice_shape)
+
+
+def to_stored(array: DF11Array) -> dict[str, Any]:
+    """The arrays that are stored for a compressed leaf."""
+    header, codebook, chunk_offsets, exponents, sign_mantissa = array.payload
+    short = (header, codebook, chunk_offsets)
+    if all(_is_on_this_host(part) for part in short):
+        tables: Any = np.concatenate(short, axis=-1)
+    else:
+        tables = jnp.concatenate(short, axis=-1)
+    return {TABLES: tables, "exponents": exponents, "sign_mantissa": sign_mantissa}
+
+
+def from_stored(arrays: Sequence[Any], leaf: Leaf, name: str) -> DF11Array:
+    """The compressed leaf for which these arrays are stored.
+
+    Args:
+        arrays: as read.
+        leaf: of which they are.
+        name: of it, for messages.
+
+    Raises:
+        ValueError: the tables do not have the length that the leaf's shape says.
+    """
+    if not leaf.has_tables:
+        return join(arrays, leaf)
+    tables, exponents, sign_mantissa = arrays
+    words = leaf.table_words
+    if tables.shape[-1:] != (sum(words),):
+        raise ValueError(
+            f"{name}: {TABLES} has the shape {list(tables.shape)}, expected "
+            f"[..., {sum(words)}] for slices of shape {list(leaf.slice_shape)}"
+        )
+    ends = list(itertools.accumulate(words, initial=0))
+    short = [tables[..., start:end] for start, end in itertools.pairwise(ends)]
+    return join([*short, exponents, sign_mantissa], leaf)
+
+
+def checked_arrays(value: Any, dtype: str | None) -> tuple[Any, ...]:
+    """The arrays that the checksum of a leaf covers.
+
+    Args:
+        value: the leaf.
+        dtype: of the leaf as it was saved, which Python's numbers do not have; None if it is a
+            text, which has no checksum.
+    """
+    if dtype is None:
+        return ()
+    if isinstance(value, DF11Array):
+        return value.payload
+    if not isinstance(value, (jax.Array, np.ndarray)):
+        return (np.asarray(value, dtype),)
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return (jax.random.key_data(value),)
+    return (value,)
+
+
+def check_header(array: DF11Array, name: str) -> None:
+    """Checks that the header says what the static shape says, as far as this process has it.
+
+    Args:
+        array: a compressed leaf.
+        name: of it, for messages.
+
+    Raises:
+        ValueError: naming the leaf.
+    """
+    expected = _layout.pack_header(array.slice_shape)
+    for rows in _local_rows(array.header):
+        for row in rows[(rows != expected).any(axis=-1)][:1]:
+            try:
+                shape = _layout.unpack_header(row)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            raise ValueError(
+                f"{name}: its header says that slices have the shape {list(shape)}, expected "
+                f"{list(array.slice_shape)}"
+            )
+
+
+def _is_on_this_host(array: Any) -> bool:
+    return (
+        not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated
+    )
+
+
+def _local_rows(header: Any) -> list[np.ndarray]:
+    """The whole headers that are in this process."""
+    if isinstance(header, jax.Array):
+        parts = [np.asarray(shard.data) for shard in header.addressable_shards]
+    else:
+        parts = [np.asarray(header)]
+    words = _layout.HEADER_WORDS
+    return [part.reshape(-1, words) for part in parts if part.shape[-1] == words]

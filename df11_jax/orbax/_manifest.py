@@ -1,0 +1,268 @@
+"""What a checkpoint says about itself: its format, and the leaves it has.
+
+It is JSON, part of Orbax's metadata of the item, under the key `df11_jax`; docs/orbax.md specifies
+it. Orbax alone knows neither that five arrays are one tensor, nor tuples, nor keys that are not
+strings.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jaxtyping import PyTree
+
+from df11_jax import _layout
+
+KEY = "df11_jax"
+FORMAT = "df11_jax.orbax"
+VERSION = 1
+
+# The short arrays of a compressed leaf, stored as one: for each array Orbax takes some time, and
+# stores some text, however short it is.
+TABLES = "tables"
+
+# Where Orbax has something: the keys on the way there, which it knows as strings.
+Keys = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredArray:
+    """An array as Orbax has it.
+
+    Attributes:
+        keys: where.
+        shape: its shape. Those without elements are not stored.
+        dtype: of its elements; None if it is a text.
+        part: which one of its leaf's shardings it has.
+    """
+
+    keys: Keys
+    shape: tuple[int, ...]
+    dtype: str | None
+    part: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A leaf as it is stored.
+
+    Attributes:
+        path: its path, as messages write it.
+        keys: where Orbax has it, or the arrays that it consists of.
+        shape: its logical shape.
+        dtype: of its elements; bfloat16 if it is compressed. None if it is a text.
+        shardings: of the arrays that it consists of, as text; None for what was no `jax.Array`.
+        stack_axes: how many leading axes are a stack; None if it is not compressed.
+        exponent_words: length of its coded exponents; None if it is not compressed.
+        crc32: its checksum; None if none is known.
+        has_tables: whether its short arrays are stored as one; plain Orbax does not do that.
+    """
+
+    path: str
+    keys: Keys
+    shape: tuple[int, ...]
+    dtype: str | None
+    shardings: tuple[str | None, ...]
+    stack_axes: int | None = None
+    exponent_words: int | None = None
+    crc32: int | None = None
+    has_tables: bool = True
+
+    @property
+    def is_compressed(self) -> bool:
+        return self.stack_axes is not None
+
+    @property
+    def is_key(self) -> bool:
+        """Whether it is of keys for random numbers."""
+        return self.dtype is not None and self.dtype.startswith("key<")
+
+    @property
+    def slice_shape(self) -> tuple[int, ...]:
+        """Shape of a slice of a compressed leaf."""
+        return self.shape[self.stack_axes :]
+
+    @property
+    def table_words(self) -> tuple[int, ...]:
+        """Lengths of the short arrays of a slice of a compressed leaf."""
+        chunks = _layout.make_view(self.slice_shape).chunks
+        return (_layout.HEADER_WORDS, _layout.CODEBOOK_WORDS, chunks + 1)
+
+    @property
+    def arrays(self) -> tuple[StoredArray, ...]:
+        """The arrays that are stored for it."""
+        if self.exponent_words is None:
+            return (StoredArray(self.keys, self.shape, self.dtype, 0),)
+        sign_mantissa_words = _layout.make_view(self.slice_shape).sign_mantissa_words
+        words = (*self.table_words, self.exponent_words, sign_mantissa_words)
+        arrays = list(zip(_layout.PAYLOAD, words, range(len(words)), strict=True))
+        if self.has_tables:
+            arrays[: len(self.table_words)] = [(TABLES, sum(self.table_words), 0)]
+        stack = self.shape[: self.stack_axes]
+        return tuple(
+            StoredArray((*self.keys, name), (*stack, n), "uint32", part) for name, n, part in arrays
+        )
+
+    def __str__(self) -> str:
+        shape = f"{self.dtype}[{','.join(map(str, self.shape))}]"
+        if not self.is_compressed:
+            return shape
+        return f"{shape}, compressed in slices of {list(self.slice_shape)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The leaves of a checkpoint, and the containers that they are in.
+
+    Attributes:
+        containers: JSON, with numbers of leaves in the place of leaves: None, or a dict of one
+            entry, `list` or `tuple` of children, or `dict` of pairs of keys and children.
+        leaves: in the order of these numbers.
+    """
+
+    containers: Any
+    leaves: tuple[Leaf, ...]
+
+    def unflatten(self, values: list[Any]) -> PyTree:
+        """The containers with these values in the places of the leaves."""
+
+        def build(node: Any) -> Any:
+            if node is None:
+                return None
+            if isinstance(node, int):
+                return values[node]
+            ((kind, content),) = node.items()
+            if kind == "dict":
+                return {key: build(child) for key, child in content}
+            children = [build(child) for child in content]
+            return tuple(children) if kind == "tuple" else children
+
+        return build(self.containers)
+
+    def orbax_tree(self, value_of: Callable[[StoredArray], Any]) -> PyTree:
+        """The containers as Orbax has them, with what this gives in the places of the arrays."""
+
+        def build(node: Any) -> Any:
+            if node is None:
+                return None
+            if isinstance(node, int):
+                leaf = self.leaves[node]
+                values = [None if 0 in a.shape else value_of(a) for a in leaf.arrays]
+                if leaf.is_compressed:
+                    names = [array.keys[-1] for array in leaf.arrays]
+                    return dict(zip(names, values, strict=True))
+                return values[0]
+            ((kind, content),) = node.items()
+            if kind == "dict":
+                return {str(key): build(child) for key, child in content}
+            return [build(child) for child in content]
+
+        return build(self.containers)
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry in Orbax's metadata."""
+        shardings: dict[str, int] = {}
+        leaves = []
+        for leaf in self.leaves:
+            entry: dict[str, Any] = {
+                "path": leaf.path,
+                "shape": list(leaf.shape),
+                "dtype": leaf.dtype,
+                "shardings": [
+                    None if text is None else shardings.setdefault(text, len(shardings))
+                    for text in leaf.shardings
+                ],
+            }
+            if leaf.is_compressed:
+                entry["stack_axes"] = leaf.stack_axes
+                entry["exponent_words"] = leaf.exponent_words
+            if leaf.crc32 is not None:
+                entry["crc32"] = f"{leaf.crc32:08x}"
+            leaves.append(entry)
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "layout_version": _layout.FORMAT_VERSION,
+            "leaves": leaves,
+            "containers": self.containers,
+            "shardings": list(shardings),
+        }
+
+    @classmethod
+    def from_json(cls, data: Any, where: str) -> "Manifest":
+        """Reads what `to_json` wrote.
+
+        Args:
+            data: the entry.
+            where: the checkpoint, for messages.
+
+        Raises:
+            ValueError: of another format, of an unknown version, or damaged.
+        """
+        format_name = data.get("format") if isinstance(data, dict) else None
+        if format_name != FORMAT:
+            raise ValueError(
+                f"{where}: its metadata names the format {format_name!r}, expected {FORMAT!r}"
+            )
+        for field, known in (("version", VERSION), ("layout_version", _layout.FORMAT_VERSION)):
+            if data.get(field) != known:
+                raise ValueError(
+                    f"{where}: has {field} {data.get(field)!r}, this version of df11_jax reads "
+                    f"{known}. If it was made by a newer df11_jax, update df11_jax"
+                )
+        try:
+            places = _find_leaves(data["containers"])
+            if sorted(places) != list(range(len(data["leaves"]))):
+                raise ValueError("leaves and containers do not fit")
+            leaves = (
+                _parse_leaf(entry, places[i], data["shardings"])
+                for i, entry in enumerate(data["leaves"])
+            )
+            return cls(data["containers"], tuple(leaves))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{where}: the metadata of df11_jax is damaged ({type(error).__name__}: {error})"
+            ) from None
+
+
+def _find_leaves(containers: Any) -> dict[int, Keys]:
+    """Where each leaf is."""
+    places: dict[int, Keys] = {}
+
+    def find(node: Any, keys: Keys) -> None:
+        if isinstance(node, int):
+            places[node] = keys
+        elif node is not None:
+            ((kind, content),) = node.items()
+            if kind not in ("dict", "list", "tuple"):
+                raise ValueError(f"unknown container {kind!r}")
+            for key, child in content if kind == "dict" else enumerate(content):
+                find(child, (*keys, str(key)))
+
+    find(containers, ())
+    return places
+
+
+def _parse_leaf(entry: dict[str, Any], keys: Keys, shardings: list[str]) -> Leaf:
+    leaf = Leaf(
+        path=entry["path"],
+        keys=keys,
+        shape=tuple(entry["shape"]),
+        dtype=entry["dtype"],
+        shardings=tuple(None if i is None else shardings[i] for i in entry["shardings"]),
+        stack_axes=entry.get("stack_axes"),
+        exponent_words=entry.get("exponent_words"),
+        crc32=int(entry["crc32"], 16) if "crc32" in entry else None,
+    )
+    if leaf.dtype is not None and not leaf.is_key:
+        np.dtype(leaf.dtype)
+    if any(type(n) is not int or n < 0 for n in (*leaf.shape, leaf.exponent_words or 0)):
+        raise ValueError(f"shape {leaf.shape}")
+    if (leaf.stack_axes is None) != (leaf.exponent_words is None):
+        raise ValueError(f"{leaf.path} is compressed and not")
+    if leaf.stack_axes is not None and leaf.stack_axes not in range(len(leaf.shape) + 1):
+        raise ValueError(f"stack_axes {leaf.stack_axes!r}")
+    if len(leaf.shardings) != (len(_layout.PAYLOAD) if leaf.is_compressed else 1):
+        raise ValueError(f"{leaf.path} has {len(leaf.shardings)} shardings")
+    return leaf

@@ -1,0 +1,95 @@
+"""From parameters to what Orbax is given to save."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import PyTree
+
+from df11_jax import _layout
+from df11_jax._array import is_df11
+from df11_jax._compress import compress_params
+from df11_jax._decode import path_name
+from df11_jax.orbax import _checksum, _describe, _leaves, _manifest
+
+
+def to_orbax(
+    params: PyTree, compress: Mapping[str, Any] | None, custom_metadata: Mapping[str, Any] | None
+) -> tuple[PyTree, dict[str, Any]]:
+    """What Orbax is to save, and the metadata that goes with it.
+
+    Args:
+        params: parameters, compressed or not.
+        compress: arguments of `compress_params`; None to save all leaves as they are.
+        custom_metadata: what the user wants to have in Orbax's metadata of the item.
+
+    Returns:
+        The tree, and the user's metadata together with the manifest. The tree has a dict of
+        arrays for each compressed leaf, and none of the arrays of no elements, which Orbax cannot
+        save.
+
+    Raises:
+        TypeError: a leaf is neither an array nor a number nor a text.
+        ValueError: a leaf's arrays do not fit its shape; two leaves have the same name in Orbax;
+            the user's metadata has an entry of the same name as ours.
+    """
+    if custom_metadata is not None and _manifest.KEY in custom_metadata:
+        raise ValueError(f"custom_metadata has the key {_manifest.KEY!r}, which df11_jax uses")
+    if compress is not None:
+        params = _compress_on_host(params, compress)
+    manifest, values = _describe.describe(params)
+    for leaf, value in zip(manifest.leaves, values, strict=True):
+        if leaf.is_compressed:
+            _layout.check_payload(value.payload, value.slice_shape, leaf.path)
+            _leaves.check_header(value, leaf.path)
+    arrays = [
+        _leaves.checked_arrays(value, leaf.dtype)
+        for leaf, value in zip(manifest.leaves, values, strict=True)
+    ]
+    leaves = tuple(
+        dataclasses.replace(leaf, crc32=checksum if leaf.dtype else None)
+        for leaf, checksum in zip(manifest.leaves, _checksum.leaf_checksums(arrays), strict=True)
+    )
+    entry = dataclasses.replace(manifest, leaves=leaves).to_json()
+    split = jax.tree.map(
+        lambda x: _leaves.to_stored(x) if is_df11(x) else x, params, is_leaf=is_df11
+    )
+    stored = jax.tree.map(lambda array: array if np.size(array) else None, split)
+    return stored, {**(custom_metadata or {}), _manifest.KEY: entry}
+
+
+def _compress_on_host(params: PyTree, options: Mapping[str, Any]) -> PyTree:
+    """Compresses leaf by leaf; the compressed leaves stay on the host."""
+
+    def compress(path: tuple[Any, ...], leaf: Any) -> Any:
+        if not isinstance(leaf, (jax.Array, np.ndarray)):
+            return leaf
+        if leaf.dtype != jnp.bfloat16 and not options.get("cast"):
+            return leaf
+        name = path_name(path)
+        with jax.default_device(_cpu()):
+            small = compress_params({name: _on_host(leaf)}, **options)[name]
+        return jax.tree.map(np.asarray, small) if is_df11(small) else leaf
+
+    return jax.tree.map_with_path(compress, params, is_leaf=is_df11)
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return multihost_utils.process_allgather(leaf, tiled=True)
+    if isinstance(leaf, jax.Array):
+        # A new array of the same buffers, because what comes to the host stays with the array.
+        shards = [shard.data for shard in leaf.addressable_shards]
+        leaf = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
+    return np.asarray(leaf)
+
+
+def _cpu() -> jax.Device | None:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX was told to use accelerators only
+        return None

@@ -1,0 +1,122 @@
+"""Parameters to save, comparisons, and Python in processes of their own."""
+
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from payloads import assert_same_bits, random_weights
+
+import df11_jax
+from df11_jax._array import DF11Array, is_df11
+from df11_jax.orbax import DF11CheckpointHandler, DF11Restore, DF11Save
+
+TESTS = pathlib.Path(__file__).resolve().parents[1]
+
+
+def plain_params() -> dict[str, Any]:
+    """A stack, single tensors, and what compression leaves alone."""
+    return {
+        "layers": {
+            "up": random_weights((3, 128, 192), seed=1),
+            "norm": jnp.ones((3, 128), jnp.bfloat16),
+        },
+        "embedding": random_weights((200, 128), seed=2),
+        "head": {"kernel": random_weights((128, 131), seed=3), "bias": jnp.arange(5.0)},
+    }
+
+
+def compressed_params() -> dict[str, Any]:
+    return df11_jax.compress_params(plain_params(), stacked="^layers/")
+
+
+def assert_same_tree(actual: Any, expected: Any) -> None:
+    """The same containers, forms of leaves, types, shapes and bits."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+    for a, b in pairs:
+        assert np.asarray(a).dtype == np.asarray(b).dtype
+        assert np.shape(a) == np.shape(b)
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def assert_same_weights(actual: Any, expected: Any) -> None:
+    """The same weights, in whatever form."""
+    actual, expected = map(df11_jax.decompress_params, (actual, expected))
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        if np.asarray(a).dtype == jnp.bfloat16:
+            assert_same_bits(a, b)
+        else:
+            np.testing.assert_array_equal(a, b)
+
+
+def abstract(tree: Any) -> Any:
+    """The same with shapes, and shardings, in the places of the arrays."""
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None)),
+        tree,
+    )
+
+
+def save(path: pathlib.Path, item: Any, **options: Any) -> None:
+    with ocp.Checkpointer(DF11CheckpointHandler()) as checkpointer:
+        checkpointer.save(path, args=DF11Save(item, **options))
+
+
+def restore(path: pathlib.Path, item: Any = None, **options: Any) -> Any:
+    with ocp.Checkpointer(DF11CheckpointHandler()) as checkpointer:
+        return checkpointer.restore(path, args=DF11Restore(item, **options))
+
+
+def save_plain(path: pathlib.Path, item: Any, **options: Any) -> None:
+    """As Orbax alone does it."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(path, args=ocp.args.PyTreeSave(item, **options))
+
+
+def compressed_leaves(tree: Any) -> list[DF11Array]:
+    return [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_df11) if is_df11(leaf)]
+
+
+def start_python(
+    program: str, *arguments: Any, devices: int = 1, **options: Any
+) -> "subprocess.Popen[str]":
+    """Runs a program that finds the same df11_jax, and the modules of the tests."""
+    package = pathlib.Path(df11_jax.__file__).parents[1]
+    folders = [package, TESTS, TESTS / "orbax", os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, map(str, folders))),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def finish(processes: Sequence["subprocess.Popen[str]"], timeout: float = 120) -> list[str]:
+    """What the processes print; all of them are to succeed."""
+    try:
+        outputs = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors
+    return [output for output, _ in outputs]
+
+
+def run_python(program: str, *arguments: Any, devices: int = 1) -> str:
+    return finish([start_python(program, *arguments, devices=devices)])[0]

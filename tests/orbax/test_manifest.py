@@ -1,0 +1,151 @@
+import collections
+import copy
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from flax.core import FrozenDict
+from orbax_helpers import assert_same_tree, compressed_params, restore, save
+from payloads import random_weights
+
+import df11_jax
+from df11_jax.orbax import _describe, _manifest
+
+Pair = collections.namedtuple("Pair", ["left", "right"])
+
+
+def test_containers_that_come_back(tmp_path):
+    small = df11_jax.compress(random_weights((128, 130)))
+    tree = {
+        "dict": {"b": jnp.ones(2), "a": small},
+        "list": [small, jnp.zeros(1), [jnp.ones(1), {}]],
+        "tuple": (jnp.ones(1), (small,), ()),
+        3: {10: jnp.ones(1), 9: small},
+        "none": None,
+        "empty": [{}, [], (), None],
+        "a.b/c": jnp.ones(3),
+    }
+    tree = {"keys": {3: tree.pop(3)}, **tree}
+    save(tmp_path / "x", tree)
+    assert_same_tree(restore(tmp_path / "x"), tree)
+
+
+def test_leaves_that_come_back(tmp_path):
+    tree = {
+        "int": 3,
+        "float": 0.1,
+        "bool": True,
+        "str": "text",
+        "numpy": np.arange(4, dtype=np.int16),
+        "numpy scalar": np.ones((), np.float64),
+        "key": jax.random.key(3),
+        "no elements": jnp.zeros((0, 3)),
+        "float8": jnp.arange(4, dtype=jnp.float8_e4m3fn),
+        "compressed, one element": df11_jax.compress(jnp.ones((), jnp.bfloat16)),
+        "compressed, no elements": df11_jax.compress(jnp.ones((2, 0, 3), jnp.bfloat16)),
+        "compressed, stack of none": df11_jax.compress(
+            jnp.ones((0, 2, 3), jnp.bfloat16), stack_axes=1
+        ),
+        "compressed, two stack axes": df11_jax.compress(random_weights((2, 3, 7)), stack_axes=2),
+    }
+    save(tmp_path / "x", tree)
+    back = restore(tmp_path / "x")
+    assert (back["key"] == tree.pop("key")).all()
+    del back["key"]
+    assert back.pop("str") == tree.pop("str")
+    for name, value in tree.items():
+        # The same type of number, but for those of numpy, which are Python's in Orbax.
+        assert isinstance(back[name], type(value)), name
+    # What the stack of none had as its length of exponents, nothing depends on.
+    none, had_none = (t.pop("compressed, stack of none") for t in (back, tree))
+    assert (none.shape, none.slice_shape) == (had_none.shape, had_none.slice_shape)
+    assert_same_tree(back, tree)
+
+
+def test_a_single_leaf(tmp_path):
+    small = df11_jax.compress(random_weights((128, 130)))
+    save(tmp_path / "x", small)
+    assert_same_tree(restore(tmp_path / "x"), small)
+    assert_same_tree(restore(tmp_path / "x", small), small)
+
+
+def test_other_containers_are_dicts_and_lists(tmp_path):
+    """They come back as what they are if there is a target."""
+    model = nnx.Linear(128, 128, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    tree = {
+        "frozen": FrozenDict(a=jnp.ones(1), b=df11_jax.compress(random_weights((128, 130)))),
+        "pair": Pair(jnp.ones(1), [jnp.ones(2)]),
+        "ordered": collections.OrderedDict(b=jnp.ones(1), a=jnp.ones(2)),
+        "state": df11_jax.compress_params(nnx.state(model)),
+    }
+    save(tmp_path / "x", tree)
+    back = restore(tmp_path / "x")
+    assert type(back["frozen"]) is type(back["ordered"]) is type(back["state"]) is dict
+    assert back["pair"]["right"][0].shape == (2,)
+    assert back["state"]["kernel"]["value"].shape == (128, 128)
+    assert_same_tree(restore(tmp_path / "x", tree), tree)
+
+
+def test_names_that_orbax_confuses_are_refused(tmp_path):
+    """Orbax alone stores one of them over the other."""
+    with pytest.raises(ValueError, match=r"a\.b: Orbax stores it as 'a\.b', like a/b; rename"):
+        save(tmp_path / "x", {"a": {"b": jnp.ones(1)}, "a.b": jnp.zeros(1)})
+    small = df11_jax.compress(random_weights((128, 130)))
+    with pytest.raises(ValueError, match=r"Orbax stores it as 'a\.tables'"):
+        save(tmp_path / "x", {"a": small, "a.tables": jnp.zeros(1)})
+    assert not (tmp_path / "x").exists()
+
+
+def test_leaves_that_cannot_be_saved(tmp_path):
+    with pytest.raises(TypeError, match="a/0: Orbax cannot save a object"):
+        save(tmp_path / "x", {"a": [object()]})
+
+
+def test_json():
+    manifest, _ = _describe.describe(compressed_params())
+    data = manifest.to_json()
+    assert (data["format"], data["version"], data["layout_version"]) == ("df11_jax.orbax", 1, 1)
+    assert data["leaves"][-1] == {
+        "path": "layers/up",
+        "shape": [3, 128, 192],
+        "dtype": "bfloat16",
+        "shardings": [0, 0, 0, 0, 0],
+        "stack_axes": 1,
+        "exponent_words": compressed_params()["layers"]["up"].exponents.shape[-1],
+    }
+    assert json.loads(data["shardings"][0])["sharding_type"] == "SingleDeviceSharding"
+    assert _manifest.Manifest.from_json(data, "here") == manifest
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data.pop("leaves"),
+        lambda data: data.pop("containers"),
+        lambda data: data["leaves"].pop(),
+        lambda data: data["leaves"].append({}),
+        lambda data: data["leaves"][0].pop("shape"),
+        lambda data: data["leaves"][0].update(shape=[-1]),
+        lambda data: data["leaves"][0].update(shape=["a"]),
+        lambda data: data["leaves"][0].update(stack_axes=9),
+        lambda data: data["leaves"][0].pop("stack_axes"),
+        lambda data: data["leaves"][0].pop("exponent_words"),
+        lambda data: data["leaves"][0].update(exponent_words=-4),
+        lambda data: data["leaves"][0].update(shardings=[0]),
+        lambda data: data["leaves"][0].update(shardings=[0, 0, 0, 0, 7]),
+        lambda data: data["leaves"][0].update(crc32="xyz"),
+        lambda data: data["leaves"][0].update(dtype="xyz"),
+        lambda data: data.update(leaves=None),
+        lambda data: data.update(containers={"set": []}),
+        lambda data: data.update(containers={"dict": [["a", 0]], "list": []}),
+        lambda data: data.update(containers="abc"),
+    ],
+)
+def test_damaged_json(change):
+    data = copy.deepcopy(_describe.describe(compressed_params())[0].to_json())
+    change(data)
+    with pytest.raises(ValueError, match="here: the metadata of df11_jax is damaged"):
+        _manifest.Manifest.from_json(data, "here")

@@ -1,0 +1,251 @@
+"""Damaged, foreign, and newer checkpoints."""
+
+import gc
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from orbax_helpers import (
+    assert_same_tree,
+    compressed_params,
+    plain_params,
+    restore,
+    save,
+    save_plain,
+)
+
+import df11_jax
+from df11_jax import _layout
+
+
+def flip_a_bit(folder, data):
+    """Changes one bit of what is stored as `data`, which has to be long enough to be unique."""
+    middle = data[len(data) // 2 :][:64]
+    (file,) = [
+        file
+        for file in pathlib.Path(folder).rglob("*")
+        if file.is_file() and middle in file.read_bytes()
+    ]
+    content = bytearray(file.read_bytes())
+    content[content.index(middle) + 5] ^= 16
+    file.write_bytes(content)
+
+
+def edit_metadata(path, change):
+    file = path / "_METADATA"
+    data = json.loads(file.read_text())
+    change(data["custom_metadata"]["df11_jax"])
+    file.write_text(json.dumps(data))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "x"
+    save(path, compressed_params())
+    return path
+
+
+@pytest.mark.parametrize("part", ["exponents", "sign_mantissa"])
+def test_damaged_payload(saved, part):
+    flip_a_bit(saved, np.asarray(getattr(compressed_params()["layers"]["up"], part)).tobytes())
+    with pytest.raises(
+        ValueError, match=r"x: damaged, checksums differ: layers/up has \w{8}, expected \w{8}\. "
+    ):
+        restore(saved)
+    with pytest.raises(ValueError, match="layers/up has"):
+        restore(saved, decompress=True)
+    # Nothing but the damaged leaf is affected.
+    part = {"head": compressed_params()["head"]}
+    assert_same_tree(restore(saved, part, partial_restore=True), part)
+
+
+def test_damaged_plain_leaf(tmp_path):
+    params = {"small": jnp.arange(1000.0), "number": 3}
+    save(tmp_path / "x", params)
+    flip_a_bit(tmp_path / "x", np.asarray(params["small"]).tobytes())
+    with pytest.raises(ValueError, match="small has"):
+        restore(tmp_path / "x")
+
+
+def test_verification_can_be_left_out(saved):
+    small = compressed_params()
+    flip_a_bit(saved, np.asarray(small["layers"]["up"].sign_mantissa).tobytes())
+    back = restore(saved, verify=False)
+    differing = np.asarray(back["layers"]["up"].sign_mantissa) != np.asarray(
+        small["layers"]["up"].sign_mantissa
+    )
+    assert differing.sum() == 1
+    # The decoder has checksums of its own, of the weights.
+    either = (jax.errors.JaxRuntimeError, ValueError)  # the latter where jax had it compiled
+    with pytest.raises(either, match=r"DATA_LOSS.*layers/up.*corrupt"):
+        restore(saved, verify=False, decompress=True)
+
+
+# Where reading an array fails, Orbax and TensorStore leave other reads behind.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("lost", [True, False])
+def test_lost_and_truncated_file(saved, lost):
+    largest = max((saved / "ocdbt.process_0" / "d").iterdir(), key=lambda f: f.stat().st_size)
+    if lost:
+        largest.unlink()
+    else:
+        largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    with pytest.raises(Exception, match=r"(DATA_LOSS|OUT_OF_RANGE): Error reading"):
+        restore(saved)
+    gc.collect()
+
+
+def test_another_format(saved, tmp_path):
+    edit_metadata(saved, lambda data: data.update(format="other"))
+    with pytest.raises(ValueError, match=r"names the format 'other', expected 'df11_jax\.orbax'"):
+        restore(saved)
+    with pytest.raises(FileNotFoundError, match="not found"):
+        restore(tmp_path / "nothing")
+    shutil.rmtree(saved)
+    saved.mkdir()
+    (saved / "model.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(FileNotFoundError, match="_METADATA"):
+        restore(saved)
+
+
+@pytest.mark.parametrize("field", ["version", "layout_version"])
+def test_newer_version(saved, field):
+    edit_metadata(saved, lambda data: data.update({field: 2}))
+    with pytest.raises(ValueError, match=f"has {field} 2, this version .* update df11_jax"):
+        restore(saved)
+
+
+def test_newer_version_in_a_header(tmp_path):
+    """Of a leaf that Orbax alone has saved, nothing else says it."""
+    small = compressed_params()
+    header = small["embedding"].header.at[0].set(2)
+    small["embedding"] = jax.tree.unflatten(
+        jax.tree.structure(small["embedding"]), [header, *small["embedding"].payload[1:]]
+    )
+    save_plain(tmp_path / "x", small)
+    with pytest.raises(ValueError, match="x: embedding: format version 2 is unknown"):
+        restore(tmp_path / "x")
+
+
+@pytest.mark.parametrize("noise", [np.uint32(0xFFFFFFFF), np.uint32(1)])
+def test_headers_of_noise(tmp_path, noise):
+    small = {"w": df11_jax.compress(plain_params()["embedding"])}
+    header = jnp.full(_layout.HEADER_WORDS, noise)
+    small["w"] = jax.tree.unflatten(
+        jax.tree.structure(small["w"]), [header, *small["w"].payload[1:]]
+    )
+    save_plain(tmp_path / "x", small)
+    with pytest.raises(ValueError, match="x: w: "):
+        restore(tmp_path / "x")
+
+
+def test_header_that_disagrees_with_the_metadata(tmp_path):
+    small = compressed_params()
+    save(tmp_path / "x", small)
+
+    def swap(data):
+        (entry,) = [leaf for leaf in data["leaves"] if leaf["path"] == "embedding"]
+        entry["shape"] = [128, 200]
+
+    edit_metadata(tmp_path / "x", swap)
+    # What the arrays' lengths do not show, the header does.
+    with pytest.raises(
+        ValueError,
+        match=r"embedding: (its header says .* \[200, 128\], expected \[128, 200\]|sign)",
+    ):
+        restore(tmp_path / "x")
+
+
+def test_saving_what_does_not_fit_together(tmp_path):
+    small = compressed_params()["embedding"]
+    for shape in ((128, 200), (100, 256)):
+        wrong = df11_jax.DF11Array(*small.payload, slice_shape=shape)
+        with pytest.raises(ValueError, match="a/b: "):
+            save(tmp_path / "x", {"a": {"b": wrong}})
+    assert not (tmp_path / "x").exists()
+
+
+def remove_leaf(data):
+    (i,) = [i for i, leaf in enumerate(data["leaves"]) if leaf["path"] == "embedding"]
+    data["leaves"].pop(i)
+    data["containers"]["dict"] = [
+        [key, child] for key, child in data["containers"]["dict"] if key != "embedding"
+    ]
+
+    def renumber(node):
+        if isinstance(node, int):
+            return node - (node > i)
+        if node is None:
+            return None
+        return {
+            kind: [[key, renumber(child)] for key, child in content]
+            for kind, content in node.items()
+        }
+
+    data["containers"] = renumber(data["containers"])
+
+
+def add_leaf(data):
+    data["containers"]["dict"].append(["more", len(data["leaves"])])
+    leaf = {"path": "more", "shape": [3], "dtype": "float32", "shardings": [None]}
+    data["leaves"].append(leaf)
+
+
+def add_compressed_leaf(data):
+    add_leaf(data)
+    more = {"dtype": "bfloat16", "stack_axes": 0, "exponent_words": 8, "shardings": [None] * 5}
+    data["leaves"][-1] |= more
+
+
+def test_extra_and_missing_leaves(saved):
+    before = (saved / "_METADATA").read_text()
+    edit_metadata(saved, remove_leaf)
+    with pytest.raises(ValueError, match=r"does not name: \['embedding/exponents'"):
+        restore(saved)
+    (saved / "_METADATA").write_text(before)
+    edit_metadata(saved, add_leaf)
+    with pytest.raises(ValueError, match="x: more: the checkpoint lacks this leaf"):
+        restore(saved)
+    (saved / "_METADATA").write_text(before)
+    edit_metadata(saved, add_compressed_leaf)
+    with pytest.raises(ValueError, match="x: more: the checkpoint lacks its tables, exponents"):
+        restore(saved)
+
+
+def test_arrays_of_other_lengths(saved):
+    def change(data):
+        (entry,) = [leaf for leaf in data["leaves"] if leaf["path"] == "layers/up"]
+        entry["shape"] = [3, 128, 256]
+
+    edit_metadata(saved, change)
+    with pytest.raises(
+        ValueError, match=r"layers/up: tables has the shape \[3, 60\], expected \[\.\.\., 61\]"
+    ):
+        restore(saved)
+
+
+def test_plain_leaf_of_another_shape(saved):
+    def change(data):
+        (entry,) = [leaf for leaf in data["leaves"] if leaf["path"] == "layers/norm"]
+        entry["shape"] = [3, 64]
+
+    edit_metadata(saved, change)
+    with pytest.raises(ValueError, match=r"bfloat16\[3,128\] is stored, expected bfloat16\[3,64\]"):
+        restore(saved)
+
+
+def test_orbax_has_no_checksums(tmp_path):
+    """What this package adds: Orbax alone restores damaged weights without a word."""
+    params = {"w": jnp.asarray(np.random.default_rng(0).integers(2**31, size=10000))}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
+        checkpointer.save(tmp_path / "x", args=ocp.args.PyTreeSave(params))
+        flip_a_bit(tmp_path / "x", np.asarray(params["w"]).tobytes())
+        args = ocp.args.PyTreeRestore(
+            params, restore_args=ocp.checkpoint_utils.construct_restore_args(params)
+        )
+        assert (checkpointer.restore(tmp_path / "x", args=args)["w"] != params["w"]).sum() == 1

@@ -1,0 +1,124 @@
+"""Shardings of the payloads: kept, changed, and lost with the devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax_helpers import assert_same_tree, restore, run_python, save
+from payloads import assert_same_bits, random_weights
+
+import df11_jax
+
+
+def params():
+    """A stack of eight layers, and one tensor."""
+    return df11_jax.compress_params(
+        {"layers": random_weights((8, 64, 64)), "w": random_weights((128, 130))}, stacked="layers"
+    )
+
+
+def mesh(devices):
+    return Mesh(np.array(jax.devices()[:devices]), ("x",))
+
+
+def sharded(tree, devices):
+    """Layers along their stack axis; of the tensor, what can be split."""
+
+    def place(array):
+        split = array.shape[0] % devices == 0
+        spec = PartitionSpec("x") if split else PartitionSpec()
+        return jax.device_put(array, NamedSharding(mesh(devices), spec))
+
+    return jax.tree.map(place, tree)
+
+
+def shardings(tree):
+    return [array.sharding for array in jax.tree.leaves(tree)]
+
+
+def as_shapes(tree):
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree)
+
+
+@pytest.fixture(scope="module")
+def from_eight(tmp_path_factory):
+    """Saved by a process with eight devices."""
+    path = tmp_path_factory.mktemp("eight") / "x"
+    program = """
+import sys
+from orbax_helpers import save
+from test_orbax_sharding import params, sharded
+save(sys.argv[1], sharded(params(), 8))
+"""
+    run_python(program, path, devices=8)
+    return path
+
+
+def test_same_devices(tmp_path):
+    tree = sharded(params(), 2)
+    assert len(tree["layers"].sign_mantissa.addressable_shards) == 2
+    save(tmp_path / "x", tree)
+    for back in (restore(tmp_path / "x"), restore(tmp_path / "x", as_shapes(tree))):
+        assert_same_tree(back, params())
+        assert shardings(back) == shardings(tree)
+
+
+def test_fewer_devices(from_eight):
+    tree = sharded(params(), 2)
+    back = restore(from_eight, as_shapes(tree))
+    assert_same_tree(back, params())
+    assert shardings(back) == shardings(tree)
+
+
+def test_devices_that_are_no_more(from_eight):
+    """Without a target, everything is put on the default device."""
+    back = restore(from_eight)
+    assert_same_tree(back, params())
+    assert {array.sharding for array in jax.tree.leaves(back)} == {jnp.zeros(()).sharding}
+
+
+def test_more_devices(tmp_path):
+    save(tmp_path / "x", sharded(params(), 2))
+    program = """
+import sys, jax
+from orbax_helpers import assert_same_tree, restore
+from test_orbax_sharding import as_shapes, params, sharded, shardings
+tree = sharded(params(), 8)
+back = restore(sys.argv[1], as_shapes(tree))
+assert_same_tree(back, params())
+assert shardings(back) == shardings(tree)
+assert len(back["layers"].exponents.addressable_shards) == 8
+"""
+    run_python(program, tmp_path / "x", devices=8)
+
+
+def test_decompress_onto_a_sharding(from_eight):
+    target = {
+        name: jax.ShapeDtypeStruct(
+            leaf.shape, jnp.bfloat16, sharding=NamedSharding(mesh(2), PartitionSpec(None, "x"))
+        )
+        for name, leaf in params().items()
+    }
+    back = restore(from_eight, target)
+    for name, leaf in params().items():
+        assert back[name].sharding == target[name].sharding
+        assert_same_bits(back[name], df11_jax.decompress(leaf))
+
+
+def test_compress_onto_a_sharding(tmp_path):
+    plain = df11_jax.decompress_params(params())
+    save(tmp_path / "x", plain)
+    tree = sharded(params(), 2)
+    back = restore(tmp_path / "x", as_shapes(tree))
+    assert_same_tree(back, params())
+    assert shardings(back) == shardings(tree)
+
+
+def test_compress_sharded_parameters_on_the_way_out(tmp_path):
+    plain = jax.tree.map(
+        lambda a: jax.device_put(a, NamedSharding(mesh(2), PartitionSpec(None, "x"))),
+        df11_jax.decompress_params(params()),
+    )
+    save(tmp_path / "x", plain, compress={"stacked": "layers"})
+    assert_same_tree(restore(tmp_path / "x"), params())
