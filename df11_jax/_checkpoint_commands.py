@@ -34,6 +34,7 @@ Examples:
   df11-jax compress Qwen3-8B Qwen3-8B-native
   df11-jax compress Qwen3-8B Qwen3-8B-DF11 --format published
   df11-jax compress Qwen3-8B-DF11 Qwen3-8B-native
+  df11-jax compress Qwen3-8B-DF11 Qwen3-8B-orbax --format orbax
 """
 
 _path = click.Path(path_type=Path)
@@ -59,8 +60,9 @@ def _fail(message: str, exit_code: int) -> NoReturn:
 def info(path: Path, as_json: bool, shapes: Path | None) -> None:
     """Show what a checkpoint holds, and what it takes.
 
-    PATH is a safetensors file or the directory of a model, plain, native or published (DFloat11).
-    Only headers are read. Layers are added up: `*` stands for their number.
+    PATH is a safetensors file or the directory of a model, plain, native or published (DFloat11),
+    or the folder of an item that Orbax has saved. Only headers are read. Layers are added up: `*`
+    stands for their number.
     """
     with _failures():
         summary = summarize(open_checkpoint(path, shapes=shapes))
@@ -76,17 +78,17 @@ def info(path: Path, as_json: bool, shapes: Path | None) -> None:
 @click.option(
     "--format",
     "format_",
-    type=click.Choice(["native", "published"]),
+    type=click.Choice(["native", "published", "orbax"]),
     default="native",
     show_default=True,
-    help="What to write: df11_jax's own format, or that of DFloat11's checkpoints.",
+    help="What to write: df11_jax's own format, that of DFloat11's checkpoints, or Orbax's.",
 )
 @click.option(
     "--verify/--no-verify",
     default=True,
     show_default=True,
-    help="Decode each tensor, and compare it bit by bit before it is written. (Published units "
-    "are always verified.)",
+    help="Decode each tensor, and compare it bit by bit before it is written. (Only for the "
+    "native format; the others are always verified.)",
 )
 @click.option(
     "--pattern-dict",
@@ -107,7 +109,8 @@ def compress(
 
     SRC is a safetensors file or the directory of a model, in another format than DST is to have:
     a published checkpoint is transcoded to the native format. Tokenizer, configuration and the
-    like are copied. If this is interrupted, the same command goes on from there.
+    like are copied. If this is interrupted, the same command goes on from there. (With Orbax, it
+    starts anew, the weights alone are written, and they are in memory at once, compressed.)
     """
     with _failures(target):
         checkpoint = open_checkpoint(source, shapes=shapes)
@@ -116,8 +119,17 @@ def compress(
         _require_directory(target)
         if pattern_dict is not None and format_ != "published":
             raise ValueError("--pattern-dict is for --format published")
+        if checkpoint.format == "orbax":
+            raise ValueError(
+                f"{source}: is an Orbax checkpoint, whose leaves may be stacks of layers. Convert "
+                "it in Python, with df11_jax.checkpoints.load and save"
+            )
         if format_ == "native":
             write_native(checkpoint, target, verify=verify, progress=_progress())
+        elif format_ == "orbax":
+            from df11_jax.checkpoints._orbax import write_orbax
+
+            write_orbax(checkpoint, target, progress=_progress())
         else:
             _write_published(checkpoint, target, pattern_dict)
         _print_outcome(checkpoint, target)

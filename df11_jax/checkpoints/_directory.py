@@ -15,6 +15,8 @@ CONFIG = "config.json"
 # In a directory from before the first shard until after the index.
 JOURNAL = "df11_jax-incomplete.json"
 PUBLISHED_CONFIG = "dfloat11_config"
+# In the folder of an item that Orbax has saved.
+ORBAX_METADATA = "_METADATA"
 
 _WEIGHTS = re.compile(
     r".*\.(safetensors|safetensors\.index\.json|bin|bin\.index\.json|pt|pth|ckpt|pkl|h5|gguf"
@@ -120,10 +122,10 @@ def copy_small_files(source: Path, target: Path) -> None:
     added: for it, a converted checkpoint has no use.
 
     Args:
-        source: a directory; nothing is copied if it is a file.
+        source: a directory; nothing is copied if it is a file, or Orbax's.
         target: the directory to copy to.
     """
-    if not source.is_dir():
+    if not source.is_dir() or (source / ORBAX_METADATA).exists():
         return
     for path in sorted(source.iterdir()):
         if path.name.startswith(".") or path.name == JOURNAL or not path.is_file():

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from df11_jax.checkpoints._directory import (
+    ORBAX_METADATA,
     PUBLISHED_CONFIG,
     find_index,
     find_tensors,
@@ -23,7 +24,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, shapes: Shapes | None = Non
     """Opens a checkpoint of any format, which its content tells.
 
     Plain and native checkpoints are one safetensors file, or a directory of a model as Hugging
-    Face lays it out: `model.safetensors`, or shards with their index.
+    Face lays it out: `model.safetensors`, or shards with their index. An Orbax checkpoint is the
+    folder of one item, which has the file `_METADATA`.
 
     Args:
         path: of the directory or file.
@@ -37,6 +39,10 @@ def open_checkpoint(path: str | os.PathLike[str], *, shapes: Shapes | None = Non
         ValueError: it is none of the formats, or damaged; the message says what was found.
     """
     path = Path(path)
+    if (path / ORBAX_METADATA).is_file():
+        from df11_jax.checkpoints._orbax import OrbaxCheckpoint
+
+        return OrbaxCheckpoint(path)
     if _is_published(path):
         from df11_jax.published import Checkpoint
 

@@ -25,7 +25,6 @@ from df11_jax.checkpoints._directory import write_index
 from df11_jax.checkpoints._incomplete import incomplete
 from df11_jax.checkpoints._native_format import (
     METADATA,
-    NativeCheckpoint,
     part_names,
     to_device,
 )
@@ -41,7 +40,8 @@ def load(
 ) -> PyTree:
     """Loads a checkpoint of any format, compressed, onto the default device.
 
-    Of native checkpoints, which `save` and `df11-jax compress` write, leaves are what they were.
+    Of native checkpoints, which `save` and `df11-jax compress` write, and of Orbax's, leaves are
+    what they were.
     Those of other formats come out as `compress_params` would have them. Leaf follows leaf, so
     that the host holds what one needs (in the published format: one unit).
 
@@ -144,7 +144,7 @@ def _write_leaves(path: Path, leaves: Mapping[str, Any]) -> None:
 
 
 def _load_leaf(source: Source, name: str) -> DF11Array | Array | np.ndarray:
-    if isinstance(source, NativeCheckpoint):
+    if hasattr(source, "load"):  # in the formats whose leaves are this library's
         return source.load(name)
     array = source.read(name)
     if is_worth_it(source.tensors[name]):

@@ -36,7 +36,7 @@ class Source(Protocol):
 
     @property
     def format(self) -> str:
-        """`"plain"`, `"native"` or `"published"`."""
+        """`"plain"`, `"native"`, `"published"` or `"orbax"`."""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:

@@ -40,7 +40,7 @@ class Summary:
 
     Attributes:
         path: as it was given.
-        format: `"plain"`, `"native"` or `"published"`.
+        format: that of the checkpoint, such as `"native"`.
         model_type: from its config.json, if there is one.
         groups: its tensors, in the order in which they come.
     """

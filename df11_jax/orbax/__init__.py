@@ -9,6 +9,13 @@
 docs/orbax.md in the repository tells more, and specifies what is stored.
 """
 
+import importlib.util
+
+if importlib.util.find_spec("orbax") is None:
+    raise ImportError(
+        'df11_jax.orbax needs orbax-checkpoint. Install with: pip install "df11_jax[orbax]"'
+    )
+
 from df11_jax.orbax._v0 import DF11CheckpointHandler, DF11Restore, DF11Save
 from df11_jax.orbax._v1 import DF11Handler
 

@@ -47,6 +47,22 @@ def restore(stored: Stored, args: "DF11Restore") -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(args.item, is_leaf=is_df11), ordered)
 
 
+def read_leaf(stored: Stored, leaf: Leaf) -> Any:
+    """One leaf in the form that it is stored in, verified, on the host.
+
+    Args:
+        stored: the checkpoint.
+        leaf: one of its leaves.
+
+    Raises:
+        ValueError: its checksum is wrong, or it is not what the manifest says.
+    """
+    job = Job(leaf, None, Form.DECOMPRESS)
+    values = _read(stored, [job])
+    _verify(stored, [job], values)
+    return values[0]
+
+
 def _read(stored: Stored, batch: Sequence[Job]) -> list[Any]:
     """Reads leaves in the form that they are stored in, onto the host if that can be."""
     wanted: dict[Keys, ocp.RestoreArgs] = {}

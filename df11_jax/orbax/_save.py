@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from df11_jax import _layout
 from df11_jax._array import is_df11
-from df11_jax._compress import compress_params
+from df11_jax._compress import compress_params, fetch
 from df11_jax._decode import path_name
 from df11_jax.orbax import _checksum, _describe, _leaves, _manifest
 
@@ -81,11 +81,7 @@ def _compress_on_host(params: PyTree, options: Mapping[str, Any]) -> PyTree:
 def _on_host(leaf: Any) -> np.ndarray:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return multihost_utils.process_allgather(leaf, tiled=True)
-    if isinstance(leaf, jax.Array):
-        # A new array of the same buffers, because what comes to the host stays with the array.
-        shards = [shard.data for shard in leaf.addressable_shards]
-        leaf = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
-    return np.asarray(leaf)
+    return fetch(leaf) if isinstance(leaf, jax.Array) else np.asarray(leaf)
 
 
 def _cpu() -> jax.Device | None:

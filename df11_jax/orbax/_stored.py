@@ -132,6 +132,11 @@ class Stored:
             raise ValueError(f"{self.name}: has arrays that its metadata does not name: {extra}")
 
 
+def open_stored(directory: epath.PathLike) -> Stored:
+    """The checkpoint of an item, to be read by this process alone."""
+    return Stored(ocp.PyTreeCheckpointHandler(), directory)
+
+
 def _abstract(leaf: Leaf) -> Any:
     if leaf.dtype is None:
         return ""

@@ -1,0 +1,86 @@
+"""Orbax checkpoints as one format among others: tests/orbax tests what is in them."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import model_files
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from click.testing import CliRunner
+from payloads import random_weights
+
+import df11_jax
+from df11_jax import _commands, checkpoints
+from df11_jax.orbax import DF11CheckpointHandler, DF11Restore, DF11Save
+
+
+def run(*args, status=0):
+    result = CliRunner().invoke(_commands.commands, [str(arg) for arg in args])
+    assert result.exit_code == status, result.output
+    return result.output
+
+
+def save(path, params):
+    with ocp.Checkpointer(DF11CheckpointHandler()) as checkpointer:
+        checkpointer.save(path, args=DF11Save(params))
+    return path
+
+
+def damage(path):
+    """Changes a byte in the middle of the largest file."""
+    file = max((file for file in path.rglob("*") if file.is_file()), key=lambda f: f.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    file.write_bytes(content)
+
+
+def test_commands(tmp_path):
+    weights = model_files.tensors()
+    plain = model_files.write_model(tmp_path / "plain", weights, shards=2)
+    target = tmp_path / "orbax"
+    assert "orbax, 17 tensors" in run("compress", plain, target, "--format", "orbax")
+    assert "bit-identical" in run("verify", plain, target)
+    summary = json.loads(run("info", target, "--json"))
+    assert (summary["format"], summary["tensors"]) == ("orbax", len(weights))
+    assert summary["nbytes"] < summary["nbytes_before"]
+    assert "bit-identical" in run("decompress", target, tmp_path / "again") + run(
+        "verify", plain, tmp_path / "again"
+    )
+    with ocp.Checkpointer(DF11CheckpointHandler()) as checkpointer:
+        restored = checkpointer.restore(target, args=DF11Restore(decompress=True))
+    for name, array in restored.items():
+        assert np.asarray(array).tobytes() == weights[name].tobytes()
+
+
+def test_what_compress_refuses(tmp_path):
+    path = save(tmp_path / "orbax", {"w": random_weights((256, 128))})
+    assert "Convert it in Python" in run("compress", path, tmp_path / "native", status=2)
+    plain = model_files.write_model(tmp_path / "plain", model_files.tensors())
+    assert "exists already" in run("compress", plain, path, "--format", "orbax", status=2)
+
+
+def test_load_keeps_stacks(tmp_path):
+    params = df11_jax.compress_params(
+        {"layers": {"w": random_weights((3, 256, 128))}, "norm": random_weights((128,))},
+        stacked="^layers",
+    )
+    loaded = checkpoints.load(save(tmp_path / "orbax", params))
+    assert jax.tree.structure(loaded) == jax.tree.structure(params)
+    for ours, theirs in zip(jax.tree.leaves(loaded), jax.tree.leaves(params), strict=True):
+        assert isinstance(ours, jax.Array)
+        assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
+
+
+def test_damage_is_found(tmp_path):
+    path = save(tmp_path / "orbax", df11_jax.compress_params({"w": random_weights((512, 512))}))
+    damage(path)
+    with pytest.raises(ValueError, match=r"orbax: damaged, checksums differ: w has"):
+        checkpoints.open_checkpoint(path).read("w")
+
+
+def test_leaves_that_are_no_arrays(tmp_path):
+    path = save(tmp_path / "orbax", {"w": jnp.ones(3), "key": jax.random.key(0)})
+    with pytest.raises(ValueError, match="key: is key<fry>, and only arrays"):
+        checkpoints.open_checkpoint(path)
