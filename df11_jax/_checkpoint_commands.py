@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,12 +38,24 @@ Examples:
 """
 
 _path = click.Path(path_type=Path)
-_shapes = click.option(
-    "--shapes",
-    type=_path,
-    help="The original model; its headers tell the shapes of a published checkpoint whose own "
-    "config.json does not.",
-)
+
+
+def _published_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What a published checkpoint does not tell if it lacks its config.json."""
+    shapes = click.option(
+        "--shapes",
+        type=click.Path(exists=True, path_type=Path),
+        help="The original model; its headers tell the shapes of a published checkpoint whose own "
+        "config.json does not.",
+    )
+    pattern_dict = click.option(
+        "--pattern-dict",
+        type=click.Path(exists=True, path_type=Path),
+        help="JSON file that tells the units of a published checkpoint: of one to be written, for "
+        "model types without a default, or of one that lacks its config.json. The config.json of a "
+        "DFloat11 checkpoint is such a file.",
+    )
+    return shapes(pattern_dict(command))
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
@@ -56,8 +68,8 @@ def _fail(message: str, exit_code: int) -> NoReturn:
 @click.command()
 @click.argument("path", type=_path)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-@_shapes
-def info(path: Path, as_json: bool, shapes: Path | None) -> None:
+@_published_options
+def info(path: Path, as_json: bool, **published: Path | None) -> None:
     """Show what a checkpoint holds, and what it takes.
 
     PATH is a safetensors file or the directory of a model, plain, native or published (DFloat11),
@@ -65,7 +77,7 @@ def info(path: Path, as_json: bool, shapes: Path | None) -> None:
     stands for their number.
     """
     with _failures():
-        summary = summarize(open_checkpoint(path, shapes=shapes))
+        summary = summarize(_open(path, **published))
     if as_json:
         click.echo(json.dumps(summary.as_json(), indent=2))
     else:
@@ -90,13 +102,7 @@ def info(path: Path, as_json: bool, shapes: Path | None) -> None:
     help="Decode each tensor, and compare it bit by bit before it is written. (Only for the "
     "native format; the others are always verified.)",
 )
-@click.option(
-    "--pattern-dict",
-    type=_path,
-    help="JSON file that says which modules are to be units of the published checkpoint; needed "
-    "for model types without a default. The config.json of a DFloat11 checkpoint is one.",
-)
-@_shapes
+@_published_options
 def compress(
     source: Path,
     target: Path,
@@ -113,12 +119,10 @@ def compress(
     starts anew, the weights alone are written, and they are in memory at once, compressed.)
     """
     with _failures(target):
-        checkpoint = open_checkpoint(source, shapes=shapes)
+        checkpoint = _open(source, shapes, pattern_dict)
         if checkpoint.format == format_:
             raise ValueError(f"{source}: is in the {format_} format already")
         _require_directory(target)
-        if pattern_dict is not None and format_ != "published":
-            raise ValueError("--pattern-dict is for --format published")
         if checkpoint.format == "orbax":
             raise ValueError(
                 f"{source}: is an Orbax checkpoint, whose leaves may be stacks of layers. Convert "
@@ -138,15 +142,15 @@ def compress(
 @click.command()
 @click.argument("source", metavar="SRC", type=_path)
 @click.argument("target", metavar="DST", type=_path)
-@_shapes
-def decompress(source: Path, target: Path, shapes: Path | None) -> None:
+@_published_options
+def decompress(source: Path, target: Path, **published: Path | None) -> None:
     """Decompress the checkpoint SRC to the new directory DST, as other programs read it.
 
     SRC is a native or published checkpoint. What comes out are safetensors files, bit for bit what
     was compressed. If this is interrupted, the same command goes on from there.
     """
     with _failures(target):
-        checkpoint = open_checkpoint(source, shapes=shapes)
+        checkpoint = _open(source, **published)
         if checkpoint.format == "plain":
             raise ValueError(f"{source}: is not compressed")
         _require_directory(target)
@@ -157,8 +161,8 @@ def decompress(source: Path, target: Path, shapes: Path | None) -> None:
 @click.command()
 @click.argument("first", metavar="A", type=_path)
 @click.argument("second", metavar="B", type=_path)
-@_shapes
-def verify(first: Path, second: Path, shapes: Path | None) -> None:
+@_published_options
+def verify(first: Path, second: Path, **published: Path | None) -> None:
     """Compare two checkpoints bit by bit, whatever their formats.
 
     Ends with status 0 if all tensors of A and B are the same, with 1 if not, and with 2 if they
@@ -166,7 +170,7 @@ def verify(first: Path, second: Path, shapes: Path | None) -> None:
     it to the embedding, and the bits are the same.
     """
     with _failures():
-        a, b = (open_checkpoint(path, shapes=shapes) for path in (first, second))
+        a, b = (_open(path, **published) for path in (first, second))
         found = list(differences(a, b, progress=_progress()))
     if found:
         _fail("\n".join(("the checkpoints differ:", *found)), DIFFERENT)
@@ -174,17 +178,29 @@ def verify(first: Path, second: Path, shapes: Path | None) -> None:
     click.echo(f"All {len(a.tensors)} tensors ({format_bytes(nbytes)}) are bit-identical.")
 
 
+def _open(path: Path, shapes: Path | None, pattern_dict: Path | None) -> Source:
+    patterns = None if pattern_dict is None else _read_patterns(pattern_dict)
+    return open_checkpoint(path, shapes=shapes, pattern_dict=patterns)
+
+
+def _read_patterns(path: Path) -> dict[str, Any]:
+    patterns = read_json(path)
+    # Perhaps it is the config.json of a checkpoint of that model.
+    for key in (PUBLISHED_CONFIG, "pattern_dict"):
+        patterns = patterns.get(key, patterns)
+        if not isinstance(patterns, dict):
+            raise ValueError(f"{path}: {key} is {patterns!r:.80}, expected a JSON object")
+    return patterns
+
+
 def _write_published(source: Source, target: Path, pattern_dict: Path | None) -> None:
     from df11_jax import published
 
     config = read_config(source.path)
     if pattern_dict is None:
-        patterns: Any = published.default_pattern_dict(config)
+        patterns = published.default_pattern_dict(config)
     else:
-        patterns = read_json(pattern_dict)
-        # Perhaps it is the config.json of a checkpoint of that model.
-        patterns = patterns.get(PUBLISHED_CONFIG, patterns)
-        patterns = patterns.get("pattern_dict", patterns)
+        patterns = _read_patterns(pattern_dict)
     published.write(source, target, patterns, config=config, progress=_progress())
 
 

@@ -47,7 +47,7 @@ def encode(
             f"{name}: slices of shape {slice_shape} have more than {_layout.MAX_DIMS} dimensions; "
             "reshape the array, or make leading axes stack axes"
         )
-    native = _library()
+    native = native_library()
     bits = _stack_of_bits(weights, stack_axes)
     threads = threads or available_threads()
     words = native.encode(bits, list(slice_shape), threads)
@@ -86,7 +86,7 @@ def decode(
     weights = np.empty(stack_shape + slice_shape, ml_dtypes.bfloat16)
     bits = _stack_of_bits(weights, len(stack_shape))
     words = [np.ascontiguousarray(part).reshape(bits.shape[0], -1) for part in payload[1:]]
-    at = _library().decode(bits, list(slice_shape), *words, threads or available_threads())
+    at = native_library().decode(bits, list(slice_shape), *words, threads or available_threads())
     if at >= 0:
         index, chunk = divmod(at, _layout.make_view(slice_shape).chunks)
         raise ValueError(f"{name}: is corrupt: chunk {chunk} of slice {index}")
@@ -106,8 +106,12 @@ def _stack_of_bits(weights: np.ndarray, stack_axes: int) -> np.ndarray:
     return weights.view(np.uint16).reshape(stack, slice_size)
 
 
-def _library() -> Any:
-    # Not at the top: `import df11_jax` needs no compiled library.
+def native_library() -> Any:
+    """The compiled library, for `import df11_jax` does not need it.
+
+    Raises:
+        ImportError: there is none.
+    """
     try:
         from df11_jax import _native
     except ImportError as error:

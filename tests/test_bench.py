@@ -59,6 +59,13 @@ def test_text_and_plot(invoke, monkeypatch, tmp_path):
     assert plot.stat().st_size > 1000
 
 
+def test_a_plot_that_cannot_be_written(invoke, tmp_path):
+    result = invoke("--plot", str(tmp_path / "nowhere" / "share.png"))
+    assert result.exit_code == 1
+    assert result.stderr.endswith("share.png: there is no directory to write it to\n")
+    assert not result.stdout
+
+
 def test_zipnn(invoke):
     pytest.importorskip("zipnn", reason="needs ZipNN: pip install zipnn")
     (peer,) = json.loads(invoke("--json").stdout)["peers"]

@@ -107,6 +107,11 @@ def test_published_checkpoints_of_an_unknown_model_type(tmp_path, plain):
         run("compress", target, native, "--shapes", plain)
         assert "bit-identical" in run("verify", plain, native)
 
+    for key in ("dfloat11_config", "pattern_dict"):
+        (tmp_path / "units.json").write_text(json.dumps({key: 3}))
+        output = run(*command, "--pattern-dict", tmp_path / "units.json", status=2)
+        assert f"units.json: {key} is 3, expected a JSON object" in output
+
 
 def test_info(tmp_path, plain, weights):
     lines = run("info", plain).splitlines()
@@ -163,7 +168,7 @@ def test_nothing_to_gain(tmp_path):
         (("decompress", "plain", "out"), "plain: is not compressed"),
         (("compress", "native", "out"), "native: is in the native format already"),
         (("compress", "plain", "out", "--format", "nonsense"), "'nonsense' is not one of"),
-        (("compress", "plain", "out", "--pattern-dict", "p.json"), "is for --format published"),
+        (("compress", "plain", "out", "--pattern-dict", "p.json"), "'p.json' does not exist"),
         (("compress", "plain"), "Missing argument 'DST'"),
     ],
 )
@@ -257,3 +262,20 @@ def test_help(monkeypatch):
     assert end.value.code == 0
     for command in ("info", "compress", "decompress", "verify"):
         assert "Usage" in run(command, "--help")
+
+
+def test_published_file_without_config(tmp_path):
+    shard = tmp_path / "layer.safetensors"
+    shard.write_bytes((PUBLISHED / "model_layers_0.safetensors").read_bytes())
+    assert "--pattern-dict" in run("info", shard, status=2)
+    options = ["--shapes", ORIGINAL, "--pattern-dict", PUBLISHED / "config.json"]
+    assert "model.layers.*.mlp.up_proj.weight" in run("info", shard, *options)
+    run("compress", shard, tmp_path / "native", *options)
+    assert "bit-identical" in run("verify", shard, tmp_path / "native", *options)
+
+
+def test_file_of_a_model_uses_the_config_beside_it(tmp_path):
+    file = ORIGINAL / "model.safetensors"
+    assert "model type llama" in run("info", file)
+    run("compress", file, tmp_path / "published", "--format", "published")
+    assert "bit-identical" in run("verify", ORIGINAL, tmp_path / "published")

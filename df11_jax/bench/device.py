@@ -9,7 +9,8 @@ from typing import Any
 import jax
 
 from df11_jax import _ffi
-from df11_jax.bench.programs import Program, host_threads
+from df11_jax._host_codec import available_threads
+from df11_jax.bench.programs import Program
 
 # Field of nvidia-smi: key in the report.
 _QUERY = {
@@ -33,7 +34,7 @@ def describe_device() -> dict[str, Any]:
         "decoder": "compiled" if compiled else "plain XLA operations",
     }
     if platform == "cpu":
-        found["threads"] = host_threads()
+        found["threads"] = available_threads()
     for attribute in ("compute_capability", "core_count"):
         if hasattr(device, attribute):
             found[attribute] = getattr(device, attribute)

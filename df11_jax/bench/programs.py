@@ -3,7 +3,6 @@
 import concurrent.futures
 import itertools
 import math
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from df11_jax._decode import decode_slices
+from df11_jax._host_codec import available_threads
 from df11_jax._scan import scan_blocks
 from df11_jax.bench.workload import Workload
 
@@ -87,13 +87,6 @@ def copy_programs(moved_bytes: float, slices: int) -> dict[str, Program]:
     }
 
 
-def host_threads() -> int:
-    """Of this process: what XLA's thread pool has on the CPU."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def memory_needed(weights: int, slices: int, blocks: int = 0) -> int:
     """Bytes of device memory that measuring a workload takes, or a scan over so many blocks."""
     # Elsewhere the results of two runs are held: that of one while the next is on its way.
@@ -117,7 +110,7 @@ def _calls(slices: int) -> int:
 
 def _host_copy(words: int, slices: int) -> Program:
     # Smaller parts are copied sooner than another thread is woken.
-    threads = max(1, min(host_threads(), words // 2**18))
+    threads = max(1, min(available_threads(), words // 2**18))
     pool = concurrent.futures.ThreadPoolExecutor(threads)
     sources = [np.full(words, i, np.uint32) for i in range(slices)]
     target = np.zeros(words, np.uint32)

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -58,6 +59,8 @@ def run_bench(*, quick: bool, max_weights: int | None, as_json: bool, plot: str 
     """
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise click.ClickException('--plot needs matplotlib: pip install "df11_jax[bench]"')
+    if plot is not None and not os.access(os.path.dirname(plot) or ".", os.W_OK):
+        raise click.ClickException(f"--plot: {plot}: there is no directory to write it to")
     on_cpu = jax.default_backend() == "cpu"
     if max_weights is None:
         max_weights = _MOST_ON_CPU if on_cpu else max(SIZES)

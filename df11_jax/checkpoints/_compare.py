@@ -75,8 +75,7 @@ def _tied_embedding(name: str, source: Source) -> str | None:
         return None
     from df11_jax.published._shapes import ModelConfig  # which in turn needs this package
 
-    config = read_config(source.path)
-    if not (config.get("tie_word_embeddings") is True or ModelConfig(config).is_tied):
+    if not ModelConfig(read_config(source.path)).is_tied:
         return None
     return next((other for other in source.tensors if other.endswith("embed_tokens.weight")), None)
 

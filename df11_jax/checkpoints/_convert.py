@@ -51,7 +51,8 @@ def write_native(
     Raises:
         FileExistsError: there is something else at `path`.
         OSError: reading or writing failed.
-        ValueError: the source is corrupt, or has names that the format cannot hold.
+        ValueError: the source is corrupt, or has a dtype that cannot be read, or names that the
+            format cannot hold.
         RuntimeError: verification failed.
     """
     _write(source, path, _Native(source, verify, threads), progress)
@@ -70,7 +71,7 @@ def write_plain(source: Source, path: Path, *, progress: bool = False) -> None:
     Raises:
         FileExistsError: there is something else at `path`.
         OSError: reading or writing failed.
-        ValueError: the source is corrupt.
+        ValueError: the source is corrupt, or has a dtype that cannot be read.
     """
     _write(source, path, _Plain(source), progress)
 
@@ -79,6 +80,9 @@ class _Plain:
     """How leaves are stored plain."""
 
     def __init__(self, source: Source) -> None:
+        for name, info in source.tensors.items():
+            if info.dtype not in DTYPES:
+                raise ValueError(f"{source.path}: {name}: cannot read the dtype {info.dtype}")
         self._source = source
         self.format = "plain"
         self.verb = "decompress"
@@ -95,7 +99,7 @@ class _Plain:
 
     def itemsize(self, info: TensorInfo) -> int:
         """Bytes of an element of them."""
-        return DTYPES[info.dtype].itemsize if info.dtype in DTYPES else 0
+        return DTYPES[info.dtype].itemsize
 
 
 class _Native(_Plain):
@@ -103,7 +107,8 @@ class _Native(_Plain):
 
     def __init__(self, source: Source, verify: bool, threads: int | None) -> None:
         super().__init__(source)
-        self.format = "native"
+        # What was not verified is not to be taken over by a run that verifies.
+        self.format = "native" if verify else "native, not verified"
         self.verb = "compress"
         self.metadata = METADATA
         self._verify = verify

@@ -93,8 +93,8 @@ def write_index(path: Path, shards: Iterable[Path]) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The model's configuration; empty if there is none at `path`."""
-    config = path / CONFIG
+    """The model's configuration, in the directory or beside the file; empty if there is none."""
+    config = (path if path.is_dir() else path.parent) / CONFIG
     return read_json(config) if config.is_file() else {}
 
 

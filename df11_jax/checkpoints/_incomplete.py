@@ -34,17 +34,24 @@ def incomplete(path: Path, job: Mapping[str, str]) -> Iterator[None]:
     is_new = not path.exists()
     if not is_new and not path.is_dir():
         raise FileExistsError(f"{path}: exists already, and is a file; expected a new directory")
-    is_begun = not is_new and any(entry != journal for entry in path.iterdir())
-    if is_begun and not journal.exists():
-        raise FileExistsError(f"{path}: exists already, and is not empty; nothing was changed")
+    not_empty = f"{path}: exists already, and is not empty; nothing was changed"
+    if not is_new and _is_begun(path) and not journal.exists():
+        raise FileExistsError(not_empty)
     path.mkdir(parents=True, exist_ok=True)
     with open(journal, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BlockingIOError(f"{path}: another process is writing to it") from None
+        # Before the lock was had, another process may have finished.
+        if os.fstat(file.fileno()).st_nlink == 0:
+            raise BlockingIOError(f"{path}: another process was writing to it")
+        is_begun = _is_begun(path)
         file.seek(0)
         found, record = file.read(), json.dumps(job, indent=2) + "\n"
+        if is_begun and not found:
+            journal.unlink()
+            raise FileExistsError(not_empty)
         if not is_begun:
             file.truncate(0)
             file.write(record)
@@ -66,6 +73,10 @@ def incomplete(path: Path, job: Mapping[str, str]) -> Iterator[None]:
                     path.rmdir()
             raise
     sync_directory(path)
+
+
+def _is_begun(path: Path) -> bool:
+    return any(entry.name != JOURNAL for entry in path.iterdir())
 
 
 def fingerprint(source: Source) -> str:

@@ -1,7 +1,7 @@
 """Which format a checkpoint has."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from df11_jax.checkpoints._directory import (
@@ -20,7 +20,12 @@ from df11_jax.checkpoints._source import Source
 Shapes = Mapping[str, Sequence[int]] | str | os.PathLike[str]
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, shapes: Shapes | None = None) -> Source:
+def open_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    shapes: Shapes | None = None,
+    pattern_dict: Mapping[str, Sequence[str]] | None = None,
+) -> Source:
     """Opens a checkpoint of any format, which its content tells.
 
     Plain and native checkpoints are one safetensors file, or a directory of a model as Hugging
@@ -30,6 +35,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, shapes: Shapes | None = Non
     Args:
         path: of the directory or file.
         shapes: for published checkpoints, the model's shapes: see `df11_jax.published.Checkpoint`.
+        pattern_dict: for published checkpoints, what their units consist of: see there.
 
     Returns:
         A reader, which has read headers only.
@@ -46,7 +52,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, shapes: Shapes | None = Non
     if _is_published(path):
         from df11_jax.published import Checkpoint
 
-        return Checkpoint(path, shapes)
+        return Checkpoint(path, shapes, pattern_dict)
     files = find_tensors(path)
     if is_native(files.values()):
         return NativeCheckpoint(path, files)
@@ -54,13 +60,25 @@ def open_checkpoint(path: str | os.PathLike[str], *, shapes: Shapes | None = Non
 
 
 def _is_published(path: Path) -> bool:
+    if not path.is_dir():
+        return path.is_file() and _has_unit(TensorFile(path).entries)
     if PUBLISHED_CONFIG in read_config(path):
         return True
-    if not path.is_dir():
-        names = set(TensorFile(path).entries) if path.is_file() else set()
-    elif index := find_index(path):
-        names = set(read_index(index))
-    else:
-        # Published directories may have a file for each unit, and no index.
-        names = {name for file in path.glob("*.safetensors") for name in TensorFile(file).entries}
+    index = find_index(path)
+    listed = read_index(index) if index else {}
+    if _has_unit(listed):
+        return True
+    # Published directories have a file for each unit, and an index, if any, of the other tensors.
+    for file in set(path.glob("*.safetensors")) - {path / name for name in listed.values()}:
+        try:
+            if _has_unit(TensorFile(file).entries):
+                return True
+        except ValueError:
+            if index is None:
+                raise
+            # Beside what an index lists, there may be anything.
+    return False
+
+
+def _has_unit(names: Iterable[str]) -> bool:
     return any(name.endswith(".encoded_exponent") for name in names)

@@ -72,6 +72,8 @@ def load(
                 place = place.setdefault(key, {})
                 if not isinstance(place, dict):
                     raise ValueError(f"{source.path}: {name}: {key} is a leaf as well")
+            if last in place:
+                raise ValueError(f"{source.path}: {name}: is a leaf, and there are leaves below it")
             place[last] = _load_leaf(source, name)
             bar.update(name, info.nbytes)
     return params
@@ -111,14 +113,12 @@ def save(params: PyTree, path: str | os.PathLike[str]) -> None:
 def _named_leaves(params: PyTree) -> dict[str, Any]:
     leaves = {}
     for keys, leaf in jax.tree.leaves_with_path(params, is_leaf=is_df11):
-        name = path_name(keys)
-        if not all(isinstance(key, jax.tree_util.DictKey) for key in keys) or any(
-            set("/:") & set(str(key.key)) for key in keys
-        ):
+        parts = [str(key.key) for key in keys if isinstance(key, jax.tree_util.DictKey)]
+        if not keys or len(parts) != len(keys) or set("/:") & set("".join(parts)):
             raise ValueError(
-                f"{name}: only nested dicts with keys free of '/' and ':' can be saved"
+                f"{path_name(keys)}: only nested dicts with keys free of '/' and ':' can be saved"
             )
-        leaves[name] = leaf if hasattr(leaf, "nbytes") else jnp.asarray(leaf)
+        leaves["/".join(parts)] = leaf if hasattr(leaf, "nbytes") else jnp.asarray(leaf)
     return leaves
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
+from df11_jax._host_codec import native_library
 from df11_jax.checkpoints._directory import CONFIG, PUBLISHED_CONFIG, read_json
 from df11_jax.checkpoints._source import TensorInfo
 from df11_jax.published._headers import PARTS, StoredUnit, find_units, read_headers
@@ -153,8 +154,6 @@ class Checkpoint:
             KeyError: there is no such unit.
             ValueError: it is corrupt, or the file has changed since it was opened.
         """
-        from df11_jax import _native
-
         if unit not in self.units:
             raise KeyError(f"{self.path}: there is no unit {unit!r}")
         info, stored = self.units[unit], self._stored_units[unit]
@@ -163,7 +162,7 @@ class Checkpoint:
             arrays["output_positions"].view(np.uint32), requirements="A"
         )
         if unit not in self._checked:
-            problem = _native.published_check(**arrays)
+            problem = native_library().published_check(**arrays)
             if problem:
                 raise _corrupt(stored, problem)
             self._checked.add(unit)
@@ -192,7 +191,8 @@ class Checkpoint:
         if names is None:
             raise ValueError(
                 f"{unit}: which {count} tensors it consists of is not known: no pattern of "
-                f"{PUBLISHED_CONFIG} in config.json matches it. Pass pattern_dict=..., such as "
+                f"{PUBLISHED_CONFIG} in config.json matches it. Put the checkpoint's "
+                "config.json beside the file, or pass pattern_dict=... (--pattern-dict), such as "
                 "df11_jax.published.default_pattern_dict(config)"
             )
         if len(names) != count:
@@ -209,8 +209,9 @@ class Checkpoint:
             if self._model.family is not None:
                 reason = f"config.json is of the model type {self._model.family!r:.80}"
             raise ValueError(
-                f"{where}: its shape in the model is not known ({reason}). Pass shapes=..., the "
-                "original model's safetensors file, index or directory, or shapes by name"
+                f"{where}: its shape in the model is not known ({reason}). Pass shapes=... "
+                "(--shapes), the original model's safetensors file, index or directory, or shapes "
+                "by name"
             )
         check_shape(shape, size, where)
         return shape

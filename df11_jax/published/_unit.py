@@ -15,7 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, BFloat16, UInt8, UInt32
 
 from df11_jax import _ffi
-from df11_jax._host_codec import available_threads
+from df11_jax._host_codec import available_threads, native_library
 from df11_jax.published import _codebook, _xla_decoder
 
 ARRAYS = ("sign_mantissa", "encoded_exponent", "luts", "output_positions", "gaps")
@@ -115,8 +115,6 @@ def encode_unit(
             of 240 or more (which infinities and NaNs have too), because there are 2^32 elements or
             more, or because of a code that it has no room for.
     """
-    from df11_jax import _native
-
     parts = [_bits(name, tensor) for name, tensor in tensors.items()]
     shapes = tuple(tuple(np.shape(tensor)) for tensor in tensors.values())
     size = sum(map(len, parts))
@@ -126,7 +124,7 @@ def encode_unit(
             f"most {MAX_SIZE}"
         )
     threads = threads or available_threads()
-    piece_counts = _native.published_histogram(parts, threads)
+    piece_counts = native_library().published_histogram(parts, threads)
     counts = piece_counts.sum(axis=0, dtype=np.int64)
     if counts[_codebook.FIRST_POINTER :].any():
         _refuse_large_exponents(tensors)
@@ -136,7 +134,7 @@ def encode_unit(
         raise ValueError(
             f"{_label(tuple(tensors))}: cannot be published as one unit: {error}"
         ) from None
-    encoded_exponent, sign_mantissa, output_positions, gaps = _native.published_encode(
+    encoded_exponent, sign_mantissa, output_positions, gaps = native_library().published_encode(
         parts, piece_counts, code.bits, code.lengths, code.end.bits, code.end.length, threads
     )
     return PublishedUnit(
@@ -165,8 +163,6 @@ def decode_host(
         ValueError: the unit is corrupt, at least where it was read; the message has its name.
         IndexError: there are no such elements.
     """
-    from df11_jax import _native
-
     _check_arrays(unit)
     stop = unit.size if stop is None else stop
     threads = threads or available_threads()
@@ -174,7 +170,7 @@ def decode_host(
         np.require(array, requirements=["A", "C"]) for array in unit.arrays
     )
     try:
-        out = _native.published_decode(
+        out = native_library().published_decode(
             sign_mantissa, encoded_exponent, luts, output_positions, gaps, start, stop, threads
         )
     except ValueError as error:

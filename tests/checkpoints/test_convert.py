@@ -244,11 +244,39 @@ def test_two_at_a_time(tmp_path, plain):
     write_native(plain, target)
 
 
+@pytest.mark.parametrize("when", ["before the journal is opened", "after it"])
+def test_another_that_finishes_just_before(tmp_path, plain, monkeypatch, when):
+    target = tmp_path / "native"
+    shard = target / "model-00001-of-00001.safetensors"
+    flock = fcntl.flock
+
+    def late(*args):
+        shard.write_bytes(b"of the other")
+        if when == "after it":
+            (target / JOURNAL).unlink()
+        flock(*args)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(OSError, match=r"is not empty; nothing|another process was writing to it"):
+        write_native(plain, target)
+    assert [file.name for file in target.iterdir()] == [shard.name]
+    assert shard.read_bytes() == b"of the other"
+
+
 def test_names_that_the_format_cannot_hold(tmp_path):
     path = model_files.write_model(tmp_path / "plain", {"a:b": np.zeros(3, np.float32)})
     with pytest.raises(ValueError, match="a:b: native checkpoints have no ':' in names"):
         write_native(open_checkpoint(path), tmp_path / "native")
     assert not (tmp_path / "native").exists()
+
+
+@pytest.mark.parametrize("write", [write_native, write_plain])
+def test_dtypes_that_cannot_be_read(tmp_path, plain, small_shards, write):
+    last = list(plain.tensors)[-1]
+    plain.tensors[last] = plain.tensors[last]._replace(dtype="F4")
+    with pytest.raises(ValueError, match=f"plain: {last}: cannot read the dtype F4"):
+        write(plain, tmp_path / "target")
+    assert not (tmp_path / "target").exists()
 
 
 def test_shards_are_filled_in_order():

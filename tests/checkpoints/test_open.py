@@ -3,8 +3,9 @@ import json
 import model_files
 import numpy as np
 import pytest
+from payloads import random_weights
 
-from df11_jax import checkpoints
+from df11_jax import checkpoints, published
 from df11_jax.checkpoints._convert import write_native
 
 
@@ -127,3 +128,15 @@ def test_native_and_plain_files_do_not_mix(tmp_path, weights):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"b\.safetensors: expected a file with the metadata"):
         checkpoints.open_checkpoint(tmp_path)
+
+
+def test_a_published_checkpoint_whose_index_lists_only_the_rest(tmp_path):
+    """DFloat11's own index is like that; without config.json, only the units tell the format."""
+    path = tmp_path / "published"
+    published.write({"a": {"weight": random_weights((16, 8))}, "b": np.ones(3)}, path, {"a": []})
+    (path / "config.json").unlink()
+    index = {"weight_map": {"b": "model.safetensors"}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    source = checkpoints.open_checkpoint(path, shapes={"a.weight": (16, 8)})
+    assert source.format == "published"
+    assert set(source.tensors) == {"a.weight", "b"}

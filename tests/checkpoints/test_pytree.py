@@ -65,11 +65,21 @@ def test_a_model_without_parameters(tmp_path):
         assert checkpoints.load(path) == {}
 
 
+def test_keys_that_are_empty_or_numbers(tmp_path):
+    path = tmp_path / "model.safetensors"
+    checkpoints.save({"": jnp.zeros(1), "tensor": {"": jnp.zeros(2), "b": jnp.zeros(3)}}, path)
+    sizes = jax.tree.map(jnp.size, checkpoints.load(path))
+    assert sizes == {"": 1, "tensor": {"": 2, "b": 3}}
+    checkpoints.save({0: jnp.zeros(1), 1: jnp.zeros(2)}, path)
+    assert jax.tree.map(jnp.size, checkpoints.load(path)) == {"0": 1, "1": 2}
+
+
 def test_failed_save_leaves_the_old_file(tmp_path):
     path = tmp_path / "model.safetensors"
     checkpoints.save(params(), path)
     before = path.read_bytes()
-    for bad in ({"a/b": jnp.zeros(1)}, {"a": [jnp.zeros(1)]}, {"a:b": jnp.zeros(1)}):
+    array = jnp.zeros(1)
+    for bad in ({"a/b": array}, {"a": [array]}, {"a:b": array}, array):
         with pytest.raises(ValueError, match="only nested dicts"):
             checkpoints.save(bad, path)
     with pytest.raises(ValueError, match="b: safetensors files cannot hold the dtype int4"):
@@ -157,6 +167,10 @@ def test_bad_files(tmp_path):
 
     save_file({"a": jnp.zeros(1), "a/b": jnp.zeros(1)}, path, metadata=METADATA)
     with pytest.raises(ValueError, match="a/b: a is a leaf as well"):
+        checkpoints.load(path)
+    # Files are read in the order of their tensors, wide types first.
+    save_file({"a": jnp.zeros(1, jnp.int8), "a/b": jnp.zeros(1)}, path, metadata=METADATA)
+    with pytest.raises(ValueError, match="a: is a leaf, and there are leaves below it"):
         checkpoints.load(path)
 
 
