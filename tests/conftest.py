@@ -1,6 +1,8 @@
-"""Settings that XLA reads once, before anything imports jax."""
+"""Settings that XLA reads once, before anything imports jax, and those of other processes."""
 
+import importlib.util
 import os
+import pathlib
 
 _FLAGS = (
     # Otherwise the CPU scheduler runs independent decodes at once, and memory tests mean nothing.
@@ -8,3 +10,9 @@ _FLAGS = (
     "--xla_force_host_platform_device_count=2",
 )
 os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_FLAGS)).strip()
+
+# Tests that start `python -P -c` get the package that is tested here, installed or in the tree.
+_package = importlib.util.find_spec("df11_jax")
+assert _package and _package.origin, "df11_jax is not installed: pip install ."
+_folders = (str(pathlib.Path(_package.origin).parents[1]), os.environ.get("PYTHONPATH", ""))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _folders))

@@ -42,7 +42,7 @@ _convert.SHARD_BYTES = 50_000
 from df11_jax._cli import main
 main()
 """
-    command = [sys.executable, "-c", code, *map(str, args)]
+    command = [sys.executable, "-P", "-c", code, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 
@@ -248,7 +248,7 @@ importlib.util.find_spec = lambda name: None if name in ("click", "rich") else f
 from df11_jax._cli import main
 main()
 """
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    ended = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True)
     assert ended.returncode == 1
     assert ended.stderr == (
         'df11-jax needs click, rich. Install with: pip install "df11_jax[cli]"\n'

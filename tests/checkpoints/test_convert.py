@@ -304,7 +304,7 @@ write_plain(open_checkpoint({str(tmp_path / "native")!r}), Path({str(tmp_path / 
 print(native - before, peak() - before)
 """
     output = subprocess.run(
-        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+        [sys.executable, "-P", "-c", program], check=True, capture_output=True, text=True
     ).stdout
     # Of 160 MiB in tensors of 8: the tensor mapped, its encoding, and the encoding before that.
     assert max(map(int, output.split())) < 48, output

@@ -89,15 +89,14 @@ def start_python(
     program: str, *arguments: Any, devices: int = 1, **options: Any
 ) -> "subprocess.Popen[str]":
     """Runs a program that finds the same df11_jax, and the modules of the tests."""
-    package = pathlib.Path(df11_jax.__file__).parents[1]
-    folders = [package, TESTS, TESTS / "orbax", os.environ.get("PYTHONPATH", "")]
+    folders = (TESTS, TESTS / "orbax", os.environ["PYTHONPATH"])
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, map(str, folders))),
+        "PYTHONPATH": os.pathsep.join(map(str, folders)),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
     }
     return subprocess.Popen(
-        [sys.executable, "-c", program, *map(str, arguments)],
+        [sys.executable, "-P", "-c", program, *map(str, arguments)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
