@@ -17,6 +17,7 @@ from df11_jax.checkpoints._source import Source, TensorInfo
 from df11_jax.orbax import DF11CheckpointHandler, DF11Save
 from df11_jax.orbax._manifest import Leaf
 from df11_jax.orbax._restore import read_leaf
+from df11_jax.orbax._save import cpu_device
 from df11_jax.orbax._stored import open_stored
 
 
@@ -88,7 +89,7 @@ def write_orbax(source: Source, path: Path, *, progress: bool = False) -> None:
 
     if path.exists():
         raise FileExistsError(f"{path}: exists already; expected a new directory")
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    with jax.default_device(cpu_device()):
         params = load(source, progress=progress)
     with ocp.Checkpointer(DF11CheckpointHandler()) as checkpointer:
         checkpointer.save(path.resolve(), args=DF11Save(params))

@@ -71,7 +71,7 @@ def _compress_on_host(params: PyTree, options: Mapping[str, Any]) -> PyTree:
         if leaf.dtype != jnp.bfloat16 and not options.get("cast"):
             return leaf
         name = path_name(path)
-        with jax.default_device(_cpu()):
+        with jax.default_device(cpu_device()):
             small = compress_params({name: _on_host(leaf)}, **options)[name]
         return jax.tree.map(np.asarray, small) if is_df11(small) else leaf
 
@@ -84,7 +84,8 @@ def _on_host(leaf: Any) -> np.ndarray:
     return fetch(leaf) if isinstance(leaf, jax.Array) else np.asarray(leaf)
 
 
-def _cpu() -> jax.Device | None:
+def cpu_device() -> jax.Device | None:
+    """A CPU that JAX can use, if there is one."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX was told to use accelerators only
