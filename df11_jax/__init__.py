@@ -11,6 +11,7 @@ from df11_jax._compress import compress, compress_params
 from df11_jax._decode import EXPORT_SAFETY_CHECKS, decompress, decompress_params
 from df11_jax._report import SizeReport, size_report
 from df11_jax._scan import scan_blocks
+from df11_jax._stack import stack
 
 __version__ = _version("df11_jax")
 
@@ -24,4 +25,5 @@ __all__ = [
     "decompress_params",
     "scan_blocks",
     "size_report",
+    "stack",
 ]

@@ -1,5 +1,7 @@
 """The commands of `df11-jax`."""
 
+from pathlib import Path
+
 import click
 
 from df11_jax import _checkpoint_commands
@@ -55,6 +57,50 @@ def demo(prompt: str, tokens: int, temperature: float, seed: int) -> None:
     from df11_jax.demo.run import run_demo
 
     run_demo(prompt, tokens, temperature, seed)
+
+
+@commands.command()
+@click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--prompt", callback=_not_empty, required=True, help="To continue.")
+@click.option(
+    "--tokens", type=click.IntRange(min=1), default=100, show_default=True, help="To generate."
+)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0: the likeliest.")
+@click.option("--top-k", type=int, help="Draw from the k likeliest tokens only.")
+@click.option("--top-p", type=float, help="Draw from the likeliest that have this probability.")
+@click.option("--seed", default=0, show_default=True, help="Of the random numbers.")
+@click.option("--plain", is_flag=True, help="Do not compress the weights.")
+@click.option("--cast", is_flag=True, help="Round float32 and float16 weights to bfloat16.")
+def generate(
+    model: Path,
+    prompt: str,
+    tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    plain: bool,
+    cast: bool,
+) -> None:
+    """Generate text from the Hugging Face directory MODEL, with compressed weights.
+
+    For Llama 3, Qwen 2.5, Qwen 3 and Gemma 3. The text goes to the standard output; what it took
+    in time and memory, to the standard error.
+    """
+    require("models", "flax", "tokenizers")
+    from df11_jax.models import Sampling
+    from df11_jax.models._command import run_generate
+
+    with _checkpoint_commands._failures():
+        run_generate(
+            model,
+            prompt,
+            tokens=tokens,
+            sampling=Sampling(temperature, top_k, top_p),
+            seed=seed,
+            plain=plain,
+            cast=cast,
+        )
 
 
 @commands.command()

@@ -1,0 +1,120 @@
+"""Stacks of compressed tensors, put together from slices that were compressed one by one."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt32
+from numpy.typing import DTypeLike
+
+from df11_jax import _layout
+from df11_jax._array import DF11Array
+
+_ALIGNMENT = 64  # jax on a CPU takes aligned memory over instead of copying it
+
+
+def stack(arrays: Sequence[DF11Array]) -> DF11Array:
+    """Stacks compressed tensors along a new first axis, as `jax.numpy.stack` does it.
+
+    Nothing is decompressed. Exponents are padded to those of the longest tensor.
+
+    Args:
+        arrays: tensors of the same shape, with the same stack axes; also traced ones.
+
+    Returns:
+        The stack, of shape `(len(arrays),) + arrays[0].shape`.
+
+    Raises:
+        TypeError: something else than a `DF11Array` is among them.
+        ValueError: there are none, or their shapes differ.
+    """
+    if not arrays:
+        raise ValueError("stack needs at least one DF11Array")
+    first = arrays[0]
+    for i, array in enumerate(arrays):
+        if not isinstance(array, DF11Array):
+            raise TypeError(f"arrays[{i}]: expected a DF11Array, got {type(array).__name__}")
+        shapes = (array.stack_shape, array.slice_shape)
+        if shapes != (first.stack_shape, first.slice_shape):
+            raise ValueError(f"arrays[{i}]: expected a tensor like {first!r}, got {array!r}")
+    longest = max(array.exponents.shape[-1] for array in arrays)
+
+    def pad(array: DF11Array) -> DF11Array:
+        room = [(0, 0)] * len(array.stack_shape) + [(0, longest - array.exponents.shape[-1])]
+        return dataclasses.replace(array, exponents=jnp.pad(array.exponents, room))
+
+    return jax.tree.map(lambda *parts: jnp.stack(parts), *map(pad, arrays))
+
+
+class StackBuilder:
+    """Assembles a stack on the host, from slices that come in any order.
+
+    Beside the stack, the host holds the exponents a second time for a moment: how long they are
+    padded is not known before all slices are there.
+    """
+
+    def __init__(self, length: int, slice_shape: tuple[int, ...]) -> None:
+        """Makes room.
+
+        Args:
+            length: how many slices there will be.
+            slice_shape: shape of each.
+        """
+        view = _layout.make_view(slice_shape)
+        words = (_layout.HEADER_WORDS, _layout.CODEBOOK_WORDS, view.chunks + 1)
+        self._slice_shape = slice_shape
+        self._others = [
+            empty_aligned((length, count), np.uint32)
+            for count in (*words, view.sign_mantissa_words)
+        ]
+        self._exponents: list[UInt32[np.ndarray, " words"] | None] = [None] * length
+
+    def put(self, start: int, payload: Sequence[UInt32[np.ndarray, "slices words"]]) -> None:
+        """Adds slices `start, start + 1, ...`.
+
+        Args:
+            start: the place of the first in the stack.
+            payload: the five arrays of a stack with one axis.
+        """
+        *words, exponents, sign_mantissa = payload
+        for place, slices in zip(self._others, (*words, sign_mantissa), strict=True):
+            place[start : start + len(slices)] = slices
+        for i, row in enumerate(exponents):
+            self._exponents[start + i] = row
+
+    def build(self) -> DF11Array:
+        """The stack, on the default device. This empties the builder.
+
+        Raises:
+            ValueError: a slice is missing.
+        """
+        rows = [row for row in self._exponents if row is not None]
+        if len(rows) < len(self._exponents):
+            raise ValueError(f"the stack has {len(rows)} of {len(self._exponents)} slices")
+        self._exponents.clear()
+        exponents = empty_aligned((len(rows), max(map(len, rows), default=0)), np.uint32)
+        for place in reversed(exponents):
+            row = rows.pop()
+            place[: len(row)] = row
+            place[len(row) :] = 0
+        # One by one, and each freed: a device that is not the host gets copies.
+        sign_mantissa = jax.device_put(self._others.pop()).block_until_ready()
+        header, codebook, chunk_offsets = jax.device_put(self._others)
+        return DF11Array(
+            header,
+            codebook,
+            chunk_offsets,
+            jax.device_put(exponents),
+            sign_mantissa,
+            slice_shape=self._slice_shape,
+        )
+
+
+def empty_aligned(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """`numpy.empty`, of memory that jax on a CPU takes over instead of copying it."""
+    nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    begin = -memory.ctypes.data % _ALIGNMENT
+    return memory[begin : begin + nbytes].view(dtype).reshape(shape)

@@ -1,0 +1,45 @@
+"""Llama 3, Qwen 2.5, Qwen 3 and Gemma 3 in Flax, generating text from compressed weights.
+
+`load` takes a Hugging Face directory. What it returns is made of the rest: a configuration,
+parameters (plain or compressed: the same functions take both), and a tokenizer.
+"""
+
+from df11_jax.models._config import Config, Rope
+from df11_jax.models._decoder import Cache, Params, forward, init_cache, project
+from df11_jax.models._generate import NO_TOKEN, State, decode, generate, prefill
+from df11_jax.models._hf_config import UnsupportedModelError, read_config
+from df11_jax.models._load import load_params
+from df11_jax.models._memory import Memory, Programs, compile_programs, measure_memory
+from df11_jax.models._random import RandomSource
+from df11_jax.models._sampling import Sampling
+from df11_jax.models._source import Source, TensorInfo
+from df11_jax.models._text import Completion, TextModel, load
+
+__all__ = [
+    "NO_TOKEN",
+    "Cache",
+    "Completion",
+    "Config",
+    "Memory",
+    "Params",
+    "Programs",
+    "RandomSource",
+    "Rope",
+    "Sampling",
+    "Source",
+    "State",
+    "TensorInfo",
+    "TextModel",
+    "UnsupportedModelError",
+    "compile_programs",
+    "decode",
+    "forward",
+    "generate",
+    "init_cache",
+    "load",
+    "load_params",
+    "measure_memory",
+    "prefill",
+    "project",
+    "read_config",
+]

@@ -1,0 +1,82 @@
+"""What is configured about the decoder: sizes, and the places where families differ."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Frequencies of a rotary position embedding.
+
+    Attributes:
+        theta: the base; pair i of a head turns by theta^(-2 i / head_dim) a position.
+        kind: "default"; "linear", all frequencies divided by `factor`; or "llama3", low ones
+            divided by `factor`, high ones as they are, those between interpolated.
+        factor: as above.
+        low_freq_factor, high_freq_factor: of "llama3": a frequency is low if it makes fewer turns
+            in `original_length` positions, and high if it makes more.
+        original_length: of "llama3".
+    """
+
+    theta: float = 10_000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_length: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A decoder.
+
+    Attributes:
+        family: `model_type`, as Hugging Face calls it.
+        vocab, dim, hidden, layers, heads, kv_heads, head_dim: sizes.
+        max_length: the longest sequence that it was trained for.
+        rope: of layers that attend to all positions before.
+        local_rope: of sliding layers.
+        sliding: for each layer whether it attends to the last `window` positions only.
+        window: as above; 0 without such layers.
+        qkv_bias, output_bias, mlp_bias: which projections have biases.
+        qk_norm: queries and keys are normed, head by head.
+        post_norms: what attention and MLP return is normed, as well as what they get.
+        unit_offset: norms multiply by 1 + scale.
+        activation: "silu" or "gelu_tanh", of the gate.
+        norm_eps: of all norms.
+        embedding_scale: embeddings are multiplied by it.
+        attention_scale: scores are multiplied by it.
+        attention_softcap, logit_softcap: the c of c tanh(x / c); None for none.
+        tied: the output head is the embedding.
+        dtype: of activations and of the key-value cache; weights are cast to it.
+    """
+
+    family: str
+    vocab: int
+    dim: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    max_length: int
+    rope: Rope
+    local_rope: Rope
+    sliding: tuple[bool, ...]
+    window: int
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    post_norms: bool
+    unit_offset: bool
+    activation: str
+    norm_eps: float
+    embedding_scale: float
+    attention_scale: float
+    attention_softcap: float | None
+    logit_softcap: float | None
+    tied: bool
+    dtype: Any = jnp.bfloat16

@@ -1,0 +1,319 @@
+"""The decoder of Llama 3, Qwen 2.5, Qwen 3 and Gemma 3, whose weights may be plain or compressed.
+
+Parameters are one nested dictionary:
+
+    embed_tokens  BFloat16[Array, "groups rows dim"], see `_table`
+    layers/...    one array per tensor of a block, stacked: leading axis `layers`; called as
+                  Hugging Face calls them, but kernels are [layers, in, out]
+    norm          BFloat16[Array, "dim"]
+    lm_head       like embed_tokens; absent if the two are tied
+
+Each leaf may be a plain array or a `DF11Array`; nothing below asks which.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt
+from numpy.typing import DTypeLike
+
+import df11_jax
+from df11_jax.models import _rope, _table
+from df11_jax.models._config import Config
+
+# The position of empty slots, and of tokens that fill up rows: after all others.
+NOWHERE = np.iinfo(np.int32).max
+
+# Of attention scores at a time, which for a long prompt would else be most of the memory.
+_SCORE_BYTES = 64 * 2**20
+
+Params = dict[str, Any]
+
+
+class Cache(NamedTuple):
+    """What attention looks at: keys (already rotated) and values of all layers.
+
+    They are in slots, which are filled from the first to the last, those of all rows of a batch at
+    the same time. Rows may leave slots out, so each slot has its position.
+
+    Sliding layers have as many slots as the others, which they could do without.
+
+    Keys and values are kept as bit patterns: to change a part of a bfloat16 array, XLA on a CPU
+    writes all of it anew.
+    """
+
+    keys: UInt[Array, "layers batch kv_heads slots head_dim"]
+    values: UInt[Array, "layers batch kv_heads slots head_dim"]
+    positions: Int[Array, "batch slots"]
+
+
+class Inputs(NamedTuple):
+    """What blocks get beside activations, the same for all.
+
+    Attributes:
+        slot: of the first token.
+        positions: of the tokens.
+        slot_positions: of all slots, those of the tokens included.
+        rotations: for full and for sliding layers.
+    """
+
+    slot: Int[Array, ""]
+    positions: Int[Array, "batch seq"]
+    slot_positions: Int[Array, "batch slots"]
+    rotations: _rope.Rotation
+
+
+class Layer(NamedTuple):
+    """Which block it is.
+
+    Attributes:
+        number: counted from 0.
+        sliding: whether it attends to the last `window` positions only.
+    """
+
+    number: Int[Array, ""]
+    sliding: Bool[Array, ""]
+
+
+class RMSNorm(nn.Module):
+    """`x / rms(x) * scale`, computed in float32."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+        """Norms each vector of the last axis."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        return rms_norm(x, scale, self.config)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention over a cache of static length."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch seq dim"], cache: Cache, inputs: Inputs, layer: Layer
+    ) -> tuple[Float[Array, "batch seq dim"], Cache]:
+        """Attends from `inputs.positions`; returns the cache with their slots filled."""
+        c = self.config
+
+        def project(name: str, heads: int) -> Float[Array, "batch seq heads head_dim"]:
+            flat = _dense(c, heads * c.head_dim, c.qkv_bias, name)(x)
+            return flat.reshape(*x.shape[:2], heads, c.head_dim)
+
+        query = project("q_proj", c.heads)
+        key = project("k_proj", c.kv_heads)
+        value = project("v_proj", c.kv_heads)
+        if c.qk_norm:
+            query = RMSNorm(c, name="q_norm")(query)
+            key = RMSNorm(c, name="k_norm")(key)
+        rotation = inputs.rotations.choose(layer.sliding)
+        query, key = _rope.rotate(query, rotation), _rope.rotate(key, rotation)
+
+        cache = cache._replace(
+            keys=_write(cache.keys, key, layer, inputs.slot),
+            values=_write(cache.values, value, layer, inputs.slot),
+        )
+        keys, values = (
+            jax.lax.bitcast_convert_type(stack[layer.number], c.dtype)
+            for stack in (cache.keys, cache.values)
+        )
+        mixed = _attend(query, keys, values, inputs, layer, c)
+        return _dense(c, c.dim, c.output_bias, "o_proj")(mixed.reshape(*x.shape[:2], -1)), cache
+
+
+class MLP(nn.Module):
+    """`(activation(x gate) * (x up)) down`."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch seq dim"]) -> Float[Array, "batch seq dim"]:
+        """Maps each position by itself."""
+        c = self.config
+        gate = _dense(c, c.hidden, c.mlp_bias, "gate_proj")(x)
+        gate = nn.silu(gate) if c.activation == "silu" else nn.gelu(gate, approximate=True)
+        up = _dense(c, c.hidden, c.mlp_bias, "up_proj")(x)
+        return _dense(c, c.dim, c.mlp_bias, "down_proj")(gate * up)
+
+
+class Block(nn.Module):
+    """One transformer block: attention, then MLP, each normed first and added back."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch seq dim"], cache: Cache, inputs: Inputs, layer: Layer
+    ) -> tuple[Float[Array, "batch seq dim"], Cache]:
+        """Advances `x`, and the cache of this layer."""
+        c = self.config
+
+        def norm(name: str, x: Array) -> Array:
+            return RMSNorm(c, name=name)(x)
+
+        # Hugging Face calls the norm before the MLP by what it comes after, if only one does.
+        before_mlp = "pre_feedforward_layernorm" if c.post_norms else "post_attention_layernorm"
+        mixed, cache = Attention(c, name="self_attn")(
+            norm("input_layernorm", x), cache, inputs, layer
+        )
+        if c.post_norms:
+            mixed = norm("post_attention_layernorm", mixed)
+        x = x + mixed
+        mapped = MLP(c, name="mlp")(norm(before_mlp, x))
+        if c.post_norms:
+            mapped = norm("post_feedforward_layernorm", mapped)
+        return x + mapped, cache
+
+
+def forward(
+    params: Params,
+    tokens: Int[Array, "batch seq"],
+    positions: Int[Array, "batch seq"],
+    slot: Int[Array, ""] | int,
+    cache: Cache,
+    config: Config,
+) -> tuple[Float[Array, "batch seq dim"], Cache]:
+    """What the decoder makes of tokens, given what the cache holds of those before.
+
+    Args:
+        params: the dictionary described at the top; leaves plain or compressed.
+        tokens: the next tokens of each sequence.
+        positions: theirs, counted from 0. `NOWHERE` for tokens that only fill up a row: no other
+            token attends to them, and what comes out for them is of no meaning.
+        slot: of the cache, for the first of them; there is room for all of them.
+        cache: from `init_cache`, or a former call.
+        config: of the decoder, static under `jit`.
+
+    Returns:
+        The normed output of the last block, of which `project` makes logits, and the cache with
+        these tokens added.
+    """
+    c = config
+    block = Block(c)
+    positions, slot = jnp.asarray(positions, jnp.int32), jnp.asarray(slot, jnp.int32)
+    slot_positions = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, slot, axis=1)
+    cache = cache._replace(positions=slot_positions)
+    inputs = Inputs(slot, positions, slot_positions, _rope.rotations(positions, c))
+
+    def block_fn(carry: Any, block_params: Params, layer: Layer) -> Any:
+        x, cache = carry
+        return block.apply({"params": block_params}, x, cache, inputs, layer), None
+
+    x = _table.look_up(params["embed_tokens"], tokens).astype(c.dtype)
+    if c.embedding_scale != 1:
+        # Rounded, as the models were trained: 55.5 for the square root of 3072.
+        x = x * jnp.asarray(c.embedding_scale, c.dtype)
+    layers = Layer(jnp.arange(c.layers, dtype=jnp.int32), jnp.array(c.sliding))
+    # A cache in the carry is updated in place; as xs and ys, there would be two.
+    (x, cache), _ = df11_jax.scan_blocks(block_fn, (x, cache), params["layers"], layers)
+    return rms_norm(x, params["norm"], c), cache
+
+
+def project(
+    params: Params, x: Float[Array, "*batch dim"], config: Config
+) -> Float[Array, "*batch vocab"]:
+    """Float32 logits from what `forward` returns, or the part of it that is of interest."""
+    table = params["embed_tokens"] if config.tied else params["lm_head"]
+    logits = _table.project(table, x)[..., : config.vocab]
+    return softcap(logits, config.logit_softcap)
+
+
+def init_cache(config: Config, batch: int, slots: int) -> Cache:
+    """An empty cache."""
+    shape = (config.layers, batch, config.kv_heads, slots, config.head_dim)
+    bits = _bits(config.dtype)
+    return Cache(
+        jnp.zeros(shape, bits),
+        jnp.zeros(shape, bits),
+        jnp.full((batch, slots), NOWHERE, jnp.int32),
+    )
+
+
+def block_shapes(config: Config) -> Params:
+    """Shapes of the parameters of one block."""
+
+    def init() -> Any:
+        x = jnp.zeros((1, 1, config.dim), config.dtype)
+        cache = init_cache(config, 1, 1)
+        position = cache.positions
+        inputs = Inputs(jnp.int32(0), position, position, _rope.rotations(position, config))
+        layer = Layer(jnp.int32(0), jnp.bool(False))
+        return Block(config).init(jax.random.key(0), x, cache, inputs, layer)
+
+    return jax.eval_shape(init)["params"]
+
+
+def rms_norm(
+    x: Float[Array, "*batch dim"], scale: Float[Array, " dim"], config: Config
+) -> Float[Array, "*batch dim"]:
+    """`x / rms(x) * scale` in float32, returned in the dtype of `x`."""
+    wide = x.astype(jnp.float32)
+    scale = scale.astype(jnp.float32) + (1 if config.unit_offset else 0)
+    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(mean_square + config.norm_eps) * scale).astype(x.dtype)
+
+
+def softcap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
+    """`cap * tanh(x / cap)`, or `x` if there is no cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def _bits(dtype: DTypeLike) -> np.dtype:
+    """The unsigned integers that are as large."""
+    return np.dtype(f"u{np.dtype(dtype).itemsize}")
+
+
+def _write(
+    stack: UInt[Array, "layers batch kv_heads slots head_dim"],
+    new: Float[Array, "batch seq kv_heads head_dim"],
+    layer: Layer,
+    slot: Int[Array, ""],
+) -> UInt[Array, "layers batch kv_heads slots head_dim"]:
+    """Puts keys or values of some tokens into their slots."""
+    bits = jax.lax.bitcast_convert_type(jnp.moveaxis(new, 1, 2), stack.dtype)
+    zero = jnp.int32(0)
+    return jax.lax.dynamic_update_slice(stack, bits[None], (layer.number, zero, zero, slot, zero))
+
+
+def _attend(
+    query: Float[Array, "batch seq heads head_dim"],
+    keys: Float[Array, "batch kv_heads slots head_dim"],
+    values: Float[Array, "batch kv_heads slots head_dim"],
+    inputs: Inputs,
+    layer: Layer,
+    config: Config,
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Means of the values, weighted by how well their keys fit the queries."""
+    c = config
+    batch, seq = inputs.positions.shape
+    # Consecutive query heads share a key-value head: give them an axis of their own.
+    query = query.reshape(batch, seq, c.kv_heads, -1, c.head_dim)
+
+    def attend(one: tuple[Array, Array]) -> Array:
+        query, position = one  # of each row
+        scores = jnp.einsum("bngd,bntd->bngt", query, keys, preferred_element_type=jnp.float32)
+        scores = softcap(scores * c.attention_scale, c.attention_softcap)
+        ago = position[:, None] - inputs.slot_positions
+        visible = ago >= 0
+        if any(c.sliding):
+            visible &= ~layer.sliding | (ago < c.window)
+        scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+        weights = jax.nn.softmax(scores).astype(c.dtype)
+        return jnp.einsum("bngt,bntd->bngd", weights, values)
+
+    each = (jnp.moveaxis(query, 1, 0), inputs.positions.T)
+    at_once = max(1, _SCORE_BYTES // (4 * batch * c.heads * keys.shape[2]))
+    mixed = (
+        jax.vmap(attend)(each) if seq <= at_once else jax.lax.map(attend, each, batch_size=at_once)
+    )
+    return jnp.moveaxis(mixed, 0, 1).reshape(batch, seq, -1, c.head_dim)
+
+
+def _dense(config: Config, features: int, bias: bool, name: str) -> nn.Dense:
+    return nn.Dense(features, use_bias=bias, dtype=config.dtype, name=name)

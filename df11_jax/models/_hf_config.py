@@ -1,0 +1,228 @@
+"""Reading a Hugging Face `config.json`, or refusing it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from df11_jax.models._config import Config, Rope
+
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+# What transformers assumes where a file says nothing, which files of Gemma 3 do a lot.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"hidden_act": "silu", "max_position_embeddings": 2048},
+    "qwen2": {"hidden_act": "silu", "max_position_embeddings": 32768},
+    "qwen3": {"hidden_act": "silu", "max_position_embeddings": 32768, "head_dim": 128},
+    "gemma3_text": {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 131_072,
+        "vocab_size": 262_208,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 6,
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+        "tie_word_embeddings": True,
+    },
+}
+# Fields that change what is computed, with the values under which they do not.
+_NOT_IMPLEMENTED = {
+    "quantization_config": (None,),
+    "use_bidirectional_attention": (None, False),
+    "partial_rotary_factor": (None, 1),
+}
+
+
+class UnsupportedModelError(ValueError):
+    """A model that this package cannot run; the message names what is not supported about it."""
+
+
+def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config:
+    """Understands the content of a `config.json`, or refuses it.
+
+    Args:
+        fields: the JSON object; of multimodal Gemma 3, the text part is taken.
+        where: what to call it in messages.
+
+    Returns:
+        The configuration of the decoder.
+
+    Raises:
+        UnsupportedModelError: another architecture, or a variant that is not implemented.
+        ValueError: a field is missing, or is not what it should be; the message names it.
+    """
+    if fields.get("model_type") == "gemma3" and isinstance(fields.get("text_config"), Mapping):
+        outer = {"model_type": "gemma3_text"}
+        if "tie_word_embeddings" in fields:
+            outer["tie_word_embeddings"] = fields["tie_word_embeddings"]
+        fields = outer | dict(fields["text_config"])
+        where += ": text_config"
+    family = fields.get("model_type")
+    if family not in _DEFAULTS:
+        raise UnsupportedModelError(
+            f"{where}: the model_type {family!r} is not supported, only "
+            f"{', '.join(_DEFAULTS)} and gemma3 are"
+        )
+    f = _Fields(_DEFAULTS[family] | {k: v for k, v in fields.items() if v is not None}, where)
+    for name, harmless in _NOT_IMPLEMENTED.items():
+        if f.get(name) not in harmless:
+            raise UnsupportedModelError(f"{where}: {name} {f.get(name)!r:.80} is not supported")
+
+    gemma = family == "gemma3_text"
+    dim, layers, heads = map(f.size, ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+    head_dim = f.size("head_dim", dim // heads)
+    kv_heads = f.size("num_key_value_heads", heads)
+    if heads % kv_heads or head_dim % 2:
+        raise ValueError(
+            f"{where}: expected num_attention_heads to be a multiple of num_key_value_heads, and "
+            f"head_dim to be even, got {heads}, {kv_heads} and {head_dim}"
+        )
+    sliding = _sliding_layers(f, layers, gemma)
+    bias = f.flag("attention_bias")
+    rope, local_rope = _ropes(f, gemma)
+    return Config(
+        family=family,
+        vocab=f.size("vocab_size"),
+        dim=dim,
+        hidden=f.size("intermediate_size"),
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        max_length=f.size("max_position_embeddings"),
+        rope=rope,
+        local_rope=local_rope,
+        sliding=sliding,
+        window=f.size("sliding_window") if any(sliding) else 0,
+        qkv_bias=bias or family == "qwen2",
+        output_bias=bias and family != "qwen2",
+        mlp_bias=f.flag("mlp_bias") and family == "llama",
+        qk_norm=gemma or family == "qwen3",
+        post_norms=gemma,
+        unit_offset=gemma,
+        activation=_activation(f),
+        norm_eps=f.number("rms_norm_eps", 1e-6),
+        embedding_scale=dim**0.5 if gemma else 1.0,
+        attention_scale=f.number("query_pre_attn_scalar", head_dim) ** -0.5,
+        attention_softcap=_softcap(f, "attn_logit_softcapping"),
+        logit_softcap=_softcap(f, "final_logit_softcapping"),
+        tied=f.flag("tie_word_embeddings"),
+    )
+
+
+class _Fields:
+    """A JSON object, read with messages that name the field."""
+
+    def __init__(self, fields: Mapping[str, Any], where: str) -> None:
+        self._fields = fields
+        self.where = where
+
+    def get(self, name: str) -> Any:
+        return self._fields.get(name)
+
+    def size(self, name: str, default: int | None = None) -> int:
+        value = self._fields.get(name, default)
+        if type(value) is not int or value < 1:
+            raise self.error(name, "a positive integer")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self._fields.get(name, default)
+        if type(value) not in (int, float) or not 0 < value < float("inf"):
+            raise self.error(name, "a positive number")
+        return float(value)
+
+    def flag(self, name: str) -> bool:
+        value = self._fields.get(name, False)
+        if type(value) is not bool:
+            raise self.error(name, "true or false")
+        return value
+
+    def inner(self, name: str) -> "_Fields":
+        value = self._fields.get(name, {})
+        if not isinstance(value, Mapping):
+            raise self.error(name, "a JSON object")
+        return _Fields({k: v for k, v in value.items() if v is not None}, f"{self.where}: {name}")
+
+    def error(self, name: str, expected: str) -> ValueError:
+        if name not in self._fields:
+            return ValueError(f"{self.where}: {name} is missing, expected {expected}")
+        return ValueError(
+            f"{self.where}: {name} is {self._fields[name]!r:.80}, expected {expected}"
+        )
+
+
+def _activation(f: _Fields) -> str:
+    name = f.get("hidden_activation") or f.get("hidden_act")
+    if name not in _ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"{f.where}: the activation {name!r} is not supported, only "
+            f"{', '.join(_ACTIVATIONS)} are"
+        )
+    return _ACTIVATIONS[name]
+
+
+def _softcap(f: _Fields, name: str) -> float | None:
+    return None if f.get(name) is None else f.number(name)
+
+
+def _sliding_layers(f: _Fields, layers: int, gemma: bool) -> tuple[bool, ...]:
+    """Which layers have a sliding window."""
+    types = f.get("layer_types")
+    if types is not None:
+        if not isinstance(types, list) or len(types) != layers:
+            raise f.error("layer_types", f"a list of {layers}, one a layer")
+        if unknown := [kind for kind in types if kind not in (_FULL, _SLIDING)]:
+            raise UnsupportedModelError(
+                f"{f.where}: the layer type {unknown[0]!r} is not supported, only {_FULL} and "
+                f"{_SLIDING} are"
+            )
+        return tuple(kind == _SLIDING for kind in types)
+    if gemma:
+        pattern = f.size("sliding_window_pattern")
+        return tuple((i + 1) % pattern != 0 for i in range(layers))
+    if f.flag("use_sliding_window"):
+        first = f.size("max_window_layers", 28)
+        return tuple(i >= first for i in range(layers))
+    return (False,) * layers
+
+
+def _ropes(f: _Fields, gemma: bool) -> tuple[Rope, Rope]:
+    """Position embeddings of full and of sliding layers."""
+    parameters = f.inner("rope_parameters")
+    theta, local_theta = f.number("rope_theta", 10_000), f.number("rope_local_base_freq", 10_000)
+    if parameters.get(_FULL) is None and parameters.get(_SLIDING) is None:
+        scaling = parameters if f.get("rope_scaling") is None else f.inner("rope_scaling")
+        rope = _rope(scaling, theta, f)
+        return rope, Rope(local_theta) if gemma else rope
+    return (
+        _rope(parameters.inner(_FULL), theta, f),
+        _rope(parameters.inner(_SLIDING), local_theta, f),
+    )
+
+
+def _rope(scaling: _Fields, theta: float, f: _Fields) -> Rope:
+    theta = scaling.number("rope_theta", theta)
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if scaling.get("partial_rotary_factor") not in _NOT_IMPLEMENTED["partial_rotary_factor"]:
+        raise UnsupportedModelError(f"{scaling.where}: partial_rotary_factor is not supported")
+    if kind == "default":
+        return Rope(theta)
+    if kind == "linear":
+        return Rope(theta, kind, scaling.number("factor"))
+    if kind == "llama3":
+        return Rope(
+            theta,
+            kind,
+            scaling.number("factor"),
+            scaling.number("low_freq_factor"),
+            scaling.number("high_freq_factor"),
+            scaling.size("original_max_position_embeddings", f.size("max_position_embeddings")),
+        )
+    raise UnsupportedModelError(
+        f"{scaling.where}: the RoPE type {kind!r} is not supported, only default, linear and "
+        "llama3 are"
+    )

@@ -1,0 +1,90 @@
+"""Leaves of the parameters, filled tensor by tensor on the host, then moved to the device."""
+
+from concurrent.futures import Executor
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, BFloat16, Shaped
+
+from df11_jax._array import DF11Array
+from df11_jax._decode import decompress
+from df11_jax._host_codec import encode
+from df11_jax._stack import StackBuilder, empty_aligned
+
+_BFLOAT16 = np.dtype(jnp.bfloat16)
+_BAND = 64  # rows that are transposed at a time: two cache lines of each row of the result
+
+
+class Leaf(Protocol):
+    """A leaf to be."""
+
+    def put(self, start: int, slices: BFloat16[np.ndarray, "slices ..."], name: str) -> None:
+        """Adds slices `start, start + 1, ...` along the first axis; `name` is for messages."""
+
+    def build(self) -> Array | DF11Array:
+        """The leaf, on the default device; what was put is used up."""
+
+
+class PlainLeaf:
+    """A leaf that is not compressed."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._array = empty_aligned(shape, _BFLOAT16)
+
+    def put(self, start: int, slices: BFloat16[np.ndarray, "slices ..."], name: str) -> None:
+        """Adds slices along the first axis."""
+        self._array[start : start + len(slices)] = slices
+
+    def build(self) -> Array:
+        """The leaf, on the default device."""
+        array = self._array
+        del self._array
+        return jax.device_put(array)
+
+
+class CompressedLeaf:
+    """A compressed leaf with one stack axis; plain after all, if that is smaller."""
+
+    def __init__(self, shape: tuple[int, ...], verify: bool, threads: int | None) -> None:
+        self._builder = StackBuilder(shape[0], shape[1:])
+        self._verify = verify
+        self._threads = threads
+
+    def put(self, start: int, slices: BFloat16[np.ndarray, "slices ..."], name: str) -> None:
+        """Compresses slices along the first axis."""
+        payload = encode(slices, name, stack_axes=1, verify=self._verify, threads=self._threads)
+        self._builder.put(start, payload)
+
+    def build(self) -> Array | DF11Array:
+        """The leaf, on the default device."""
+        array = self._builder.build()
+        return array if array.compressed_nbytes < array.nbytes else decompress(array)
+
+
+def transpose(
+    matrix: Shaped[np.ndarray, "rows cols"], pool: Executor
+) -> Shaped[np.ndarray, "cols rows"]:
+    """The transpose of a matrix of 2-byte elements, contiguous, in the threads of a pool.
+
+    numpy moves element by element, in strides that miss every cache. Here four rows are zipped
+    into 8-byte elements first, which are then moved, a band of rows at a time.
+    """
+    rows, cols = matrix.shape
+    if rows % 4:
+        return np.ascontiguousarray(matrix.T)
+    bits = matrix.view(np.uint16)
+    out = np.empty((cols, rows), np.uint16)
+    out_quads = out.view(np.uint64)
+
+    def move(begin: int) -> None:
+        band = bits[begin : begin + _BAND]
+        zipped = np.empty((len(band) // 4, cols, 4), np.uint16)
+        for i in range(4):
+            zipped[:, :, i] = band[i::4]
+        quads = zipped.view(np.uint64)[:, :, 0]
+        out_quads[:, begin // 4 : begin // 4 + len(quads)] = quads.T
+
+    list(pool.map(move, range(0, rows, _BAND)))
+    return out.view(matrix.dtype)

@@ -1,0 +1,118 @@
+"""Loading parameters tensor by tensor, each compressed as it arrives."""
+
+import collections
+import math
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import BFloat16
+
+from df11_jax._compress import MIN_SIZE
+from df11_jax._host_codec import available_threads
+from df11_jax._progress import ProgressBar
+from df11_jax.models import _table
+from df11_jax.models._config import Config
+from df11_jax.models._decoder import Params
+from df11_jax.models._leaves import CompressedLeaf, Leaf, PlainLeaf, transpose
+from df11_jax.models._source import Source, TensorInfo
+from df11_jax.models._weights import Slot, find_slots, nest
+
+_BFLOAT16 = np.dtype(jnp.bfloat16)
+
+
+def load_params(
+    source: Source,
+    config: Config,
+    *,
+    compress: bool = True,
+    cast: bool = False,
+    verify: bool = True,
+    progress: bool = False,
+    threads: int | None = None,
+) -> Params:
+    """Loads the parameters of a decoder onto the default device.
+
+    Tensors are read and compressed one by one, so that beside the result the host holds what a
+    few of them need.
+
+    Args:
+        source: has the tensors, under Hugging Face's names.
+        config: of the decoder.
+        compress: False for plain bfloat16 parameters.
+        cast: round float32 and float16 tensors to bfloat16, which is not lossless.
+        verify: decode each tensor and compare it bit by bit before going on.
+        progress: show a progress bar, in bytes.
+        threads: how many threads to use; None for all that this process may run on.
+
+    Returns:
+        Parameters for `forward`.
+
+    Raises:
+        ValueError: a tensor is missing, not known, not bfloat16, or of another shape than it
+            should have.
+        RuntimeError: verification failed. All errors name the tensor.
+    """
+    slots = find_slots(source.tensors, config)
+    for name, slot in slots.items():
+        _check(name, slot, source.tensors[name], cast)
+
+    leaves: dict[tuple[str, ...], Leaf] = {}
+    for path, shape in {slot.path: _leaf_shape(slot, config) for slot in slots.values()}.items():
+        # As in compress_params; vectors are stacks of two axes.
+        if compress and len(shape) == 3 and math.prod(shape) >= MIN_SIZE:
+            leaves[path] = CompressedLeaf(shape, verify, threads)
+        else:
+            leaves[path] = PlainLeaf(shape)
+    threads = threads or available_threads()
+    to_come = collections.Counter(slot.path for slot in slots.values())
+    total = sum(2 * math.prod(slot.shape) for slot in slots.values())
+    params: dict[tuple[str, ...], Any] = {}
+    with ProgressBar("load", total, show=progress) as bar, ThreadPoolExecutor(threads) as pool:
+        for name in (name for name in source.tensors if name in slots):
+            slot = slots[name]
+            tensor = source.read(name).astype(_BFLOAT16, copy=False)
+            for start, slices in _slices(slot, tensor, pool):
+                leaves[slot.path].put(start, slices, name)
+            bar.update(name, tensor.nbytes)
+            del tensor, slices
+            to_come[slot.path] -= 1
+            if not to_come[slot.path]:
+                # At once, so that what only building needs is not held for all leaves.
+                params[slot.path] = leaves.pop(slot.path).build()
+    return nest(params)
+
+
+def _check(name: str, slot: Slot, info: TensorInfo, cast: bool) -> None:
+    if tuple(info.shape) != slot.shape:
+        raise ValueError(f"{name}: expected shape {list(slot.shape)}, got {list(info.shape)}")
+    castable = info.dtype in ("F32", "F16")
+    if info.dtype != "BF16" and not (cast and castable):
+        hint = ": ask for cast=True (--cast) if rounding is acceptable" if castable else ""
+        raise ValueError(f"{name}: expected BF16, got {info.dtype}{hint}")
+
+
+def _leaf_shape(slot: Slot, config: Config) -> tuple[int, ...]:
+    if slot.is_table:
+        return _table.table_shape(*slot.shape)
+    shape = slot.shape[::-1]
+    return shape if slot.layer is None else (config.layers, *shape)
+
+
+def _slices(
+    slot: Slot, tensor: BFloat16[np.ndarray, "..."], pool: Executor
+) -> Iterator[tuple[int, BFloat16[np.ndarray, "slices ..."]]]:
+    """The slices of its leaf that a tensor gives, in contiguous arrays, with their places."""
+    if slot.is_table:
+        if whole := len(tensor) // _table.ROWS:
+            yield 0, tensor[: whole * _table.ROWS].reshape(whole, _table.ROWS, -1)
+        if rest := len(tensor) % _table.ROWS:
+            yield whole, np.pad(tensor[-rest:], ((0, _table.ROWS - rest), (0, 0)))[None]
+    elif slot.is_kernel:
+        yield slot.layer or 0, transpose(tensor, pool)[None]
+    elif slot.layer is None:
+        yield 0, tensor
+    else:
+        yield slot.layer, tensor[None]

@@ -1,0 +1,44 @@
+"""Random weights of any size, for tests and benchmarks."""
+
+import zlib
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import BFloat16
+
+from df11_jax.models._config import Config
+from df11_jax.models._source import Shape
+from df11_jax.models._weights import make_slots
+
+
+class RandomSource:
+    """The tensors of a decoder, drawn when they are read: a `Source` for `load_params`.
+
+    Attributes:
+        tensors: all tensors by name.
+    """
+
+    def __init__(self, config: Config, seed: int = 0) -> None:
+        """Names the tensors.
+
+        Args:
+            config: of the decoder.
+            seed: of all draws.
+        """
+        self.tensors = {
+            name: Shape(slot.shape, "BF16") for name, slot in make_slots(config).items()
+        }
+        self._seed = seed
+        self._scale_mean = 0.0 if config.unit_offset else 1.0
+
+    def read(self, name: str) -> BFloat16[np.ndarray, "..."]:
+        """Draws a tensor, of such a size that activations neither grow nor vanish."""
+        shape = self.tensors[name].shape
+        draws = np.random.default_rng([self._seed, zlib.crc32(name.encode())])
+        values = draws.standard_normal(shape, dtype=np.float32)
+        if len(shape) == 2:
+            values *= np.float32(shape[1] ** -0.5)
+        else:
+            values *= np.float32(0.1)
+            values += np.float32(self._scale_mean if name.endswith("norm.weight") else 0)
+        return values.astype(jnp.bfloat16)

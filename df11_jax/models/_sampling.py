@@ -1,0 +1,69 @@
+"""Choosing tokens from logits."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: the likeliest one, or one drawn at random.
+
+    Under `jit`, `temperature` and `top_p` are traced: other values cost no compilation.
+
+    Attributes:
+        temperature: logits are divided by it before drawing; None or 0 for the likeliest token.
+        top_k: draw from the k likeliest tokens only; None for all. Static.
+        top_p: draw only from the likeliest tokens that have, together, this probability (of what
+            `top_k` leaves), and the one that reaches it; None for all.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = dataclasses.field(default=None, metadata={"static": True})
+    top_p: float | None = None
+
+    def checked(self) -> "Sampling":
+        """The same in the fewest words, so that equal ones share a program.
+
+        Raises:
+            ValueError: a value makes no sense; the message names it.
+        """
+        if self.temperature is not None and not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}, expected 0 or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}, expected 1 or more, or None")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}, expected more than 0 and at most 1, or None")
+        if not self.temperature:
+            return Sampling()
+        top_p = self.top_p if self.top_p is not None and self.top_p < 1 else None
+        return Sampling(self.temperature, self.top_k, top_p)
+
+
+def choose(
+    logits: Float[Array, "batch vocab"], sampling: Sampling, keys: PRNGKeyArray
+) -> Int[Array, " batch"]:
+    """One token of each row.
+
+    Args:
+        logits: float32.
+        sampling: how to choose.
+        keys: one for each row, so that what is drawn does not depend on the rest of the batch.
+    """
+    if sampling.temperature is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    draw = jax.vmap(jax.random.categorical)
+    if sampling.top_k is None and sampling.top_p is None:
+        return draw(keys, logits).astype(jnp.int32)
+    vocab = logits.shape[-1]
+    logits, tokens = jax.lax.top_k(logits, min(sampling.top_k or vocab, vocab))
+    if sampling.top_p is not None:
+        shares = jax.nn.softmax(logits)
+        before = jnp.cumsum(shares, axis=-1) - shares
+        logits = jnp.where(before < sampling.top_p, logits, -jnp.inf)
+    drawn = draw(keys, logits)
+    return jnp.take_along_axis(tokens, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)

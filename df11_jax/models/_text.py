@@ -1,0 +1,214 @@
+"""Models with their tokenizers: text in, text out."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from df11_jax.checkpoints import open_checkpoint
+from df11_jax.checkpoints._directory import CONFIG, read_json
+from df11_jax.models import _generate
+from df11_jax.models._config import Config
+from df11_jax.models._decoder import Params
+from df11_jax.models._hf_config import read_config
+from df11_jax.models._load import load_params
+from df11_jax.models._sampling import Sampling
+
+if TYPE_CHECKING:
+    import tokenizers
+
+
+class Completion(NamedTuple):
+    """What was generated after a prompt.
+
+    Attributes:
+        text: without special tokens.
+        tokens: without the stop token, if there was one.
+    """
+
+    text: str
+    tokens: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextModel:
+    """A decoder with all that it needs to write text.
+
+    Attributes:
+        params: plain or compressed.
+        config: of the decoder.
+        tokenizer: of the `tokenizers` package.
+        stop: tokens that end a text.
+    """
+
+    params: Params
+    config: Config
+    tokenizer: "tokenizers.Tokenizer"
+    stop: tuple[int, ...]
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        tokens: int = 100,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        length: int | None = None,
+        every: int = 8,
+        callback: Callable[[list[str]], None] | None = None,
+    ) -> list[Completion]:
+        """Continues texts.
+
+        Args:
+            prompts: the texts; special tokens are put in front of them as the tokenizer does it.
+            tokens: how many to generate for each, at most.
+            sampling: how to choose them; None for the likeliest ones.
+            seed: for sampling.
+            length: of the key-value cache, in tokens; None for as long as is needed.
+            every: how many tokens to generate between calls of `callback`.
+            callback: gets what is new of each text, as it comes; that may be nothing, as
+                characters can take several tokens.
+
+        Returns:
+            What comes after each prompt.
+
+        Raises:
+            ValueError: there are no prompts, or one is empty, or too long for the cache.
+        """
+        for i, prompt in enumerate(prompts):
+            if not prompt:
+                raise ValueError(f"prompts[{i}] is empty: expected some text")
+        texts = [_Text(self.tokenizer) for _ in prompts]
+
+        def add(rows: list[list[int]]) -> None:
+            new = [text.add(row) for text, row in zip(texts, rows, strict=True)]
+            if callback is not None:
+                callback(new)
+
+        tokens_of_each = _generate.generate(
+            self.params,
+            [encoding.ids for encoding in self.tokenizer.encode_batch(list(prompts))],
+            self.config,
+            tokens=tokens,
+            sampling=sampling,
+            seed=seed,
+            stop=self.stop,
+            length=length,
+            every=every,
+            callback=add,
+        )
+        rest = [text.finish() for text in texts]
+        if callback is not None and any(rest):
+            callback(rest)
+        return [
+            Completion(text.shown, new) for text, new in zip(texts, tokens_of_each, strict=True)
+        ]
+
+
+class _Text:
+    """A text that grows token by token; characters may take several."""
+
+    def __init__(self, tokenizer: "tokenizers.Tokenizer") -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._tokens: list[int] = []
+        self.shown = ""
+
+    def add(self, tokens: list[int]) -> str:
+        """The characters that are complete with these tokens."""
+        self._tokens += tokens
+        new = "".join(self._stream.step(self._tokenizer, token) or "" for token in tokens)
+        self.shown += new
+        return new
+
+    def finish(self) -> str:
+        """What is left, with replacement characters for what is incomplete."""
+        text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        rest = text.removeprefix(self.shown) if text.startswith(self.shown) else ""
+        self.shown += rest
+        return rest
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    compress: bool = True,
+    cast: bool = False,
+    verify: bool = True,
+    progress: bool = False,
+    threads: int | None = None,
+) -> TextModel:
+    """Loads a model from a Hugging Face directory onto the default device.
+
+    Weights are compressed as they arrive, so beside the compressed model the host holds what a
+    few tensors need.
+
+    Args:
+        path: of a directory with `config.json`, `tokenizer.json` and weights: plain, native, or
+            published as DFloat11.
+        compress: False for plain bfloat16 weights.
+        cast: round float32 and float16 tensors to bfloat16, which is not lossless.
+        verify: decode each tensor and compare it bit by bit before going on.
+        progress: show a progress bar, in bytes.
+        threads: how many threads to use; None for all that this process may run on.
+
+    Returns:
+        The model, ready to generate.
+
+    Raises:
+        FileNotFoundError: a file or shard is missing.
+        UnsupportedModelError: another architecture, or a variant that is not implemented.
+        ValueError: a tensor is missing, not bfloat16, or of another shape than `config.json` says;
+            or a file is damaged.
+    """
+    config, tokenizer, stop = read_directory(Path(path))
+    params = load_params(
+        open_checkpoint(path),
+        config,
+        compress=compress,
+        cast=cast,
+        verify=verify,
+        progress=progress,
+        threads=threads,
+    )
+    return TextModel(params, config, tokenizer, stop)
+
+
+def read_directory(path: Path) -> tuple[Config, "tokenizers.Tokenizer", tuple[int, ...]]:
+    """All of a model but its weights.
+
+    Args:
+        path: of the directory.
+
+    Returns:
+        Configuration, tokenizer and stop tokens.
+
+    Raises:
+        OSError, ValueError: as `load`.
+    """
+    import tokenizers
+
+    fields = read_json(path / CONFIG)
+    config = read_config(fields, str(path / CONFIG))
+    file = path / "tokenizer.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: is missing; it says which texts tokens stand for")
+    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return config, tokenizer, _stop_tokens(path, fields)
+
+
+def _stop_tokens(path: Path, fields: dict[str, Any]) -> tuple[int, ...]:
+    """Tokens that end a text: as `generation_config.json` says, or else the configuration."""
+    generation = path / "generation_config.json"
+    stop = read_json(generation).get("eos_token_id") if generation.exists() else None
+    if stop is None:
+        stop = fields.get("eos_token_id", fields.get("text_config", {}).get("eos_token_id"))
+    tokens = stop if isinstance(stop, list) else [] if stop is None else [stop]
+    if not all(type(token) is int for token in tokens):
+        raise ValueError(f"{path}: eos_token_id is {stop!r:.80}, expected one or several tokens")
+    return tuple(tokens)

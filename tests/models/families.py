@@ -1,0 +1,134 @@
+"""Tiny models of every family: their configurations, and Hugging Face directories of them."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from safetensors.numpy import save_file
+
+from df11_jax.models import RandomSource, read_config
+
+VOCAB = 300
+BOS, EOS = 256, 257
+
+_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "dtype": "bfloat16",
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+# `config.json` of each; between them they have everything that the decoder can do.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": _SIZES
+    | {"model_type": "llama", "rope_theta": 500_000.0, "rope_scaling": _LLAMA3_ROPE},
+    "llama-biases": _SIZES
+    | {
+        "model_type": "llama",
+        "num_key_value_heads": 4,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0},
+    },
+    "qwen2": _SIZES
+    | {"model_type": "qwen2", "rope_theta": 1_000_000.0, "tie_word_embeddings": True},
+    "qwen3": _SIZES
+    | {
+        "model_type": "qwen3",
+        "head_dim": 32,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 1,
+    },
+    "gemma3_text": _SIZES
+    | {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 7,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 8,
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0,
+    },
+}
+
+
+def source_of(family: str) -> RandomSource:
+    """Random weights of the tiny model."""
+    return RandomSource(read_config(CONFIGS[family]))
+
+
+def write_directory(
+    path: Path,
+    fields: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    shards: int = 1,
+) -> Path:
+    """Writes a Hugging Face directory.
+
+    Args:
+        path: of the directory, which is made.
+        fields: `config.json`.
+        tensors: by name.
+        shards: how many files the tensors are spread over, with an index if several.
+    """
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(fields))
+    make_tokenizer().save(str(path / "tokenizer.json"))
+    names = list(tensors)
+    files = ["model.safetensors"]
+    if shards > 1:
+        files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+        index = {name: files[i * shards // len(names)] for i, name in enumerate(names)}
+        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    for i, file in enumerate(files):
+        part = [name for j, name in enumerate(names) if j * shards // len(names) == i]
+        save_file({name: tensors[name] for name in part}, path / file, metadata={"format": "pt"})
+    return path
+
+
+def write_family(path: Path, family: str, shards: int = 1) -> Path:
+    """Writes the directory of a tiny model with random weights."""
+    source = source_of(family)
+    tensors = {name: source.read(name) for name in source.tensors}
+    return write_directory(path, CONFIGS[family], tensors, shards)
+
+
+def make_tokenizer() -> tokenizers.Tokenizer:
+    """A tokenizer with a token for each byte, and one before each text."""
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    vocab = {letter: i for i, letter in enumerate(sorted(alphabet))}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges=[]))
+    tokenizer.add_special_tokens(["<bos>", "<eos>"])
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", BOS)]
+    )
+    return tokenizer
+
+
+def prompts(batch: int = 2, length: int = 24) -> np.ndarray:
+    """Random tokens."""
+    return np.random.default_rng(0).integers(0, VOCAB, (batch, length))

@@ -1,0 +1,101 @@
+"""Logits and greedy tokens of every family, as transformers has them."""
+
+import dataclasses
+import functools
+import importlib.util
+
+import families
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers_logits
+
+from df11_jax import models
+from df11_jax.models import _decoder
+
+EXPECTED = np.load(transformers_logits.EXPECTED)
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module", params=families.CONFIGS)
+def family(request):
+    return request.param
+
+
+@functools.cache
+def load(family):
+    """Compressed parameters, and the configuration for float32."""
+    config = models.read_config(families.CONFIGS[family])
+    params = models.load_params(families.source_of(family), config)
+    return params, dataclasses.replace(config, dtype=jnp.float32)
+
+
+@pytest.fixture
+def decoder(family):
+    return load(family)
+
+
+def all_logits(params, config, tokens):
+    """Logits at all positions, in one pass."""
+
+    @jax.jit
+    def run(params, tokens):
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        cache = models.init_cache(config, *tokens.shape)
+        x, _ = models.forward(params, tokens, positions, 0, cache, config)
+        return models.project(params, x, config)
+
+    return np.asarray(run(params, tokens))
+
+
+def test_logits_are_those_of_transformers(family, decoder):
+    logits = all_logits(*decoder, families.prompts())[:, transformers_logits.POSITIONS]
+    np.testing.assert_allclose(logits, EXPECTED[f"{family}/logits"], rtol=0, atol=TOLERANCE)
+
+
+def test_greedy_tokens_are_those_of_transformers(family, decoder):
+    params, config = decoder
+    prompts = families.prompts().tolist()
+    tokens = models.generate(params, prompts, config, tokens=transformers_logits.TOKENS, every=3)
+    np.testing.assert_array_equal(tokens, EXPECTED[f"{family}/tokens"])
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None,
+    reason="needs transformers and torch: pip install 'df11_jax[test-hf]'",
+)
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_computes_what_is_expected_here(family, decoder, tmp_path):
+    logits, tokens = transformers_logits.compute(family, tmp_path)
+    expected = EXPECTED[f"{family}/logits"]
+    np.testing.assert_allclose(
+        logits[:, transformers_logits.POSITIONS], expected, rtol=0, atol=1e-5
+    )
+    np.testing.assert_array_equal(tokens, EXPECTED[f"{family}/tokens"])
+    np.testing.assert_allclose(
+        all_logits(*decoder, families.prompts()), logits, rtol=0, atol=TOLERANCE
+    )
+
+
+def test_attention_in_parts_is_attention_at_once(monkeypatch):
+    params, config = load("gemma3_text")
+    whole = all_logits(params, config, families.prompts())
+    monkeypatch.setattr(_decoder, "_SCORE_BYTES", 7 * 4 * 2 * config.heads * 24)
+    parts = all_logits(params, config, families.prompts())
+    np.testing.assert_allclose(parts, whole, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_reading_in_pieces_is_reading_at_once(family):
+    params, config = load(family)
+    tokens = families.prompts(length=16)
+    cache = models.init_cache(config, len(tokens), 16)
+    run = jax.jit(models.forward, static_argnames="config")
+    out = []
+    for begin, end in ((0, 5), (5, 6), (6, 16)):
+        positions = jnp.broadcast_to(jnp.arange(begin, end), (len(tokens), end - begin))
+        x, cache = run(params, tokens[:, begin:end], positions, begin, cache, config)
+        out.append(models.project(params, x, config))
+    whole = all_logits(params, config, tokens)
+    np.testing.assert_allclose(jnp.concatenate(out, axis=1), whole, rtol=0, atol=TOLERANCE)

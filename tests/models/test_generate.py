@@ -1,0 +1,294 @@
+"""Generation: batches, sampling, stop tokens, streaming; and that compression changes no bit."""
+
+import dataclasses
+import functools
+import itertools
+
+import families
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from payloads import count_decodes
+
+import df11_jax
+from df11_jax import models
+from df11_jax.models import _generate, _table
+from df11_jax.models._sampling import choose
+
+NONE = np.array([], np.int32)  # no stop tokens
+PROMPTS = [[5, 6, 7], list(range(100, 170)), [42], list(range(20))]  # of more than one bucket
+
+
+@functools.cache
+def load(family, compress=True):
+    """Parameters and configuration of a tiny model."""
+    config = models.read_config(families.CONFIGS[family])
+    return models.load_params(families.source_of(family), config, compress=compress), config
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return load("llama")
+
+
+def assert_same_bits(actual, expected):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert a.shape == b.shape and a.dtype == b.dtype
+        np.testing.assert_array_equal(
+            np.atleast_1d(a).view(np.uint8), np.atleast_1d(b).view(np.uint8)
+        )
+
+
+# Compressed and plain weights.
+
+
+BF16, F32 = jnp.bfloat16, jnp.float32
+GREEDY, DRAWN = models.Sampling(), models.Sampling(0.8, top_k=50, top_p=0.9)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "batch", "sampling"),
+    [(family, BF16, 3, DRAWN) for family in families.CONFIGS]
+    + [(family, BF16, 1, GREEDY) for family in ("llama", "gemma3_text")]
+    + [(family, F32, 2, GREEDY) for family in ("llama-biases", "gemma3_text")],
+)
+def test_same_bits_as_with_plain_weights(family, dtype, batch, sampling):
+    compressed, config = load(family)
+    plain, _ = load(family, compress=False)
+    config = dataclasses.replace(config, dtype=dtype)
+    prompts = families.prompts(batch)
+    lengths = np.arange(24, 24 - batch, -1, dtype=np.int32)
+    keys = jax.random.split(jax.random.key(0), batch)
+
+    def run(params):
+        state = models.prefill(params, prompts, lengths, sampling, keys, NONE, 40, config)
+        first = jax.tree.map(np.asarray, state)  # the state itself is used up
+        return first, models.decode(params, state, 10, sampling, keys, NONE, 12, config)
+
+    assert_same_bits(run(compressed), run(plain))
+
+
+@pytest.mark.parametrize("family", families.CONFIGS)
+def test_compressed_parameters_are_the_plain_ones(family):
+    compressed, plain = load(family)[0], load(family, compress=False)[0]
+    report = df11_jax.size_report(compressed)
+    assert report.nbytes < 0.8 * report.nbytes_before
+    assert_same_bits(df11_jax.decompress_params(compressed), plain)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="counts decodes of the CPU backend")
+def test_weights_are_decoded_once_a_token(llama):
+    params, config = llama
+    leaves = df11_jax.size_report(params["layers"]).leaves
+    groups = params["embed_tokens"].shape[0]
+    keys = jax.random.split(jax.random.key(0), 1)
+    prompts, lengths = np.ones((1, 2), np.int32), np.array([2], np.int32)
+    state = models.prefill(params, prompts, lengths, GREEDY, keys, NONE, 16, config)
+    state = jax.block_until_ready(state)
+
+    def run():
+        return models.decode(params, state, 5, GREEDY, keys, NONE, 8, config)
+
+    # One group of the embedding, each block, and the head.
+    blocks = config.layers * sum(leaf.compressed for leaf in leaves)
+    assert count_decodes(run) == 5 * (1 + blocks + groups)
+
+
+# Batches.
+
+
+def test_prompts_are_read_in_pieces(monkeypatch):
+    params, config = load("gemma3_text")
+    config = dataclasses.replace(config, dtype=F32)
+    whole = models.generate(params, PROMPTS, config, tokens=5)
+    monkeypatch.setattr(_generate, "PIECE_TOKENS", 36 * len(PROMPTS))
+    # Another length, for another program.
+    assert models.generate(params, PROMPTS, config, tokens=5, length=130) == whole
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_rows_are_what_they_are_alone(family):
+    params, config = load(family)
+    config = dataclasses.replace(config, dtype=F32)
+    together = models.generate(params, PROMPTS, config, tokens=9)
+    alone = [models.generate(params, [prompt], config, tokens=9)[0] for prompt in PROMPTS]
+    assert together == alone
+    assert all(len(row) == 9 for row in together)
+
+
+def test_the_length_of_the_cache_does_not_matter(llama):
+    params, config = llama
+    config = dataclasses.replace(config, dtype=F32)
+    tokens = models.generate(params, PROMPTS, config, tokens=9)
+    assert models.generate(params, PROMPTS, config, tokens=9, length=78) == tokens
+
+
+def test_drawn_tokens_depend_on_seed_and_row(llama):
+    params, config = llama
+    sampling = models.Sampling(temperature=2.0)
+
+    def draw(seed, prompts=((1, 2), (1, 2))):
+        return models.generate(
+            params, prompts, config, tokens=20, seed=seed, sampling=sampling, every=7
+        )
+
+    first, second = draw(0)
+    assert first != second
+    assert draw(0) == [first, second]
+    assert draw(1) != [first, second]
+
+
+# Stop tokens and streaming.
+
+
+@pytest.mark.parametrize("every", [1, 4, 100])
+def test_stop_tokens_end_their_row(llama, every):
+    params, config = llama
+    free = models.generate(params, PROMPTS, config, tokens=12)
+    stop = [free[0][3], free[1][0]]
+
+    def cut(row):
+        ends = [i for i, token in enumerate(row) if token in stop]
+        return row[: min(ends)] if ends else row
+
+    parts = []
+    stopped = models.generate(
+        params, PROMPTS, config, tokens=12, stop=stop, every=every, callback=parts.append
+    )
+    assert stopped == [cut(row) for row in free]
+    assert stopped[1] == [] and len(stopped[0]) <= 3
+    assert [list(itertools.chain(*row)) for row in zip(*parts, strict=True)] == stopped
+
+
+def test_generation_ends_when_all_rows_have(llama):
+    params, config = llama
+    stop = range(config.vocab)
+    parts = []
+    assert models.generate(params, [[1]], config, stop=stop, callback=parts.append) == [[]]
+    assert parts == []
+
+
+def test_callback_gets_tokens_as_they_come(llama):
+    params, config = llama
+    parts = []
+    tokens = models.generate(params, [[1, 2]], config, tokens=10, every=4, callback=parts.append)
+    assert [len(part[0]) for part in parts] == [1, 4, 4, 1]
+    assert [token for part in parts for token in part[0]] == tokens[0]
+
+
+# Sampling.
+
+
+def draws(logits, sampling, count=2000):
+    keys = jax.random.split(jax.random.key(0), count)
+    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
+    return np.bincount(choose(rows, sampling.checked(), keys), minlength=len(logits)) / count
+
+
+def test_draws_have_the_probabilities_of_the_logits():
+    p = np.array([0.5, 0.3, 0.15, 0.05])
+    np.testing.assert_allclose(draws(np.log(p), models.Sampling(1.0)), p, atol=0.04)
+    squared = p**2 / np.sum(p**2)
+    np.testing.assert_allclose(draws(np.log(p), models.Sampling(0.5)), squared, atol=0.04)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "kept"),
+    [
+        (models.Sampling(1.0, top_k=2), [0, 1]),
+        (models.Sampling(1.0, top_k=100), [0, 1, 2, 3]),
+        (models.Sampling(1.0, top_p=0.79), [0, 1]),
+        (models.Sampling(1.0, top_p=0.81), [0, 1, 2]),
+        (models.Sampling(1.0, top_p=0.01), [0]),
+        (models.Sampling(1.0, top_p=1.0), [0, 1, 2, 3]),
+        # Of the two that are left, the first has 0.625.
+        (models.Sampling(1.0, top_k=2, top_p=0.6), [0]),
+        (models.Sampling(1e-3), [0]),
+        (models.Sampling(0, top_k=2), [0]),
+        (models.Sampling(), [0]),
+    ],
+)
+def test_what_can_be_drawn(sampling, kept):
+    p = np.array([0.5, 0.3, 0.15, 0.05])
+    order = [2, 0, 3, 1]  # tokens are not in the order of their probabilities
+    found = draws(np.log(p[np.argsort(order)]), sampling)
+    assert sorted(np.flatnonzero(found)) == sorted(order[i] for i in kept)
+
+
+def test_temperature_costs_no_compilation(llama):
+    params, config = llama
+    for temperature in (0.5, 0.9):
+        sampling = models.Sampling(temperature, top_p=temperature)
+        models.generate(params, [[1]], config, tokens=3, sampling=sampling)
+        if temperature == 0.5:
+            programs = models.decode._cache_size()
+    assert models.decode._cache_size() == programs
+
+
+# Embedding and output head in pieces.
+
+
+@pytest.mark.parametrize("tokens", [(), (3,), (2, 3), (40,), (3, 200)])
+@pytest.mark.parametrize("piece", [1, 2, 3, 5, 100])
+def test_tables_in_pieces(monkeypatch, tokens, piece):
+    dim, vocab = 64, 5 * _table.ROWS - 37
+    monkeypatch.setattr(_table, "PIECE_BYTES", piece * 2 * _table.ROWS * dim)
+    rng = np.random.default_rng(0)
+    plain = rng.standard_normal(_table.table_shape(vocab, dim)).astype(jnp.bfloat16)
+    table = df11_jax.compress(plain, stack_axes=1)
+    ids = rng.integers(0, vocab, tokens).astype(np.int32)
+    expected = plain.reshape(-1, dim)[ids]
+    for either in (table, jnp.asarray(plain)):
+        rows = jax.jit(_table.look_up)(either, ids)
+        assert_same_bits(rows, expected)
+        x = rng.standard_normal((*tokens[:1], dim)).astype(np.float32)
+        products = jax.jit(_table.project)(either, x)
+        exact = x @ plain.reshape(-1, dim).astype(np.float32).T
+        np.testing.assert_allclose(products, exact, atol=1e-4)
+    if jax.default_backend() == "cpu" and 0 < ids.size < 5:
+        assert count_decodes(jax.jit(_table.look_up), table, ids) <= -(-ids.size // piece) * piece
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "prompts is empty"),
+        ([[1], []], {}, r"prompts\[1\] is empty"),
+        ([[1, 300]], {}, r"prompts\[0\] has tokens from 1 to 300, expected 0 to 299"),
+        ([[-1]], {}, r"prompts\[0\] has tokens from -1"),
+        ([[1]], {"tokens": 0}, "tokens is 0"),
+        (
+            [[1], [1] * 20],
+            {"length": 28},
+            r"prompts\[1\] has 20 tokens, and 10 more are wanted, but the cache has room for 28",
+        ),
+        ([[1] * 504], {}, "but the model was made for 512 positions"),
+        ([[1]], {"sampling": models.Sampling(-1.0)}, "temperature is -1"),
+        ([[1]], {"sampling": models.Sampling(1.0, top_k=0)}, "top_k is 0"),
+        ([[1]], {"sampling": models.Sampling(1.0, top_p=0.0)}, "top_p is 0"),
+    ],
+)
+def test_what_cannot_be_generated(llama, prompts, options, message):
+    params, config = llama
+    with pytest.raises(ValueError, match=message):
+        models.generate(params, prompts, config, **({"tokens": 10} | options))
+
+
+def test_prompts_longer_than_the_cache(llama):
+    params, config = llama
+    keys = jax.random.split(jax.random.key(0), 1)
+    prompts, lengths = np.ones((1, 9), np.int32), np.array([9], np.int32)
+    with pytest.raises(ValueError, match="prompts have 9 tokens, but the cache has room for 8"):
+        models.prefill(params, prompts, lengths, GREEDY, keys, NONE, 8, config)
+
+
+def test_just_enough_room(llama):
+    params, config = llama
+    assert len(models.generate(params, [[1] * 503], config, tokens=10)[0]) == 10
+    assert len(models.generate(params, [[1] * 20], config, tokens=10, length=29)[0]) == 10
+    assert len(models.generate(params, [[1] * 20], config, tokens=1, length=20)[0]) == 1

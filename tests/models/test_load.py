@@ -1,0 +1,268 @@
+"""Loading: what arrives is what was there; what does not fit is named."""
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import families
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from payloads import assert_same_bits
+
+import df11_jax
+from df11_jax import _commands, checkpoints, models
+from df11_jax.models._leaves import transpose
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return families.write_family(tmp_path_factory.mktemp("hf") / "llama", "llama", shards=3)
+
+
+def tensors_of(family):
+    source = families.source_of(family)
+    return {name: source.read(name) for name in source.tensors}
+
+
+def write(path, tensors, shards=1, **fields):
+    return families.write_directory(path, families.CONFIGS["llama"] | fields, tensors, shards)
+
+
+# What arrives.
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_every_tensor_is_where_it_belongs(directory, compress):
+    model = models.load(directory, compress=compress)
+    params = df11_jax.decompress_params(model.params)
+    tensors = tensors_of("llama")
+    for name in ("embed_tokens", "lm_head"):
+        table = tensors[{"embed_tokens": "model.embed_tokens.weight"}.get(name, f"{name}.weight")]
+        rows = np.asarray(params[name]).reshape(-1, table.shape[1])
+        assert_same_bits(rows[: len(table)], table)
+        assert not rows[len(table) :].any()
+    assert_same_bits(params["norm"], tensors["model.norm.weight"])
+    for layer in range(model.config.layers):
+        prefix = f"model.layers.{layer}."
+        block = jax.tree.map(lambda leaf, i=layer: np.asarray(leaf[i]), params["layers"])
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            expected = tensors[f"{prefix}self_attn.{name}.weight"].T
+            assert_same_bits(block["self_attn"][name]["kernel"], expected)
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            assert_same_bits(block["mlp"][name]["kernel"], tensors[f"{prefix}mlp.{name}.weight"].T)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            assert_same_bits(block[name]["scale"], tensors[f"{prefix}{name}.weight"])
+    assert model.stop == (families.EOS,)
+
+
+def test_multimodal_checkpoints_have_the_text_model_inside(tmp_path):
+    text = families.CONFIGS["gemma3_text"]
+    inner = models.load(families.write_family(tmp_path / "text", "gemma3_text"))
+    tensors = {"vision_tower.vision_model.embeddings.weight": np.zeros((2, 2), np.float32)}
+    for style in ("language_model.model.", "model.language_model."):
+        renamed = {
+            name.replace("model.", style, 1): tensor
+            for name, tensor in tensors_of("gemma3_text").items()
+        }
+        fields = {"model_type": "gemma3", "text_config": text, "eos_token_id": [1, 106]}
+        path = families.write_directory(tmp_path / style, fields, tensors | renamed)
+        model = models.load(path)
+        assert model.config == inner.config
+        assert model.stop == (1, 106)
+        for actual, want in zip(*map(jax.tree.leaves, (model.params, inner.params)), strict=True):
+            np.testing.assert_array_equal(actual, want)
+
+
+@pytest.mark.parametrize("format_", ["native", "published"])
+def test_compressed_checkpoints_load_as_well(directory, tmp_path, format_):
+    arguments = ["compress", str(directory), str(tmp_path / "m"), "--format", format_]
+    result = CliRunner().invoke(_commands.commands, arguments)
+    assert result.exit_code == 0, result.output
+    assert checkpoints.open_checkpoint(tmp_path / "m").format == format_
+    model, original = models.load(tmp_path / "m"), models.load(directory)
+    assert model.config == original.config and model.stop == original.stop
+    for actual, want in zip(*map(jax.tree.leaves, (model.params, original.params)), strict=True):
+        np.testing.assert_array_equal(actual, want)
+
+
+def test_incompressible_and_small_leaves_stay_plain():
+    config = models.read_config(families.CONFIGS["llama"])
+
+    class Noise(models.RandomSource):
+        def read(self, name):
+            tensor = super().read(name)
+            if "up_proj" in name:
+                bits = np.random.default_rng(0).integers(0, 2**16, tensor.shape, np.uint16)
+                return bits.view(tensor.dtype)
+            return tensor
+
+    params = models.load_params(Noise(config), config)
+    compressed = {leaf.path for leaf in df11_jax.size_report(params).leaves if leaf.compressed}
+    assert compressed == {
+        "embed_tokens",
+        "lm_head",
+        "layers/mlp/gate_proj/kernel",
+        "layers/mlp/down_proj/kernel",
+    }
+    plain = models.load_params(Noise(config), config, compress=False)
+    up = params["layers"]["mlp"]["up_proj"]["kernel"]
+    np.testing.assert_array_equal(
+        np.asarray(up).view(np.uint16),
+        np.asarray(plain["layers"]["mlp"]["up_proj"]["kernel"]).view(np.uint16),
+    )
+
+
+def test_a_tied_head_in_the_file_is_left_out(tmp_path):
+    head = {"lm_head.weight": np.zeros((families.VOCAB, 64), jnp.bfloat16)}
+    tensors = tensors_of("qwen2") | head
+    path = families.write_directory(tmp_path / "m", families.CONFIGS["qwen2"], tensors)
+    assert "lm_head" not in models.load(path).params
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (4, 5), (130, 70), (132, 7), (1, 9), (68, 1)])
+def test_transpose(shape):
+    bits = np.random.default_rng(0).integers(0, 2**16, shape, np.uint16)
+    with ThreadPoolExecutor(2) as pool:
+        out = transpose(bits.view(jnp.bfloat16), pool)
+    assert out.dtype == jnp.bfloat16 and out.flags.c_contiguous
+    np.testing.assert_array_equal(out.view(np.uint16), bits.T)
+
+
+# Memory.
+
+_MEASURE = """
+import re, sys, threading
+import jax
+jax.config.update("jax_platforms", "cpu")
+from df11_jax import models, size_report
+
+config = models.read_config({
+    "model_type": "llama", "vocab_size": 20000, "hidden_size": 1024, "intermediate_size": 4096,
+    "num_hidden_layers": 12, "num_attention_heads": 16, "tie_word_embeddings": True,
+})
+
+class Repeating(models.RandomSource):
+    # One layer's tensors are drawn once: drawing is slow.
+    drawn = {}
+    def read(self, name):
+        kind = re.sub("[0-9]+", "", name)
+        if kind not in self.drawn:
+            self.drawn[kind] = super().read(name)
+        return self.drawn[kind].copy()
+
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith("RssAnon"))
+
+source = Repeating(config)
+for name in source.tensors:
+    source.read(name)
+jax.numpy.zeros(3).block_until_ready()
+before, peak, stop = anonymous(), [0], threading.Event()
+
+def watch():
+    while not stop.wait(0.002):
+        peak[0] = max(peak[0], anonymous())
+
+thread = threading.Thread(target=watch, daemon=True)
+thread.start()
+params = models.load_params(source, config, compress=sys.argv[1] == "compress")
+stop.set()
+thread.join()
+print(peak[0] - before, size_report(params).nbytes, size_report(params).nbytes_before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("how", ["compress", "plain"])
+def test_memory_on_the_host_is_that_of_the_result(how):
+    result = subprocess.run(
+        [sys.executable, "-c", _MEASURE, how], capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stderr
+    peak, nbytes, plain = map(int, result.stdout.split())
+    largest = 2 * 20000 * 1024  # the embedding
+    assert nbytes < 0.7 * plain if how == "compress" else nbytes == plain
+    assert peak < nbytes + 3 * largest
+    assert how == "plain" or peak < 0.9 * plain
+
+
+# What does not fit.
+
+
+def test_missing_files(directory, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        models.load(tmp_path)
+    path = write(tmp_path / "shards", tensors_of("llama"), shards=3)
+    (path / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="model-00002-of-00003"):
+        models.load(path)
+    path = write(tmp_path / "tokenizer", tensors_of("llama"))
+    (path / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
+        models.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.norm.weight": None}, r"tensors are missing \(a llama.*: model\.norm\.weight"),
+        (
+            {"model.layers.1.self_attn.q_proj.bias": np.zeros(64, jnp.bfloat16)},
+            r"no place in the model \(a llama.*model\.layers\.1\.self_attn\.q_proj\.bias",
+        ),
+        (
+            {"model.layers.2.mlp.up_proj.weight": np.zeros((64, 160), jnp.bfloat16)},
+            r"model\.layers\.2\.mlp\.up_proj\.weight: expected shape \[160, 64\], got \[64, 160\]",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit(tmp_path, change, message):
+    tensors = {k: v for k, v in (tensors_of("llama") | change).items() if v is not None}
+    with pytest.raises(ValueError, match=message):
+        models.load(write(tmp_path / "m", tensors))
+
+
+def test_many_missing_tensors_are_not_all_listed(tmp_path):
+    path = write(tmp_path / "m", tensors_of("llama"), num_hidden_layers=4)
+    with pytest.raises(ValueError, match=r"model\.layers\.3\..* and 6 more$"):
+        models.load(path)
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(np.float32, "F32"), (np.float16, "F16")])
+def test_other_dtypes_are_cast_only_on_request(tmp_path, dtype, name):
+    tensors = {name: tensor.astype(dtype) for name, tensor in tensors_of("llama").items()}
+    path = write(tmp_path / "m", tensors)
+    with pytest.raises(ValueError, match=f"embed_tokens.weight: expected BF16, got {name}.*cast"):
+        models.load(path)
+    params = models.load(path, cast=True, compress=False).params
+    assert params["norm"].dtype == jnp.bfloat16
+    expected = tensors["model.norm.weight"].astype(jnp.bfloat16)
+    assert_same_bits(params["norm"], expected)
+
+
+def test_integers_are_not_cast(tmp_path):
+    tensors = tensors_of("llama") | {"model.norm.weight": np.zeros(64, np.int8)}
+    with pytest.raises(ValueError, match=r"model\.norm\.weight: expected BF16, got I8$"):
+        models.load(write(tmp_path / "m", tensors), cast=True)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000])
+def test_files_that_are_not_what_they_should_be(directory, tmp_path, content):
+    path = write(tmp_path / "m", {})
+    (path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json: (is not a JSON|expected a JSON object)"):
+        models.load(path)
+
+
+def test_generation_config_says_what_ends_a_text(tmp_path):
+    path = write(tmp_path / "m", tensors_of("llama"))
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))
+    assert models.load(path).stop == (3, 4)
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": "x"}))
+    with pytest.raises(ValueError, match="eos_token_id is 'x'"):
+        models.load(path)

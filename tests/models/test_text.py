@@ -1,0 +1,135 @@
+"""Text in, text out, and the command line."""
+
+import families
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from df11_jax import _commands, models
+
+PROMPT = "It is raining."
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return families.write_family(tmp_path_factory.mktemp("hf") / "qwen2", "qwen2", shards=2)
+
+
+@pytest.fixture(scope="module")
+def model(directory):
+    return models.load(directory)
+
+
+def run(*arguments):
+    return CliRunner().invoke(_commands.commands, ["generate", *map(str, arguments)])
+
+
+def test_texts_are_the_tokens_decoded(model):
+    prompts = [PROMPT, "Once"]
+    completions = model.generate(prompts, tokens=20)
+    ids = [model.tokenizer.encode(prompt).ids for prompt in prompts]
+    assert [row[0] for row in ids] == [families.BOS] * 2
+    tokens = models.generate(model.params, ids, model.config, tokens=20, stop=model.stop)
+    assert [completion.tokens for completion in completions] == tokens
+    for completion in completions:
+        assert completion.text == model.tokenizer.decode(completion.tokens)
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_callback_gets_the_text_in_parts(model, every):
+    parts = []
+    completions = model.generate([PROMPT, "Once"], tokens=20, every=every, callback=parts.append)
+    texts = ["".join(row) for row in zip(*parts, strict=True)]
+    assert texts == [completion.text for completion in completions]
+
+
+def test_characters_of_several_tokens_come_whole(model):
+    text = "Grüße, 世界"
+    ids = model.tokenizer.encode(text, add_special_tokens=False).ids
+    assert len(ids) > len(text)
+    grown = models._text._Text(model.tokenizer)
+    parts = [grown.add([token]) for token in ids[:-1]]
+    assert "".join(parts) == "Grüße, 世"
+    assert grown.finish() == "\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"), [([], "prompts is empty"), (["a", ""], r"prompts\[1\] is empty")]
+)
+def test_nothing_to_continue(model, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(prompts)
+
+
+def test_memory_is_the_sum_of_its_parts(model):
+    c = model.config
+    programs = models.compile_programs(model.params, c, batch=2, prompt=5, tokens=20)
+    memory = models.measure_memory(model.params, programs)
+    slots = 128
+    assert memory.cache == slots * 2 * (2 * 2 * c.layers * c.kv_heads * c.head_dim + 4)
+    assert memory.weights < memory.plain_weights
+    assert memory.peak == memory.weights + memory.cache + max(memory.prefill, memory.decode)
+
+
+# The command.
+
+
+def test_the_command_prints_text_and_what_it_took(directory, model):
+    result = run(directory, "--prompt", PROMPT, "--tokens", 12)
+    assert result.exit_code == 0, result.output
+    (completion,) = model.generate([PROMPT], tokens=12)
+    assert result.stdout == f"{PROMPT}{completion.text}\n"
+    assert f"{len(completion.tokens)} tokens, the first after " in result.stderr
+    assert " a second" in result.stderr
+    assert "(plain: " in result.stderr and "temporary" in result.stderr
+    plain = run(directory, "--prompt", PROMPT, "--tokens", 12, "--plain")
+    assert plain.stdout == result.stdout
+    assert "(plain: " not in plain.stderr
+
+
+def test_options_of_sampling_are_passed_on(directory, model):
+    options = ("--temperature", 3, "--top-k", 40, "--top-p", 0.9, "--seed", 5)
+    result = run(directory, "--prompt", PROMPT, "--tokens", 12, *options)
+    sampling = models.Sampling(3.0, top_k=40, top_p=0.9)
+    (completion,) = model.generate([PROMPT], tokens=12, sampling=sampling, seed=5)
+    assert result.stdout == f"{PROMPT}{completion.text}\n"
+
+
+def test_weights_are_cast_on_request(directory, tmp_path):
+    source = families.source_of("qwen2")
+    wide = {name: source.read(name).astype(np.float32) for name in source.tensors}
+    path = families.write_directory(tmp_path / "wide", families.CONFIGS["qwen2"], wide)
+    result = run(path, "--prompt", PROMPT, "--tokens", 3)
+    assert result.exit_code == 2
+    assert "expected BF16, got F32: ask for cast=True (--cast)" in result.output
+    cast = run(path, "--prompt", PROMPT, "--tokens", 3, "--cast")
+    assert cast.stdout == run(directory, "--prompt", PROMPT, "--tokens", 3).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--prompt", ""), "must not be empty"),
+        (("--tokens", "1"), "Missing option '--prompt'"),
+        (("--prompt", "a", "--tokens", "0"), "0 is not in the range x>=1"),
+        (("--prompt", "a", "--tokens", "1000"), "but the model was made for 512 positions"),
+        (("--prompt", "a", "--temperature", "-1"), "temperature is -1"),
+        (("--prompt", "a", "--temperature", "1", "--top-p", "2"), "top_p is 2"),
+    ],
+)
+def test_wrong_use(directory, arguments, message):
+    result = run(directory, *arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_directories_that_are_no_models(tmp_path):
+    assert run(tmp_path / "nowhere", "--prompt", "a").exit_code == 2
+    result = run(tmp_path, "--prompt", "a")
+    assert result.exit_code == 2 and "config.json" in result.output
+    fields = {"model_type": "mixtral"}
+    path = families.write_directory(tmp_path / "m", fields, {"x": np.zeros(1, jnp.bfloat16)})
+    result = run(path, "--prompt", "a")
+    assert result.exit_code == 2 and "'mixtral' is not supported" in result.output
