@@ -155,7 +155,7 @@ def _decode_stacks(arrays: Sequence[DF11Array], names: Sequence[str]) -> list[Ar
 def _tie(index: Int32[Array, "*batch"], after: PyTree) -> Int32[Array, "*batch"]:
     """The same index, which XLA believes to depend on `after`."""
     # Without stop_gradient, the barrier would give the index a tangent, as an array of zeros.
-    leaves = [jax.lax.stop_gradient(leaf) for leaf in jax.tree.leaves(after) if _is_number(leaf)]
+    leaves = [jax.lax.stop_gradient(leaf) for leaf in jax.tree.leaves(after) if is_number(leaf)]
     if not leaves:
         return index
     return jax.lax.optimization_barrier((index, *leaves))[0]
@@ -166,7 +166,7 @@ def _is_split(leaf: Any) -> bool:
     return any(axis is not None for axis in jax.typeof(leaf).sharding.spec)
 
 
-def _is_number(leaf: Any) -> bool:
+def is_number(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
 
 

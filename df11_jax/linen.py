@@ -1,0 +1,292 @@
+"""`flax.linen` models with compressed parameters.
+
+Once this module is imported, every linen module takes a `DF11Array` for a parameter, and
+decompresses it where `self.param` would have returned the array. Wrapped classes do better:
+`compressed(Block)` where a block is called by itself, `scan(Block, ...)` in the place of
+`nn.scan(Block, ...)`. They decompress a block by one call of the decoder, which XLA cannot move out
+of a token loop, and decompress again in the backward pass instead of storing weights. With plain
+parameters, and to initialise them, they do what they did before.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.core import lift
+from flax.core.scope import Scope, in_filter, union_filters
+from flax.linen import transforms
+from jaxtyping import PyTree
+
+from df11_jax._after import after
+from df11_jax._array import DF11Array, is_df11
+from df11_jax._decode import decode_slices, decompress, decompress_params, path_name
+
+ModuleClass = TypeVar("ModuleClass", bound=Callable[..., nn.Module])
+Variables = dict[str, PyTree]  # by collection
+
+# Collections of a scan's body: the stacks, whole, and which of their slices is wanted.
+_STACKS, _INDEX = "df11_stacks", "df11_index"
+
+
+__all__ = ["after", "compressed", "scan"]
+
+
+def compressed(module: ModuleClass, *, methods: Sequence[str] = ("__call__",)) -> ModuleClass:
+    """The same module class, whose parameters may be compressed.
+
+    A call of a method decompresses all of the module's parameters, those of its submodules
+    included, by one call of the decoder, not before the arguments of the method are computed. So
+    wrap what is called on its own: a transformer block, an embedding, an output layer. When
+    differentiated, the method is run again in the backward pass, as under `nn.remat`, and the
+    weights are decompressed once more instead of stored.
+
+    Under `nn.scan`, XLA copies a layer's compressed weights before it decompresses them; `scan`
+    avoids that.
+
+    Args:
+        module: a module class, or a `functools.partial` of one. This can be a class decorator.
+        methods: those that use parameters; the results of each are arrays, or pytrees of them.
+
+    Returns:
+        A subclass with the same name, so that parameters keep their paths.
+
+    Raises:
+        TypeError: `module` is not a module class.
+    """
+    return _transform(_decompressing, "", module, methods=tuple(methods))
+
+
+def scan(
+    module: ModuleClass,
+    *,
+    variable_axes: Mapping[Any, Any],
+    variable_broadcast: Any = False,
+    methods: Sequence[str] = ("__call__",),
+    **options: Any,
+) -> ModuleClass:
+    """`nn.scan` over layers whose stacked parameters may be compressed.
+
+    Each step decompresses one layer, by one call of the decoder that is given the whole stack and
+    the layer's index, not before the carry is computed. When differentiated, the layer is run
+    again in the backward pass, as under `nn.remat`, and decompressed once more.
+
+    Args:
+        module: a module class, or a `functools.partial` of one.
+        variable_axes: as for `nn.scan`; compressed parameters have axis 0.
+        variable_broadcast: as for `nn.scan`.
+        methods: as for `nn.scan`.
+        **options: all others of `nn.scan`.
+
+    Returns:
+        A subclass, with the name that `nn.scan` gives it, so that parameters keep their paths.
+
+    Raises:
+        TypeError: `module` is not a module class.
+        ValueError: when the module is called, if a compressed leaf has no stack axis or another
+            number of layers than others, or if parameters are scanned along another axis than 0.
+            The message has the leaf's path.
+    """
+    return _transform(
+        _scanning,
+        "Scan",
+        module,
+        methods=tuple(methods),
+        variable_axes=variable_axes,
+        variable_broadcast=variable_broadcast,
+        **options,
+    )
+
+
+def _transform(transform: Callable[..., Any], prefix: str, module: Any, **options: Any) -> Any:
+    base = module.func if isinstance(module, functools.partial) else module
+    if not (isinstance(base, type) and issubclass(base, nn.Module)):
+        raise TypeError(f"expected a class of flax.linen modules, got {module!r}")
+    transformed = transforms.lift_transform(transform, module, **options)
+    # Modules without a name are called after their class.
+    made = transformed.func if isinstance(module, functools.partial) else transformed
+    made.__name__ = prefix + base.__name__
+    made.__qualname__ = prefix + base.__qualname__
+    made.__module__ = base.__module__
+    return transformed
+
+
+def _decompressing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The transform behind `compressed`, of functions of scopes as `flax.core.lift` has them."""
+
+    def wrapper(scopes: Sequence[Scope], *args: Any, **kwargs: Any) -> Any:
+        if not _any_compressed(scopes):
+            # In scopes of its own, as below: two methods may both run `setup`, which names things.
+            return lift.map_variables(function, ())(scopes, *args, **kwargs)
+        path = _common_path(scopes)
+
+        def decompress(variables: Variables, *args: Any, **kwargs: Any) -> Variables:
+            tree = after(variables.get("params", {}), (args, kwargs))
+            for name in reversed(path):  # the decoder's errors say where a leaf is
+                tree = {name: tree}
+            tree = decompress_params(tree)
+            for name in path:
+                tree = tree[name]
+            return {"params": tree}
+
+        return _with_variables(function, ("params",), decompress)(scopes, *args, **kwargs)
+
+    return wrapper
+
+
+def _scanning(
+    function: Callable[..., Any],
+    variable_axes: Mapping[Any, Any],
+    variable_broadcast: Any,
+    **options: Any,
+) -> Callable[..., Any]:
+    """The transform behind `scan`."""
+    axes = [
+        getattr(axis, "axis", axis)  # of nn.In
+        for names, axis in variable_axes.items()
+        if in_filter(names, "params")
+    ]
+    is_stacked = bool(axes) and not in_filter(variable_broadcast, "params")
+
+    def wrapper(scopes: Sequence[Scope], *args: Any, **kwargs: Any) -> Any:
+        if not is_stacked or not _any_compressed(scopes):
+            scanned = lift.scan(
+                _decompressing(function), variable_axes, variable_broadcast, **options
+            )
+            return scanned(scopes, *args, **kwargs)
+        path = _common_path(scopes)
+        if axes[0] != 0:
+            raise ValueError(
+                f"{path_name(path)}: compressed parameters can be scanned along axis 0 only, "
+                f"variable_axes says {axes[0]}"
+            )
+        # lax.scan would slice the stacks, which copies them: they go in whole, with an index.
+        collections = ("params", _STACKS, _INDEX)
+        inner = _with_variables(function, collections, functools.partial(_take_layer, path))
+        axes_and_index = {**variable_axes, _INDEX: 0}
+        broadcast = union_filters(variable_broadcast, _STACKS)
+        scanned = lift.scan(inner, axes_and_index, broadcast, **options)
+        split = functools.partial(_split_stacks, path)
+        return lift.map_variables(scanned, collections, split)(scopes, *args, **kwargs)
+
+    return wrapper
+
+
+def _with_variables(
+    function: Callable[..., Any],
+    collections: tuple[str, ...],
+    transform: Callable[..., Variables],
+) -> Callable[..., Any]:
+    """`function` with other variables, which are made again in the backward pass.
+
+    Args:
+        function: takes scopes, and any arguments.
+        collections: those that `transform` gets, and which `function` cannot change.
+        transform: takes these collections, and the arguments.
+    """
+
+    def wrapper(scopes: Sequence[Scope], *args: Any, **kwargs: Any) -> Any:
+        # jax.checkpoint makes tracers of all it gets: `if deterministic:` has to go on working.
+        leaves, treedef = jax.tree.flatten((args, kwargs))
+        arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
+
+        def with_arrays(scopes: Sequence[Scope], arrays: dict[int, jax.Array]) -> Any:
+            merged = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+            args, kwargs = jax.tree.unflatten(treedef, merged)
+            mapped = lift.map_variables(
+                function, collections, lambda variables: transform(variables, *args, **kwargs)
+            )
+            return mapped(scopes, *args, **kwargs)
+
+        return lift.checkpoint(with_arrays)(scopes, arrays)
+
+    return wrapper
+
+
+def _split_stacks(path: tuple[str, ...], variables: Variables) -> Variables:
+    """Parameters without the compressed ones, and those apart, with the indices of layers."""
+    with_paths, treedef = jax.tree.flatten_with_path(variables.get("params", {}), is_leaf=is_df11)
+    lengths: dict[str, int] = {}
+    for keys, leaf in with_paths:
+        name = path_name((*path, *keys))
+        shape = leaf.stack_shape if is_df11(leaf) else jnp.shape(leaf)
+        if is_df11(leaf) and not shape:
+            raise ValueError(
+                f"{name}: {leaf!r} has no stack axis, the layers of a scan have one: use "
+                "compress_params(..., stacked=...) with a regular expression that its path matches"
+            )
+        lengths[name] = shape[0] if shape else 0
+    first, length = next(iter(lengths.items()), ("", 0))
+    for name, other in lengths.items():
+        if other != length:
+            raise ValueError(f"{name}: expected {length} layers, like {first}, got {other}")
+    leaves = [leaf for _, leaf in with_paths]
+    return {
+        "params": jax.tree.unflatten(treedef, [None if is_df11(leaf) else leaf for leaf in leaves]),
+        _STACKS: {"leaves": [leaf if is_df11(leaf) else None for leaf in leaves]},
+        # A module without parameters, which the scanned one refers to, has no layers.
+        _INDEX: {"index": jnp.arange(length, dtype=jnp.int32)} if lengths else {},
+    }
+
+
+def _take_layer(path: tuple[str, ...], variables: Variables, carry: Any, *_: Any) -> Variables:
+    """The parameters of one layer, from what `_split_stacks` made."""
+    index = variables[_INDEX].get("index")
+    with_paths, treedef = jax.tree.flatten_with_path(variables["params"], is_leaf=_is_none)
+    leaves = [leaf for _, leaf in with_paths]
+    stacks: dict[int, DF11Array] = {}
+    for i, stack in enumerate(variables[_STACKS]["leaves"]):
+        if is_df11(stack) and len(stack.stack_shape) > 1:
+            leaves[i] = stack[index]  # has layers within layers, for another scan to take
+        elif is_df11(stack):
+            stacks[i] = stack
+    names = [path_name((*path, *with_paths[i][0])) for i in stacks]
+    weights = decode_slices(list(stacks.values()), index, names=names, after=carry)
+    for i, weight in zip(stacks, weights, strict=True):
+        leaves[i] = weight
+    return {"params": jax.tree.unflatten(treedef, leaves)}
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
+
+
+def _any_compressed(scopes: Sequence[Scope]) -> bool:
+    parameters = [scope.variables().get("params") for scope in scopes]
+    return any(map(is_df11, jax.tree.leaves(parameters, is_leaf=is_df11)))
+
+
+def _common_path(scopes: Sequence[Scope]) -> tuple[str, ...]:
+    """Where the parameters of a module are; of several modules that share theirs, nowhere."""
+    return scopes[0].path if len(scopes) == 1 else ()
+
+
+# What linen asks of a parameter that stands for another value, as boxes of metadata do.
+
+
+def _unbox(self: DF11Array) -> jax.Array:
+    return decompress(self)
+
+
+def _replace_boxed(self: DF11Array, value: PyTree) -> PyTree:
+    return value
+
+
+def _add_axis(self: DF11Array, index: int, params: Mapping[Any, Any]) -> DF11Array:
+    return self
+
+
+def _remove_axis(self: DF11Array, index: int, params: Mapping[Any, Any]) -> DF11Array:
+    if index != 0 or not self.stack_shape:
+        raise ValueError(
+            f"{self!r} cannot be mapped over axis {index}: a compressed parameter can be mapped "
+            "over its stack axes, starting with axis 0. compress_params(..., stacked=...) makes one"
+        )
+    return self
+
+
+for _method in (_unbox, _replace_boxed, _add_axis, _remove_axis):
+    setattr(DF11Array, _method.__name__.removeprefix("_"), _method)
+nn.meta.AxisMetadata.register(DF11Array)

@@ -1,0 +1,139 @@
+"""`flax.nnx` models with compressed parameters.
+
+`compress(model)` compresses a model in place. Its parameters become `CompressedParam`s, which
+modules read as before: each read decompresses, so that in a jitted function the dense weights are
+temporary.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from flax import nnx
+
+from df11_jax._after import after
+from df11_jax._array import DF11Array, is_df11
+from df11_jax._compress import MIN_SIZE, compress_params
+from df11_jax._decode import decompress
+
+__all__ = ["CompressedParam", "after", "compress"]
+
+
+class CompressedParam(nnx.Param[Any]):
+    """A parameter whose raw value is a `DF11Array`, and which reads as the bfloat16 array.
+
+    It takes all that `nnx.Param` takes as well, and is one if it holds a plain array. It has no
+    gradient: filter it out where parameters are differentiated or optimised, by this type.
+    """
+
+    def get_value(self, **index: Any) -> Any:
+        """The array, decompressed, or what `index` selects of it."""
+        raw = self.get_raw_value()
+        if is_df11(raw):
+            return self.copy(decompress(raw)).get_value(**index)
+        return super().get_value(**index)
+
+    def set_value(self, value: Any, **index: Any) -> None:
+        """Replaces the value by a plain or compressed array.
+
+        Raises:
+            TypeError: only a part of a compressed array is to be replaced.
+        """
+        if is_df11(self.get_raw_value()):
+            if index.get("index", ...) is not ...:
+                raise TypeError(
+                    f"{self.get_raw_value()!r} cannot be changed in place; replace all of it"
+                )
+            index = {}
+        super().set_value(value, **index)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array, which is not decompressed for this."""
+        raw = self.get_raw_value()
+        return raw.shape if is_df11(raw) else super().shape
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # What arrays have, such as `.T`, but not what flax or jax merely ask for.
+            private = name.startswith("_")
+            if private or not hasattr(jax.Array, name) or not is_df11(self.get_raw_value()):
+                raise
+            return getattr(self.get_value(), name)
+
+    def __nnx_repr__(self) -> Iterator[Any]:
+        head, *attributes = self._undecoded().__nnx_repr__()
+        yield dataclasses.replace(head, type=type(self).__name__)
+        yield from attributes
+
+    def __treescope_repr__(self, path: Any, subtree_renderer: Any) -> Any:
+        return self._undecoded().__treescope_repr__(path, subtree_renderer)
+
+    def _undecoded(self) -> nnx.Variable[Any]:
+        """A stand-in for printing, which reads as the raw value."""
+        return nnx.Param.from_metadata(self.get_raw_value(), self.get_metadata())
+
+
+def compress(
+    model: Any,
+    *,
+    include: str | None = None,
+    stacked: str | None = None,
+    predicate: Callable[[str, Any], bool] | None = None,
+    min_size: int = MIN_SIZE,
+    cast: bool = False,
+    verify: bool = True,
+    threads: int | None = None,
+) -> None:
+    """Compresses the parameters of a model in place, one after the other.
+
+    Each `nnx.Param` that gains from it becomes a `CompressedParam`, wherever the model refers to
+    it. All others are left as they are; if this is interrupted, so are the remaining ones.
+
+    Args:
+        model: an `nnx.Module`, or any container of them.
+        include: as for `df11_jax.compress_params`, like all that follow; paths are such as
+            `layers/0/attention/query/kernel`.
+        stacked: which parameters have a layer axis; those of layers that `nnx.vmap` made.
+        predicate: has the last word on parameters that the rest lets through.
+        min_size: parameters with fewer weights stay as they are.
+        cast: round float32 and float16 to bfloat16 first.
+        verify: decode each parameter and compare it.
+        threads: how many threads to use.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `df11_jax.compress_params`, naming the parameter.
+    """
+    for path, param in nnx.iter_graph(model, graph=True):
+        if not isinstance(param, nnx.Param) or param.hijax:
+            continue
+        name = "/".join(map(str, path))
+        small = compress_params(
+            {name: param.get_raw_value()},
+            include=include,
+            stacked=stacked,
+            predicate=predicate,
+            min_size=min_size,
+            cast=cast,
+            verify=verify,
+            threads=threads,
+        )[name]
+        if isinstance(small, DF11Array) and small is not param.get_raw_value():
+            # Other modules may refer to the same parameter, so it has to remain the same object.
+            param.__class__ = _compressed_type(type(param))
+            param.set_raw_value(small)
+
+
+@functools.cache
+def _compressed_type(param_type: type[nnx.Param[Any]]) -> type[nnx.Param[Any]]:
+    """A type of both kinds, for parameters of the user's own types."""
+    if issubclass(param_type, CompressedParam):
+        return param_type
+    if param_type is nnx.Param:
+        return CompressedParam
+    name = f"Compressed{param_type.__name__}"
+    return type(name, (CompressedParam, param_type), {"__module__": param_type.__module__})

@@ -1,0 +1,339 @@
+"""Linen models from compressed parameters: the same bits, under other transformations too."""
+
+import functools
+import subprocess
+import sys
+
+import flax.core
+import flax.errors
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from linen_models import (
+    LAYERS,
+    PLAIN,
+    SCAN,
+    TOKENS,
+    WIDTH,
+    WRAPPED,
+    Compact,
+    Embed,
+    Setup,
+    Stack,
+    bf16,
+    generate,
+    init,
+    make,
+)
+from payloads import assert_same_bits
+
+from df11_jax import compress, compress_params, size_report
+from df11_jax.linen import compressed, scan
+
+styles = pytest.mark.parametrize("block", [Compact, Setup])
+kinds = pytest.mark.parametrize("kind", WRAPPED)
+tied = pytest.mark.parametrize("kind", [kind for kind in WRAPPED if "unwrapped" not in kind])
+
+
+@pytest.fixture
+def tokens():
+    return TOKENS
+
+
+# What is computed.
+
+
+@styles
+@kinds
+def test_same_parameters_and_same_bits(kind, block, tokens):
+    model, plain_model, plain, variables = make(kind, block)
+    assert size_report(variables).nbytes < 0.7 * size_report(plain).nbytes
+    again = init(model)
+    assert jax.tree.structure(again) == jax.tree.structure(plain)
+    jax.tree.map(assert_same_bits, again, plain)
+
+    expected = jax.jit(plain_model.apply)(plain, tokens)
+    assert_same_bits(jax.jit(model.apply)(variables, tokens), expected)
+    assert_same_bits(jax.jit(model.apply)(plain, tokens), expected)
+
+
+@pytest.mark.parametrize("kind", ["scan", "unrolled", "unwrapped unrolled"])
+def test_eager(kind, tokens):
+    model, plain_model, plain, variables = make(kind)
+    assert_same_bits(model.apply(variables, tokens), plain_model.apply(plain, tokens))
+
+
+@kinds
+def test_same_tokens(kind, tokens):
+    model, plain_model, plain, variables = make(kind)
+    run = jax.jit(generate, static_argnums=0)
+    np.testing.assert_array_equal(run(model, variables, tokens), run(plain_model, plain, tokens))
+
+
+@tied
+def test_dropout_draws_the_same(kind, tokens):
+    model, plain_model, plain, variables = make(kind)
+
+    def run(model, variables):
+        rngs = {"dropout": jax.random.key(1)}
+        return jax.jit(lambda v: model.apply(v, tokens, deterministic=False, rngs=rngs))(variables)
+
+    assert_same_bits(run(model, variables), run(plain_model, plain))
+
+
+@tied
+def test_other_collections_come_out(kind, tokens):
+    model, plain_model, plain, variables = make(kind)
+
+    def run(model, variables, mutable):
+        return jax.jit(lambda v: model.apply(v, tokens, mutable=mutable))(variables)[1]
+
+    expected = run(plain_model, plain, ["intermediates"])
+    jax.tree.map(assert_same_bits, run(model, variables, ["intermediates"]), expected)
+    everything = run(model, variables, True)
+    jax.tree.map(assert_same_bits, everything["intermediates"], expected["intermediates"])
+    assert set(everything) <= {"intermediates", "params"}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda block: nn.scan(nn.remat(compressed(block), static_argnums=(3,)), **SCAN),
+        lambda block: scan(nn.remat(block, static_argnums=(3,)), **SCAN),
+        lambda block: scan(compressed(block), **SCAN),
+        lambda block: nn.jit(scan(block, **SCAN), static_argnums=(3,)),
+    ],
+)
+def test_other_transforms(wrap, tokens):
+    plain = init(PLAIN["scan"](Compact))
+    model = Stack(wrap(Compact))
+    expected = jax.jit(PLAIN["scan"](Compact).apply)(plain, tokens)
+    assert_same_bits(
+        jax.jit(model.apply)(compress_params(plain, stacked="/layers/"), tokens), expected
+    )
+
+
+@pytest.mark.parametrize("options", [{"reverse": True}, {"unroll": 2}, {"unroll": LAYERS}])
+def test_options_of_scan(options, tokens):
+    plain_model = Stack(nn.scan(Compact, **SCAN, **options))
+    plain = init(plain_model)
+    model = Stack(scan(Compact, **SCAN, **options))
+    assert_same_bits(
+        jax.jit(model.apply)(compress_params(plain, stacked="/layers/"), tokens),
+        jax.jit(plain_model.apply)(plain, tokens),
+    )
+
+
+class Sharing(nn.Module):
+    """Refers to modules of its parent: one with parameters, one without."""
+
+    dense: nn.Module
+    dropout: nn.Module
+
+    @nn.compact
+    def __call__(self, x, _):
+        x = self.dropout(self.dense(x), deterministic=True)
+        return self.dense(nn.Dense(WIDTH, use_bias=False, **bf16)(x)), None
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_modules_that_are_shared(frozen):
+    class Parent(nn.Module):
+        sharing: type[nn.Module]
+
+        @nn.compact
+        def __call__(self, x):
+            dense = nn.Dense(WIDTH, use_bias=False, **bf16)
+            dropout = nn.Dropout(0.5)
+            for _ in range(2):
+                x, _ = self.sharing(dense, dropout)(x, None)
+            return x
+
+    x = jnp.ones((2, WIDTH), jnp.bfloat16)
+    plain = Parent(Sharing).init(jax.random.key(0), x)
+    assert len(plain["params"]) == 3
+    variables = compress_params(flax.core.freeze(plain) if frozen else plain)
+    model = Parent(compressed(Sharing))
+    expected = jax.jit(Parent(Sharing).apply)(plain, x)
+    assert_same_bits(jax.jit(model.apply)(variables, x), expected)
+    assert_same_bits(jax.jit(model.apply)(plain, x), expected)
+
+
+def test_a_scan_that_shares():
+    class Parent(nn.Module):
+        scan: type[nn.Module]
+
+        @nn.compact
+        def __call__(self, x):
+            return self.scan(nn.Dense(WIDTH, use_bias=False, **bf16), nn.Dropout(0.5))(x, None)[0]
+
+    options = SCAN | {"in_axes": nn.broadcast}
+    x = jnp.ones((2, WIDTH), jnp.bfloat16)
+    plain_model = Parent(nn.scan(Sharing, **options))
+    plain = plain_model.init(jax.random.key(0), x)
+    variables = compress_params(plain, stacked=".")
+    assert_same_bits(
+        jax.jit(Parent(scan(Sharing, **options)).apply)(variables, x),
+        jax.jit(plain_model.apply)(plain, x),
+    )
+
+
+@pytest.mark.parametrize("transform", [compressed, lambda dense: dense])
+def test_vmap(transform, tokens):
+    options = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+    dense = functools.partial(nn.Dense, 4 * WIDTH, use_bias=False, **bf16)
+    plain_model = nn.vmap(nn.Dense, **options)(4 * WIDTH, use_bias=False, **bf16)
+    x = jax.random.normal(jax.random.key(1), (3, 2, WIDTH), jnp.bfloat16)
+    plain = plain_model.init(jax.random.key(0), x)
+    model = nn.vmap(transform(dense), **options)()
+    variables = compress_params(plain, stacked=".")
+    expected = jax.jit(plain_model.apply)(plain, x)
+    assert_same_bits(jax.jit(model.apply)(variables, x), expected)
+
+
+def test_layers_within_layers(tokens):
+    inner = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 2}
+    inner["in_axes"] = (nn.broadcast, nn.broadcast)
+
+    def nested(outer_scan, inner_scan):
+        return Stack(outer_scan(inner_scan(Compact, **inner), **(SCAN | {"length": 2})))
+
+    plain_model = nested(nn.scan, nn.scan)
+    plain = init(plain_model)
+    once = compress_params(plain, include="layers")
+    twice = {
+        "params": {
+            "embed": plain["params"]["embed"],
+            "layers": jax.tree.map(
+                lambda w: w if w.size < 2**14 else compress(w, stack_axes=2),
+                plain["params"]["layers"],
+            ),
+        }
+    }
+    expected = jax.jit(plain_model.apply)(plain, tokens)
+    for model in (nested(scan, scan), nested(nn.scan, scan), nested(nn.scan, nn.scan)):
+        assert_same_bits(jax.jit(model.apply)(twice, tokens), expected)
+    with pytest.raises(ValueError, match=r"^layers/.*kernel: .*has no stack axis"):
+        nested(scan, scan).apply(once, tokens)
+
+
+def test_partitioned_parameters(tokens):
+    kernel_init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+    dense = functools.partial(nn.Dense, WIDTH, kernel_init=kernel_init, use_bias=False, **bf16)
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return dense(name="dense")(x), None
+
+    options = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 3}
+    options["metadata_params"] = {nn.PARTITION_NAME: "layers"}
+    x = jnp.ones((2, WIDTH), jnp.bfloat16)
+    plain_model = nn.scan(Layer, **options)()
+    plain = plain_model.init(jax.random.key(0), x, None)
+    variables = compress_params(plain, stacked=".")
+    assert variables["params"]["dense"]["kernel"].names == ("layers", "in", "out")
+    expected = jax.jit(plain_model.apply)(plain, x, None)[0]
+    for model in (scan(Layer, **options)(), nn.scan(compressed(Layer), **options)()):
+        assert_same_bits(jax.jit(model.apply)(variables, x, None)[0], expected)
+
+
+def test_parameters_that_all_layers_share(tokens):
+    options = {"variable_broadcast": "params", "split_rngs": {"params": False}, "length": 3}
+    options["in_axes"] = (nn.broadcast, nn.broadcast)
+    options["variable_axes"] = {"intermediates": 0}
+    plain_model = Stack(nn.scan(Compact, **options))
+    plain = init(plain_model)
+    variables = compress_params(plain)
+    expected = jax.jit(plain_model.apply)(plain, tokens)
+    model = Stack(scan(Compact, **options), embed=Embed)
+    assert_same_bits(jax.jit(model.apply)(variables, tokens), expected)
+
+
+def test_a_class_decorator_and_a_partial():
+    @compressed
+    class Layer(nn.Module):
+        features: int
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(self.features, use_bias=False, **bf16)(x)
+
+    assert Layer.__name__ == "Layer"
+    assert Layer.__module__ == __name__
+    assert scan(Compact, **SCAN).__name__ == nn.scan(Compact, **SCAN).__name__
+    x = jnp.ones((2, WIDTH), jnp.bfloat16)
+    model = compressed(functools.partial(Layer, features=2 * WIDTH))()
+    plain = model.init(jax.random.key(0), x)
+    assert set(plain["params"]) == {"Dense_0"}
+    assert_same_bits(model.apply(compress_params(plain), x), model.apply(plain, x))
+
+
+def test_sharded_batches():
+    if len(jax.devices()) < 2:
+        pytest.skip("needs two devices")
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    model, plain_model, plain, variables = make("scan")
+    tokens = jax.device_put(jnp.arange(12).reshape(4, 3), jax.NamedSharding(mesh, jax.P("batch")))
+    everywhere = jax.NamedSharding(mesh, jax.P())
+    plain, variables = jax.device_put((plain, variables), everywhere)
+    logits = jax.jit(model.apply)(variables, tokens)
+    assert_same_bits(logits, jax.jit(plain_model.apply)(plain, tokens))
+    assert logits.sharding.spec[0] == "batch"
+
+
+# Errors.
+
+
+def test_only_module_classes():
+    with pytest.raises(TypeError, match=r"expected a class of flax.linen modules, got .*Dense"):
+        compressed(nn.Dense(3))
+    with pytest.raises(TypeError, match="expected a class"):
+        scan(lambda x: x, variable_axes={"params": 0})
+
+
+def test_layers_that_are_not_stacked(tokens):
+    model, plain_model, plain, _ = make("scan")
+    variables = compress_params(plain)
+    with pytest.raises(
+        ValueError, match=r"^layers/attention/key/kernel: .*has no stack axis.*stacked=\.\.\."
+    ):
+        model.apply(variables, tokens)
+    with pytest.raises(ValueError, match=r"DF11Array.*cannot be mapped over axis 0"):
+        plain_model.apply(variables, tokens)
+
+
+def test_stacks_where_no_layers_are(tokens):
+    variables = compress_params(init(PLAIN["unrolled"](Compact)))
+    kernel = variables["params"]["layers_1"]["up"]["kernel"]
+    variables["params"]["layers_1"]["up"]["kernel"] = jax.tree.map(lambda a: a[None], kernel)
+    for kind in ("unrolled", "unwrapped unrolled"):
+        with pytest.raises(
+            flax.errors.ScopeParamShapeError, match=r"layers_1.*up.*\(1, 128, 512\)"
+        ):
+            WRAPPED[kind](Compact).apply(variables, tokens)
+
+
+def test_stacks_of_different_lengths(tokens):
+    model, _, _, variables = make("scan")
+    layers = variables["params"]["layers"]
+    layers = layers | {"up": jax.tree.map(lambda a: a[:3], layers["up"])}
+    with pytest.raises(
+        ValueError, match=r"^layers/up/kernel: expected 4 layers, like layers/attention/.*, got 3"
+    ):
+        model.apply({"params": variables["params"] | {"layers": layers}}, tokens)
+
+
+def test_another_axis(tokens):
+    axes = {"params": 1, "intermediates": 0}
+    model = Stack(scan(Compact, **(SCAN | {"variable_axes": axes})), embed=Embed)
+    *_, variables = make("scan")
+    with pytest.raises(ValueError, match=r"^layers: .*along axis 0 only, variable_axes says 1"):
+        model.apply(variables, tokens)
+
+
+def test_flax_is_imported_only_where_it_is_asked_for():
+    code = "import sys, df11_jax; assert 'flax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
