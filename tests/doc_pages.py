@@ -68,7 +68,7 @@ def _orbax(folder: Path) -> Iterator[Names]:
 def _linen(folder: Path) -> Iterator[Names]:
     names = _example("linen_model.py")
     tokens = jnp.zeros((2, names["LENGTH"]), jnp.int32)
-    params = names["model"].init(jax.random.key(0), tokens)["params"]
+    params = jax.jit(names["model"].init)(jax.random.key(0), tokens)["params"]
     yield names | {"params": params}
 
 
