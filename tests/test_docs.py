@@ -43,6 +43,14 @@ def test_commands_exist(page):
         check_command(command)
 
 
+@pages
+def test_linked_files_exist(page):
+    # Within docs/, Sphinx checks links, and those to headings as well.
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", FENCE.sub("", page.read_text()))
+    missing = [link for link in links if not (page.parent / link).exists()]
+    assert not missing
+
+
 @pytest.mark.parametrize("name", sorted(_commands.commands.commands))
 def test_commands_of_help_exist(name):
     text = _commands.commands.commands[name].epilog or ""
@@ -59,6 +67,7 @@ def test_faulty_commands_are_found():
         "df11-jax compress a b --format zip",
         'pip install ".[nothing]"',
         "python tests/nothing.py",
+        "pytest tests/nothing",
     ):
         with pytest.raises((click.UsageError, AssertionError)):
             check_command(command)
@@ -93,11 +102,12 @@ def commands(text: str) -> Iterator[str]:
 
 def check_command(line: str) -> None:
     """Raises if it is a command of ours that cannot be meant."""
-    if not line.startswith(("df11-jax ", "pip install ", "python ")):
+    if not line.startswith(("df11-jax ", "pip install ", "python ", "pytest ")):
         return
     program, *arguments = shlex.split(line, comments=True)
-    if program == "python" and arguments[0].endswith(".py"):
-        assert (ROOT / arguments[0]).is_file(), f"{line}: there is no such file"
+    if program in ("python", "pytest"):
+        for path in (argument for argument in arguments if "/" in argument or ".py" in argument):
+            assert (ROOT / path).exists(), f"{line}: there is no such file"
     elif program == "pip":
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         for extra in re.findall(r"(?:^|\s)(?:\.|df11_jax)\[([\w,-]+)\]", " ".join(arguments)):
