@@ -6,6 +6,7 @@ import click
 
 from df11_jax import _checkpoint_commands
 from df11_jax._cli import require
+from df11_jax._cli_errors import failures
 
 
 def _not_empty(context: click.Context, option: click.Parameter, value: str) -> str:
@@ -91,7 +92,7 @@ def generate(
     from df11_jax.models import Sampling
     from df11_jax.models._command import run_generate
 
-    with _checkpoint_commands._failures():
+    with failures():
         run_generate(
             model,
             prompt,

@@ -181,7 +181,7 @@ print(peak[0] - before, size_report(params).nbytes, size_report(params).nbytes_b
 @pytest.mark.parametrize("how", ["compress", "plain"])
 def test_memory_on_the_host_is_that_of_the_result(how):
     result = subprocess.run(
-        [sys.executable, "-c", _MEASURE, how], capture_output=True, text=True, timeout=600
+        [sys.executable, "-P", "-c", _MEASURE, how], capture_output=True, text=True, timeout=600
     )
     assert result.returncode == 0, result.stderr
     peak, nbytes, plain = map(int, result.stdout.split())
