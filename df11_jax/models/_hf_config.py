@@ -54,11 +54,14 @@ def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config
         UnsupportedModelError: another architecture, or a variant that is not implemented.
         ValueError: a field is missing, or is not what it should be; the message names it.
     """
-    if fields.get("model_type") == "gemma3" and isinstance(fields.get("text_config"), Mapping):
-        outer = {"model_type": "gemma3_text"}
-        if "tie_word_embeddings" in fields:
-            outer["tie_word_embeddings"] = fields["tie_word_embeddings"]
-        fields = outer | dict(fields["text_config"])
+    if fields.get("model_type") == "gemma3":
+        text = fields.get("text_config")
+        if not isinstance(text, Mapping):
+            raise ValueError(f"{where}: text_config is {text!r:.80}, expected a JSON object")
+        # These are about the whole model, and transformers reads them there.
+        outer = ("quantization_config", "tie_word_embeddings")
+        whole = {name: fields[name] for name in outer if fields.get(name) is not None}
+        fields = {"model_type": "gemma3_text"} | dict(text) | whole
         where += ": text_config"
     family = fields.get("model_type")
     if family not in _DEFAULTS:
