@@ -8,6 +8,8 @@ from df11_jax import _checkpoint_commands
 from df11_jax._cli import require
 from df11_jax._cli_errors import failures
 
+_SEED = click.IntRange(0, 2**32 - 1)  # what jax.random.key tells apart
+
 
 def _not_empty(context: click.Context, option: click.Parameter, value: str) -> str:
     if not value:
@@ -47,7 +49,9 @@ commands.add_command(_checkpoint_commands.verify)
     help="Bytes to generate.",
 )
 @click.option("--temperature", default=0.5, show_default=True, help="Of the text that is shown.")
-@click.option("--seed", default=0, show_default=True, help="Of the random numbers for it.")
+@click.option(
+    "--seed", type=_SEED, default=0, show_default=True, help="Of the random numbers for it."
+)
 def demo(prompt: str, tokens: int, temperature: float, seed: int) -> None:
     """Generate text from a small model, with plain and with compressed weights, and compare.
 
@@ -69,7 +73,7 @@ def demo(prompt: str, tokens: int, temperature: float, seed: int) -> None:
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0: the likeliest.")
 @click.option("--top-k", type=int, help="Draw from the k likeliest tokens only.")
 @click.option("--top-p", type=float, help="Draw from the likeliest that have this probability.")
-@click.option("--seed", default=0, show_default=True, help="Of the random numbers.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the random numbers.")
 @click.option("--plain", is_flag=True, help="Do not compress the weights.")
 @click.option("--cast", is_flag=True, help="Round float32 and float16 weights to bfloat16.")
 def generate(

@@ -206,6 +206,9 @@ def test_draws_have_the_probabilities_of_the_logits():
         # Of the two that are left, the first has 0.625.
         (models.Sampling(1.0, top_k=2, top_p=0.6), [0]),
         (models.Sampling(1e-3), [0]),
+        (models.Sampling(1e-37), [0]),
+        (models.Sampling(1e-40, top_k=3), [0]),
+        (models.Sampling(1.0, top_p=1e-40), [0]),
         (models.Sampling(0, top_k=2), [0]),
         (models.Sampling(), [0]),
     ],
@@ -213,7 +216,7 @@ def test_draws_have_the_probabilities_of_the_logits():
 def test_what_can_be_drawn(sampling, kept):
     p = np.array([0.5, 0.3, 0.15, 0.05])
     order = [2, 0, 3, 1]  # tokens are not in the order of their probabilities
-    found = draws(np.log(p[np.argsort(order)]), sampling)
+    found = draws(np.log(p[np.argsort(order)]) + 40, sampling)
     assert sorted(np.flatnonzero(found)) == sorted(order[i] for i in kept)
 
 
@@ -262,6 +265,7 @@ def test_tables_in_pieces(monkeypatch, tokens, piece):
         ([[1, 300]], {}, r"prompts\[0\] has tokens from 1 to 300, expected 0 to 299"),
         ([[-1]], {}, r"prompts\[0\] has tokens from -1"),
         ([[1]], {"tokens": 0}, "tokens is 0"),
+        ([[1]], {"every": 0}, "every is 0"),
         (
             [[1], [1] * 20],
             {"length": 28},
