@@ -176,7 +176,7 @@ def load(
         ValueError: a tensor is missing, not bfloat16, or of another shape than `config.json` says;
             or a file is damaged.
     """
-    config, tokenizer, stop = read_directory(Path(path))
+    config, tokenizer, stop = read_directory(path)
     params = load_params(
         open_checkpoint(path),
         config,
@@ -189,8 +189,10 @@ def load(
     return TextModel(params, config, tokenizer, stop)
 
 
-def read_directory(path: Path) -> tuple[Config, "tokenizers.Tokenizer", tuple[int, ...]]:
-    """All of a model but its weights.
+def read_directory(
+    path: str | os.PathLike[str],
+) -> tuple[Config, "tokenizers.Tokenizer", tuple[int, ...]]:
+    """All of a model but its weights, from a Hugging Face directory.
 
     Args:
         path: of the directory.
@@ -199,10 +201,13 @@ def read_directory(path: Path) -> tuple[Config, "tokenizers.Tokenizer", tuple[in
         Configuration, tokenizer and stop tokens.
 
     Raises:
-        OSError, ValueError: as `load`.
+        FileNotFoundError: a file is missing.
+        UnsupportedModelError: another architecture, or a variant that is not implemented.
+        ValueError: a file is damaged.
     """
     import tokenizers
 
+    path = Path(path)
     fields = read_json(path / CONFIG)
     config = read_config(fields, str(path / CONFIG))
     file = path / "tokenizer.json"

@@ -16,7 +16,6 @@ from payloads import assert_same_bits
 import df11_jax
 from df11_jax import _commands, checkpoints, models
 from df11_jax.models._leaves import transpose
-from df11_jax.models._text import read_directory
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +295,7 @@ def test_what_ends_a_text(tmp_path, fields, generation, stop):
     path = write(tmp_path / "m", {}, **fields)
     if generation is not None:
         (path / "generation_config.json").write_text(json.dumps(generation))
-    assert read_directory(path)[2] == stop
+    assert models.read_directory(path)[2] == stop
 
 
 def test_what_ends_a_text_of_multimodal_models(tmp_path):
@@ -304,7 +303,7 @@ def test_what_ends_a_text_of_multimodal_models(tmp_path):
     for outer in ({}, {"eos_token_id": None}, {"eos_token_id": [6]}):
         fields = {"model_type": "gemma3", "text_config": text} | outer
         path = families.write_directory(tmp_path / str(outer), fields, {})
-        assert read_directory(path)[2] == (6,)
+        assert models.read_directory(path)[2] == (6,)
 
 
 @pytest.mark.parametrize("stop", ["x", 1.5, True, -1, 2**40, [1, None]])
