@@ -8,6 +8,9 @@ from df11_jax.models._config import Config, Rope
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
+# Larger sizes are mistakes, which would take much time and memory to come to light.
+_MOST, _MOST_LAYERS = 2**24, 10_000
+
 # What transformers assumes where a file says nothing, which files of Gemma 3 do a lot.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"hidden_act": "silu", "max_position_embeddings": 2048},
@@ -75,7 +78,8 @@ def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config
             raise UnsupportedModelError(f"{where}: {name} {f.get(name)!r:.80} is not supported")
 
     gemma = family == "gemma3_text"
-    dim, layers, heads = map(f.size, ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+    dim, heads = f.size("hidden_size"), f.size("num_attention_heads")
+    layers = f.size("num_hidden_layers", most=_MOST_LAYERS)
     head_dim = f.size("head_dim", dim // heads)
     kv_heads = f.size("num_key_value_heads", heads)
     if heads % kv_heads or head_dim % 2:
@@ -126,10 +130,10 @@ class _Fields:
     def get(self, name: str) -> Any:
         return self._fields.get(name)
 
-    def size(self, name: str, default: int | None = None) -> int:
+    def size(self, name: str, default: int | None = None, most: int = _MOST) -> int:
         value = self._fields.get(name, default)
-        if type(value) is not int or value < 1:
-            raise self.error(name, "a positive integer")
+        if type(value) is not int or not 1 <= value <= most:
+            raise self.error(name, f"an integer from 1 to {most}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:

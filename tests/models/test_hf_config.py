@@ -176,9 +176,11 @@ def test_refused_by_name(fields, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": None}, "hidden_size is missing, expected a positive integer"),
-        ({"hidden_size": "64"}, "hidden_size is '64', expected a positive integer"),
+        ({"hidden_size": None}, "hidden_size is missing, expected an integer from 1 to "),
+        ({"hidden_size": "64"}, "hidden_size is '64', expected an integer from 1 to "),
         ({"hidden_size": 0}, "hidden_size is 0"),
+        ({"hidden_size": 2**40}, "hidden_size is 1099511627776, expected an integer from 1 to "),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected an integer"),
         ({"num_hidden_layers": True}, "num_hidden_layers is True"),
         ({"rms_norm_eps": -1}, "rms_norm_eps is -1, expected a positive number"),
         ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf"),

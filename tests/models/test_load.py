@@ -243,6 +243,13 @@ def test_tensors_that_do_not_fit(tmp_path, change, message):
         models.load(write(tmp_path / "m", tensors))
 
 
+def test_the_largest_sizes(tmp_path):
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+    fields = dict.fromkeys(names, 2**24) | {"num_key_value_heads": 1, "head_dim": 128}
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight: expected shape \[16777216, 16"):
+        models.load(write(tmp_path / "m", tensors_of("llama"), **fields))
+
+
 def test_many_missing_tensors_are_not_all_listed(tmp_path):
     path = write(tmp_path / "m", tensors_of("llama"), num_hidden_layers=4)
     with pytest.raises(ValueError, match=r"model\.layers\.3\..* and 6 more$"):
