@@ -20,7 +20,7 @@ def _not_empty(context: click.Context, option: click.Parameter, value: str) -> s
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Ends with status 0; 1 if what was compared differs; 2 if it was used wrongly, or files "
-    "cannot be read or written; 130 if it was interrupted.",
+    "cannot be read or written; 3 if a model does not fit; 130 if it was interrupted.",
 )
 @click.version_option(package_name="df11_jax")
 def commands() -> None:
@@ -105,6 +105,72 @@ def generate(
             seed=seed,
             plain=plain,
             cast=cast,
+        )
+
+
+_FIT_EXAMPLES = """\b
+Examples:
+  df11-jax fit Llama-3.1-8B --memory 24GiB
+  df11-jax fit Llama-3.1-70B/config.json --memory 80GB --devices 2 --context 32768
+  df11-jax fit Qwen3-8B-DF11 --memory 16GiB --batch 4 --json
+"""
+
+
+def _parse_memory(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
+    from df11_jax._fit import parse_bytes
+
+    if value is None:
+        return None
+    try:
+        return parse_bytes(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+@commands.command(epilog=_FIT_EXAMPLES)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    callback=_parse_memory,
+    help="Of each device: 24GB are 24 x 10^9 bytes, 24GiB or 24G are 24 x 2^30, which is what "
+    "cards of 24 GB have, or a little less. Without it, the memory of the GPU that is here.",
+)
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    help="Tokens of each sequence, read and generated. [default: 8192, or what the model allows]",
+)
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Of sequences."
+)
+@click.option(
+    "--devices",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="That share weights and cache evenly; all figures are of one of them.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+def fit(
+    model: Path, memory: int | None, context: int | None, batch: int, devices: int, as_json: bool
+) -> None:
+    """Say whether a model fits in memory, plain and compressed, without its weights or a GPU.
+
+    MODEL is a directory as Hugging Face lays it out, with weights or without, or its config.json;
+    or a checkpoint in any format. Only headers are read. Of models that `df11-jax generate` cannot
+    run, only the weights are counted.
+
+    Ends with status 0 if the model fits compressed, with 3 if it does not, and with 2 if that
+    cannot be said. XLA allocates from 75 % of a GPU's memory unless XLA_CLIENT_MEM_FRACTION says
+    otherwise, here as there.
+    """
+    require("flax", "flax")
+    from df11_jax._fit_command import run_fit
+
+    with _checkpoint_commands._failures():
+        run_fit(
+            model, memory=memory, context=context, batch=batch, devices=devices, as_json=as_json
         )
 
 

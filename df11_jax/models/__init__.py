@@ -6,6 +6,7 @@ parameters (plain or compressed: the same functions take both), and a tokenizer.
 
 from df11_jax.models._config import Config, Rope
 from df11_jax.models._decoder import Cache, Params, forward, init_cache, project
+from df11_jax.models._fit import estimate_memory
 from df11_jax.models._generate import NO_TOKEN, State, decode, generate, prefill
 from df11_jax.models._hf_config import UnsupportedModelError, read_config
 from df11_jax.models._load import load_params
@@ -33,6 +34,7 @@ __all__ = [
     "UnsupportedModelError",
     "compile_programs",
     "decode",
+    "estimate_memory",
     "forward",
     "generate",
     "init_cache",

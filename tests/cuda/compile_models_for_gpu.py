@@ -55,6 +55,7 @@ def describe(config: models.Config, params: models.Params, batch: int) -> dict:
     targets = re.findall(r'custom_call_target="(\w+)"', text)
     return {
         **models.measure_memory(params, programs)._asdict(),
+        "estimate": models.estimate_memory(config, batch=batch, context=PROMPT + TOKENS - 1).peak,
         "block": shapes.block_nbytes(config),
         "piece": 2 * _table.groups_in_piece(params["embed_tokens"]) * _table.ROWS * config.dim,
         "products": sorted(products),

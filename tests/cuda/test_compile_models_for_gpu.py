@@ -43,6 +43,12 @@ def test_memory_is_weights_and_cache_and_one_block_and_a_piece_of_the_head(pairs
         assert held + program["prefill"] <= bound
 
 
+def test_estimate_is_the_plan_or_little_more(pairs):
+    for program, _ in pairs:
+        plan = program["weights"] + program["cache"] + max(program["prefill"], program["decode"])
+        assert plan <= program["estimate"] <= 1.04 * plan
+
+
 def test_decoder_is_called_for_embedding_and_block_and_head(pairs):
     for compressed, plain in pairs:
         assert compressed["calls"] == ["df11_decode"] * 3

@@ -1,0 +1,56 @@
+"""Reads PTX: the instructions, labels and symbols of a kernel."""
+
+import dataclasses
+import re
+
+SHARED_BASE = 1 << 16  # address of the first byte of shared memory
+
+
+@dataclasses.dataclass
+class Instruction:
+    """One line: `@!%p bra label;`."""
+
+    line: int
+    guard: str
+    negated: bool
+    name: list[str]
+    operands: list[str]
+
+
+class Kernel:
+    """An entry of a PTX module."""
+
+    def __init__(self, ptx: str, entry: str) -> None:
+        """Reads the entry whose name contains `entry`."""
+        lines = ptx.splitlines()
+        (start,) = (i for i, text in enumerate(lines) if ".entry" in text and entry in text)
+        self.symbols: dict[str, int] = {}
+        self.labels: dict[str, int] = {}
+        self.code: list[Instruction] = []
+        self.static_shared, depth, dynamic = 0, 0, []
+        for text in lines[:start]:
+            if match := re.match(r"\.extern \.shared .* (\w+)\[\]", text):
+                dynamic.append(match[1])
+        for number, text in enumerate(lines[start:], start + 1):
+            text = text.split("//")[0].strip()
+            if match := re.match(r"\.param .* (\w+)\[(\d+)\]|\.param .* (\w+)", text):
+                self.symbols[match[1] or match[3]] = 0
+                self.param_bytes = int(match[2] or 8)
+            elif match := re.match(r"\.shared \.align (\d+) \.b8 (\w+)\[(\d+)\]", text):
+                align, size = int(match[1]), int(match[3])
+                begin = -(-self.static_shared // align) * align
+                self.symbols[match[2]] = SHARED_BASE + begin
+                self.static_shared = begin + size
+            elif match := re.match(r"(\$?\w+):", text):
+                self.labels[match[1]] = len(self.code)
+            elif match := re.match(r"(?:@(!?)([%\w]+)\s+)?([a-z][\w.]*)\s*([^;]*);", text):
+                name = match[3].split(".")
+                operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s|]+", match[4])
+                self.code.append(
+                    Instruction(number, match[2] or "", bool(match[1]), name, operands)
+                )
+            depth += text.count("{") - text.count("}")
+            if "}" in text and depth == 0:
+                break
+        for name in dynamic:
+            self.symbols[name] = SHARED_BASE + -(-self.static_shared // 1024) * 1024
