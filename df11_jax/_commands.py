@@ -168,7 +168,7 @@ def fit(
     require("flax", "flax")
     from df11_jax._fit_command import run_fit
 
-    with _checkpoint_commands._failures():
+    with failures():
         run_fit(
             model, memory=memory, context=context, batch=batch, devices=devices, as_json=as_json
         )
