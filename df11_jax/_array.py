@@ -58,10 +58,12 @@ class DF11Array:
 
     @property
     def ndim(self) -> int:
+        """Number of axes, those of the stack included."""
         return len(self.shape)
 
     @property
     def dtype(self) -> np.dtype:
+        """bfloat16."""
         return np.dtype(jnp.bfloat16)
 
     @property

@@ -34,12 +34,18 @@ class LeafSize:
 
     @property
     def bits_per_weight(self) -> float:
+        """Of what it takes now."""
         return 8 * self.nbytes / max(1, math.prod(self.shape))
 
 
 @dataclasses.dataclass(frozen=True)
 class SizeReport:
-    """Sizes of all leaves of a pytree; `print` shows them as a table, `plot` as bars."""
+    """Sizes of all leaves of a pytree; `print` shows them as a table, `plot` as bars.
+
+    Attributes:
+        leaves: of each leaf `path`, `shape`, `dtype`, whether it is `compressed`, `nbytes_before`
+            and `nbytes`, and `bits_per_weight`.
+    """
 
     leaves: tuple[LeafSize, ...]
 

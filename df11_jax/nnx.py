@@ -106,7 +106,9 @@ def compress(
         threads: how many threads to use.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `df11_jax.compress_params`, naming the parameter.
+        TypeError: as `df11_jax.compress_params`, like the others; all name the parameter.
+        ValueError: likewise.
+        RuntimeError: likewise.
     """
     for path, param in nnx.iter_graph(model, graph=True):
         if not isinstance(param, nnx.Param) or param.hijax:

@@ -15,8 +15,9 @@ class Rope:
         kind: "default"; "linear", all frequencies divided by `factor`; or "llama3", low ones
             divided by `factor`, high ones as they are, those between interpolated.
         factor: as above.
-        low_freq_factor, high_freq_factor: of "llama3": a frequency is low if it makes fewer turns
-            in `original_length` positions, and high if it makes more.
+        low_freq_factor: of "llama3": a frequency is low if it makes fewer turns in
+            `original_length` positions.
+        high_freq_factor: of "llama3": a frequency is high if it makes more turns.
         original_length: of "llama3".
     """
 
@@ -34,13 +35,21 @@ class Config:
 
     Attributes:
         family: `model_type`, as Hugging Face calls it.
-        vocab, dim, hidden, layers, heads, kv_heads, head_dim: sizes.
+        vocab: number of tokens.
+        dim: size of activations between blocks.
+        hidden: size of activations within the MLP.
+        layers: number of blocks.
+        heads: number of query heads.
+        kv_heads: number of key-value heads; consecutive query heads share one.
+        head_dim: size of a head.
         max_length: the longest sequence that it was trained for.
         rope: of layers that attend to all positions before.
         local_rope: of sliding layers.
         sliding: for each layer whether it attends to the last `window` positions only.
         window: as above; 0 without such layers.
-        qkv_bias, output_bias, mlp_bias: which projections have biases.
+        qkv_bias: queries, keys and values have biases.
+        output_bias: the projection after attention has biases.
+        mlp_bias: the MLP has biases.
         qk_norm: queries and keys are normed, head by head.
         post_norms: what attention and MLP return is normed, as well as what they get.
         unit_offset: norms multiply by 1 + scale.
@@ -48,7 +57,8 @@ class Config:
         norm_eps: of all norms.
         embedding_scale: embeddings are multiplied by it.
         attention_scale: scores are multiplied by it.
-        attention_softcap, logit_softcap: the c of c tanh(x / c); None for none.
+        attention_softcap: the c of c tanh(x / c), of scores; None for none.
+        logit_softcap: likewise, of logits.
         tied: the output head is the embedding.
         dtype: of activations and of the key-value cache; weights are cast to it.
     """

@@ -182,10 +182,10 @@ def forward(
     """What the decoder makes of tokens, given what the cache holds of those before.
 
     Args:
-        params: the dictionary described at the top; leaves plain or compressed.
+        params: as `load_params` gives them; leaves plain or compressed.
         tokens: the next tokens of each sequence.
-        positions: theirs, counted from 0. `NOWHERE` for tokens that only fill up a row: no other
-            token attends to them, and what comes out for them is of no meaning.
+        positions: theirs, counted from 0. The largest int32 for tokens that only fill up a row: no
+            other token attends to them, and what comes out for them is of no meaning.
         slot: of the cache, for the first of them; there is room for all of them.
         cache: from `init_cache`, or a former call.
         config: of the decoder, static under `jit`.
@@ -218,14 +218,29 @@ def forward(
 def project(
     params: Params, x: Float[Array, "*batch dim"], config: Config
 ) -> Float[Array, "*batch vocab"]:
-    """Float32 logits from what `forward` returns, or the part of it that is of interest."""
+    """Logits of the next tokens.
+
+    Args:
+        params: those of `forward`.
+        x: what `forward` returns, or the part of it that is of interest.
+        config: of the decoder.
+
+    Returns:
+        Logits in float32.
+    """
     table = params["embed_tokens"] if config.tied else params["lm_head"]
     logits = _table.project(table, x)[..., : config.vocab]
     return softcap(logits, config.logit_softcap)
 
 
 def init_cache(config: Config, batch: int, slots: int) -> Cache:
-    """An empty cache."""
+    """An empty cache.
+
+    Args:
+        config: of the decoder.
+        batch: how many sequences.
+        slots: for how many tokens of each.
+    """
     shape = (config.layers, batch, config.kv_heads, slots, config.head_dim)
     bits = _bits(config.dtype)
     return Cache(

@@ -69,6 +69,9 @@ def prefill(
         length: of the cache, static.
         config: of the decoder, static.
 
+    Returns:
+        Where generation is then, for `decode`.
+
     Raises:
         ValueError: the prompts are longer than the cache.
     """

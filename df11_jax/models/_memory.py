@@ -31,6 +31,7 @@ class Memory(NamedTuple):
 
     @property
     def peak(self) -> int:
+        """All of it together, at the higher of the two peaks."""
         return self.weights + self.cache + max(self.prefill, self.decode)
 
 

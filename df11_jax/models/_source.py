@@ -15,7 +15,7 @@ class TensorInfo(Protocol):
 
     @property
     def dtype(self) -> str:
-        """As safetensors names it: `"BF16"`."""
+        """Its dtype, as safetensors names it, such as `"BF16"`."""
 
 
 class Shape(NamedTuple):

@@ -1,5 +1,8 @@
 """Checkpoints of compressed parameters with Orbax, for both of its APIs.
 
+`DF11Save` and `DF11Restore` take the place of `StandardSave` and `StandardRestore`; v1 needs no
+arguments for a pytree with a `DF11Array` in it::
+
     manager.save(step, args=ocp.args.Composite(params=DF11Save(params), opt_state=...))
     manager.restore(step, args=ocp.args.Composite(params=DF11Restore(), opt_state=...))
 

@@ -1,14 +1,11 @@
 """The handler for Orbax's first API, and plain Orbax with compressed parameters."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from orbax_helpers import (
-    TESTS,
     abstract,
     assert_same_tree,
     assert_same_weights,
@@ -224,22 +221,3 @@ def test_plain_manager_with_compressed_parameters(tmp_path):
     with ocp.CheckpointManager(tmp_path) as manager:
         restored = manager.restore(0, args=ocp.args.Composite(params=DF11Restore()))
         assert_same_tree(restored.params, small)
-
-
-def test_documentation(tmp_path):
-    """The first example of docs/orbax.md."""
-    text = (TESTS.parent / "docs" / "orbax.md").read_text()
-    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    names = {
-        "folder": tmp_path / "folder",
-        "path": tmp_path / "path",
-        "step": 3,
-        "params": compressed_params(),
-        "opt_state": {"mu": jnp.ones(3)},
-    }
-    exec(compile(examples[0], "docs/orbax.md", "exec"), names)
-    assert_same_tree(names["restored"].params, compressed_params())
-    names["path"] = tmp_path / "v1"
-    exec(compile(examples[1], "docs/orbax.md", "exec"), names)
-    assert_same_tree(names["params"], compressed_params())
-    assert_same_weights(names["weights"], compressed_params())
