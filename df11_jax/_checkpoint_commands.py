@@ -1,33 +1,23 @@
 """The commands of `df11-jax` that work on checkpoints: info, compress, decompress, verify."""
 
-import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from df11_jax._cli_errors import DIFFERENT, fail, failures
 from df11_jax._report import format_bytes
 from df11_jax.checkpoints import Source, open_checkpoint
 from df11_jax.checkpoints._compare import differences
 from df11_jax.checkpoints._convert import write_native, write_plain
-from df11_jax.checkpoints._directory import (
-    JOURNAL,
-    PUBLISHED_CONFIG,
-    read_config,
-    read_json,
-)
+from df11_jax.checkpoints._directory import PUBLISHED_CONFIG, read_config, read_json
 from df11_jax.checkpoints._summary import Summary, summarize
-
-# Exit codes; wrong usage is 2, too.
-DIFFERENT = 1
-FAILED = 2
-INTERRUPTED = 130
 
 _COMPRESS_EXAMPLES = """\b
 Examples:
@@ -58,13 +48,6 @@ def _published_options(command: Callable[..., None]) -> Callable[..., None]:
     return shapes(pattern_dict(command))
 
 
-def _fail(message: str, exit_code: int) -> NoReturn:
-    """Ends the command with a message and a status."""
-    failure = click.ClickException(message)
-    failure.exit_code = exit_code  # type: ignore[misc]
-    raise failure from None
-
-
 @click.command()
 @click.argument("path", type=_path)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
@@ -76,7 +59,7 @@ def info(path: Path, as_json: bool, **published: Path | None) -> None:
     or the folder of an item that Orbax has saved. Only headers are read. Layers are added up: `*`
     stands for their number.
     """
-    with _failures():
+    with failures():
         summary = summarize(_open(path, **published))
     if as_json:
         click.echo(json.dumps(summary.as_json(), indent=2))
@@ -118,7 +101,7 @@ def compress(
     like are copied. If this is interrupted, the same command goes on from there. (With Orbax, it
     starts anew, the weights alone are written, and they are in memory at once, compressed.)
     """
-    with _failures(target):
+    with failures(target):
         checkpoint = _open(source, shapes, pattern_dict)
         if checkpoint.format == format_:
             raise ValueError(f"{source}: is in the {format_} format already")
@@ -149,7 +132,7 @@ def decompress(source: Path, target: Path, **published: Path | None) -> None:
     SRC is a native or published checkpoint. What comes out are safetensors files, bit for bit what
     was compressed. If this is interrupted, the same command goes on from there.
     """
-    with _failures(target):
+    with failures(target):
         checkpoint = _open(source, **published)
         if checkpoint.format == "plain":
             raise ValueError(f"{source}: is not compressed")
@@ -169,11 +152,11 @@ def verify(first: Path, second: Path, **published: Path | None) -> None:
     cannot be read. An lm_head that only one has is no difference if the other's config.json ties
     it to the embedding, and the bits are the same.
     """
-    with _failures():
+    with failures():
         a, b = (_open(path, **published) for path in (first, second))
         found = list(differences(a, b, progress=_progress()))
     if found:
-        _fail("\n".join(("the checkpoints differ:", *found)), DIFFERENT)
+        fail("\n".join(("the checkpoints differ:", *found)), DIFFERENT)
     nbytes = sum(tensor.nbytes for tensor in a.tensors.values())
     click.echo(f"All {len(a.tensors)} tensors ({format_bytes(nbytes)}) are bit-identical.")
 
@@ -207,28 +190,6 @@ def _write_published(source: Source, target: Path, pattern_dict: Path | None) ->
 def _require_directory(target: Path) -> None:
     if target.suffix == ".safetensors":
         raise ValueError(f"{target}: is a name for a file; expected that of a new directory")
-
-
-@contextlib.contextmanager
-def _failures(target: Path | None = None) -> Iterator[None]:
-    """Ends the command with one line, not a traceback, for what can go wrong with files."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:  # one of ours, raised before anything was written
-            _fail(str(error), FAILED)
-        where = f"{error.filename}: " if error.filename else ""
-        _fail(f"{where}{error.strerror}{_what_is_left(target)}", FAILED)
-    except (ValueError, ImportError, RuntimeError) as error:
-        _fail(f"{error}{_what_is_left(target)}", FAILED)
-    except KeyboardInterrupt:
-        _fail(f"interrupted{_what_is_left(target)}", INTERRUPTED)
-
-
-def _what_is_left(target: Path | None) -> str:
-    if target is None or not (target / JOURNAL).exists():
-        return ""
-    return f"\n{target} is not complete; the same command goes on from there."
 
 
 def _progress() -> bool:

@@ -6,6 +6,9 @@ import click
 
 from df11_jax import _checkpoint_commands
 from df11_jax._cli import require
+from df11_jax._cli_errors import failures
+
+_SEED = click.IntRange(0, 2**32 - 1)  # what jax.random.key tells apart
 
 
 def _not_empty(context: click.Context, option: click.Parameter, value: str) -> str:
@@ -46,7 +49,9 @@ commands.add_command(_checkpoint_commands.verify)
     help="Bytes to generate.",
 )
 @click.option("--temperature", default=0.5, show_default=True, help="Of the text that is shown.")
-@click.option("--seed", default=0, show_default=True, help="Of the random numbers for it.")
+@click.option(
+    "--seed", type=_SEED, default=0, show_default=True, help="Of the random numbers for it."
+)
 def demo(prompt: str, tokens: int, temperature: float, seed: int) -> None:
     """Generate text from a small model, with plain and with compressed weights, and compare.
 
@@ -68,7 +73,7 @@ def demo(prompt: str, tokens: int, temperature: float, seed: int) -> None:
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0: the likeliest.")
 @click.option("--top-k", type=int, help="Draw from the k likeliest tokens only.")
 @click.option("--top-p", type=float, help="Draw from the likeliest that have this probability.")
-@click.option("--seed", default=0, show_default=True, help="Of the random numbers.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the random numbers.")
 @click.option("--plain", is_flag=True, help="Do not compress the weights.")
 @click.option("--cast", is_flag=True, help="Round float32 and float16 weights to bfloat16.")
 def generate(
@@ -91,7 +96,7 @@ def generate(
     from df11_jax.models import Sampling
     from df11_jax.models._command import run_generate
 
-    with _checkpoint_commands._failures():
+    with failures():
         run_generate(
             model,
             prompt,
@@ -163,7 +168,7 @@ def fit(
     require("flax", "flax")
     from df11_jax._fit_command import run_fit
 
-    with _checkpoint_commands._failures():
+    with failures():
         run_fit(
             model, memory=memory, context=context, batch=batch, devices=devices, as_json=as_json
         )

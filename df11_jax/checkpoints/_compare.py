@@ -43,7 +43,7 @@ def differences(a: Source, b: Source, *, progress: bool = False) -> Iterator[str
     total = sum(a.tensors[name].nbytes for name, _ in pairs)
     with ProgressBar("verify", total, show=progress) as bar:
         for name_a, name_b in pairs:
-            difference = _first_difference(a.read(name_a), b.read(name_b))
+            difference = first_difference(a.read(name_a), b.read(name_b))
             if difference:
                 as_in_b = "" if name_a == name_b else f" ({name_b} in {b.path})"
                 yield f"{name_a}{as_in_b}{difference}"
@@ -80,8 +80,8 @@ def _tied_embedding(name: str, source: Source) -> str | None:
     return next((other for other in source.tensors if other.endswith("embed_tokens.weight")), None)
 
 
-def _first_difference(a: np.ndarray, b: np.ndarray) -> str:
-    """Where two arrays of the same shape and dtype differ, or nothing."""
+def first_difference(a: np.ndarray, b: np.ndarray) -> str:
+    """Where two arrays of the same shape and dtype differ, or nothing, in words."""
     bits = np.dtype(f"u{a.dtype.itemsize}")
     flat_a, flat_b = (np.ascontiguousarray(array).reshape(-1).view(bits) for array in (a, b))
     count, first = 0, -1

@@ -14,7 +14,7 @@ from df11_jax.models._memory import Memory, Programs, compile_programs, measure_
 from df11_jax.models._random import RandomSource
 from df11_jax.models._sampling import Sampling
 from df11_jax.models._source import Source, TensorInfo
-from df11_jax.models._text import Completion, TextModel, load
+from df11_jax.models._text import Completion, TextModel, load, read_directory
 
 __all__ = [
     "NO_TOKEN",
@@ -44,4 +44,5 @@ __all__ = [
     "prefill",
     "project",
     "read_config",
+    "read_directory",
 ]

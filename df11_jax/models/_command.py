@@ -10,7 +10,7 @@ from df11_jax import models
 from df11_jax._report import format_bytes
 from df11_jax.checkpoints import open_checkpoint
 from df11_jax.models._generate import check_prompts
-from df11_jax.models._text import read_directory
+from df11_jax.models._text import encode
 
 _EVERY = 4  # tokens between looks at the screen
 
@@ -39,9 +39,9 @@ def run_generate(
     Raises:
         OSError, ValueError: as `load` and `TextModel.generate`.
     """
-    config, tokenizer, stop = read_directory(path)
+    config, tokenizer, stop = models.read_directory(path)
     # Before the weights are read, which takes a while.
-    ids = tokenizer.encode(prompt).ids
+    (ids,) = encode(tokenizer, [prompt])
     check_prompts([ids], config, tokens)
     sampling = sampling.checked()
     params = models.load_params(

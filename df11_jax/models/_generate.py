@@ -181,9 +181,11 @@ def generate(
 
     Raises:
         ValueError: there are no prompts, or one is empty, has tokens that the model does not know,
-            or is too long for the cache; the message names it.
+            or is too long for the cache; a number makes no sense; the message names it.
     """
     sampling = (sampling or Sampling()).checked()
+    if every < 1:
+        raise ValueError(f"every is {every}, expected at least 1")
     length = check_prompts(prompts, config, tokens, length)
     longest = max(map(len, prompts))
     padded = np.zeros((len(prompts), padded_length(longest, tokens, length)), np.int32)
@@ -192,11 +194,12 @@ def generate(
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     keys = jax.random.split(jax.random.key(seed), len(prompts))
     stops = np.array(sorted(set(stop)), np.int32)
+    ends = {NO_TOKEN, *stop}
 
     generated: list[list[int]] = [[] for _ in prompts]
 
     def add(new: Int[np.ndarray, "batch some"]) -> None:
-        rows = [[int(t) for t in row if t != NO_TOKEN and t not in stops] for row in new]
+        rows = [[t for t in row if t not in ends] for row in new.tolist()]
         for row, more in zip(generated, rows, strict=True):
             row += more
         if callback is not None and any(rows):
@@ -231,7 +234,7 @@ def check_prompts(
     Raises:
         ValueError: as `generate`.
     """
-    if not prompts:
+    if not len(prompts):
         raise ValueError("prompts is empty: expected at least one prompt")
     if tokens < 1:
         raise ValueError(f"tokens is {tokens}, expected at least 1")

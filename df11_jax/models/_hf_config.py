@@ -8,6 +8,9 @@ from df11_jax.models._config import Config, Rope
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
+# Larger sizes are mistakes, which would take much time and memory to come to light.
+_MOST, _MOST_LAYERS = 2**24, 10_000
+
 # What transformers assumes where a file says nothing, which files of Gemma 3 do a lot.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"hidden_act": "silu", "max_position_embeddings": 2048},
@@ -54,11 +57,14 @@ def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config
         UnsupportedModelError: another architecture, or a variant that is not implemented.
         ValueError: a field is missing, or is not what it should be; the message names it.
     """
-    if fields.get("model_type") == "gemma3" and isinstance(fields.get("text_config"), Mapping):
-        outer = {"model_type": "gemma3_text"}
-        if "tie_word_embeddings" in fields:
-            outer["tie_word_embeddings"] = fields["tie_word_embeddings"]
-        fields = outer | dict(fields["text_config"])
+    if fields.get("model_type") == "gemma3":
+        text = fields.get("text_config")
+        if not isinstance(text, Mapping):
+            raise ValueError(f"{where}: text_config is {text!r:.80}, expected a JSON object")
+        # These are about the whole model, and transformers reads them there.
+        outer = ("quantization_config", "tie_word_embeddings")
+        whole = {name: fields[name] for name in outer if fields.get(name) is not None}
+        fields = {"model_type": "gemma3_text"} | dict(text) | whole
         where += ": text_config"
     family = fields.get("model_type")
     if family not in _DEFAULTS:
@@ -72,7 +78,8 @@ def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config
             raise UnsupportedModelError(f"{where}: {name} {f.get(name)!r:.80} is not supported")
 
     gemma = family == "gemma3_text"
-    dim, layers, heads = map(f.size, ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+    dim, heads = f.size("hidden_size"), f.size("num_attention_heads")
+    layers = f.size("num_hidden_layers", most=_MOST_LAYERS)
     head_dim = f.size("head_dim", dim // heads)
     kv_heads = f.size("num_key_value_heads", heads)
     if heads % kv_heads or head_dim % 2:
@@ -123,10 +130,10 @@ class _Fields:
     def get(self, name: str) -> Any:
         return self._fields.get(name)
 
-    def size(self, name: str, default: int | None = None) -> int:
+    def size(self, name: str, default: int | None = None, most: int = _MOST) -> int:
         value = self._fields.get(name, default)
-        if type(value) is not int or value < 1:
-            raise self.error(name, "a positive integer")
+        if type(value) is not int or not 1 <= value <= most:
+            raise self.error(name, f"an integer from 1 to {most}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:

@@ -2,7 +2,7 @@
 
 import collections
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
@@ -13,12 +13,13 @@ from jaxtyping import BFloat16
 from df11_jax._compress import MIN_SIZE
 from df11_jax._host_codec import available_threads
 from df11_jax._progress import ProgressBar
+from df11_jax.checkpoints._compare import first_difference
 from df11_jax.models import _table
 from df11_jax.models._config import Config
 from df11_jax.models._decoder import Params
 from df11_jax.models._leaves import CompressedLeaf, Leaf, PlainLeaf, transpose
 from df11_jax.models._source import Source, TensorInfo
-from df11_jax.models._weights import Slot, find_slots, nest
+from df11_jax.models._weights import Slot, find_slots, find_tied_head, nest
 
 _BFLOAT16 = np.dtype(jnp.bfloat16)
 
@@ -52,12 +53,14 @@ def load_params(
 
     Raises:
         ValueError: a tensor is missing, not known, not bfloat16, or of another shape than it
-            should have.
+            should have; or a tied head is not the embedding.
         RuntimeError: verification failed. All errors name the tensor.
     """
     slots = find_slots(source.tensors, config)
     for name, slot in slots.items():
         _check(name, slot, source.tensors[name], cast)
+    if head := find_tied_head(source.tensors, config):
+        _check_tied_head(head, source, slots, cast)
 
     leaves: dict[tuple[str, ...], Leaf] = {}
     for path, shape in {slot.path: _leaf_shape(slot, config) for slot in slots.values()}.items():
@@ -92,6 +95,18 @@ def _check(name: str, slot: Slot, info: TensorInfo, cast: bool) -> None:
     if info.dtype != "BF16" and not (cast and castable):
         hint = ": ask for cast=True (--cast) if rounding is acceptable" if castable else ""
         raise ValueError(f"{name}: expected BF16, got {info.dtype}{hint}")
+
+
+def _check_tied_head(head: str, source: Source, slots: Mapping[str, Slot], cast: bool) -> None:
+    """Versions of transformers disagree about a tied head that is not the embedding: refuse it."""
+    embedding, slot = next((name, slot) for name, slot in slots.items() if slot.is_table)
+    _check(head, slot, source.tensors[head], cast)
+    both = (source.read(name).astype(_BFLOAT16, copy=False) for name in (embedding, head))
+    if difference := first_difference(*both):
+        raise ValueError(
+            f"{head} is not {embedding}, although tie_word_embeddings says so: {difference}. Set "
+            "tie_word_embeddings to false in config.json if it is the head, else remove it"
+        )
 
 
 def _leaf_shape(slot: Slot, config: Config) -> tuple[int, ...]:

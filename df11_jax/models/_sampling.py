@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 
@@ -37,10 +38,11 @@ class Sampling:
             raise ValueError(f"top_k is {self.top_k}, expected 1 or more, or None")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, expected more than 0 and at most 1, or None")
-        if not self.temperature:
+        # Float32 has no smaller one to divide by.
+        if self.temperature is None or self.temperature < np.finfo(np.float32).tiny:
             return Sampling()
-        top_p = self.top_p if self.top_p is not None and self.top_p < 1 else None
-        return Sampling(self.temperature, self.top_k, top_p)
+        top_p = float(self.top_p) if self.top_p is not None and self.top_p < 1 else None
+        return Sampling(float(self.temperature), self.top_k, top_p)
 
 
 def choose(
@@ -55,7 +57,8 @@ def choose(
     """
     if sampling.temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
+    # At most 0, so that a low temperature makes no infinities of several.
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
     draw = jax.vmap(jax.random.categorical)
     if sampling.top_k is None and sampling.top_p is None:
         return draw(keys, logits).astype(jnp.int32)

@@ -74,12 +74,12 @@ class TextModel:
             What comes after each prompt.
 
         Raises:
-            ValueError: there are no prompts, or one is empty, or too long for the cache.
+            TypeError: `prompts` is a single text.
+            ValueError: there are no prompts, or one is empty, no Unicode text, or too long for the
+                cache.
         """
-        for i, prompt in enumerate(prompts):
-            if not prompt:
-                raise ValueError(f"prompts[{i}] is empty: expected some text")
-        texts = [_Text(self.tokenizer) for _ in prompts]
+        ids = encode(self.tokenizer, prompts)
+        texts = [_Text(self.tokenizer, row) for row in ids]
 
         def add(rows: list[list[int]]) -> None:
             new = [text.add(row) for text, row in zip(texts, rows, strict=True)]
@@ -88,7 +88,7 @@ class TextModel:
 
         tokens_of_each = _generate.generate(
             self.params,
-            [encoding.ids for encoding in self.tokenizer.encode_batch(list(prompts))],
+            ids,
             self.config,
             tokens=tokens,
             sampling=sampling,
@@ -98,7 +98,7 @@ class TextModel:
             every=every,
             callback=add,
         )
-        rest = [text.finish() for text in texts]
+        rest = [text.add([], last=True) for text in texts]
         if callback is not None and any(rest):
             callback(rest)
         return [
@@ -107,29 +107,41 @@ class TextModel:
 
 
 class _Text:
-    """A text that grows token by token; characters may take several."""
+    """A text that grows token by token; characters may take several.
 
-    def __init__(self, tokenizer: "tokenizers.Tokenizer") -> None:
-        from tokenizers.decoders import DecodeStream
+    What tokens stand for can depend on those before: some tokenizers drop the space in front of
+    the first. So new tokens are decoded together with those that were shown last, whose text is
+    then taken away. `tokenizers.decoders.DecodeStream` does that as well, but ends with an error
+    if bytes that are no UTF-8 change how bytes before them are decoded.
+    """
 
+    def __init__(self, tokenizer: "tokenizers.Tokenizer", prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._tokens: list[int] = []
+        self._before = list(prompt)
+        self._new: list[int] = []
         self.shown = ""
 
-    def add(self, tokens: list[int]) -> str:
-        """The characters that are complete with these tokens."""
-        self._tokens += tokens
-        new = "".join(self._stream.step(self._tokenizer, token) or "" for token in tokens)
+    def add(self, tokens: list[int], *, last: bool = False) -> str:
+        """The characters that are complete with these tokens.
+
+        Args:
+            tokens: the next ones.
+            last: nothing comes after them; what is incomplete is shown as replacement characters.
+        """
+        self._new += tokens
+        if not self._new:
+            return ""
+        before = self._decode(self._before)
+        new = self._decode(self._before + self._new)[len(before) :]
+        if new.endswith("\N{REPLACEMENT CHARACTER}") and not last:
+            return ""
+        # They begin where a character does.
+        self._before, self._new = self._new, []
         self.shown += new
         return new
 
-    def finish(self) -> str:
-        """What is left, with replacement characters for what is incomplete."""
-        text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
-        rest = text.removeprefix(self.shown) if text.startswith(self.shown) else ""
-        self.shown += rest
-        return rest
+    def _decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def load(
@@ -164,7 +176,7 @@ def load(
         ValueError: a tensor is missing, not bfloat16, or of another shape than `config.json` says;
             or a file is damaged.
     """
-    config, tokenizer, stop = read_directory(Path(path))
+    config, tokenizer, stop = read_directory(path)
     params = load_params(
         open_checkpoint(path),
         config,
@@ -177,8 +189,10 @@ def load(
     return TextModel(params, config, tokenizer, stop)
 
 
-def read_directory(path: Path) -> tuple[Config, "tokenizers.Tokenizer", tuple[int, ...]]:
-    """All of a model but its weights.
+def read_directory(
+    path: str | os.PathLike[str],
+) -> tuple[Config, "tokenizers.Tokenizer", tuple[int, ...]]:
+    """All of a model but its weights, from a Hugging Face directory.
 
     Args:
         path: of the directory.
@@ -187,28 +201,53 @@ def read_directory(path: Path) -> tuple[Config, "tokenizers.Tokenizer", tuple[in
         Configuration, tokenizer and stop tokens.
 
     Raises:
-        OSError, ValueError: as `load`.
+        FileNotFoundError: a file is missing.
+        UnsupportedModelError: another architecture, or a variant that is not implemented.
+        ValueError: a file is damaged.
     """
     import tokenizers
 
+    path = Path(path)
     fields = read_json(path / CONFIG)
     config = read_config(fields, str(path / CONFIG))
     file = path / "tokenizer.json"
     if not file.exists():
         raise FileNotFoundError(f"{file}: is missing; it says which texts tokens stand for")
-    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers has no class of its own for it
+        raise ValueError(f"{file}: cannot be read as a tokenizer ({error})") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return config, tokenizer, _stop_tokens(path, fields)
 
 
+def encode(tokenizer: "tokenizers.Tokenizer", prompts: Sequence[str]) -> list[list[int]]:
+    """The tokens of texts, with special ones in front of them as the tokenizer has it.
+
+    Raises:
+        TypeError, ValueError: as `TextModel.generate`.
+    """
+    if isinstance(prompts, str):
+        raise TypeError("prompts is a single text, expected a list of texts")
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompts[{i}] is empty: expected some text")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"prompts[{i}] is no Unicode text: {error}") from None
+    return [encoding.ids for encoding in tokenizer.encode_batch(list(prompts))]
+
+
 def _stop_tokens(path: Path, fields: dict[str, Any]) -> tuple[int, ...]:
     """Tokens that end a text: as `generation_config.json` says, or else the configuration."""
-    generation = path / "generation_config.json"
-    stop = read_json(generation).get("eos_token_id") if generation.exists() else None
-    if stop is None:
-        stop = fields.get("eos_token_id", fields.get("text_config", {}).get("eos_token_id"))
-    tokens = stop if isinstance(stop, list) else [] if stop is None else [stop]
-    if not all(type(token) is int for token in tokens):
+    file = path / "generation_config.json"
+    generation = read_json(file) if file.exists() else {}
+    inner = fields.get("text_config") if fields.get("model_type") == "gemma3" else None
+    said = (object_.get("eos_token_id") for object_ in (generation, fields, inner or {}))
+    stop: Any = next((tokens for tokens in said if tokens is not None), [])
+    tokens = stop if isinstance(stop, list) else [stop]
+    if not all(type(token) is int and 0 <= token < 2**31 for token in tokens):
         raise ValueError(f"{path}: eos_token_id is {stop!r:.80}, expected one or several tokens")
     return tuple(tokens)

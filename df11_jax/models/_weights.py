@@ -13,6 +13,10 @@ from df11_jax.models._config import Config
 # The last part of a parameter's path, and what Hugging Face calls it.
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
+# Multimodal checkpoints have more in front of the names.
+_EMBEDDING = re.compile(r"(.*\.)?embed_tokens\.weight")
+_HEAD = re.compile(r"(.*\.)?lm_head\.weight")
+
 # Tensors that text generation has no use for: buffers that are computed, and images' parts.
 _IGNORED = re.compile(
     r"(.*\.)?(rotary_emb\.inv_freq|embed_scale)"
@@ -82,8 +86,8 @@ def find_slots(names: Iterable[str], config: Config) -> dict[str, Slot]:
         ValueError: tensors are missing, or there are some that the decoder has no place for.
     """
     names = set(names)
-    embedding = _find(r"(.*\.)?embed_tokens\.weight", names, "model.embed_tokens.weight")
-    head = _find(r"(.*\.)?lm_head\.weight", names, "lm_head.weight")
+    embedding = min(filter(_EMBEDDING.fullmatch, names), default="model.embed_tokens.weight")
+    head = min(filter(_HEAD.fullmatch, names), default="lm_head.weight")
     slots = make_slots(config, embedding.removesuffix("embed_tokens.weight"), head)
     if missing := [name for name in slots if name not in names]:
         raise ValueError(_some("tensors are missing", missing, config))
@@ -94,9 +98,9 @@ def find_slots(names: Iterable[str], config: Config) -> dict[str, Slot]:
     return slots
 
 
-def _find(pattern: str, names: set[str], default: str) -> str:
-    """The name that matches; multimodal checkpoints have more in front of it."""
-    return min((name for name in names if re.fullmatch(pattern, name)), default=default)
+def find_tied_head(names: Iterable[str], config: Config) -> str | None:
+    """The output head that a checkpoint has although it is tied to the embedding."""
+    return min(filter(_HEAD.fullmatch, names), default=None) if config.tied else None
 
 
 def _some(what: str, names: list[str], config: Config) -> str:

@@ -50,8 +50,8 @@ GREEDY, DRAWN = models.Sampling(), models.Sampling(0.8, top_k=50, top_p=0.9)
 
 @pytest.mark.parametrize(
     ("family", "dtype", "batch", "sampling"),
-    [(family, BF16, 3, DRAWN) for family in families.CONFIGS]
-    + [(family, BF16, 1, GREEDY) for family in ("llama", "gemma3_text")]
+    [(family, BF16, 3, GREEDY) for family in families.CONFIGS]
+    + [(family, BF16, 1, DRAWN) for family in ("llama", "gemma3_text")]
     + [(family, F32, 2, GREEDY) for family in ("llama-biases", "gemma3_text")],
 )
 def test_same_bits_as_with_plain_weights(family, dtype, batch, sampling):
@@ -206,6 +206,9 @@ def test_draws_have_the_probabilities_of_the_logits():
         # Of the two that are left, the first has 0.625.
         (models.Sampling(1.0, top_k=2, top_p=0.6), [0]),
         (models.Sampling(1e-3), [0]),
+        (models.Sampling(1e-37), [0]),
+        (models.Sampling(1e-40, top_k=3), [0]),
+        (models.Sampling(1.0, top_p=1e-40), [0]),
         (models.Sampling(0, top_k=2), [0]),
         (models.Sampling(), [0]),
     ],
@@ -213,18 +216,26 @@ def test_draws_have_the_probabilities_of_the_logits():
 def test_what_can_be_drawn(sampling, kept):
     p = np.array([0.5, 0.3, 0.15, 0.05])
     order = [2, 0, 3, 1]  # tokens are not in the order of their probabilities
-    found = draws(np.log(p[np.argsort(order)]), sampling)
+    found = draws(np.log(p[np.argsort(order)]) + 40, sampling)
     assert sorted(np.flatnonzero(found)) == sorted(order[i] for i in kept)
 
 
-def test_temperature_costs_no_compilation(llama):
+def test_other_numbers_cost_no_compilation():
+    run = jax.jit(choose)
+    keys = jax.random.split(jax.random.key(0), 1)
+    for number in (0.5, 0.9, 1, np.float64(0.3)):
+        sampling = models.Sampling(number, top_k=3, top_p=number if number < 1 else 0.5)
+        run(jnp.zeros((1, 5)), sampling.checked(), keys)
+    assert run._cache_size() == 1
+
+
+def test_lengths_of_the_same_bucket_cost_no_compilation(llama):
     params, config = llama
-    for temperature in (0.5, 0.9):
-        sampling = models.Sampling(temperature, top_p=temperature)
-        models.generate(params, [[1]], config, tokens=3, sampling=sampling)
-        if temperature == 0.5:
-            programs = models.decode._cache_size()
-    assert models.decode._cache_size() == programs
+    programs = []
+    for prompt, tokens in ((1, 9), (37, 20), (64, 65)):
+        models.generate(params, [[1] * prompt], config, tokens=tokens)
+        programs.append((models.prefill._cache_size(), models.decode._cache_size()))
+    assert len(set(programs)) == 1
 
 
 # Embedding and output head in pieces.
@@ -262,6 +273,7 @@ def test_tables_in_pieces(monkeypatch, tokens, piece):
         ([[1, 300]], {}, r"prompts\[0\] has tokens from 1 to 300, expected 0 to 299"),
         ([[-1]], {}, r"prompts\[0\] has tokens from -1"),
         ([[1]], {"tokens": 0}, "tokens is 0"),
+        ([[1]], {"every": 0}, "every is 0"),
         (
             [[1], [1] * 20],
             {"length": 28},

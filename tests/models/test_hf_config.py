@@ -1,59 +1,82 @@
 """What is read from `config.json`, and what is refused."""
 
+import copy
+import importlib.util
+import json
 import math
 
 import families
 import numpy as np
 import pytest
+from known_configs import KNOWN
 
 from df11_jax.models import Rope, UnsupportedModelError, read_config
 from df11_jax.models._rope import frequencies
+from df11_jax.models._weights import make_slots
 
 LLAMA = families.CONFIGS["llama"]
 
-# As the files of well-known models have it, without what is of no interest here.
-GEMMA_3_4B = {
-    "model_type": "gemma3",
-    "eos_token_id": [1, 106],
-    "text_config": {
-        "hidden_size": 2560,
-        "intermediate_size": 10240,
-        "model_type": "gemma3_text",
-        "num_hidden_layers": 34,
-        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
-        "sliding_window": 1024,
-    },
-    "vision_config": {"hidden_size": 1152},
+# How many billions of parameters there are, and of how many of the layers the window slides.
+SIZES = {
+    "Llama-3-8B": (8.030, 0),
+    "Llama-3.1-8B": (8.030, 0),
+    "Llama-3.2-1B": (1.236, 0),
+    "Llama-3.2-3B": (3.213, 0),
+    "Qwen2.5-0.5B": (0.494, 0),
+    "Qwen2.5-7B": (7.616, 0),
+    "Qwen3-0.6B": (0.596, 0),
+    "Qwen3-8B": (8.191, 0),
+    "gemma-3-270m": (0.268, 15),
+    "gemma-3-1b": (1.000, 22),
+    "gemma-3-4b": (3.880, 29),
+    "gemma-3-12b": (11.766, 40),
+    "gemma-3-27b": (27.009, 52),
 }
-LLAMA_3_2_1B = {
-    "attention_bias": False,
-    "head_dim": 64,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "max_position_embeddings": 131072,
-    "mlp_bias": False,
-    "model_type": "llama",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 16,
-    "num_key_value_heads": 8,
-    "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": {
-        "factor": 32.0,
-        "high_freq_factor": 4.0,
-        "low_freq_factor": 1.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": True,
-    "vocab_size": 128256,
-}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_models(name):
+    config = read_config(KNOWN[name])
+    parameters = sum(math.prod(slot.shape) for slot in make_slots(config).values())
+    assert (round(parameters / 1e9, 3), sum(config.sliding)) == SIZES[name]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None,
+    reason="needs transformers and torch: pip install 'df11_jax[test-hf]'",
+)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_models_are_what_transformers_takes_them_for(name, tmp_path):
+    import transformers
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    theirs = transformers.AutoConfig.for_model(**copy.deepcopy(KNOWN[name]))
+    config, text = read_config(KNOWN[name]), theirs.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    assert (config.head_dim, config.vocab) == (head_dim, text.vocab_size)
+    assert (config.heads, config.kv_heads) == (text.num_attention_heads, text.num_key_value_heads)
+    assert (config.max_length, config.norm_eps) == (text.max_position_embeddings, text.rms_norm_eps)
+    assert config.tied == theirs.tie_word_embeddings
+    assert config.attention_scale == getattr(text, "query_pre_attn_scalar", head_dim) ** -0.5
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * config.layers
+    assert config.sliding == tuple(kind == "sliding_attention" for kind in kinds)
+    assert config.window == (text.sliding_window if any(config.sliding) else 0)
+    for kind, rope in (("full_attention", config.rope), ("sliding_attention", config.local_rope)):
+        nested = kind in text.rope_parameters
+        fields = text.rope_parameters[kind] if nested else text.rope_parameters
+        turning = frequencies(Rope(fields["rope_theta"]), head_dim)
+        if fields["rope_type"] != "default":
+            scale = ROPE_INIT_FUNCTIONS[fields["rope_type"]]
+            turning = scale(text, "cpu", layer_type=kind if nested else None)[0]
+        np.testing.assert_allclose(frequencies(rope, head_dim), turning, rtol=1e-5)
+    # As it writes them itself, in its own new way, and without what is the default.
+    theirs.save_pretrained(tmp_path)
+    assert read_config(json.loads((tmp_path / "config.json").read_text())) == config
 
 
 def test_llama_3_2():
-    config = read_config(LLAMA_3_2_1B)
+    config = read_config(KNOWN["Llama-3.2-1B"])
     assert (config.dim, config.hidden, config.layers, config.vocab) == (2048, 8192, 16, 128256)
     assert (config.heads, config.kv_heads, config.head_dim) == (32, 8, 64)
     assert config.rope == Rope(500_000.0, "llama3", 32.0, 1.0, 4.0, 8192)
@@ -62,7 +85,7 @@ def test_llama_3_2():
 
 
 def test_gemma_3_files_say_little():
-    config = read_config(GEMMA_3_4B)
+    config = read_config(KNOWN["gemma-3-4b"])
     assert (config.heads, config.kv_heads, config.head_dim) == (8, 4, 256)
     assert (config.vocab, config.window) == (262_208, 1024)
     assert [i for i in range(34) if not config.sliding[i]] == [5, 11, 17, 23, 29]
@@ -71,6 +94,16 @@ def test_gemma_3_files_say_little():
     assert config.tied and config.activation == "gelu_tanh" and config.attention_scale == 1 / 16
     assert config.embedding_scale == math.sqrt(2560)
     assert config.attention_softcap is None and config.logit_softcap is None
+
+
+def test_what_is_said_about_all_of_a_multimodal_model_holds_for_its_text():
+    outer = KNOWN["gemma-3-4b"]
+    assert not read_config(outer | {"tie_word_embeddings": False}).tied
+    inner = outer | {"text_config": outer["text_config"] | {"tie_word_embeddings": False}}
+    assert not read_config(inner).tied
+    assert read_config(inner | {"tie_word_embeddings": True}).tied
+    with pytest.raises(UnsupportedModelError, match="quantization_config"):
+        read_config(outer | {"quantization_config": {"quant_method": "bitsandbytes"}})
 
 
 def test_old_and_new_ways_to_say_the_same():
@@ -143,9 +176,11 @@ def test_refused_by_name(fields, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": None}, "hidden_size is missing, expected a positive integer"),
-        ({"hidden_size": "64"}, "hidden_size is '64', expected a positive integer"),
+        ({"hidden_size": None}, "hidden_size is missing, expected an integer from 1 to "),
+        ({"hidden_size": "64"}, "hidden_size is '64', expected an integer from 1 to "),
         ({"hidden_size": 0}, "hidden_size is 0"),
+        ({"hidden_size": 2**40}, "hidden_size is 1099511627776, expected an integer from 1 to "),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected an integer"),
         ({"num_hidden_layers": True}, "num_hidden_layers is True"),
         ({"rms_norm_eps": -1}, "rms_norm_eps is -1, expected a positive number"),
         ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf"),
@@ -153,6 +188,7 @@ def test_refused_by_name(fields, message):
         ({"num_key_value_heads": 3}, "num_attention_heads to be a multiple"),
         ({"head_dim": 15}, "head_dim to be even"),
         ({"layer_types": ["full_attention"]}, "layer_types .* expected a list of 3"),
+        ({"model_type": "gemma3"}, "text_config is None, expected a JSON object"),
         ({"rope_scaling": [1]}, r"rope_scaling is \[1\], expected a JSON object"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling: factor is missing"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "low_freq_factor is missing"),

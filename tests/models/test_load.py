@@ -117,10 +117,26 @@ def test_incompressible_and_small_leaves_stay_plain():
 
 
 def test_a_tied_head_in_the_file_is_left_out(tmp_path):
-    head = {"lm_head.weight": np.zeros((families.VOCAB, 64), jnp.bfloat16)}
-    tensors = tensors_of("qwen2") | head
+    tensors = tensors_of("qwen2")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     path = families.write_directory(tmp_path / "m", families.CONFIGS["qwen2"], tensors)
     assert "lm_head" not in models.load(path).params
+
+
+def test_a_tied_head_that_is_not_the_embedding(tmp_path):
+    tensors = tensors_of("qwen2")
+    head = tensors["model.embed_tokens.weight"].copy()
+    head[7, 3] = 1
+    path = families.write_directory(
+        tmp_path / "m", families.CONFIGS["qwen2"], tensors | {"lm_head.weight": head}
+    )
+    message = r"lm_head\.weight is not model\.embed_tokens\.weight.*\[7, 3\].*tie_word_embeddings"
+    with pytest.raises(ValueError, match=message):
+        models.load(path)
+    fields = families.CONFIGS["qwen2"] | {"tie_word_embeddings": False}
+    (path / "config.json").write_text(json.dumps(fields))
+    rows = np.asarray(df11_jax.decompress_params(models.load(path).params)["lm_head"])
+    assert_same_bits(rows.reshape(-1, 64)[: families.VOCAB], head)
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (4, 5), (130, 70), (132, 7), (1, 9), (68, 1)])
@@ -181,7 +197,7 @@ print(peak[0] - before, size_report(params).nbytes, size_report(params).nbytes_b
 @pytest.mark.parametrize("how", ["compress", "plain"])
 def test_memory_on_the_host_is_that_of_the_result(how):
     result = subprocess.run(
-        [sys.executable, "-c", _MEASURE, how], capture_output=True, text=True, timeout=600
+        [sys.executable, "-P", "-c", _MEASURE, how], capture_output=True, text=True, timeout=600
     )
     assert result.returncode == 0, result.stderr
     peak, nbytes, plain = map(int, result.stdout.split())
@@ -227,6 +243,13 @@ def test_tensors_that_do_not_fit(tmp_path, change, message):
         models.load(write(tmp_path / "m", tensors))
 
 
+def test_the_largest_sizes(tmp_path):
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+    fields = dict.fromkeys(names, 2**24) | {"num_key_value_heads": 1, "head_dim": 128}
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight: expected shape \[16777216, 16"):
+        models.load(write(tmp_path / "m", tensors_of("llama"), **fields))
+
+
 def test_many_missing_tensors_are_not_all_listed(tmp_path):
     path = write(tmp_path / "m", tensors_of("llama"), num_hidden_layers=4)
     with pytest.raises(ValueError, match=r"model\.layers\.3\..* and 6 more$"):
@@ -259,10 +282,39 @@ def test_files_that_are_not_what_they_should_be(directory, tmp_path, content):
         models.load(path)
 
 
-def test_generation_config_says_what_ends_a_text(tmp_path):
+def test_a_damaged_tokenizer(tmp_path):
     path = write(tmp_path / "m", tensors_of("llama"))
-    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))
-    assert models.load(path).stop == (3, 4)
-    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": "x"}))
-    with pytest.raises(ValueError, match="eos_token_id is 'x'"):
+    (path / "tokenizer.json").write_text('{"version": 1}')
+    with pytest.raises(ValueError, match=r"tokenizer\.json: cannot be read as a tokenizer"):
+        models.load(path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "generation", "stop"),
+    [
+        ({"eos_token_id": 5}, {"eos_token_id": [3, 4]}, (3, 4)),
+        ({"eos_token_id": 5}, {}, (5,)),
+        ({"eos_token_id": None}, {"eos_token_id": None}, ()),
+        ({"eos_token_id": 5, "text_config": None}, None, (5,)),
+    ],
+)
+def test_what_ends_a_text(tmp_path, fields, generation, stop):
+    path = write(tmp_path / "m", {}, **fields)
+    if generation is not None:
+        (path / "generation_config.json").write_text(json.dumps(generation))
+    assert models.read_directory(path)[2] == stop
+
+
+def test_what_ends_a_text_of_multimodal_models(tmp_path):
+    text = families.CONFIGS["gemma3_text"] | {"eos_token_id": 6}
+    for outer in ({}, {"eos_token_id": None}, {"eos_token_id": [6]}):
+        fields = {"model_type": "gemma3", "text_config": text} | outer
+        path = families.write_directory(tmp_path / str(outer), fields, {})
+        assert models.read_directory(path)[2] == (6,)
+
+
+@pytest.mark.parametrize("stop", ["x", 1.5, True, -1, 2**40, [1, None]])
+def test_what_cannot_end_a_text(tmp_path, stop):
+    path = write(tmp_path / "m", {}, eos_token_id=stop)
+    with pytest.raises(ValueError, match=r"eos_token_id is .*, expected one or several tokens"):
         models.load(path)

@@ -4,6 +4,7 @@ import families
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from click.testing import CliRunner
 
 from df11_jax import _commands, models
@@ -44,14 +45,63 @@ def test_callback_gets_the_text_in_parts(model, every):
     assert texts == [completion.text for completion in completions]
 
 
+def in_parts(tokenizer, tokens, prompt=()):
+    """What is shown after each token, and at the end."""
+    text = models._text._Text(tokenizer, prompt)
+    parts = [text.add([token]) for token in tokens]
+    parts.append(text.add([], last=True))
+    assert text.shown == "".join(parts)
+    return parts
+
+
 def test_characters_of_several_tokens_come_whole(model):
     text = "Grüße, 世界"
     ids = model.tokenizer.encode(text, add_special_tokens=False).ids
     assert len(ids) > len(text)
-    grown = models._text._Text(model.tokenizer)
-    parts = [grown.add([token]) for token in ids[:-1]]
-    assert "".join(parts) == "Grüße, 世"
-    assert grown.finish() == "\N{REPLACEMENT CHARACTER}"
+    shown = in_parts(model.tokenizer, ids[:-1])
+    assert [part for part in shown if part] == [*"Grüße, 世", "\N{REPLACEMENT CHARACTER}"]
+
+
+def sentencepiece_like(*decoders):
+    """A tokenizer with words that begin with a space, and bytes for all else."""
+    words = ("▁It", "▁is", "▁", "a")
+    vocab = {f"<0x{i:02X}>": i for i in range(256)} | {w: 256 + i for i, w in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges=[], byte_fallback=True))
+    d = tokenizers.decoders
+    tokenizer.decoder = d.Sequence(
+        [d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), *decoders]  # as Gemma has it
+    )
+    return tokenizer
+
+
+def test_spaces_in_front_of_tokens_are_kept_after_a_prompt():
+    tokenizer = sentencepiece_like(tokenizers.decoders.Strip(" ", 1, 0))  # as Llama 2 has it
+    it, is_ = 256, 257
+    assert tokenizer.decode([it, is_, is_]) == "It is is"
+    assert in_parts(tokenizer, [is_, is_], prompt=[it]) == [" is", " is", ""]
+    assert in_parts(tokenizer, [it, is_]) == ["It", " is", ""]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "parts"),
+    [
+        ("你好".encode(), ["", "", "你", "", "", "好", ""]),
+        (b"a\xe4\xbd", ["a", "", "", "��"]),
+        (b"\xff\xff", ["", "", "��"]),
+        # The decoder takes back a character whose bytes are followed by others that are none.
+        ([*"你".encode(), 0xFF, 259], ["", "", "你", "", "���a", ""]),
+        ([259, 10_000, 259], ["a", "", "a", ""]),  # not in the vocabulary
+    ],
+)
+def test_texts_of_bytes(tokens, parts):
+    assert in_parts(sentencepiece_like(), [259 if t == 97 else t for t in tokens]) == parts
+
+
+def test_texts_that_are_none(model):
+    with pytest.raises(TypeError, match="prompts is a single text"):
+        model.generate(PROMPT)
+    with pytest.raises(ValueError, match=r"prompts\[1\] is no Unicode text.*surrogates"):
+        model.generate(["a", "\udcff"])
 
 
 @pytest.mark.parametrize(
@@ -114,6 +164,8 @@ def test_weights_are_cast_on_request(directory, tmp_path):
         (("--tokens", "1"), "Missing option '--prompt'"),
         (("--prompt", "a", "--tokens", "0"), "0 is not in the range x>=1"),
         (("--prompt", "a", "--tokens", "1000"), "but the model was made for 512 positions"),
+        (("--prompt", "\udcff"), "is no Unicode text"),
+        (("--prompt", "a", "--seed", 2**64), "is not in the range"),
         (("--prompt", "a", "--temperature", "-1"), "temperature is -1"),
         (("--prompt", "a", "--temperature", "1", "--top-p", "2"), "top_p is 2"),
     ],
