@@ -8,6 +8,7 @@ from jax import export
 from payloads import random_weights
 
 from df11_jax import EXPORT_SAFETY_CHECKS, _cuda, _ffi, compress, decompress, published
+from df11_jax.doctor import machine
 
 BUILD = _cuda.Build((13, 0), ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)))
 
@@ -122,3 +123,11 @@ def test_falls_back_with_one_warning(layout, encoded, too_old_a_gpu):
         assert target not in lower_for_cuda(lambda a: decode(a), array)
         decode(array)
     assert _ffi.platforms() == ("cpu",)
+
+
+def test_doctor_says_what_to_do(too_old_a_gpu):
+    decoder, why, obstacle = machine.decoder_of("cuda")
+    assert decoder == "plain XLA operations"
+    assert why == obstacle.reason == _ffi.register("cuda").reason
+    assert obstacle.remedy
+    assert machine.decoder_of("tpu")[2] is None

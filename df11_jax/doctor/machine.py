@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import subprocess
-from typing import Any
 
 import jax
 import jax.extend
@@ -76,7 +75,7 @@ def list_backends() -> list[Backend]:
         devices = client.local_devices()
         kinds = [processor_name() if platform == "cpu" else d.device_kind for d in devices]
         is_default = any(device.platform == default for device in devices)
-        backends.append(Backend(platform, kinds, is_default, *_decoder(platform)))
+        backends.append(Backend(platform, kinds, is_default, *decoder_of(platform)))
     return backends
 
 
@@ -86,7 +85,8 @@ def local_devices(platform: str) -> list[jax.Device]:
     return list({device.device_kind: device for device in reversed(devices)}.values())
 
 
-def _decoder(platform: str) -> tuple[str, str, _cuda.Obstacle | None]:
+def decoder_of(platform: str) -> tuple[str, str, _cuda.Obstacle | None]:
+    """What decodes on a backend, why that, and why it is nothing that is compiled."""
     plain = "plain XLA operations"
     if platform not in ("cpu", "cuda"):
         return plain, "there is no compiled decoder for this platform", None
@@ -130,7 +130,7 @@ def _driver_from_smi() -> str | None:
     return result.stdout.split("\n")[0].strip() or None
 
 
-def environment() -> dict[str, Any]:
+def environment() -> dict[str, str]:
     """Variables that say which devices JAX may use."""
     names = ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES")
     return {name: os.environ[name] for name in names if name in os.environ}

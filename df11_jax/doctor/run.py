@@ -1,6 +1,7 @@
 """`df11-jax doctor`: what is looked at, and what is made of it."""
 
 import json
+import os
 import platform
 import sys
 import warnings
@@ -25,6 +26,8 @@ def run_doctor(*, as_json: bool) -> bool:
     Returns:
         Whether all that should work works.
     """
+    # Whoever has the GPU keeps its memory; JAX would take most of what is left.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     report = examine()
     if as_json:
         click.echo(json.dumps(report.as_json(), indent=2))
