@@ -19,8 +19,9 @@ def _not_empty(context: click.Context, option: click.Parameter, value: str) -> s
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Ends with status 0; 1 if what was compared differs; 2 if it was used wrongly, or files "
-    "cannot be read or written; 3 if a model does not fit; 130 if it was interrupted.",
+    epilog="Ends with status 0; 1 if what was compared differs, or what doctor looked at does not "
+    "work; 2 if it was used wrongly, or files cannot be read or written; 3 if a model does not fit; "
+    "130 if it was interrupted.",
 )
 @click.version_option(package_name="df11_jax")
 def commands() -> None:
@@ -188,3 +189,18 @@ def bench(quick: bool, max_weights: int | None, as_json: bool, plot: str | None)
     from df11_jax.bench.run import run_bench
 
     run_bench(quick=quick, max_weights=max_weights, as_json=as_json, plot=plot)
+
+
+@commands.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+def doctor(as_json: bool) -> None:
+    """Show what this machine can do, and what to do about what it cannot.
+
+    Versions, the devices of every backend of JAX, which decoder is used on each and why, whether
+    the CUDA library is there and loads, optional packages, and a self-test of every decoder: all
+    65,536 bit patterns, and weights from a normal distribution. A missing GPU is no error.
+    """
+    from df11_jax.doctor.run import run_doctor
+
+    if not run_doctor(as_json=as_json):
+        raise click.exceptions.Exit(1)

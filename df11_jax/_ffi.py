@@ -6,32 +6,35 @@ import warnings
 
 import jax
 
+from df11_jax import _cuda
+
 DECODE_TARGET = "df11_decode"
 PUBLISHED_DECODE_TARGET = "df11_published_decode"
 
 # Platform, as jax.lax.platform_dependent names it: (module with the handlers, name for XLA).
 _LIBRARIES = {
     "cpu": ("df11_jax._native", "cpu"),
-    "cuda": ("df11_jax._native_cuda", "CUDA"),
+    "cuda": (_cuda.MODULE, "CUDA"),
 }
 _registered: dict[str, frozenset[str]] = {}  # the targets of each platform
 
 
 @functools.cache
-def register(platform: str) -> str | None:
+def register(platform: str) -> _cuda.Obstacle | None:
     """Loads a platform's library and registers its handlers, once.
 
     Args:
         platform: "cpu" or "cuda".
 
     Returns:
-        None, or why there is no library for that platform.
+        None, or why nothing that is compiled can decode on that platform here. It is then as if
+        there were no library, for programs fall back only while they are lowered.
     """
+    obstacle = _find_obstacle(platform)
+    if obstacle is not None:
+        return obstacle
     module, xla_platform = _LIBRARIES[platform]
-    try:
-        handlers = importlib.import_module(module).handlers()
-    except ImportError as error:
-        return str(error)
+    handlers = importlib.import_module(module).handlers()
     for target, handler in handlers.items():
         jax.ffi.register_ffi_target(target, handler, platform=xla_platform)
     _registered[platform] = frozenset(handlers)
@@ -49,20 +52,37 @@ def platforms(target: str = DECODE_TARGET) -> tuple[str, ...]:
 
 @functools.cache
 def warn_if_slow() -> None:
-    """Warns, once, if the default device could have a compiled decoder but its library is missing.
+    """Warns, once, if devices here could have a compiled decoder, and it cannot be used.
 
-    Such a device uses the decoder in plain XLA operations instead: right, but much slower.
+    Such devices use the decoder in plain XLA operations instead: right, but much slower.
     """
-    backend = jax.default_backend()
-    platform = {"gpu": "cuda"}.get(backend, backend)
-    if backend == "gpu" and "rocm" in jax.devices()[0].client.platform_version.lower():
-        return
-    reason = register(platform) if platform in _LIBRARIES else None
-    if reason is not None:
-        warnings.warn(
-            f"df11_jax has no compiled decoder for {platform}, so weights are decompressed by "
-            f"plain XLA operations, which is much slower. Install df11_jax with its {platform} "
-            f"library ({_LIBRARIES[platform][0]}: {reason}).",
-            RuntimeWarning,
-            stacklevel=2,
+    for platform in _LIBRARIES:
+        obstacle = register(platform)
+        if obstacle is not None and _has_devices(platform):
+            warnings.warn(
+                f"On {platform.upper()}, df11_jax decompresses weights by plain XLA operations, "
+                f"which is much slower than its compiled decoder: {obstacle.reason}. "
+                "`df11-jax doctor` says what to do about it.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def _has_devices(platform: str) -> bool:
+    return platform == "cpu" or bool(_cuda.local_gpus())
+
+
+def _find_obstacle(platform: str) -> _cuda.Obstacle | None:
+    if platform == "cuda":
+        build = _cuda.load()
+        if isinstance(build, _cuda.Obstacle):
+            return build
+        return _cuda.find_obstacle(build, _cuda.driver_version(), _cuda.local_gpus())
+    try:
+        importlib.import_module(_LIBRARIES[platform][0])
+    except ImportError as error:
+        return _cuda.Obstacle(
+            f"its library does not load ({error})",
+            "Install df11_jax, for its source tree alone is not compiled: pip install .",
         )
+    return None

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from payloads import assert_same_bits, count_decodes, random_weights
 
-from df11_jax import EXPORT_SAFETY_CHECKS, _ffi, compress, decompress, decompress_params
+from df11_jax import EXPORT_SAFETY_CHECKS, compress, decompress, decompress_params
 from df11_jax._decode import decode_slices
 
 on_cpu = pytest.mark.skipif(
@@ -48,17 +48,6 @@ def test_under_a_trace_without_compiled_decoders(weights, stack, monkeypatch):
     monkeypatch.setattr("df11_jax._ffi.platforms", lambda: ())
     assert_same_bits(jax.jit(lambda a: decompress(a))(stack), weights)
     assert count_decodes(jax.jit(lambda a: decompress(a)), stack) == 0
-
-
-@pytest.mark.parametrize("backend", ["gpu", "tpu"])
-def test_warns_once_if_the_library_for_cuda_is_missing(backend, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(_ffi, "register", {"cpu": None, "cuda": "no such module"}.get)
-    _ffi.warn_if_slow.cache_clear()
-    if backend == "gpu":
-        with pytest.warns(RuntimeWarning, match=r"no compiled decoder for cuda.*no such module"):
-            _ffi.warn_if_slow()
-    _ffi.warn_if_slow()
 
 
 def test_scan_over_the_stack(weights, stack):

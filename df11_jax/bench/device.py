@@ -29,7 +29,7 @@ def describe_device() -> dict[str, Any]:
     device, platform = jax.devices()[0], jax.default_backend()
     compiled = {"gpu": "cuda"}.get(platform, platform) in _ffi.platforms()
     found: dict[str, Any] = {
-        "name": _processor() if platform == "cpu" else device.device_kind,
+        "name": processor_name() if platform == "cpu" else device.device_kind,
         "platform": platform,
         "decoder": "compiled" if compiled else "plain XLA operations",
     }
@@ -95,7 +95,8 @@ def _number(value: str) -> float | str:
         return value
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """What the processor calls itself."""
     try:
         with open("/proc/cpuinfo") as file:
             names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]

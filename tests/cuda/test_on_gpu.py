@@ -184,6 +184,17 @@ def test_bench():
     assert report["scan"]["blocks"] == 8
 
 
+def test_doctor():
+    result = CliRunner().invoke(_commands.commands, ["doctor", "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    (gpu,) = (backend for backend in found["backends"] if backend["platform"] == "cuda")
+    assert gpu["decoder"] == "compiled, CUDA"
+    tested = {(test["platform"], test["decoder"], test["layout"]) for test in found["self_tests"]}
+    assert {("cuda", "CUDA", layout) for layout in ("native", "published")} < tested
+    assert all(test["error"] is None for test in found["self_tests"])
+
+
 @pytest.mark.parametrize("tool", ["", "memcheck", "racecheck", "initcheck", "synccheck"])
 @pytest.mark.parametrize(
     ("driver", "source"), [("kernel_test", "decode"), ("published_kernel_test", "published")]

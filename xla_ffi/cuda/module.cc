@@ -2,10 +2,12 @@
 // that XLA may capture it in a CUDA graph.
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/vector.h>
 
 #include <string_view>
 #include <vector>
 
+#include "cuda/build_info.h"
 #include "cuda/decode.h"
 #include "cuda/published.h"
 #include "operands.h"
@@ -78,4 +80,7 @@ NB_MODULE(_native_cuda, m) {
         nb::capsule(reinterpret_cast<void*>(df11::kDecodePublishedCuda));
     return handlers;
   });
+  const df11::CudaBuild build = df11::cuda_build();
+  m.attr("cuda_version") = build.version;
+  m.attr("architectures") = build.architectures;
 }

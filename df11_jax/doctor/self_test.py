@@ -1,0 +1,200 @@
+"""The self-test: every decoder on a device gives back what was encoded, bit for bit."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jaxtyping import UInt16
+
+from df11_jax import _ffi, _host_codec, _layout, _xla_decoder, published
+from df11_jax._array import DF11Array
+from df11_jax._decode import decompress
+from df11_jax.published import _xla_decoder as _published_xla_decoder
+
+PLAIN = "plain XLA"
+
+_PATTERNS = 65536
+_LEAST_OF_PUBLISHED = 0xF0  # the exponents that the published layout does not hold begin here
+
+Bits = UInt16[np.ndarray, "..."]
+Decode = Callable[[Any], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a decoder did with one layout.
+
+    Attributes:
+        platform: of the device; "host" for the encoders.
+        device: its kind.
+        decoder: "AVX-512", "CUDA", "plain XLA", ...
+        layout: "native" or "published".
+        weights: how many were compared.
+        seconds: that it took, with compilation.
+        error: None if every bit came back.
+    """
+
+    platform: str
+    device: str
+    decoder: str
+    layout: str
+    weights: int
+    seconds: float
+    error: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Weights, and what they are in one layout, encoded on the host."""
+
+    layout: str
+    bits: Bits
+    encoded: Any
+
+
+def encode_samples() -> tuple[list[Sample], list[Outcome]]:
+    """Encodes weights in both layouts.
+
+    Returns:
+        What could be encoded, and how it went.
+    """
+    samples, outcomes = [], []
+    for layout, bits, encode in (
+        ("native", _native_bits(), _encode_native),
+        ("published", _published_bits(), _encode_published),
+    ):
+        start, error = time.perf_counter(), None
+        try:
+            samples.append(Sample(layout, bits, encode(bits)))
+        except Exception as problem:  # whatever it is, the report is to say it
+            error = _message(problem)
+        seconds = time.perf_counter() - start
+        outcomes.append(Outcome("host", "host", "encoder", layout, bits.size, seconds, error))
+    return samples, outcomes
+
+
+def check_device(device: jax.Device, platform: str, samples: list[Sample]) -> Iterator[Outcome]:
+    """Decodes samples on a device, with every decoder that it has.
+
+    Args:
+        device: to decode on.
+        platform: its platform, as JAX's backends are called.
+        samples: what to decode.
+
+    Yields:
+        How it went.
+    """
+    for sample in samples:
+        for decoder, decode, context in _decoders(platform, sample.layout):
+            start, error = time.perf_counter(), None
+            try:
+                with context, jax.default_device(device):
+                    decoded = decode(jax.device_put(sample.encoded, device))
+                    error = _difference(np.asarray(decoded).view(np.uint16), sample.bits)
+            except Exception as problem:  # XLA's, above all
+                error = _message(problem)
+            seconds = time.perf_counter() - start
+            kind = device.device_kind
+            yield Outcome(platform, kind, decoder, sample.layout, sample.bits.size, seconds, error)
+
+
+def _decoders(
+    platform: str, layout: str
+) -> Iterator[tuple[str, Decode, contextlib.AbstractContextManager[None]]]:
+    """Name of each decoder, how to call it, and in which context."""
+    if layout == "native":
+        compiled, plain = jax.jit(decompress), jax.jit(_decode_native_plainly)
+    else:
+        compiled, plain = jax.jit(_decode_published), jax.jit(_decode_published_plainly)
+    if platform == "cpu" and _ffi.register("cpu") is None:
+        # All of them, for other processors have less than the best one here.
+        for level in _host_codec.native_library().simd_levels():
+            yield simd_name(level), compiled, _use_simd(level)
+    elif platform == "cuda" and _ffi.register("cuda") is None:
+        yield "CUDA", compiled, contextlib.nullcontext()
+    yield PLAIN, plain, contextlib.nullcontext()
+
+
+def simd_name(level: str) -> str:
+    """An instruction set, as people write it."""
+    return {"avx512": "AVX-512", "avx2": "AVX2"}.get(level, level)
+
+
+@contextlib.contextmanager
+def _use_simd(level: str) -> Iterator[None]:
+    native = _host_codec.native_library()
+    native.use_simd(level)
+    try:
+        yield
+    finally:
+        native.use_simd(native.simd_levels()[-1])
+
+
+def _native_bits() -> Bits:
+    """A stack of two slices: of common weights alone, and with every bit pattern among them."""
+    normal = _normal(2 * 257 * 511).reshape(2, -1)
+    normal[1, :_PATTERNS] = np.arange(_PATTERNS)
+    np.random.default_rng(1).shuffle(normal[1])
+    return normal.reshape(2, 257, 511)
+
+
+def _published_bits() -> Bits:
+    """Every bit pattern that the layout holds, and few enough weights beside them.
+
+    With more, the code would get longer than the layout allows.
+    """
+    patterns = np.arange(_PATTERNS, dtype=np.uint16)
+    patterns = patterns[(patterns >> 7 & 0xFF) < _LEAST_OF_PUBLISHED]
+    return np.random.default_rng(1).permutation(np.concatenate([patterns, _normal(5001)]))
+
+
+def _normal(size: int) -> UInt16[np.ndarray, " size"]:
+    values = 0.02 * np.random.default_rng(0).standard_normal(size)
+    return values.astype(ml_dtypes.bfloat16).view(np.uint16)
+
+
+def _encode_native(bits: Bits) -> DF11Array:
+    parts = _host_codec.encode(bits.view(ml_dtypes.bfloat16), "self-test", stack_axes=1)
+    payload: dict[str, Any] = dict(zip(_layout.PAYLOAD, parts, strict=True))
+    return DF11Array(**payload, slice_shape=bits.shape[1:])
+
+
+def _encode_published(bits: Bits) -> published.PublishedUnit:
+    return published.encode_unit({"self-test": bits.view(ml_dtypes.bfloat16)})
+
+
+def _decode_native_plainly(array: DF11Array) -> jax.Array:
+    index = jnp.arange(array.stack_shape[0], dtype=jnp.int32)
+    payload = (leaf[None] for leaf in array.payload)
+    return _xla_decoder.decode(index, *payload, slice_shape=array.slice_shape)
+
+
+def _decode_published(unit: published.PublishedUnit) -> jax.Array:
+    return published.decompress(unit)["self-test"]
+
+
+def _decode_published_plainly(unit: published.PublishedUnit) -> jax.Array:
+    return _published_xla_decoder.decode(*unit.arrays)
+
+
+def _difference(actual: Bits, expected: Bits) -> str | None:
+    if actual.shape != expected.shape:
+        return f"decoded to shape {actual.shape}, expected {expected.shape}"
+    wrong = np.argwhere(actual != expected)
+    if not len(wrong):
+        return None
+    at = tuple(map(int, wrong[0]))
+    return (
+        f"{len(wrong):,} of {expected.size:,} weights differ; the first is {at}: "
+        f"0x{actual[at]:04x}, expected 0x{expected[at]:04x}"
+    )
+
+
+def _message(problem: Exception) -> str:
+    return str(problem).strip() or type(problem).__name__
