@@ -371,7 +371,7 @@ class _Block:
                 source = lane - (b & 31)
                 valid = source >= most
             else:
-                source = least | (b & 31 & ~segment)
+                source = lane ^ b if step.name[2] == "bfly" else least | (b & 31 & ~segment)
                 valid = source <= most
             source = np.where(valid, source, lane)
             self.put(ops[0], lanes, value[source])

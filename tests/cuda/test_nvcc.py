@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
+ARCHITECTURES = ["75", "80", "86", "89", "90", "100", "120"]
 
 spec = importlib.util.spec_from_file_location("count_sass", ROOT / "tools" / "count_sass.py")
 count_sass = importlib.util.module_from_spec(spec)

@@ -221,6 +221,18 @@ __device__ inline uint32_t decode_record(const Assignment& work, const WarpState
                                  chunk.steps, lane);
 }
 
+// The sum over the lanes, in all of them.
+__device__ inline uint32_t sum_of_warp(uint32_t x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    x += __shfl_xor_sync(kAllLanes, x, distance);
+  }
+  return x;
+#else
+  return __reduce_add_sync(kAllLanes, x);
+#endif
+}
+
 // Decodes chunk `index`; false if it is corrupt.
 template <bool kChecksum>
 __device__ inline bool decode_chunk(const Assignment& work, int64_t index, WarpState& warp,
@@ -236,7 +248,7 @@ __device__ inline bool decode_chunk(const Assignment& work, int64_t index, WarpS
     for (uint32_t i = lane.number; i < warp.patches; i += kLanes) {
       sum += checksum_patch(__ldg(patches + i));
     }
-    sum = __reduce_add_sync(kAllLanes, sum) + checksum_chunk(index);
+    sum = sum_of_warp(sum) + checksum_chunk(index);
     if (sum != warp.checksum) return false;
   }
   __syncwarp();  // Patches come after all other stores.
