@@ -5,6 +5,7 @@ import importlib
 import warnings
 
 import jax
+from jax.extend.backend import backends
 
 DECODE_TARGET = "df11_decode"
 PUBLISHED_DECODE_TARGET = "df11_published_decode"
@@ -49,20 +50,18 @@ def platforms(target: str = DECODE_TARGET) -> tuple[str, ...]:
 
 @functools.cache
 def warn_if_slow() -> None:
-    """Warns, once, if the default device could have a compiled decoder but its library is missing.
+    """Warns, once, if a device could have a compiled decoder but its library is missing.
 
-    Such a device uses the decoder in plain XLA operations instead: right, but much slower.
+    Such a device uses the decoder in plain XLA operations instead: right, but much slower. It need
+    not be the default device: weights may be on a GPU beside a TPU.
     """
-    backend = jax.default_backend()
-    platform = {"gpu": "cuda"}.get(backend, backend)
-    if backend == "gpu" and "rocm" in jax.devices()[0].client.platform_version.lower():
-        return
-    reason = register(platform) if platform in _LIBRARIES else None
-    if reason is not None:
-        warnings.warn(
-            f"df11_jax has no compiled decoder for {platform}, so weights are decompressed by "
-            f"plain XLA operations, which is much slower. Install df11_jax with its {platform} "
-            f"library ({_LIBRARIES[platform][0]}: {reason}).",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    for platform in filter(backends().__contains__, _LIBRARIES):
+        reason = register(platform)
+        if reason is not None:
+            warnings.warn(
+                f"df11_jax has no compiled decoder for {platform}, so weights are decompressed "
+                f"there by plain XLA operations, which is much slower. Install df11_jax with its "
+                f"{platform} library ({_LIBRARIES[platform][0]}: {reason}).",
+                RuntimeWarning,
+                stacklevel=2,
+            )

@@ -50,12 +50,32 @@ def test_under_a_trace_without_compiled_decoders(weights, stack, monkeypatch):
     assert count_decodes(jax.jit(lambda a: decompress(a)), stack) == 0
 
 
-@pytest.mark.parametrize("backend", ["gpu", "tpu"])
-def test_warns_once_if_the_library_for_cuda_is_missing(backend, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+def test_eager_decoding_goes_by_where_the_arrays_are(weights, stack, monkeypatch, caplog):
+    # The platform of the default device may be another. Unlike any before, so that nothing of it
+    # is compiled already:
+    monkeypatch.setattr("df11_jax._ffi.platforms", lambda: ("cpu", "another"))
+    with jax.log_compiles():
+        assert_same_bits(decompress(stack), weights)
+    programs = [message for message in caplog.messages if message.startswith("Compiling")]
+    assert any("_decode_on_any_platform" in program for program in programs)
+    assert not any("platform_index" in program for program in programs)
+
+
+def test_eager_decoding_stays_on_its_device(weights, stack):
+    if len(jax.devices()) < 2:
+        pytest.skip("needs two devices")
+    second = jax.devices()[1]
+    out = decompress(jax.device_put(stack, second))
+    assert out.devices() == {second}
+    assert_same_bits(out, weights)
+
+
+@pytest.mark.parametrize("present", [("cuda", "cpu"), ("tpu", "cuda", "cpu"), ("tpu", "cpu")])
+def test_warns_once_if_the_library_for_cuda_is_missing(present, monkeypatch):
+    monkeypatch.setattr(_ffi, "backends", lambda: dict.fromkeys(present))
     monkeypatch.setattr(_ffi, "register", {"cpu": None, "cuda": "no such module"}.get)
     _ffi.warn_if_slow.cache_clear()
-    if backend == "gpu":
+    if "cuda" in present:
         with pytest.warns(RuntimeWarning, match=r"no compiled decoder for cuda.*no such module"):
             _ffi.warn_if_slow()
     _ffi.warn_if_slow()
