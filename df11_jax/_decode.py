@@ -172,6 +172,17 @@ def is_number(leaf: Any) -> bool:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _decode(tensors: _Tensors, index: Array, *payloads: Array) -> tuple[Array, ...]:
+    _ffi.warn_if_slow()
+    with jax.numpy_rank_promotion("allow"):  # whatever the user wants of their own code
+        return _decode_on_any_platform(tensors, _ffi.platforms(), index, *payloads)
+
+
+# Under jit even where the caller is not: platform_dependent would otherwise go by the default
+# device, and not by where the arrays are.
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _decode_on_any_platform(
+    tensors: _Tensors, platforms: tuple[str, ...], index: Array, *payloads: Array
+) -> tuple[Array, ...]:
     def xla(index: Array, *payloads: Array) -> tuple[Array, ...]:
         each = len(_layout.PAYLOAD)
         return tuple(
@@ -185,10 +196,8 @@ def _decode(tensors: _Tensors, index: Array, *payloads: Array) -> tuple[Array, .
         call = jax.ffi.ffi_call(_ffi.DECODE_TARGET, out, vmap_method="expand_dims")
         return call(index, *payloads, names="\n".join(tensors.names))
 
-    _ffi.warn_if_slow()
-    compiled = dict.fromkeys(_ffi.platforms(), ffi)
-    with jax.numpy_rank_promotion("allow"):  # whatever the user wants of their own code
-        return jax.lax.platform_dependent(index, *payloads, **compiled, default=xla)
+    compiled = dict.fromkeys(platforms, ffi)
+    return jax.lax.platform_dependent(index, *payloads, **compiled, default=xla)
 
 
 @functools.partial(_decode.defjvp, symbolic_zeros=True)

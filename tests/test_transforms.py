@@ -50,6 +50,26 @@ def test_under_a_trace_without_compiled_decoders(weights, stack, monkeypatch):
     assert count_decodes(jax.jit(lambda a: decompress(a)), stack) == 0
 
 
+def test_eager_decoding_goes_by_where_the_arrays_are(weights, stack, monkeypatch, caplog):
+    # The platform of the default device may be another. Unlike any before, so that nothing of it
+    # is compiled already:
+    monkeypatch.setattr("df11_jax._ffi.platforms", lambda: ("cpu", "another"))
+    with jax.log_compiles():
+        assert_same_bits(decompress(stack), weights)
+    programs = [message for message in caplog.messages if message.startswith("Compiling")]
+    assert not any("platform_index" in program for program in programs)
+    assert any("_decode_on_any_platform" in program for program in programs)
+
+
+def test_eager_decoding_stays_on_its_device(weights, stack):
+    if len(jax.devices()) < 2:
+        pytest.skip("needs two devices")
+    second = jax.devices()[1]
+    out = decompress(jax.device_put(stack, second))
+    assert out.devices() == {second}
+    assert_same_bits(out, weights)
+
+
 def test_scan_over_the_stack(weights, stack):
     _, out = jax.lax.scan(lambda carry, a: (carry, decompress(a)), None, stack)
     assert_same_bits(out, weights)

@@ -275,17 +275,27 @@ def _refuse_large_exponents(tensors: Mapping[str, np.ndarray]) -> None:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _decode(name: str, *arrays: Array) -> BFloat16[Array, " n"]:
+    _ffi.warn_if_slow()
+    platforms = _ffi.platforms(_ffi.PUBLISHED_DECODE_TARGET)
+    with jax.numpy_rank_promotion("allow"):  # whatever the user wants of their own code
+        return _decode_on_any_platform(name, platforms, *arrays)
+
+
+# Under jit even where the caller is not: platform_dependent would otherwise go by the default
+# device, and not by where the arrays are.
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _decode_on_any_platform(
+    name: str, platforms: tuple[str, ...], *arrays: Array
+) -> BFloat16[Array, " n"]:
     def ffi(*arrays: Array) -> BFloat16[Array, " n"]:
         # Not only the shape: in a shard_map, the type also says along which axes results differ.
         out = jax.eval_shape(_xla_decoder.decode, *arrays)
         call = jax.ffi.ffi_call(_ffi.PUBLISHED_DECODE_TARGET, out, vmap_method="sequential")
         return call(*arrays, name=name)
 
-    _ffi.warn_if_slow()
-    compiled = dict.fromkeys(_ffi.platforms(_ffi.PUBLISHED_DECODE_TARGET), ffi)
+    compiled = dict.fromkeys(platforms, ffi)
     default = _xla_decoder.decode if arrays[0].shape[0] <= _xla_decoder.MAX_SIZE else None
-    with jax.numpy_rank_promotion("allow"):  # whatever the user wants of their own code
-        return jax.lax.platform_dependent(*arrays, **compiled, default=default)
+    return jax.lax.platform_dependent(*arrays, **compiled, default=default)
 
 
 @functools.partial(_decode.defjvp, symbolic_zeros=True)

@@ -63,6 +63,16 @@ def assert_same_tensors(actual, expected):
         assert_same_bits(actual[name], tensor)
 
 
+def test_eager_decoding_goes_by_where_the_arrays_are(tensors, unit, monkeypatch, caplog):
+    # As in test_transforms.py. No other test has this list of platforms, so nothing is compiled.
+    monkeypatch.setattr("df11_jax._ffi.platforms", lambda target: ("cpu", "a third"))
+    with jax.log_compiles():
+        assert_same_tensors(decompress(unit), tensors)
+    programs = [message for message in caplog.messages if message.startswith("Compiling")]
+    assert not any("platform_index" in program for program in programs)
+    assert any("_decode_on_any_platform" in program for program in programs)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("name", CASES)
 def test_encodes_as_the_reference(name, threads):
