@@ -20,8 +20,8 @@ def _not_empty(context: click.Context, option: click.Parameter, value: str) -> s
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Ends with status 0; 1 if what was compared differs, or what doctor looked at does not "
-    "work; 2 if it was used wrongly, or files cannot be read or written; 3 if a model does not fit; "
-    "130 if it was interrupted.",
+    "work; 2 if it was used wrongly, or files cannot be read or written; 3 if a model does not "
+    "fit; 130 if it was interrupted.",
 )
 @click.version_option(package_name="df11_jax")
 def commands() -> None:
