@@ -13,12 +13,11 @@ from typing import Any
 import jax
 from flax import nnx
 
-from df11_jax._after import after
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._compress import MIN_SIZE, compress_params
 from df11_jax._decode import decompress
 
-__all__ = ["CompressedParam", "after", "compress"]
+__all__ = ["CompressedParam", "compress"]
 
 
 class CompressedParam(nnx.Param[Any]):
