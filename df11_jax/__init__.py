@@ -8,7 +8,7 @@ from importlib.metadata import version as _version
 
 from df11_jax._array import DF11Array
 from df11_jax._compress import compress, compress_params
-from df11_jax._decode import EXPORT_SAFETY_CHECKS, decompress, decompress_params
+from df11_jax._decode import EXPORT_SAFETY_CHECKS, after, decompress, decompress_params
 from df11_jax._report import SizeReport, size_report
 from df11_jax._scan import scan_blocks
 from df11_jax._stack import stack
@@ -19,6 +19,7 @@ __all__ = [
     "EXPORT_SAFETY_CHECKS",
     "DF11Array",
     "SizeReport",
+    "after",
     "compress",
     "compress_params",
     "decompress",

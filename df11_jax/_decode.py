@@ -4,10 +4,11 @@ All tensors that are wanted together are decoded by one FFI call, which gets who
 index of the slice: handing it slices would make XLA copy them first.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from jaxtyping import Array, BFloat16, Int32, PyTree
 
 from df11_jax import _ffi, _layout, _xla_decoder
 from df11_jax._array import DF11Array, is_df11
+
+Arrays = TypeVar("Arrays", bound=PyTree)
 
 # For `jax.export.export(..., disabled_checks=EXPORT_SAFETY_CHECKS)`: the FFI call is stable, but
 # whoever runs the exported program must have imported df11_jax.
@@ -83,6 +86,31 @@ def decompress_params(params: PyTree) -> PyTree:
         for i, weight in zip(members, weights, strict=True):
             leaves[i] = weight
     return jax.tree.unflatten(treedef, leaves)
+
+
+def after(params: PyTree, inputs: PyTree) -> PyTree:
+    """The same weights, which are decompressed only once `inputs` have been computed.
+
+    XLA moves a decompression whose operands do not change out of a loop, and would hold all that
+    it decompresses. With inputs that change in the loop, such as the last token, it cannot.
+
+    Args:
+        params: any pytree; its `DF11Array` leaves are replaced.
+        inputs: pytree of arrays; what is not an array is ignored.
+
+    Returns:
+        The same pytree. It has a meaning inside of a jitted function only.
+    """
+    leaves, treedef = jax.tree.flatten(params, is_leaf=is_df11)
+    # The decoder reads the header of a tensor, which is small, before anything else.
+    headers = iter(_tie([leaf.header for leaf in leaves if is_df11(leaf)], inputs))
+    return jax.tree.unflatten(
+        treedef,
+        [
+            dataclasses.replace(leaf, header=next(headers)) if is_df11(leaf) else leaf
+            for leaf in leaves
+        ],
+    )
 
 
 def decode_slices(
@@ -152,13 +180,11 @@ def _decode_stacks(arrays: Sequence[DF11Array], names: Sequence[str]) -> list[Ar
     return [w.reshape(stack + a.slice_shape) for w, a in zip(weights, arrays, strict=True)]
 
 
-def _tie(index: Int32[Array, "*batch"], after: PyTree) -> Int32[Array, "*batch"]:
-    """The same index, which XLA believes to depend on `after`."""
-    # Without stop_gradient, the barrier would give the index a tangent, as an array of zeros.
-    leaves = [jax.lax.stop_gradient(leaf) for leaf in jax.tree.leaves(after) if is_number(leaf)]
-    if not leaves:
-        return index
-    return jax.lax.optimization_barrier((index, *leaves))[0]
+def _tie(arrays: Arrays, inputs: PyTree) -> Arrays:
+    """The same arrays, which XLA believes to depend on `inputs`."""
+    # Without stop_gradient, the barrier would give the arrays tangents, as arrays of zeros.
+    leaves = [jax.lax.stop_gradient(leaf) for leaf in jax.tree.leaves(inputs) if _is_number(leaf)]
+    return jax.lax.optimization_barrier((arrays, leaves))[0] if leaves else arrays
 
 
 def _is_split(leaf: Any) -> bool:
@@ -166,7 +192,7 @@ def _is_split(leaf: Any) -> bool:
     return any(axis is not None for axis in jax.typeof(leaf).sharding.spec)
 
 
-def is_number(leaf: Any) -> bool:
+def _is_number(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
 
 
@@ -184,6 +210,8 @@ def _decode_on_any_platform(
     tensors: _Tensors, platforms: tuple[str, ...], index: Array, *payloads: Array
 ) -> tuple[Array, ...]:
     def xla(index: Array, *payloads: Array) -> tuple[Array, ...]:
+        # Index and headers may be tied to what is computed first: so be all that is read.
+        index, payloads = jax.lax.optimization_barrier((index, payloads))
         each = len(_layout.PAYLOAD)
         return tuple(
             _xla_decoder.decode(index, *payloads[each * i : each * (i + 1)], slice_shape=shape)

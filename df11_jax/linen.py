@@ -20,9 +20,8 @@ from flax.core.scope import Scope, in_filter, union_filters
 from flax.linen import transforms
 from jaxtyping import PyTree
 
-from df11_jax._after import after
 from df11_jax._array import DF11Array, is_df11
-from df11_jax._decode import decode_slices, decompress, decompress_params, path_name
+from df11_jax._decode import after, decode_slices, decompress, decompress_params, path_name
 
 ModuleClass = TypeVar("ModuleClass", bound=Callable[..., nn.Module])
 Variables = dict[str, PyTree]  # by collection
@@ -31,7 +30,7 @@ Variables = dict[str, PyTree]  # by collection
 _STACKS, _INDEX = "df11_stacks", "df11_index"
 
 
-__all__ = ["after", "compressed", "scan"]
+__all__ = ["compressed", "scan"]
 
 
 def compressed(module: ModuleClass, *, methods: Sequence[str] = ("__call__",)) -> ModuleClass:

@@ -13,12 +13,11 @@ from typing import Any
 import jax
 from flax import nnx
 
-from df11_jax._after import after
-from df11_jax._array import DF11Array, is_df11
+from df11_jax._array import is_df11
 from df11_jax._compress import MIN_SIZE, compress_params
 from df11_jax._decode import decompress
 
-__all__ = ["CompressedParam", "after", "compress"]
+__all__ = ["CompressedParam", "compress"]
 
 
 class CompressedParam(nnx.Param[Any]):
@@ -32,7 +31,10 @@ class CompressedParam(nnx.Param[Any]):
         """The array, decompressed, or what `index` selects of it."""
         raw = self.get_raw_value()
         if is_df11(raw):
-            return self.copy(decompress(raw)).get_value(**index)
+            # Parameters of an abstract model read as shapes, as plain ones do.
+            is_abstract = isinstance(raw.header, jax.ShapeDtypeStruct)
+            weights = jax.eval_shape(decompress, raw) if is_abstract else decompress(raw)
+            return self.copy(weights).get_value(**index)
         return super().get_value(**index)
 
     def set_value(self, value: Any, **index: Any) -> None:
@@ -92,7 +94,8 @@ def compress(
     """Compresses the parameters of a model in place, one after the other.
 
     Each `nnx.Param` that gains from it becomes a `CompressedParam`, wherever the model refers to
-    it. All others are left as they are; if this is interrupted, so are the remaining ones.
+    it; so does one that was given a `DF11Array`, by `nnx.update` for instance. All others are left
+    as they are; if this is interrupted, so are the remaining ones.
 
     Args:
         model: an `nnx.Module`, or any container of them.
@@ -124,7 +127,7 @@ def compress(
             verify=verify,
             threads=threads,
         )[name]
-        if isinstance(small, DF11Array) and small is not param.get_raw_value():
+        if is_df11(small):
             # Other modules may refer to the same parameter, so it has to remain the same object.
             param.__class__ = _compressed_type(type(param))
             param.set_raw_value(small)

@@ -61,7 +61,7 @@ def generate(model, token):
 
     def step(carry, _):
         token, cache = carry
-        ready = df11_jax.nnx.after(params, token)
+        ready = df11_jax.after(params, token)
         model = nnx.merge(graphdef, ready, cache, copy=True)
         token = jnp.argmax(model(token), axis=-1)
         return (token, nnx.state(model, nnx.Not(nnx.Param))), token[:, 0]

@@ -27,9 +27,14 @@ def lora():
 
 
 @pytest.fixture(scope="module")
-def trained(lora):
+def initial(lora):
+    return lora.initialise()
+
+
+@pytest.fixture(scope="module")
+def trained(lora, initial):
     """What plain weights give, with and without `nn.remat`, which alone changes some bits."""
-    plain, _, adapters = lora.initialise()
+    plain, _, adapters = initial
     stored = lora.Model(nn.scan(lora.Block, **lora.SCAN))
     return {
         "run again": lora.train(lora.PLAIN, plain, adapters),
@@ -47,8 +52,8 @@ def trained(lora):
     ],
     ids=["scan", "nn.scan of compressed", "nn.scan of nn.remat", "nn.scan"],
 )
-def test_same_bits(lora, trained, wrap, expected):
-    _, small, adapters = lora.initialise()
+def test_same_bits(lora, initial, trained, wrap, expected):
+    _, small, adapters = initial
     actual = lora.train(lora.Model(wrap(lora.Block, lora.SCAN)), small, adapters)
     for pair in zip(*map(jax.tree.leaves, (actual, trained[expected])), strict=True):
         mine, theirs = (np.asarray(leaf).view(np.uint32) for leaf in pair)
@@ -56,16 +61,16 @@ def test_same_bits(lora, trained, wrap, expected):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="counts decodes of the CPU handler")
-def test_decodes_twice_a_step(lora):
-    _, small, adapters = lora.initialise()
+def test_decodes_twice_a_step(lora, initial):
+    _, small, adapters = initial
     gradient = jax.jit(jax.grad(functools.partial(lora.loss_of, model=lora.COMPRESSED)))
     tokens = jnp.zeros((2, 8), jnp.int32)
     run = functools.partial(gradient, params=small, tokens=tokens)
     assert count_decodes(run, adapters) == 2 * lora.LAYERS * TENSORS + 1  # the embedding
 
 
-def test_memory(lora):
-    plain, small, adapters = lora.initialise()
+def test_memory(lora, initial):
+    plain, small, adapters = initial
     frozen, compressed_frozen = (
         sum(leaf.nbytes for leaf in jax.tree.leaves(params)) for params in (plain, small)
     )

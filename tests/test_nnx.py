@@ -13,7 +13,8 @@ from flax import nnx
 from payloads import assert_same_bits, bits, count_decodes, random_weights
 
 import df11_jax
-from df11_jax.nnx import CompressedParam, after, compress
+from df11_jax import after
+from df11_jax.nnx import CompressedParam, compress
 
 LAYERS, WIDTH, VOCAB = 3, 128, 256
 TENSORS = 6  # compressed, of a block: query, key, value, out, up, down

@@ -1,13 +1,16 @@
 """`CompressedParam`, and which parameters become one."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from payloads import assert_same_bits, count_decodes, random_weights
 
-import df11_jax
+import df11_jax.linen
 from df11_jax.nnx import CompressedParam, compress
+from df11_jax.orbax import DF11CheckpointHandler, DF11Restore, DF11Save
 
 on_cpu = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="counts decodes of the CPU handler"
@@ -101,6 +104,73 @@ def test_which_parameters():
     compress(model)
     assert model.special.get_raw_value() is again
     assert isinstance(model.left_out, CompressedParam)
+
+
+# Parameters that are given compressed weights.
+
+
+def linear(seed=0):
+    return nnx.Linear(128, 256, rngs=nnx.Rngs(seed), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+
+
+@pytest.fixture
+def x():
+    return random_weights((2, 128), 3, 1.0)
+
+
+def test_a_state_of_compressed_weights(x):
+    model = linear(1)
+    nnx.update(model, df11_jax.compress_params(nnx.state(linear())))
+    for _ in range(2):
+        compress(model)
+        assert type(model.kernel) is CompressedParam and type(model.bias) is nnx.Param
+        assert_same_bits(model(x), linear()(x))
+
+
+def test_a_checkpoint_into_an_abstract_model(x, tmp_path):
+    model = linear()
+    compress(model)
+    weights = nnx.to_pure_dict(nnx.state(model), extract_fn=lambda param: param.get_raw_value())
+    with ocp.Checkpointer(DF11CheckpointHandler()) as checkpointer:
+        checkpointer.save(tmp_path / "weights", args=DF11Save(weights))
+        weights = checkpointer.restore(tmp_path / "weights", args=DF11Restore())
+
+    model = nnx.eval_shape(linear)
+    state = nnx.state(model)
+    nnx.replace_by_pure_dict(state, weights)
+    nnx.update(model, state)
+    compress(model)
+    assert isinstance(model.kernel, CompressedParam)
+    assert_same_bits(model(x), linear()(x))
+
+
+def test_an_abstract_parameter(param):
+    abstract = jax.eval_shape(lambda: param)
+    assert abstract.get_value() == jax.ShapeDtypeStruct((256, 128), jnp.bfloat16)
+    mesh = jax.make_mesh((1,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+    _, state = nnx.get_abstract_model(lambda: nnx.Dict(w=param), mesh)
+    assert state["w"].shape == (256, 128)
+
+
+def test_a_linen_module_in_an_nnx_model(x):
+    dense = nn.Dense(256, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    model = nnx.bridge.lazy_init(nnx.bridge.ToNNX(dense, rngs=nnx.Rngs(0)), x)
+    run = nnx.jit(lambda model, x: model(x))
+    expected = run(model, x)
+    nnx.update(model, df11_jax.compress_params(nnx.state(model)))
+    assert df11_jax.size_report(nnx.state(model)).nbytes < 0.7 * 2 * 128 * 256
+    assert_same_bits(run(model, x), expected)
+
+
+def test_an_nnx_module_in_a_linen_model(x):
+    model = nnx.bridge.to_linen(nnx.Linear, 128, 256, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    variables = model.init(jax.random.key(0), x)
+    small = df11_jax.compress_params(variables)
+    assert df11_jax.size_report(small).nbytes < 0.7 * 2 * 128 * 256
+    assert_same_bits(jax.jit(model.apply)(small, x), jax.jit(model.apply)(variables, x))
+
+
+# Errors.
 
 
 def test_traced_models():
