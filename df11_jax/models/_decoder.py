@@ -17,7 +17,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt
 from numpy.typing import DTypeLike
 
 import df11_jax
@@ -120,7 +121,7 @@ class Attention(nn.Module):
             values=_write(cache.values, value, layer, inputs.slot),
         )
         keys, values = (
-            jax.lax.bitcast_convert_type(stack[layer.number], c.dtype)
+            jax.lax.bitcast_convert_type(_row_major(stack[layer.number]), c.dtype)
             for stack in (cache.keys, cache.values)
         )
         mixed = _attend(query, keys, values, inputs, layer, c)
@@ -279,6 +280,11 @@ def _write(
     bits = jax.lax.bitcast_convert_type(jnp.moveaxis(new, 1, 2), stack.dtype)
     zero = jnp.int32(0)
     return jax.lax.dynamic_update_slice(stack, bits[None], (layer.number, zero, zero, slot, zero))
+
+
+def _row_major(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """The same. XLA on a GPU would else transpose all keys for a batch of 1, in a second cache."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def _attend(
