@@ -1,5 +1,6 @@
 """The commands of `df11-jax`."""
 
+import re
 from pathlib import Path
 
 import click
@@ -12,6 +13,15 @@ def _not_empty(context: click.Context, option: click.Parameter, value: str) -> s
     if not value:
         raise click.BadParameter("must not be empty")
     return value
+
+
+def _bytes(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(M|G)(i?)B", value)
+    if not match or not float(match[1]):
+        raise click.BadParameter(f"{value!r} is not a size such as 24GB, 80GiB or 500MB")
+    return round(float(match[1]) * (1024 if match[3] else 1000) ** {"M": 2, "G": 3}[match[2]])
 
 
 @click.group(
@@ -117,3 +127,62 @@ def bench(quick: bool, max_weights: int | None, as_json: bool, plot: str | None)
     from df11_jax.bench.run import run_bench
 
     run_bench(quick=quick, max_weights=max_weights, as_json=as_json, plot=plot)
+
+
+@commands.command()
+@click.argument("model", required=False, type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--batch",
+    "batches",
+    type=click.IntRange(min=1),
+    multiple=True,
+    help="Prompts at a time; may be given several times.  [1, 8, 64, 256; on a CPU 1, 8]",
+)
+@click.option(
+    "--prompt-length",
+    "prompt",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Tokens of each prompt.",
+)
+@click.option(
+    "--tokens", type=click.IntRange(min=2), default=32, show_default=True, help="To generate."
+)
+@click.option(
+    "--memory",
+    callback=_bytes,
+    help="Device memory that may be used, such as 24GB (10^9 bytes each) or 80GiB.  [all there is]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--plot", type=click.Path(dir_okay=False), help="File for a plot (matplotlib).")
+def compare(
+    model: Path | None,
+    batches: tuple[int, ...],
+    prompt: int,
+    tokens: int,
+    memory: int | None,
+    as_json: bool,
+    plot: str | None,
+) -> None:
+    """Compare compressed weights with plain ones, and with plain ones partly in host memory.
+
+    MODEL is a directory as Hugging Face lays it out, or a config.json, for random weights of its
+    shapes. Without it, weights are random, and shaped like Llama-3.1-8B's on a GPU.
+
+    Reports tokens a second, memory of the device, and the longest context that fits into it. Ends
+    with status 1 unless tokens and logits of all are the same, bit for bit.
+    """
+    require("models", "flax")
+    from df11_jax.bench.compare import run_compare
+
+    with _checkpoint_commands._failures():
+        run_compare(
+            model,
+            batches=batches,
+            prompt=prompt,
+            tokens=tokens,
+            memory=memory,
+            as_json=as_json,
+            plot=plot,
+        )
