@@ -48,7 +48,10 @@ def _published_options(command: Callable[..., None]) -> Callable[..., None]:
     return shapes(pattern_dict(command))
 
 
-@click.command()
+@click.command(
+    short_help="What a checkpoint holds, and what it takes.",
+    epilog="\b\nExamples:\n  df11-jax info Qwen3-8B-df11\n  df11-jax info Qwen3-8B-DF11 --json",
+)
 @click.argument("path", type=_path)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 @_published_options
@@ -67,7 +70,7 @@ def info(path: Path, as_json: bool, **published: Path | None) -> None:
         _print_summary(summary)
 
 
-@click.command(epilog=_COMPRESS_EXAMPLES)
+@click.command(short_help="A checkpoint, to a new directory.", epilog=_COMPRESS_EXAMPLES)
 @click.argument("source", metavar="SRC", type=_path)
 @click.argument("target", metavar="DST", type=_path)
 @click.option(
@@ -122,7 +125,10 @@ def compress(
         _print_outcome(checkpoint, target)
 
 
-@click.command()
+@click.command(
+    short_help="A checkpoint, to plain safetensors.",
+    epilog="\b\nExample:\n  df11-jax decompress Qwen3-8B-DF11 Qwen3-8B",
+)
 @click.argument("source", metavar="SRC", type=_path)
 @click.argument("target", metavar="DST", type=_path)
 @_published_options
@@ -141,7 +147,10 @@ def decompress(source: Path, target: Path, **published: Path | None) -> None:
         _print_outcome(checkpoint, target)
 
 
-@click.command()
+@click.command(
+    short_help="Compare two checkpoints bit by bit.",
+    epilog="\b\nExample:\n  df11-jax verify Qwen3-8B Qwen3-8B-df11",
+)
 @click.argument("first", metavar="A", type=_path)
 @click.argument("second", metavar="B", type=_path)
 @_published_options

@@ -31,6 +31,8 @@ def failures(target: Path | None = None) -> Iterator[None]:
     """
     try:
         yield
+    except BrokenPipeError:
+        raise  # whoever read the output has seen enough; click ends quietly
     except OSError as error:
         if error.errno is None:  # one of ours, raised before anything was written
             fail(str(error), FAILED)

@@ -10,6 +10,21 @@ from df11_jax._cli_errors import failures
 
 _SEED = click.IntRange(0, 2**32 - 1)  # what jax.random.key tells apart
 
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+_plot = click.option("--plot", type=click.Path(dir_okay=False), help="File for a plot.")
+
+
+class _InOrder(click.Group):
+    """Lists commands in the order in which one needs them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+def _examples(*lines: str) -> str:
+    # \b keeps click from joining lines.
+    return "\n".join(("\b", "Examples:", *(f"  df11-jax {line}" for line in lines)))
+
 
 def _not_empty(context: click.Context, option: click.Parameter, value: str) -> str:
     if not value:
@@ -17,7 +32,19 @@ def _not_empty(context: click.Context, option: click.Parameter, value: str) -> s
     return value
 
 
+def _parse_memory(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
+    from df11_jax._fit import parse_bytes
+
+    if value is None:
+        return None
+    try:
+        return parse_bytes(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
 @click.group(
+    cls=_InOrder,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Ends with status 0; 1 if what was compared differs, or what doctor looked at does not "
     "work; 2 if it was used wrongly, or files cannot be read or written; 3 if a model does not "
@@ -28,13 +55,10 @@ def commands() -> None:
     """Lossless compression of bfloat16 weights in JAX."""
 
 
-commands.add_command(_checkpoint_commands.info)
-commands.add_command(_checkpoint_commands.compress)
-commands.add_command(_checkpoint_commands.decompress)
-commands.add_command(_checkpoint_commands.verify)
-
-
-@commands.command()
+@commands.command(
+    short_help="A small model, plain and compressed, compared.",
+    epilog=_examples("demo", 'demo --prompt "A class definition " --tokens 100'),
+)
 @click.option(
     "--prompt",
     callback=_not_empty,
@@ -65,70 +89,32 @@ def demo(prompt: str, tokens: int, temperature: float, seed: int) -> None:
     run_demo(prompt, tokens, temperature, seed)
 
 
-@commands.command()
-@click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--prompt", callback=_not_empty, required=True, help="To continue.")
-@click.option(
-    "--tokens", type=click.IntRange(min=1), default=100, show_default=True, help="To generate."
+@commands.command(
+    short_help="What this machine can do, and what is missing.",
+    epilog=_examples("doctor", "doctor --json"),
 )
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0: the likeliest.")
-@click.option("--top-k", type=int, help="Draw from the k likeliest tokens only.")
-@click.option("--top-p", type=float, help="Draw from the likeliest that have this probability.")
-@click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the random numbers.")
-@click.option("--plain", is_flag=True, help="Do not compress the weights.")
-@click.option("--cast", is_flag=True, help="Round float32 and float16 weights to bfloat16.")
-def generate(
-    model: Path,
-    prompt: str,
-    tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
-    plain: bool,
-    cast: bool,
-) -> None:
-    """Generate text from the Hugging Face directory MODEL, with compressed weights.
+@_json
+def doctor(as_json: bool) -> None:
+    """Show what this machine can do, and what to do about what it cannot.
 
-    For Llama 3, Qwen 2.5, Qwen 3 and Gemma 3. The text goes to the standard output; what it took
-    in time and memory, to the standard error.
+    Versions, the devices of every backend of JAX, which decoder is used on each and why, whether
+    the CUDA library is there and loads, optional packages, and a self-test of every decoder: all
+    65,536 bit patterns, and weights from a normal distribution. A missing GPU is no error.
     """
-    require("models", "flax", "tokenizers")
-    from df11_jax.models import Sampling
-    from df11_jax.models._command import run_generate
+    from df11_jax.doctor.run import run_doctor
 
-    with failures():
-        run_generate(
-            model,
-            prompt,
-            tokens=tokens,
-            sampling=Sampling(temperature, top_k, top_p),
-            seed=seed,
-            plain=plain,
-            cast=cast,
-        )
+    if not run_doctor(as_json=as_json):
+        raise click.exceptions.Exit(1)
 
 
-_FIT_EXAMPLES = """\b
-Examples:
-  df11-jax fit Llama-3.1-8B --memory 24GiB
-  df11-jax fit Llama-3.1-70B/config.json --memory 80GB --devices 2 --context 32768
-  df11-jax fit Qwen3-8B-DF11 --memory 16GiB --batch 4 --json
-"""
-
-
-def _parse_memory(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
-    from df11_jax._fit import parse_bytes
-
-    if value is None:
-        return None
-    try:
-        return parse_bytes(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
-
-
-@commands.command(epilog=_FIT_EXAMPLES)
+@commands.command(
+    short_help="Whether a model fits, plain and compressed.",
+    epilog=_examples(
+        "fit Llama-3.1-8B --memory 24GiB",
+        "fit Llama-3.1-70B/config.json --memory 80GB --devices 2 --context 32768",
+        "fit Qwen3-8B-DF11 --memory 16GiB --batch 4 --json",
+    ),
+)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "--memory",
@@ -152,7 +138,7 @@ def _parse_memory(context: click.Context, option: click.Parameter, value: str | 
     show_default=True,
     help="That share weights and cache evenly; all figures are of one of them.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+@_json
 def fit(
     model: Path, memory: int | None, context: int | None, batch: int, devices: int, as_json: bool
 ) -> None:
@@ -175,11 +161,148 @@ def fit(
         )
 
 
-@commands.command()
+@commands.command(
+    short_help="Text from a model of the Hugging Face hub.",
+    epilog=_examples(
+        'generate Llama-3.2-1B --prompt "The first thing to know"',
+        'generate Qwen3-8B-df11 --prompt "Once" --temperature 0.7 --top-p 0.9 --tokens 500',
+    ),
+)
+@click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--prompt", callback=_not_empty, required=True, help="To continue.")
+@click.option(
+    "--tokens", type=click.IntRange(min=1), default=100, show_default=True, help="To generate."
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="0: the likeliest.",
+)
+@click.option("--top-k", type=click.IntRange(min=1), help="Draw from the k likeliest tokens only.")
+@click.option("--top-p", type=float, help="Draw from the likeliest that have this probability.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the random numbers.")
+@click.option("--plain", is_flag=True, help="Do not compress the weights.")
+@click.option("--cast", is_flag=True, help="Round float32 and float16 weights to bfloat16.")
+def generate(
+    model: Path,
+    prompt: str,
+    tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    plain: bool,
+    cast: bool,
+) -> None:
+    """Generate text from the Hugging Face directory MODEL, with compressed weights.
+
+    For Llama 3, Qwen 2.5, Qwen 3 and Gemma 3. The text goes to the standard output; what it took
+    in time and memory, to the standard error.
+    """
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        raise click.UsageError("--top-k and --top-p say what to draw from: give a --temperature")
+    require("models", "flax", "tokenizers")
+    from df11_jax.models import Sampling
+    from df11_jax.models._command import run_generate
+
+    with failures():
+        run_generate(
+            model,
+            prompt,
+            tokens=tokens,
+            sampling=Sampling(temperature, top_k, top_p),
+            seed=seed,
+            plain=plain,
+            cast=cast,
+        )
+
+
+for _command in (
+    _checkpoint_commands.info,
+    _checkpoint_commands.compress,
+    _checkpoint_commands.decompress,
+    _checkpoint_commands.verify,
+):
+    commands.add_command(_command)
+
+
+@commands.command(
+    short_help="Plain, compressed and offloaded weights, compared.",
+    epilog=_examples(
+        "compare",
+        "compare Llama-3.1-8B/config.json --memory 24GiB --plot compare.png",
+        "compare Qwen3-8B --batch 1 --batch 16 --json",
+    ),
+)
+@click.argument("model", required=False, type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--batch",
+    "batches",
+    type=click.IntRange(min=1),
+    multiple=True,
+    help="Prompts at a time; may be given several times. [default: 1, 8, 64, 256; on a CPU 1, 8]",
+)
+@click.option(
+    "--prompt-length",
+    "prompt",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Tokens of each prompt.",
+)
+@click.option(
+    "--tokens", type=click.IntRange(min=2), default=32, show_default=True, help="To generate."
+)
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    callback=_parse_memory,
+    help="Of the device, to be used: 24GB, 24GiB. [default: all there is]",
+)
+@_json
+@_plot
+def compare(
+    model: Path | None,
+    batches: tuple[int, ...],
+    prompt: int,
+    tokens: int,
+    memory: int | None,
+    as_json: bool,
+    plot: str | None,
+) -> None:
+    """Compare compressed weights with plain ones, and with plain ones partly in host memory.
+
+    MODEL is a directory as Hugging Face lays it out, or a config.json, for random weights of its
+    shapes. Without it, weights are random, and shaped like Llama-3.1-8B's on a GPU.
+
+    Reports tokens a second, memory of the device, and the longest context that fits into it. Ends
+    with status 1 unless tokens and logits of all are the same, bit for bit.
+    """
+    require("models", "flax")
+    from df11_jax.bench.compare import run_compare
+
+    with failures():
+        run_compare(
+            model,
+            batches=batches,
+            prompt=prompt,
+            tokens=tokens,
+            memory=memory,
+            as_json=as_json,
+            plot=plot,
+        )
+
+
+@commands.command(
+    short_help="How fast this device decompresses.",
+    epilog=_examples("bench --quick", "bench --json --plot bench.png"),
+)
 @click.option("--quick", is_flag=True, help="Fewer sizes, in less time.")
 @click.option("--max-weights", type=click.IntRange(min=2**16), help="Of a tensor or a block.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--plot", type=click.Path(dir_okay=False), help="File for a plot (matplotlib).")
+@_json
+@_plot
 def bench(quick: bool, max_weights: int | None, as_json: bool, plot: str | None) -> None:
     """Measure how fast this device decompresses, and what its memory would allow.
 
@@ -189,18 +312,3 @@ def bench(quick: bool, max_weights: int | None, as_json: bool, plot: str | None)
     from df11_jax.bench.run import run_bench
 
     run_bench(quick=quick, max_weights=max_weights, as_json=as_json, plot=plot)
-
-
-@commands.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-def doctor(as_json: bool) -> None:
-    """Show what this machine can do, and what to do about what it cannot.
-
-    Versions, the devices of every backend of JAX, which decoder is used on each and why, whether
-    the CUDA library is there and loads, optional packages, and a self-test of every decoder: all
-    65,536 bit patterns, and weights from a normal distribution. A missing GPU is no error.
-    """
-    from df11_jax.doctor.run import run_doctor
-
-    if not run_doctor(as_json=as_json):
-        raise click.exceptions.Exit(1)

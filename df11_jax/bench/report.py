@@ -128,7 +128,7 @@ class Report:
         ]
         if not any(row[-1] for row in rows):
             head, rows = head[:-1], [row[:-1] for row in rows]
-        return _table(head, rows)
+        return format_table(head, rows)
 
     def _scan_lines(self, scan: Scan) -> list[str]:
         lines = [
@@ -178,7 +178,8 @@ def _clocks(clocks: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in clocks.items())
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = [
         "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(cells)).rstrip()

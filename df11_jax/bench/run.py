@@ -3,10 +3,8 @@
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +16,7 @@ from df11_jax.bench import peers
 from df11_jax.bench.blocks import BLOCKS, Block
 from df11_jax.bench.device import describe_device, free_bytes, read_clocks, read_clocks_under
 from df11_jax.bench.measure import measure_decoding, measure_scan
+from df11_jax.bench.plotting import check_plot
 from df11_jax.bench.programs import decode_program, memory_needed
 from df11_jax.bench.report import Report
 from df11_jax.bench.timing import Effort
@@ -57,10 +56,7 @@ def run_bench(*, quick: bool, max_weights: int | None, as_json: bool, plot: str 
         click.ClickException: something could not be measured, above all because the device does
             not decode what was compressed. What was measured is printed before.
     """
-    if plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise click.ClickException('--plot needs matplotlib: pip install "df11_jax[bench]"')
-    if plot is not None and not os.access(os.path.dirname(plot) or ".", os.W_OK):
-        raise click.ClickException(f"--plot: {plot}: there is no directory to write it to")
+    check_plot(plot)
     on_cpu = jax.default_backend() == "cpu"
     if max_weights is None:
         max_weights = _MOST_ON_CPU if on_cpu else max(SIZES)

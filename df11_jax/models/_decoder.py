@@ -5,10 +5,12 @@ Parameters are one nested dictionary:
     embed_tokens  BFloat16[Array, "groups rows dim"], see `_table`
     layers/...    one array per tensor of a block, stacked: leading axis `layers`; called as
                   Hugging Face calls them, but kernels are [layers, in, out]
+    host_layers/...  the last of the blocks, if they are in host memory: like layers, but plain, and
+                  copied to the device one by one; normally absent
     norm          BFloat16[Array, "dim"]
     lm_head       like embed_tokens; absent if the two are tied
 
-Each leaf may be a plain array or a `DF11Array`; nothing below asks which.
+Each other leaf may be a plain array or a `DF11Array`; nothing below asks which.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +19,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt
 from numpy.typing import DTypeLike
 
 import df11_jax
@@ -120,7 +123,7 @@ class Attention(nn.Module):
             values=_write(cache.values, value, layer, inputs.slot),
         )
         keys, values = (
-            jax.lax.bitcast_convert_type(stack[layer.number], c.dtype)
+            jax.lax.bitcast_convert_type(_row_major(stack[layer.number]), c.dtype)
             for stack in (cache.keys, cache.values)
         )
         mixed = _attend(query, keys, values, inputs, layer, c)
@@ -205,13 +208,26 @@ def forward(
         x, cache = carry
         return block.apply({"params": block_params}, x, cache, inputs, layer), None
 
+    def fetch_block_fn(carry: Any, block_params: Params, layer: Layer) -> Any:
+        return block_fn(carry, jax.device_put(block_params, jax.memory.Space.Device), layer)
+
     x = _table.look_up(params["embed_tokens"], tokens).astype(c.dtype)
     if c.embedding_scale != 1:
         # Rounded, as the models were trained: 55.5 for the square root of 3072.
         x = x * jnp.asarray(c.embedding_scale, c.dtype)
-    layers = Layer(jnp.arange(c.layers, dtype=jnp.int32), jnp.array(c.sliding))
+    in_host_memory = params.get("host_layers", {})
+    on_device = c.layers - (len(jax.tree.leaves(in_host_memory)[0]) if in_host_memory else 0)
+
+    def layers(begin: int, end: int) -> Layer:
+        return Layer(jnp.arange(begin, end, dtype=jnp.int32), jnp.array(c.sliding[begin:end], bool))
+
     # A cache in the carry is updated in place; as xs and ys, there would be two.
-    (x, cache), _ = df11_jax.scan_blocks(block_fn, (x, cache), params["layers"], layers)
+    carry = (x, cache)
+    carry, _ = df11_jax.scan_blocks(block_fn, carry, params["layers"], layers(0, on_device))
+    if in_host_memory:
+        last = layers(on_device, c.layers)
+        carry, _ = df11_jax.scan_blocks(fetch_block_fn, carry, in_host_memory, last)
+    x, cache = carry
     return rms_norm(x, params["norm"], c), cache
 
 
@@ -294,6 +310,11 @@ def _write(
     bits = jax.lax.bitcast_convert_type(jnp.moveaxis(new, 1, 2), stack.dtype)
     zero = jnp.int32(0)
     return jax.lax.dynamic_update_slice(stack, bits[None], (layer.number, zero, zero, slot, zero))
+
+
+def _row_major(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """The same. XLA on a GPU would else transpose all keys for a batch of 1, in a second cache."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def _attend(

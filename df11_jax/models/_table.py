@@ -43,7 +43,7 @@ def look_up(table: Table, tokens: Int[Array, "*batch"]) -> BFloat16[Array, "*bat
     if flat.size < groups:
         out = _in_pieces(lambda part: _decode_rows(table, part), flat, groups_in_piece(table))
     else:
-        out = _scan_pieces(
+        out = scan_pieces(
             table,
             jnp.zeros((flat.size, dim), jnp.bfloat16),
             lambda out, first, piece: jnp.where(
@@ -66,7 +66,7 @@ def project(table: Table, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch
         return jax.lax.dynamic_update_slice_in_dim(logits, products, first, axis=-1)
 
     logits = jnp.zeros((*x.shape[:-1], groups * rows), jnp.float32)
-    return _scan_pieces(table, logits, add, after=x)
+    return scan_pieces(table, logits, add, after=x)
 
 
 def groups_in_piece(table: Table) -> int:
@@ -76,7 +76,7 @@ def groups_in_piece(table: Table) -> int:
     return -(-groups // -(-groups // most))
 
 
-def _scan_pieces(
+def scan_pieces(
     table: Table,
     carry: Array,
     step: Callable[[Array, Int[Array, ""], BFloat16[Array, "some_rows dim"]], Array],

@@ -195,6 +195,27 @@ def test_doctor():
     assert all(test["error"] is None for test in found["self_tests"])
 
 
+def test_compare(tmp_path):
+    """Plain, compressed and partly offloaded weights generate the same."""
+    file = tmp_path / "config.json"
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2}
+    file.write_text(json.dumps({"model_type": "llama", "vocab_size": 8192, **sizes, **heads}))
+    options = ["--batch", "1", "--batch", "8", "--memory", "600MB", "--json"]
+    result = CliRunner().invoke(_commands.commands, ["compare", str(file), *options])
+    assert result.exit_code == 0, result.output
+    print(result.stdout)
+    report = json.loads(result.stdout)
+    assert report["device"]["platform"] == "gpu"
+    names = ["compressed", "offloaded", "plain"]
+    assert report["equal"] == {"1": names, "8": names}
+    for compressed, offloaded, plain in zip(*3 * [iter(report["rows"])], strict=True):
+        assert compressed["decompress_seconds"]
+        for row in (compressed, offloaded):
+            assert row["plan"]["peak"] < plain["plan"]["peak"]
+    assert report["longest"]["plain"] == 2048
+
+
 @pytest.mark.parametrize("tool", ["", "memcheck", "racecheck", "initcheck", "synccheck"])
 @pytest.mark.parametrize(
     ("driver", "source"), [("kernel_test", "decode"), ("published_kernel_test", "published")]

@@ -1,0 +1,89 @@
+"""Memory that a generation takes, as XLA plans it, and the longest one that fits."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from df11_jax.bench.generation import STEP, Job, Programs
+from df11_jax.bench.ways import Way
+
+
+class Plan(NamedTuple):
+    """Bytes of device memory during a generation, weights and cache included.
+
+    Attributes:
+        prefill: while the prompts are read.
+        decode: in the token loop.
+    """
+
+    prefill: int
+    decode: int
+
+    @property
+    def peak(self) -> int:
+        """The larger one."""
+        return max(self)
+
+
+def read_plan(programs: Programs, way: Way) -> Plan:
+    """What XLA has planned.
+
+    Args:
+        programs: compiled ones.
+        way: whose weights they take.
+    """
+    prefill, decode = (program.memory_analysis() for program in programs)
+    return make_plan(prefill, decode, way)
+
+
+def make_plan(prefill: Any, decode: Any, way: Way) -> Plan:
+    """The same from what `memory_analysis` returns for each program."""
+    return Plan(_device_bytes(prefill, way), _device_bytes(decode, way))
+
+
+def _device_bytes(stats: Any, way: Way) -> int:
+    arguments = stats.argument_size_in_bytes
+    if not stats.host_argument_size_in_bytes:
+        # A CPU does not tell host memory from the device's.
+        arguments -= way.host_bytes
+    results = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return arguments + results + stats.temp_size_in_bytes
+
+
+def job_of_length(length: int) -> Job:
+    """A job whose context has so many tokens: all but the last one are the prompt."""
+    return Job(batch=1, prompt=length - 1, tokens=2)
+
+
+def find_longest(peak: Callable[[int], int], budget: int, most: int) -> int:
+    """The longest context that fits.
+
+    Nothing is extrapolated: what is returned was asked for and fits, and `STEP` more tokens were
+    asked for and do not.
+
+    Args:
+        peak: bytes that a context of a length takes; it is expensive to ask.
+        budget: bytes that there are.
+        most: a length beyond which nobody asks, a multiple of `STEP`.
+
+    Returns:
+        A multiple of `STEP`: `most` if that fits, 0 if nothing does.
+    """
+    fits, fails = 1, most // STEP
+    if (fails_bytes := peak(STEP * fails)) <= budget:
+        return most
+    if (fits_bytes := peak(STEP * fits)) > budget:
+        return 0
+    asked = 0
+    while fails - fits > 1:
+        # It is almost linear, so that the first guess is right and its neighbour proves it. Were it
+        # not, guesses in the middle would bound the number of guesses.
+        share = (budget - fits_bytes) / (fails_bytes - fits_bytes) if asked % 3 < 2 else 0.5
+        guess = min(max(fits + math.floor(share * (fails - fits)), fits + 1), fails - 1)
+        guess_bytes = peak(STEP * guess)
+        if guess_bytes <= budget:
+            fits, fits_bytes = guess, guess_bytes
+        else:
+            fails, fails_bytes = guess, guess_bytes
+        asked += 1
+    return STEP * fits

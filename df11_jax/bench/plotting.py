@@ -1,0 +1,23 @@
+"""Files for plots: what would keep them from being written is found out before anything runs."""
+
+import importlib.util
+import os
+
+import click
+
+
+def check_plot(path: str | None) -> None:
+    """Checks that a plot can be written.
+
+    Args:
+        path: of its file; None for no plot.
+
+    Raises:
+        click.ClickException: matplotlib or the directory is missing.
+    """
+    if path is None:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        raise click.ClickException('--plot needs matplotlib: pip install "df11_jax[bench]"')
+    if not os.access(os.path.dirname(path) or ".", os.W_OK):
+        raise click.ClickException(f"--plot: {path}: there is no directory to write it to")
