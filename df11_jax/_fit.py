@@ -164,7 +164,7 @@ def fit(
         context = min(8192, config.max_length) if config else 8192
     if config:
         _fit.check_sizes(config, batch, context, devices)
-    temporary = _fit.estimate_temporary(config, batch, context, devices) if config else None
+    temporary = _fit.estimate_temporary(config, batch, context) if config else None
     needs = [
         _need(model, budget, batch, context, devices, compressed) for compressed in (False, True)
     ]
@@ -185,7 +185,7 @@ def _need(
         if config is None:
             return 0, 0
         cache = -(-_fit.cache_nbytes(config, batch, context) // devices)
-        return cache, _fit.estimate_temporary(config, batch, context, devices).nbytes
+        return cache, _fit.estimate_temporary(config, batch, context).nbytes
 
     def fits(batch: int, context: int) -> bool:
         return expected + sum(beside(batch, context)) <= budget.usable

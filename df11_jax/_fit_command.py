@@ -101,9 +101,12 @@ def _table(answer: _fit.Fit) -> Table:
     if parts is not None:
         name = f"cache of {answer.context:,} tokens"
         add(name + (f" x {answer.batch:,}" if answer.batch > 1 else ""), plain.cache, small.cache)
-        add("temporary: one block", parts.block, parts.block)
-        add("  a piece of the head", parts.head, parts.head)
-        add("  copies of the cache", parts.cache_copy, parts.cache_copy)
+        # At the peak there is either a block or a piece of the head.
+        if parts.block:
+            add("temporary: one block", parts.block, parts.block)
+            add("  copies of the cache", parts.cache_copy, parts.cache_copy)
+        else:
+            add("temporary: a piece of the head", parts.head, parts.head)
         add("  activations", parts.activations, parts.activations)
     table.add_section()
     add("total", plain.total, small.total)

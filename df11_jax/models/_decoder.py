@@ -13,14 +13,14 @@ Parameters are one nested dictionary:
 Each other leaf may be a plain array or a `DF11Array`; nothing below asks which.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Bool, Float, Int, Shaped, UInt
+from jaxtyping import Array, Bool, Float, Int, UInt
 from numpy.typing import DTypeLike
 
 import df11_jax
@@ -30,8 +30,9 @@ from df11_jax.models._config import Config
 # The position of empty slots, and of tokens that fill up rows: after all others.
 NOWHERE = np.iinfo(np.int32).max
 
-# Of attention scores at a time, which for a long prompt would else be most of the memory.
-_SCORE_BYTES = 64 * 2**20
+# Of attention scores at a time, and of keys and values that XLA copies out of the cache: for many
+# or long sequences they would else be most of the memory.
+PART_BYTES = 64 * 2**20
 
 Params = dict[str, Any]
 
@@ -122,11 +123,7 @@ class Attention(nn.Module):
             keys=_write(cache.keys, key, layer, inputs.slot),
             values=_write(cache.values, value, layer, inputs.slot),
         )
-        keys, values = (
-            jax.lax.bitcast_convert_type(_row_major(stack[layer.number]), c.dtype)
-            for stack in (cache.keys, cache.values)
-        )
-        mixed = _attend(query, keys, values, inputs, layer, c)
+        mixed = _attend(query, cache, inputs, layer, c)
         return _dense(c, c.dim, c.output_bias, "o_proj")(mixed.reshape(*x.shape[:2], -1)), cache
 
 
@@ -312,15 +309,23 @@ def _write(
     return jax.lax.dynamic_update_slice(stack, bits[None], (layer.number, zero, zero, slot, zero))
 
 
-def _row_major(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-    """The same. XLA on a GPU would else transpose all keys for a batch of 1, in a second cache."""
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+def _read(
+    stack: UInt[Array, "layers batch kv_heads slots head_dim"],
+    layer: Layer,
+    row: Int[Array, ""],
+    head: Int[Array, ""],
+    counts: tuple[int, int],
+    dtype: jnp.dtype,
+) -> Float[Array, "pairs slots head_dim"]:
+    """Keys or values of some rows and heads."""
+    start = (layer.number, row, head, jnp.int32(0), jnp.int32(0))
+    bits = jax.lax.dynamic_slice(stack, start, (1, *counts, *stack.shape[3:]))
+    return jax.lax.bitcast_convert_type(bits.reshape(-1, *stack.shape[3:]), dtype)
 
 
 def _attend(
     query: Float[Array, "batch seq heads head_dim"],
-    keys: Float[Array, "batch kv_heads slots head_dim"],
-    values: Float[Array, "batch kv_heads slots head_dim"],
+    cache: Cache,
     inputs: Inputs,
     layer: Layer,
     config: Config,
@@ -328,27 +333,78 @@ def _attend(
     """Means of the values, weighted by how well their keys fit the queries."""
     c = config
     batch, seq = inputs.positions.shape
+    slots = cache.positions.shape[1]
     # Consecutive query heads share a key-value head: give them an axis of their own.
-    query = query.reshape(batch, seq, c.kv_heads, -1, c.head_dim)
+    query = jnp.moveaxis(query.reshape(batch, seq, c.kv_heads, -1, c.head_dim), 1, 2)
 
-    def attend(one: tuple[Array, Array]) -> Array:
-        query, position = one  # of each row
-        scores = jnp.einsum("bngd,bntd->bngt", query, keys, preferred_element_type=jnp.float32)
-        scores = softcap(scores * c.attention_scale, c.attention_softcap)
-        ago = position[:, None] - inputs.slot_positions
-        visible = ago >= 0
-        if any(c.sliding):
-            visible &= ~layer.sliding | (ago < c.window)
-        scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-        weights = jax.nn.softmax(scores).astype(c.dtype)
-        return jnp.einsum("bngt,bntd->bngd", weights, values)
+    def attend_part(query: Array, row: Array, head: Array) -> Array:
+        rows, heads, _, shared, _ = query.shape
+        keys = _read(cache.keys, layer, row, head, (rows, heads), c.dtype)
+        values = _read(cache.values, layer, row, head, (rows, heads), c.dtype)
+        positions, slot_positions = (
+            jax.lax.dynamic_slice_in_dim(places, row, rows)
+            for places in (inputs.positions, inputs.slot_positions)
+        )
 
-    each = (jnp.moveaxis(query, 1, 0), inputs.positions.T)
-    at_once = max(1, _SCORE_BYTES // (4 * batch * c.heads * keys.shape[2]))
-    mixed = (
-        jax.vmap(attend)(each) if seq <= at_once else jax.lax.map(attend, each, batch_size=at_once)
-    )
-    return jnp.moveaxis(mixed, 0, 1).reshape(batch, seq, -1, c.head_dim)
+        def attend_tokens(query: Array, _row: Array, _head: Array, token: Array) -> Array:
+            tokens = query.shape[2]
+            # Not mapped over the tokens: of one sequence, XLA for GPUs would then keep the keys of
+            # all layers a second time, transposed.
+            flat = query.reshape(rows * heads, tokens * shared, c.head_dim)
+            scores = jnp.einsum("nqd,ntd->nqt", flat, keys, preferred_element_type=jnp.float32)
+            scores = softcap(scores * c.attention_scale, c.attention_softcap)
+            places = jax.lax.dynamic_slice_in_dim(positions, token, tokens, axis=1)
+            ago = places[..., None] - slot_positions[:, None]
+            visible = ago >= 0
+            if any(c.sliding):
+                visible &= ~layer.sliding | (ago < c.window)
+            scores = scores.reshape(rows, heads, tokens, shared, slots)
+            scores = jnp.where(visible[:, None, :, None], scores, -jnp.inf)
+            weights = jax.nn.softmax(scores).astype(c.dtype)
+            weights = weights.reshape(rows * heads, tokens * shared, slots)
+            return jnp.einsum("nqt,ntd->nqd", weights, values).reshape(query.shape)
+
+        a_token = 4 * rows * heads * shared * slots
+        return _in_parts(attend_tokens, query, (rows, heads, PART_BYTES // a_token))
+
+    a_head = 2 * slots * c.head_dim * cache.keys.dtype.itemsize
+    a_row = a_head * c.kv_heads
+    mixed = _in_parts(attend_part, query, (PART_BYTES // a_row, PART_BYTES // a_head))
+    return jnp.moveaxis(mixed, 2, 1).reshape(batch, seq, -1, c.head_dim)
+
+
+def _in_parts(
+    function: Callable[..., Array],
+    array: Array,
+    most: tuple[int, ...],
+    starts: tuple[Array, ...] = (),
+) -> Array:
+    """What a function makes of an array, part by part.
+
+    Args:
+        function: gets a part, and along each axis of `most` where it starts; the result has the
+            shape and dtype of the part, and does not depend on how the array is divided.
+        array: to be divided.
+        most: how long parts are along the first axes, at most; less than 1 is taken for 1.
+        starts: along the axes that are done with.
+    """
+    axis = len(starts)
+    if axis == len(most):
+        return function(array, *starts)
+    size = array.shape[axis]
+    parts = -(-size // max(1, most[axis]))
+    if parts == 1:
+        return _in_parts(function, array, most, (*starts, jnp.int32(0)))
+    length = -(-size // parts)
+
+    def do_part(i: Array, out: Array) -> Array:
+        # All parts are equally long. What two of them have in common comes out the same.
+        start = jnp.minimum(i * length, size - length)
+        part = jax.lax.dynamic_slice_in_dim(array, start, length, axis)
+        new = _in_parts(function, part, most, (*starts, start))
+        return jax.lax.dynamic_update_slice_in_dim(out, new, start, axis)
+
+    return jax.lax.fori_loop(0, parts, do_part, jnp.zeros_like(array))
 
 
 def _dense(config: Config, features: int, bias: bool, name: str) -> nn.Dense:

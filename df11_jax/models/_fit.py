@@ -42,11 +42,11 @@ class WeightBytes(NamedTuple):
 
 
 class Temporary(NamedTuple):
-    """What comes beside weights and cache, at the peak.
+    """What comes beside weights and cache, at the peak: in a block, or in the output head.
 
     Attributes:
-        block: the weights of a transformer block, decompressed.
-        head: the piece of the embedding or the output head that is decompressed at a time.
+        block: the weights of a transformer block, decompressed; 0 if the peak is in the head.
+        head: the piece of the output head that is decompressed at a time; 0 if it is in a block.
         cache_copy: what XLA copies of the cache.
         activations: everything else.
     """
@@ -90,8 +90,8 @@ def estimate_memory(
         weights=-(-(weights.compressed if compress else weights.plain) // devices),
         plain_weights=-(-weights.plain // devices),
         cache=-(-cache_nbytes(config, batch, context) // devices),
-        prefill=estimate_temporary(config, batch, context, devices).nbytes,
-        decode=estimate_temporary(config, batch, context, devices, prompt=1).nbytes,
+        prefill=estimate_temporary(config, batch, context).nbytes,
+        decode=estimate_temporary(config, batch, context, prompt=1).nbytes,
     )
 
 
@@ -145,7 +145,7 @@ def cache_nbytes(config: Config, batch: int, context: int) -> int:
 
 
 def estimate_temporary(
-    config: Config, batch: int, context: int, devices: int = 1, prompt: int | None = None
+    config: Config, batch: int, context: int, prompt: int | None = None
 ) -> Temporary:
     """What a program takes beside weights and cache, as XLA plans it for a GPU.
 
@@ -153,31 +153,37 @@ def estimate_temporary(
         config: of the decoder.
         batch: how many sequences.
         context: how many tokens the cache has room for.
-        devices: that share the cache evenly.
         prompt: how many are read at once, at most; None for as many as `prefill` does.
     """
     c, width = config, np.dtype(config.dtype).itemsize
-    cache = _cache(config, batch, context)
-    slots = cache.positions.shape[1]
+    slots = _cache(config, batch, context).positions.shape[1]
     rows = min(slots if prompt is None else prompt, max(1, _generate.PIECE_TOKENS // batch))
     tokens = batch * rows
-    # With one sequence, XLA transposes the keys of all layers before the loop over them, and back
-    # after it; with more, it copies keys and values of the layer at hand.
-    keys = cache.keys.size * cache.keys.dtype.itemsize
-    copied = -(-keys // devices) if batch == 1 else 2 * keys // c.layers
 
-    a_score = 4 * batch * c.heads * slots
-    scores = a_score * min(rows, max(1, _decoder._SCORE_BYTES // a_score))
+    def part(smallest: int, count: int) -> int:
+        """Bytes of as many as attention looks at together."""
+        return min(smallest * count, max(smallest, _decoder.PART_BYTES))
+
+    # Keys and values are copied for a key-value head of a row at least, scores computed for a token
+    # and the query heads that share it.
+    copied = part(2 * slots * c.head_dim * width, batch * c.kv_heads)
+    scores = part(4 * c.heads // c.kv_heads * slots, tokens * c.kv_heads)
     # Scores are float32, the weights made of them are not.
     attention = scores + scores * width // 4 + 2 * width * tokens * c.heads * c.head_dim
     mlp = 2 * width * tokens * c.hidden
-    logits = 2 * 4 * batch * c.vocab
-    return Temporary(
+    in_block = Temporary(
         block=2 * sum(map(math.prod, _block_shapes(c))),
-        head=2 * _table.ROWS * c.dim * _head_groups(c),
+        head=0,
         cache_copy=copied,
-        activations=2 * width * tokens * c.dim + max(attention, mlp) + logits,
+        activations=2 * width * tokens * c.dim + max(attention, mlp),
     )
+    in_head = Temporary(
+        block=0,
+        head=2 * _table.ROWS * c.dim * _head_groups(c),
+        cache_copy=0,
+        activations=width * tokens * c.dim + 2 * 4 * batch * c.vocab,
+    )
+    return max(in_block, in_head, key=lambda temporary: temporary.nbytes)
 
 
 def longest_context(config: Config, fits: Callable[[int], bool]) -> int:

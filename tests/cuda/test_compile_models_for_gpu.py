@@ -24,7 +24,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def pairs():
-    """For each model and batch, what came of compressed and of plain weights."""
+    """For each model, batch and prompt, what came of compressed and of plain weights."""
     result = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     print(result.stdout)
@@ -41,6 +41,13 @@ def test_memory_is_weights_and_cache_and_one_block_and_a_piece_of_the_head(pairs
         bound = 1.05 * (held + program["block"] + program["piece"])
         assert held + program["decode"] <= bound
         assert held + program["prefill"] <= bound
+
+
+def test_token_loop_does_not_copy_the_cache(pairs):
+    long = [program for program, _ in pairs if program["batch"] == 1 and program["prompt"] > 30_000]
+    assert long
+    for program in long:
+        assert program["decode"] <= program["block"] + program["piece"]
 
 
 def test_estimate_is_the_plan_or_little_more(pairs):

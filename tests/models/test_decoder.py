@@ -78,11 +78,15 @@ def test_transformers_computes_what_is_expected_here(family, decoder, tmp_path):
     )
 
 
-def test_attention_in_parts_is_attention_at_once(monkeypatch):
+# Of 3 rows with 2 key-value heads, each with 40 slots and 10,240 bytes of keys and values: all, but
+# not all tokens; two rows, the one in the middle twice; one head, not all tokens; one token.
+@pytest.mark.parametrize("most", [6 * 10240, 5 * 10240, 10240, 1])
+def test_attention_in_parts_is_attention_at_once(most, monkeypatch):
     params, config = load("gemma3_text")
-    whole = all_logits(params, config, families.prompts())
-    monkeypatch.setattr(_decoder, "_SCORE_BYTES", 7 * 4 * 2 * config.heads * 24)
-    parts = all_logits(params, config, families.prompts())
+    prompts = families.prompts(batch=3, length=40)
+    whole = all_logits(params, config, prompts)
+    monkeypatch.setattr(_decoder, "PART_BYTES", most)
+    parts = all_logits(params, config, prompts)
     np.testing.assert_allclose(parts, whole, rtol=0, atol=TOLERANCE)
 
 

@@ -128,22 +128,24 @@ def test_cache_is_that_of_the_programs(family):
 # XLA's plans for an H100, in MB: with compressed weights, at the worst moment beside weights and
 # cache. tests/cuda/compile_models_for_gpu.py compiles some of them again.
 PLANS = [
-    (LLAMA_3_1_8B, 1, 2048, 581),
-    (LLAMA_3_1_8B, 1, 8192, 1016),
-    (LLAMA_3_1_8B, 1, 32768, 2728),
+    (LLAMA_3_1_8B, 1, 2048, 536),
+    (LLAMA_3_1_8B, 1, 8192, 572),
+    (LLAMA_3_1_8B, 1, 32768, 623),
     (LLAMA_3_1_8B, 8, 2048, 605),
-    (LLAMA_3_1_8B, 8, 8192, 806),
-    (LLAMA_3_1_8B, 8, 32768, 1612),
-    (QWEN_3_14B, 1, 2048, 889),
-    (QWEN_3_14B, 1, 8192, 1309),
-    (QWEN_3_14B, 1, 32768, 3415),
-    (QWEN_3_14B, 8, 32768, 1789),
-    (GEMMA_3_27B, 1, 2048, 1237),
-    (GEMMA_3_27B, 1, 8192, 2847),
-    (GEMMA_3_27B, 1, 32768, 9289),
-    (GEMMA_3_27B, 8, 2048, 1031),
-    (GEMMA_3_27B, 8, 8192, 1434),
-    (GEMMA_3_27B, 8, 32768, 3045),
+    (LLAMA_3_1_8B, 8, 8192, 613),
+    (LLAMA_3_1_8B, 8, 32768, 612),
+    (LLAMA_3_1_8B, 64, 8192, 524),
+    (LLAMA_3_2_1B, 1, 2048, 231),
+    (LLAMA_3_2_1B, 8, 8192, 311),
+    (QWEN_2_5_7B, 1, 2048, 574),
+    (QWEN_2_5_7B, 8, 8192, 659),
+    (QWEN_3_14B, 1, 2048, 749),
+    (QWEN_3_14B, 1, 32768, 838),
+    (QWEN_3_14B, 8, 2048, 813),
+    (QWEN_3_14B, 8, 32768, 820),
+    (GEMMA_3_27B, 1, 8192, 963),
+    (GEMMA_3_27B, 1, 32768, 973),
+    (GEMMA_3_27B, 8, 32768, 970),
 ]
 
 
@@ -151,7 +153,7 @@ PLANS = [
 def test_totals_are_those_of_xlas_plans_or_little_more(fields, batch, context, megabytes):
     memory = models.estimate_memory(models.read_config(fields), batch=batch, context=context)
     plan = memory.weights + memory.cache + 1e6 * megabytes
-    assert plan <= memory.peak <= 1.03 * plan
+    assert plan <= memory.peak <= 1.02 * plan
 
 
 def test_devices_share_weights_and_cache():
