@@ -12,8 +12,8 @@ import matplotlib
 import pytest
 from click.testing import CliRunner
 
-from df11_jax import _commands
-from df11_jax.bench import compare, plan, ways
+from df11_jax import _commands, models
+from df11_jax.bench import compare, generation, plan, ways
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "models"))
 import families
@@ -169,6 +169,23 @@ def test_a_model_that_is_not_supported(tmp_path):
     result = invoke(path)
     assert result.exit_code == 2
     assert "config.json: the model_type 'gpt2' is not supported" in result.stderr
+
+
+def test_no_run_holds_the_cache_of_the_run_before():
+    """Device memory would be more than planned, by a cache."""
+    job = generation.Job(batch=2, prompt=8, tokens=4)
+    config = models.read_config(SIZES)
+    params = models.load_params(models.RandomSource(config), config, compress=False)
+    programs = generation.compile_job(params, config, job)
+    shape = (config.layers, job.batch, config.kv_heads, job.length, config.head_dim)
+    caches = []
+
+    def prefill(*inputs):
+        caches.append(sum(array.shape == shape for array in jax.live_arrays()))
+        return programs.prefill(*inputs)
+
+    generation.run(programs._replace(prefill=prefill), params, config, job, repeats=2)
+    assert caches == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
