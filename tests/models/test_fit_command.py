@@ -140,7 +140,9 @@ def test_sizes_of_memory(text, nbytes):
     assert _fit.parse_bytes(text) == nbytes
 
 
-@pytest.mark.parametrize("text", ["", "GB", "24XB", "24iB", "-1GB", "0GB", "1e3", "2 4GB", "nan"])
+@pytest.mark.parametrize(
+    "text", ["", "GB", "24XB", "24iB", "-1GB", "0GB", "0.9", "1e3", "2 4GB", "nan", "9" * 400]
+)
 def test_what_is_no_size_of_memory(llama, text):
     output = run(llama, f"--memory={text}", status=WRONG)
     assert "is no memory size: expected one such as 24GB" in output
