@@ -17,6 +17,7 @@ from df11_jax.bench import compare, generation, plan, ways
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "models"))
 import families
+import shapes
 
 SIZES = {
     "model_type": "llama",
@@ -188,6 +189,13 @@ def test_no_run_holds_the_cache_of_the_run_before():
     assert caches == [0, 0, 0]
 
 
+@pytest.mark.parametrize("most", [11, 100])
+def test_longest_context_of_a_model_made_for_few_tokens(most):
+    config = models.read_config(SIZES | {"max_position_embeddings": most})
+    way = ways.Way("plain", shapes.param_shapes(config, compress=False))
+    assert compare._find_longest(way, config, 10**9) == most
+
+
 @pytest.mark.parametrize(
     "peak",
     [
@@ -199,18 +207,22 @@ def test_no_run_holds_the_cache_of_the_run_before():
     ],
 )
 @pytest.mark.parametrize("budget", [0, 1000, 1511, 1512, 100_000, 401_000, 10**6, 10**12])
-def test_longest_context(peak, budget):
+@pytest.mark.parametrize("most", [2, 63, 64, 65, 127, 128, 129, 1000, 131_072])
+def test_longest_context(peak, budget, most):
     asked = []
 
     def asking(length):
         asked.append(length)
         return peak(length)
 
-    longest = plan.find_longest(asking, budget, 131_072)
+    longest = plan.find_longest(asking, budget, most)
     assert longest in asked or longest == 0
-    assert (longest + 64 if longest else 64) in asked or longest == 131_072
+    assert longest == most or longest % 64 == 0
     assert not longest or peak(longest) <= budget
-    assert longest == 131_072 or peak(longest + 64) > budget
+    too_long = min(longest + 64, most)
+    assert longest == most or too_long in asked
+    assert longest == most or peak(too_long) > budget
+    assert max(asked) == most
     assert len(asked) <= 32
 
 

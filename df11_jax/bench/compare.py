@@ -15,7 +15,6 @@ from df11_jax.bench.comparison import Comparison, Row
 from df11_jax.bench.comparison_plot import draw
 from df11_jax.bench.device import describe_device, free_bytes
 from df11_jax.bench.generation import (
-    STEP,
     Job,
     Result,
     compile_job,
@@ -210,7 +209,7 @@ def _find_longest(way: Way, config: Config, budget: int) -> int:
 
     if way.device_bytes > budget:
         return 0
-    return find_longest(peak, budget, config.max_length // STEP * STEP)
+    return find_longest(peak, budget, config.max_length)
 
 
 def _device_peak(device: jax.Device) -> int:

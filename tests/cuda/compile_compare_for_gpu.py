@@ -108,9 +108,7 @@ def main(file, batches, prompt, tokens, memory) -> None:
         def peak(length: int, way: ways.Way = way) -> int:
             return plan_job(compile_one, way, config, plan.job_of_length(length))[0].peak
 
-        longest = plan.find_longest(
-            peak, memory, config.max_length // generation.STEP * generation.STEP
-        )
+        longest = plan.find_longest(peak, memory, config.max_length)
         print(json.dumps({"way": way.name, "memory": memory, "longest": longest}), flush=True)
 
 
