@@ -4,8 +4,9 @@
 parameters (plain or compressed: the same functions take both), and a tokenizer.
 """
 
+from df11_jax.models._attention import Cache, init_cache
 from df11_jax.models._config import Config, Rope
-from df11_jax.models._decoder import Cache, Params, forward, init_cache, project
+from df11_jax.models._decoder import Params, forward, project
 from df11_jax.models._fit import estimate_memory
 from df11_jax.models._generate import NO_TOKEN, State, decode, generate, prefill
 from df11_jax.models._hf_config import UnsupportedModelError, read_config
