@@ -17,4 +17,6 @@ def require(extra: str, *modules: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         names = ", ".join(missing)
-        sys.exit(f'df11-jax needs {names}. Install with: pip install "df11_jax[{extra}]"')
+        message = f'df11-jax needs {names}. Install with: pip install "df11_jax[{extra}]"'
+        print(message, file=sys.stderr)
+        sys.exit(2)

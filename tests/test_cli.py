@@ -249,7 +249,7 @@ from df11_jax._cli import main
 main()
 """
     ended = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True)
-    assert ended.returncode == 1
+    assert ended.returncode == 2
     assert ended.stderr == (
         'df11-jax needs click, rich. Install with: pip install "df11_jax[cli]"\n'
     )

@@ -123,7 +123,10 @@ def run_compare(
     if budget is not None:
         for way in ways:
             click.echo(f"longest context, {way.name} ...", err=True)
-            comparison.longest[way.name] = _find_longest(way, config, budget)
+            try:
+                comparison.longest[way.name] = _find_longest(way, config, budget)
+            except jax.errors.JaxRuntimeError as error:  # what was measured is not lost
+                click.echo(f"not found: {error}", err=True)
 
     click.echo(json.dumps(comparison.as_json(), indent=1) if as_json else str(comparison))
     if plot is not None:
