@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +20,6 @@ DEFAULT_FRACTION = 0.75
 FRACTION_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 # What can be asked for: CUDA itself, its libraries and the display need some, too.
 MOST_FRACTION = 0.95
-
-_UNITS = {"": 1, "B": 1}
-for _i, _letter in enumerate("KMGT", start=1):
-    _UNITS |= {f"{_letter}B": 1000**_i, _letter: 1024**_i, f"{_letter}IB": 1024**_i}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,18 +226,6 @@ def read_model(path: Path) -> Model:
     if path.is_dir() and fields is not None and not _has_weights(path):
         return _read_config_alone(config_path, fields)
     return _read_checkpoint(path, fields, str(config_path))
-
-
-def parse_bytes(text: str) -> int:
-    """The number of bytes in a text such as `24GB`, `24GiB` or `80G`.
-
-    Raises:
-        ValueError: it is none.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Z]*)\s*", text.upper())
-    if match is None or match[2] not in _UNITS or not (size := float(match[1])):
-        raise ValueError(f"{text!r} is no memory size: expected one such as 24GB, 24GiB or 80G")
-    return int(size * _UNITS[match[2]])
 
 
 def read_budget(memory: int | None) -> Budget:

@@ -61,7 +61,7 @@ def test_text_and_plot(invoke, monkeypatch, tmp_path):
 
 def test_a_plot_that_cannot_be_written(invoke, tmp_path):
     result = invoke("--plot", str(tmp_path / "nowhere" / "share.png"))
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.stderr.endswith("share.png: there is no directory to write it to\n")
     assert not result.stdout
 

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 
-import click
+from df11_jax._cli_errors import FAILED, fail
 
 
 def check_plot(path: str | None) -> None:
@@ -18,6 +18,6 @@ def check_plot(path: str | None) -> None:
     if path is None:
         return
     if importlib.util.find_spec("matplotlib") is None:
-        raise click.ClickException('--plot needs matplotlib: pip install "df11_jax[bench]"')
+        fail('--plot needs matplotlib. Install with: pip install "df11_jax[plot]"', FAILED)
     if not os.access(os.path.dirname(path) or ".", os.W_OK):
-        raise click.ClickException(f"--plot: {path}: there is no directory to write it to")
+        fail(f"--plot: {path}: there is no directory to write it to", FAILED)

@@ -16,6 +16,7 @@ from test_fit import LLAMA_3_1_8B, LLAMA_3_1_70B, QWEN_3_14B
 
 import df11_jax
 from df11_jax import _commands, _fit, checkpoints, models
+from df11_jax._report import parse_bytes
 
 PUBLISHED = Path(__file__).parents[1] / "published" / "fixtures" / "tiny_llama" / "sharded"
 FITS, WRONG, DOES_NOT_FIT = 0, 2, 3
@@ -137,13 +138,18 @@ def test_fits_only_if_weights_compress_as_expected(llama):
     ],
 )
 def test_sizes_of_memory(text, nbytes):
-    assert _fit.parse_bytes(text) == nbytes
+    assert parse_bytes(text) == nbytes
 
 
 @pytest.mark.parametrize("text", ["", "GB", "24XB", "24iB", "-1GB", "0GB", "1e3", "2 4GB", "nan"])
 def test_what_is_no_size_of_memory(llama, text):
     output = run(llama, f"--memory={text}", status=WRONG)
     assert "is no memory size: expected one such as 24GB" in output
+
+
+def test_memory_without_a_unit(llama):
+    output = run(llama, "--memory=24", status=WRONG)
+    assert "'24' is 24 bytes: expected a unit, as in 24GB" in output
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="is about machines without a GPU")
