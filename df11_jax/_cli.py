@@ -17,8 +17,6 @@ def require(extra: str, *modules: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         names = ", ".join(missing)
-        print(
-            f'df11-jax needs {names}. Install with: pip install "df11_jax[{extra}]"',
-            file=sys.stderr,
-        )
-        sys.exit(2)  # as click ends for wrong usage
+        message = f'df11-jax needs {names}. Install with: pip install "df11_jax[{extra}]"'
+        print(message, file=sys.stderr)
+        sys.exit(2)

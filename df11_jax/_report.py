@@ -179,6 +179,7 @@ def parse_bytes(text: str) -> int:
         ValueError: it is none.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Z]*)\s*", text.upper())
-    if match is None or match[2] not in _UNITS or not (size := float(match[1])):
+    nbytes = float(match[1]) * _UNITS[match[2]] if match and match[2] in _UNITS else 0.0
+    if not 1 <= nbytes < math.inf:
         raise ValueError(f"{text!r} is no memory size: expected one such as 24GB, 24GiB or 80G")
-    return int(size * _UNITS[match[2]])
+    return int(nbytes)

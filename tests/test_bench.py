@@ -59,10 +59,17 @@ def test_text_and_plot(invoke, monkeypatch, tmp_path):
     assert plot.stat().st_size > 1000
 
 
-def test_a_plot_that_cannot_be_written(invoke, tmp_path):
-    result = invoke("--plot", str(tmp_path / "nowhere" / "share.png"))
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere/share.png", "nowhere/share.png: there is no directory to write it to"),
+        ("share.doc", "share.doc: expected a file such as plot.png or plot.svg, not .doc"),
+    ],
+)
+def test_a_plot_that_cannot_be_written(invoke, tmp_path, name, message):
+    result = invoke("--plot", str(tmp_path / name))
     assert result.exit_code == 2
-    assert result.stderr.endswith("share.png: there is no directory to write it to\n")
+    assert result.stderr.endswith(f"{message}\n")
     assert not result.stdout
 
 

@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 import statistics
+import subprocess
 import sys
 
 import jax
@@ -11,11 +12,12 @@ import matplotlib
 import pytest
 from click.testing import CliRunner
 
-from df11_jax import _commands
-from df11_jax.bench import compare, plan, ways
+from df11_jax import _commands, models
+from df11_jax.bench import compare, generation, plan, ways
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "models"))
 import families
+import shapes
 
 SIZES = {
     "model_type": "llama",
@@ -143,11 +145,17 @@ def test_device_that_runs_out_of_memory(folder, monkeypatch):
     assert "Batch 1: tokens and logits of compressed and offloaded are the same" in result.stdout
 
 
-@pytest.mark.parametrize("memory", ["24", "GB", "0GB", "24 GB", "24KB", "-1GB"])
-def test_sizes_that_are_none(memory):
-    result = invoke("--memory", memory)
+def test_a_size_that_is_none():
+    result = invoke("--memory", "GB")
     assert result.exit_code == 2
-    assert f"{memory!r} is not a size such as 24GB, 80GiB or 500MB" in result.stderr
+    assert "'GB' is no memory size: expected one such as 24GB" in result.stderr
+
+
+def test_the_script_that_plans_for_a_gpu_starts():
+    # What it does needs XLA's compiler for CUDA, and is tested where there is one.
+    script = pathlib.Path(__file__).parent / "cuda" / "compile_compare_for_gpu.py"
+    result = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_more_tokens_than_the_model_was_made_for(folder):
@@ -164,6 +172,30 @@ def test_a_model_that_is_not_supported(tmp_path):
     assert "config.json: the model_type 'gpt2' is not supported" in result.stderr
 
 
+def test_no_run_holds_the_cache_of_the_run_before():
+    """Device memory would be more than planned, by a cache."""
+    job = generation.Job(batch=2, prompt=8, tokens=4)
+    config = models.read_config(SIZES)
+    params = models.load_params(models.RandomSource(config), config, compress=False)
+    programs = generation.compile_job(params, config, job)
+    shape = (config.layers, job.batch, config.kv_heads, job.length, config.head_dim)
+    caches = []
+
+    def prefill(*inputs):
+        caches.append(sum(array.shape == shape for array in jax.live_arrays()))
+        return programs.prefill(*inputs)
+
+    generation.run(programs._replace(prefill=prefill), params, config, job, repeats=2)
+    assert caches == [0, 0, 0]
+
+
+@pytest.mark.parametrize("most", [11, 100])
+def test_longest_context_of_a_model_made_for_few_tokens(most):
+    config = models.read_config(SIZES | {"max_position_embeddings": most})
+    way = ways.Way("plain", shapes.param_shapes(config, compress=False))
+    assert compare._find_longest(way, config, 10**9) == most
+
+
 @pytest.mark.parametrize(
     "peak",
     [
@@ -175,18 +207,22 @@ def test_a_model_that_is_not_supported(tmp_path):
     ],
 )
 @pytest.mark.parametrize("budget", [0, 1000, 1511, 1512, 100_000, 401_000, 10**6, 10**12])
-def test_longest_context(peak, budget):
+@pytest.mark.parametrize("most", [2, 63, 64, 65, 127, 128, 129, 1000, 131_072])
+def test_longest_context(peak, budget, most):
     asked = []
 
     def asking(length):
         asked.append(length)
         return peak(length)
 
-    longest = plan.find_longest(asking, budget, 131_072)
+    longest = plan.find_longest(asking, budget, most)
     assert longest in asked or longest == 0
-    assert (longest + 64 if longest else 64) in asked or longest == 131_072
+    assert longest == most or longest % 64 == 0
     assert not longest or peak(longest) <= budget
-    assert longest == 131_072 or peak(longest + 64) > budget
+    too_long = min(longest + 64, most)
+    assert longest == most or too_long in asked
+    assert longest == most or peak(too_long) > budget
+    assert max(asked) == most
     assert len(asked) <= 32
 
 

@@ -172,4 +172,4 @@ def test_corruption_names_the_leaf(kind, tokens):
     corrupt = dataclasses.replace(kernel, sign_mantissa=bad)
     params = variables["params"] | {layer: variables["params"][layer] | {"up": {"kernel": corrupt}}}
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"{layer}/up/kernel.* is corrupt"):
-        jax.block_until_ready(model.apply({"params": params}, tokens))
+        jax.block_until_ready(jax.jit(model.apply)({"params": params}, tokens))

@@ -15,7 +15,6 @@ from df11_jax.bench.comparison import Comparison, Row
 from df11_jax.bench.comparison_plot import draw
 from df11_jax.bench.device import describe_device, free_bytes, free_host_bytes
 from df11_jax.bench.generation import (
-    STEP,
     Job,
     Result,
     compile_job,
@@ -127,7 +126,10 @@ def run_compare(
     if budget is not None:
         for way in ways:
             click.echo(f"longest context, {way.name} ...", err=True)
-            comparison.longest[way.name] = _find_longest(way, config, budget)
+            try:
+                comparison.longest[way.name] = _find_longest(way, config, budget)
+            except jax.errors.JaxRuntimeError as error:  # what was measured is not lost
+                click.echo(f"not found: {error}", err=True)
 
     click.echo(json.dumps(comparison.as_json(), indent=1) if as_json else str(comparison))
     if plot is not None:
@@ -225,7 +227,7 @@ def _find_longest(way: Way, config: Config, budget: int) -> int:
 
     if way.device_bytes > budget:
         return 0
-    return find_longest(peak, budget, config.max_length // STEP * STEP)
+    return find_longest(peak, budget, config.max_length)
 
 
 def _device_peak(device: jax.Device) -> int:

@@ -4,7 +4,6 @@ import dataclasses
 import statistics
 from typing import Any
 
-from df11_jax.bench.generation import STEP
 from df11_jax.bench.plan import Plan
 from df11_jax.bench.report import format_table
 
@@ -172,7 +171,7 @@ class Comparison:
     def _longest(self, tokens: int) -> str:
         if not tokens:
             return "does not fit"
-        all_of_it = tokens + STEP > self.max_length
+        all_of_it = tokens == self.max_length
         return f"{tokens} tokens" + (" (as many as the model was made for)" if all_of_it else "")
 
     def _agreement(self) -> list[str]:

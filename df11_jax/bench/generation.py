@@ -42,18 +42,18 @@ class Job:
 
     def inputs(self, config: Config) -> tuple[Any, ...]:
         """What `prefill` takes beside the parameters."""
-        draws = np.random.default_rng(self.batch)
-        prompts = draws.integers(0, config.vocab, (self.batch, self.prompt)).astype(np.int32)
-        lengths = np.full(self.batch, self.prompt, np.int32)
+        key, shape = jax.random.key(self.batch), (self.batch, self.prompt)
+        prompts = jax.random.randint(key, shape, 0, config.vocab, jnp.int32)
+        lengths = jnp.full(self.batch, self.prompt, jnp.int32)
         return prompts, lengths, *self._rest()
 
     def step_inputs(self) -> tuple[Any, ...]:
         """What `decode` takes beside parameters and state."""
-        return np.int32(self.steps), *self._rest()
+        return jnp.int32(self.steps), *self._rest()
 
     def _rest(self) -> tuple[Any, ...]:
         keys = jax.random.split(jax.random.key(0), self.batch)
-        return Sampling(), keys, np.zeros(0, np.int32)
+        return Sampling(), keys, jnp.zeros(0, jnp.int32)
 
 
 class Programs(NamedTuple):
@@ -91,9 +91,11 @@ class Result(NamedTuple):
 
 def trace(shapes: Params, config: Config, job: Job) -> Programs:
     """The programs of a job, for parameters of these shapes."""
-    prefill = _generate.prefill.trace(shapes, *job.inputs(config), job.length, config)
+    # Of inputs, too: what does not fit is found out without drawing them.
+    inputs, step_inputs = jax.eval_shape(lambda: (job.inputs(config), job.step_inputs()))
+    prefill = _generate.prefill.trace(shapes, *inputs, job.length, config)
     state = prefill.out_info
-    decode = _generate.decode.trace(shapes, state, *job.step_inputs(), job.steps, config)
+    decode = _generate.decode.trace(shapes, state, *step_inputs, job.steps, config)
     return Programs(prefill, decode)
 
 
@@ -115,12 +117,15 @@ def run(programs: Programs, params: Params, config: Config, job: Job, repeats: i
         start = time.perf_counter()
         state, rest = jax.block_until_ready(programs.decode(params, state, *step_inputs))
         decode_seconds.append(time.perf_counter() - start)
+        last_logits = np.array(state.logits)
+        # Its cache would take memory while the next one is made, which no plan knows of.
+        del state
     return Result(
         prefill_seconds[1:],
         decode_seconds[1:],
         np.concatenate([first[:, None], rest], axis=1),
         first_logits.view(np.uint32),
-        np.asarray(state.logits).view(np.uint32),
+        last_logits.view(np.uint32),
     )
 
 

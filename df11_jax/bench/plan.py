@@ -58,21 +58,22 @@ def job_of_length(length: int) -> Job:
 def find_longest(peak: Callable[[int], int], budget: int, most: int) -> int:
     """The longest context that fits.
 
-    Nothing is extrapolated: what is returned was asked for and fits, and `STEP` more tokens were
-    asked for and do not.
+    Nothing is extrapolated: what is returned was asked for and fits, and `STEP` more tokens, or
+    `most`, were asked for and do not.
 
     Args:
         peak: bytes that a context of a length takes; it is expensive to ask.
         budget: bytes that there are.
-        most: a length beyond which nobody asks, a multiple of `STEP`.
+        most: a length beyond which nobody asks.
 
     Returns:
-        A multiple of `STEP`: `most` if that fits, 0 if nothing does.
+        `most` if that fits, else a multiple of `STEP`, 0 if nothing fits.
     """
-    fits, fails = 1, most // STEP
-    if (fails_bytes := peak(STEP * fails)) <= budget:
+    if (fails_bytes := peak(most)) <= budget:
         return most
-    if (fits_bytes := peak(STEP * fits)) > budget:
+    # In steps; the last one may be shorter.
+    fits, fails = 1, -(-most // STEP)
+    if fails == 1 or (fits_bytes := peak(STEP * fits)) > budget:
         return 0
     asked = 0
     while fails - fits > 1:

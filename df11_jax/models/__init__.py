@@ -9,8 +9,9 @@ import importlib.util
 if importlib.util.find_spec("flax") is None:
     raise ImportError('df11_jax.models needs flax. Install with: pip install "df11_jax[models]"')
 
+from df11_jax.models._attention import Cache, init_cache
 from df11_jax.models._config import Config, Rope
-from df11_jax.models._decoder import Cache, Params, forward, init_cache, project
+from df11_jax.models._decoder import Params, forward, project
 from df11_jax.models._fit import estimate_memory
 from df11_jax.models._generate import NO_TOKEN, State, decode, generate, prefill
 from df11_jax.models._hf_config import UnsupportedModelError, read_config

@@ -10,7 +10,7 @@ import numpy as np
 
 from df11_jax import _layout
 from df11_jax._compress import MIN_SIZE
-from df11_jax.models import _decoder, _generate, _table
+from df11_jax.models import _attention, _decoder, _generate, _table
 from df11_jax.models._config import Config
 from df11_jax.models._memory import Memory
 
@@ -162,7 +162,7 @@ def estimate_temporary(
 
     def part(smallest: int, count: int) -> int:
         """Bytes of as many as attention looks at together."""
-        return min(smallest * count, max(smallest, _decoder.PART_BYTES))
+        return min(smallest * count, max(smallest, _attention.PART_BYTES))
 
     # Keys and values are copied for a key-value head of a row at least, scores computed for a token
     # and the query heads that share it.
@@ -240,6 +240,6 @@ def _head_groups(config: Config) -> int:
     return _table.groups_in_piece(table)  # type: ignore[arg-type]  # its shape is enough
 
 
-def _cache(config: Config, batch: int, context: int) -> _decoder.Cache:
+def _cache(config: Config, batch: int, context: int) -> _attention.Cache:
     slots = _generate.cache_length(context, 1)
-    return jax.eval_shape(functools.partial(_decoder.init_cache, config, batch, slots))
+    return jax.eval_shape(functools.partial(_attention.init_cache, config, batch, slots))

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from df11_jax.models import _decoder
+from df11_jax.models import _attention, _decoder
+from df11_jax.models._attention import Cache
 from df11_jax.models._config import Config
-from df11_jax.models._decoder import Cache, Params
+from df11_jax.models._decoder import Params
 from df11_jax.models._sampling import Sampling, choose
 
 # Prompts and caches of about the same length share a program.
@@ -80,7 +81,7 @@ def prefill(
         raise ValueError(f"prompts have {seq} tokens, but the cache has room for {length}")
     size = min(seq, max(1, PIECE_TOKENS // batch))
     positions = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32), prompts.shape)
-    positions = jnp.where(positions < lengths[:, None], positions, _decoder.NOWHERE)
+    positions = jnp.where(positions < lengths[:, None], positions, _attention.NOWHERE)
 
     def read(i: Array, state: tuple[Array, Cache]) -> tuple[Array, Cache]:
         last, cache = state
@@ -98,7 +99,7 @@ def prefill(
         return jnp.where(here[:, None], x, last), cache
 
     last = jnp.zeros((batch, config.dim), config.dtype)
-    cache = _decoder.init_cache(config, batch, length)
+    cache = _attention.init_cache(config, batch, length)
     last, cache = jax.lax.fori_loop(0, -(-seq // size), read, (last, cache))
     return _next(params, last, lengths, jnp.int32(seq), cache, sampling, keys, stop, config)
 

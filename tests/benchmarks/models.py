@@ -19,19 +19,10 @@ import time
 import click
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "models"))
+from known_configs import KNOWN
 
 GIGA = 1e9
-LLAMA_3_2_1B = {
-    "model_type": "llama",
-    "vocab_size": 128_256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131_072,
-    "tie_word_embeddings": True,
-}
+LLAMA_3_2_1B = KNOWN["Llama-3.2-1B"]
 
 
 @click.group()

@@ -19,47 +19,20 @@ from jax.experimental import topologies
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "models"))
 import shapes
+from known_configs import KNOWN
 
 from df11_jax import models
 from df11_jax.models import _table
 
-LLAMA_3_1_8B = {
-    "model_type": "llama",
-    "vocab_size": 128_256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131_072,
-}
-QWEN_3_14B = {
-    "model_type": "qwen3",
-    "vocab_size": 151_936,
-    "hidden_size": 5120,
-    "intermediate_size": 17408,
-    "num_hidden_layers": 40,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 40960,
-}
-GEMMA_3_4B = {
-    "model_type": "gemma3_text",
-    "hidden_size": 2560,
-    "intermediate_size": 10240,
-    "num_hidden_layers": 34,
-    "sliding_window": 1024,
-}
 TOKENS = 1000
 # Model, batch, and tokens of the prompts. Of Qwen3-14B, five query heads share one for keys: of the
 # scores, XLA could not compile a last part that was shorter than the others.
 PROGRAMS = [
-    ("Llama-3.1-8B", LLAMA_3_1_8B, 1, 1000),
-    ("Llama-3.1-8B", LLAMA_3_1_8B, 1, 31_000),
-    ("Llama-3.1-8B", LLAMA_3_1_8B, 8, 1000),
-    ("Qwen3-14B", QWEN_3_14B, 8, 1000),
-    ("Gemma-3-4B", GEMMA_3_4B, 8, 1000),
+    ("Llama-3.1-8B", 1, 1000),
+    ("Llama-3.1-8B", 1, 31_000),
+    ("Llama-3.1-8B", 8, 1000),
+    ("Qwen3-14B", 8, 1000),
+    ("gemma-3-4b", 8, 1000),
 ]
 
 
@@ -83,8 +56,8 @@ def main() -> None:
         platform="cuda", target_config=compile_for_gpu.H100, topology="1x1x1"
     )
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    for name, fields, batch, prompt in PROGRAMS:
-        config = models.read_config(fields)
+    for name, batch, prompt in PROGRAMS:
+        config = models.read_config(KNOWN[name])
         for compress in (True, False):
             params = shapes.param_shapes(config, compress=compress, sharding=sharding)
             program = {"model": name, "batch": batch, "prompt": prompt, "compressed": compress}

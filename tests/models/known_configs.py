@@ -130,6 +130,13 @@ def _gemma(**text: Any) -> dict[str, Any]:
 KNOWN: dict[str, dict[str, Any]] = {
     "Llama-3-8B": _LLAMA_3_8B,
     "Llama-3.1-8B": _LLAMA_3_1_8B,
+    "Llama-3.1-70B": _LLAMA_3_1_8B
+    | {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
+        "num_hidden_layers": 80,
+    },
     "Llama-3.2-1B": _LLAMA_3_1_8B
     | _LLAMA_3_2
     | {
@@ -169,6 +176,15 @@ KNOWN: dict[str, dict[str, Any]] = {
         "max_window_layers": 36,
         "num_attention_heads": 32,
         "num_hidden_layers": 36,
+        "tie_word_embeddings": False,
+    },
+    "Qwen3-14B": _QWEN_3_0_6B
+    | {
+        "hidden_size": 5120,
+        "intermediate_size": 17408,
+        "max_window_layers": 40,
+        "num_attention_heads": 40,
+        "num_hidden_layers": 40,
         "tie_word_embeddings": False,
     },
     "gemma-3-270m": {k: v for k, v in _GEMMA_3_1B.items() if k != "sliding_window_pattern"}

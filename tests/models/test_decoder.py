@@ -12,7 +12,7 @@ import pytest
 import transformers_logits
 
 from df11_jax import models
-from df11_jax.models import _decoder
+from df11_jax.models import _attention
 
 EXPECTED = np.load(transformers_logits.EXPECTED)
 TOLERANCE = 1e-4
@@ -85,7 +85,7 @@ def test_attention_in_parts_is_attention_at_once(most, monkeypatch):
     params, config = load("gemma3_text")
     prompts = families.prompts(batch=3, length=40)
     whole = all_logits(params, config, prompts)
-    monkeypatch.setattr(_decoder, "PART_BYTES", most)
+    monkeypatch.setattr(_attention, "PART_BYTES", most)
     parts = all_logits(params, config, prompts)
     np.testing.assert_allclose(parts, whole, rtol=0, atol=TOLERANCE)
 

@@ -12,12 +12,13 @@ import model_files
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from test_fit import LLAMA_3_1_8B, LLAMA_3_1_70B, QWEN_3_14B
+from known_configs import KNOWN
 
 import df11_jax
 from df11_jax import _commands, _fit, checkpoints, models
 from df11_jax._report import parse_bytes
 
+LLAMA_3_1_8B = KNOWN["Llama-3.1-8B"]
 PUBLISHED = Path(__file__).parents[1] / "published" / "fixtures" / "tiny_llama" / "sharded"
 FITS, WRONG, DOES_NOT_FIT = 0, 2, 3
 
@@ -93,7 +94,7 @@ def test_table(llama):
 
 
 def test_devices(tmp_path):
-    path = write_config(tmp_path / "70b", LLAMA_3_1_70B)
+    path = write_config(tmp_path / "70b", KNOWN["Llama-3.1-70B"])
     assert "longest context" in run(path, "--memory", "80GiB", status=DOES_NOT_FIT)
     output = run(path, "--memory", "80GiB", "--devices", 2)
     assert "of each device" in output and "each of 2 devices" in output
@@ -141,7 +142,9 @@ def test_sizes_of_memory(text, nbytes):
     assert parse_bytes(text) == nbytes
 
 
-@pytest.mark.parametrize("text", ["", "GB", "24XB", "24iB", "-1GB", "0GB", "1e3", "2 4GB", "nan"])
+@pytest.mark.parametrize(
+    "text", ["", "GB", "24XB", "24iB", "-1GB", "0GB", "0.9", "1e3", "2 4GB", "nan", "9" * 400]
+)
 def test_what_is_no_size_of_memory(llama, text):
     output = run(llama, f"--memory={text}", status=WRONG)
     assert "is no memory size: expected one such as 24GB" in output
@@ -198,7 +201,7 @@ def test_brackets_in_a_path_are_not_taken_for_a_style(tmp_path):
 
 
 def test_short_models_have_a_short_default(tmp_path):
-    path = write_config(tmp_path / "model", QWEN_3_14B | {"max_position_embeddings": 1000})
+    path = write_config(tmp_path / "model", KNOWN["Qwen3-14B"] | {"max_position_embeddings": 1000})
     assert ask(path, "--memory", "80GB")["context"] == 1000
     assert ask(path, "--memory", "80GB")["compressed"]["longest_context"] == 1000
 

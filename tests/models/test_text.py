@@ -166,7 +166,7 @@ def test_weights_are_cast_on_request(directory, tmp_path):
         (("--prompt", "a", "--tokens", "1000"), "but the model was made for 512 positions"),
         (("--prompt", "\udcff"), "is no Unicode text"),
         (("--prompt", "a", "--seed", 2**64), "is not in the range"),
-        (("--prompt", "a", "--temperature", "-1"), "temperature is -1"),
+        (("--prompt", "a", "--temperature", "-1"), "is not in the range x>=0"),
         (("--prompt", "a", "--temperature", "1", "--top-p", "2"), "top_p is 2"),
     ],
 )
