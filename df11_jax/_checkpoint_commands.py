@@ -70,7 +70,7 @@ def info(path: Path, as_json: bool, **published: Path | None) -> None:
         _print_summary(summary)
 
 
-@click.command(short_help="A checkpoint, to a new directory.", epilog=_COMPRESS_EXAMPLES)
+@click.command(short_help="Compress a checkpoint to a new directory.", epilog=_COMPRESS_EXAMPLES)
 @click.argument("source", metavar="SRC", type=_path)
 @click.argument("target", metavar="DST", type=_path)
 @click.option(
@@ -126,7 +126,7 @@ def compress(
 
 
 @click.command(
-    short_help="A checkpoint, to plain safetensors.",
+    short_help="Decompress a checkpoint to plain safetensors.",
     epilog="\b\nExample:\n  df11-jax decompress Qwen3-8B-DF11 Qwen3-8B",
 )
 @click.argument("source", metavar="SRC", type=_path)

@@ -7,11 +7,12 @@ import click
 from df11_jax import _checkpoint_commands
 from df11_jax._cli import require
 from df11_jax._cli_errors import failures
+from df11_jax._report import parse_bytes
 
 _SEED = click.IntRange(0, 2**32 - 1)  # what jax.random.key tells apart
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-_plot = click.option("--plot", type=click.Path(dir_okay=False), help="File for a plot.")
+_plot = click.option("--plot", type=click.Path(dir_okay=False), help="Draw a plot to this file.")
 
 
 class _InOrder(click.Group):
@@ -33,14 +34,25 @@ def _not_empty(context: click.Context, option: click.Parameter, value: str) -> s
 
 
 def _parse_memory(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
-    from df11_jax._fit import parse_bytes
-
     if value is None:
         return None
     try:
-        return parse_bytes(value)
+        nbytes = parse_bytes(value)
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
+    if nbytes < 2**20 and value.strip()[-1].isdigit():  # 24 for 24GB
+        raise click.BadParameter(f"{value!r} is {nbytes:,} bytes: expected a unit, as in 24GB")
+    return nbytes
+
+
+def _hub_directory(context: click.Context, argument: click.Parameter, path: Path) -> Path:
+    # What looks like a name on the hub is probably meant as one.
+    if not path.is_dir():
+        raise click.BadParameter(
+            f"{path}: is no directory. Nothing is downloaded: get a model from the Hugging Face "
+            "hub with `hf download OWNER/NAME --local-dir DIRECTORY`, and give the directory"
+        )
+    return path
 
 
 @click.group(
@@ -64,7 +76,7 @@ def commands() -> None:
     callback=_not_empty,
     default='The "with" statement ',
     show_default=True,
-    help="To continue.",
+    help="Text to continue.",
 )
 @click.option(
     "--tokens",
@@ -73,9 +85,15 @@ def commands() -> None:
     show_default=True,
     help="Bytes to generate.",
 )
-@click.option("--temperature", default=0.5, show_default=True, help="Of the text that is shown.")
 @click.option(
-    "--seed", type=_SEED, default=0, show_default=True, help="Of the random numbers for it."
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.5,
+    show_default=True,
+    help="Temperature of the text that is shown; 0 takes the likeliest bytes.",
+)
+@click.option(
+    "--seed", type=_SEED, default=0, show_default=True, help="Seed of the random numbers for it."
 )
 def demo(prompt: str, tokens: int, temperature: float, seed: int) -> None:
     """Generate text from a small model, with plain and with compressed weights, and compare.
@@ -120,8 +138,8 @@ def doctor(as_json: bool) -> None:
     "--memory",
     metavar="SIZE",
     callback=_parse_memory,
-    help="Of each device: 24GB are 24 x 10^9 bytes, 24GiB or 24G are 24 x 2^30, which is what "
-    "cards of 24 GB have, or a little less. Without it, the memory of the GPU that is here.",
+    help="Memory of each device: 24GB are 24 x 10^9 bytes, 24GiB or 24G are 24 x 2^30, which is "
+    "what cards of 24 GB have, or a little less. Without it, the memory of the GPU that is here.",
 )
 @click.option(
     "--context",
@@ -129,14 +147,14 @@ def doctor(as_json: bool) -> None:
     help="Tokens of each sequence, read and generated. [default: 8192, or what the model allows]",
 )
 @click.option(
-    "--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Of sequences."
+    "--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Number of sequences."
 )
 @click.option(
     "--devices",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="That share weights and cache evenly; all figures are of one of them.",
+    help="Number of devices, which share weights and cache evenly; all figures are of one of them.",
 )
 @_json
 def fit(
@@ -162,27 +180,35 @@ def fit(
 
 
 @commands.command(
-    short_help="Text from a model of the Hugging Face hub.",
+    short_help="Text from a Hugging Face model directory.",
     epilog=_examples(
         'generate Llama-3.2-1B --prompt "The first thing to know"',
         'generate Qwen3-8B-df11 --prompt "Once" --temperature 0.7 --top-p 0.9 --tokens 500',
     ),
 )
-@click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--prompt", callback=_not_empty, required=True, help="To continue.")
+@click.argument("model", type=click.Path(path_type=Path), callback=_hub_directory)
+@click.option("--prompt", callback=_not_empty, required=True, help="Text to continue.")
 @click.option(
-    "--tokens", type=click.IntRange(min=1), default=100, show_default=True, help="To generate."
+    "--tokens",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    help="Tokens to generate, at most.",
 )
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
     default=0.0,
     show_default=True,
-    help="0: the likeliest.",
+    help="0 takes the likeliest tokens.",
 )
 @click.option("--top-k", type=click.IntRange(min=1), help="Draw from the k likeliest tokens only.")
-@click.option("--top-p", type=float, help="Draw from the likeliest that have this probability.")
-@click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the random numbers.")
+@click.option(
+    "--top-p", type=float, help="Draw from the likeliest that together have this probability."
+)
+@click.option(
+    "--seed", type=_SEED, default=0, show_default=True, help="Seed of the random numbers."
+)
 @click.option("--plain", is_flag=True, help="Do not compress the weights.")
 @click.option("--cast", is_flag=True, help="Round float32 and float16 weights to bfloat16.")
 def generate(
@@ -242,7 +268,8 @@ for _command in (
     "batches",
     type=click.IntRange(min=1),
     multiple=True,
-    help="Prompts at a time; may be given several times. [default: 1, 8, 64, 256; on a CPU 1, 8]",
+    help="Number of prompts at a time; may be given several times. [default: 1, 8, 64, 256; on a "
+    "CPU 1, 8]",
 )
 @click.option(
     "--prompt-length",
@@ -253,13 +280,17 @@ for _command in (
     help="Tokens of each prompt.",
 )
 @click.option(
-    "--tokens", type=click.IntRange(min=2), default=32, show_default=True, help="To generate."
+    "--tokens",
+    type=click.IntRange(min=2),
+    default=32,
+    show_default=True,
+    help="Tokens to generate after each prompt.",
 )
 @click.option(
     "--memory",
     metavar="SIZE",
     callback=_parse_memory,
-    help="Of the device, to be used: 24GB, 24GiB. [default: all there is]",
+    help="Memory of the device that may be used: 24GB, 24GiB. [default: all that is free]",
 )
 @_json
 @_plot
@@ -275,7 +306,8 @@ def compare(
     """Compare compressed weights with plain ones, and with plain ones partly in host memory.
 
     MODEL is a directory as Hugging Face lays it out, or a config.json, for random weights of its
-    shapes. Without it, weights are random, and shaped like Llama-3.1-8B's on a GPU.
+    shapes. Without it, weights are random: of Llama-3.1-8B's shapes on a GPU, of a small model's on
+    a CPU.
 
     Reports tokens a second, memory of the device, and the longest context that fits into it. Ends
     with status 1 unless tokens and logits of all are the same, bit for bit.
@@ -300,7 +332,9 @@ def compare(
     epilog=_examples("bench --quick", "bench --json --plot bench.png"),
 )
 @click.option("--quick", is_flag=True, help="Fewer sizes, in less time.")
-@click.option("--max-weights", type=click.IntRange(min=2**16), help="Of a tensor or a block.")
+@click.option(
+    "--max-weights", type=click.IntRange(min=2**16), help="Most weights of a tensor or a block."
+)
 @_json
 @_plot
 def bench(quick: bool, max_weights: int | None, as_json: bool, plot: str | None) -> None:

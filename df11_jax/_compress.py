@@ -89,13 +89,13 @@ def compress_params(
         The same pytree with `DF11Array` leaves.
 
     Raises:
-        TypeError: a leaf to be compressed is traced.
+        TypeError: a leaf to be compressed is traced; `include` or `stacked` is no text.
         ValueError: a leaf to be stacked has no axes; a regular expression is not one.
         RuntimeError: verification failed, or an array was deleted. All errors name the leaf's
             path, in their message or in a note.
     """
-    included = re.compile(include) if include is not None else None
-    stacks = re.compile(stacked) if stacked is not None else None
+    included = _pattern("include", include)
+    stacks = _pattern("stacked", stacked)
 
     def is_wanted(path: str, leaf: Any) -> bool:
         if not isinstance(leaf, (jax.Array, np.ndarray)) or leaf.size < min_size:
@@ -126,6 +126,19 @@ def compress_params(
                     leaf = small
             leaves.append(leaf)
     return jax.tree.unflatten(treedef, leaves)
+
+
+def _pattern(argument: str, pattern: str | None) -> re.Pattern[str] | None:
+    if pattern is None:
+        return None
+    if not isinstance(pattern, (str, re.Pattern)):
+        raise TypeError(f"{argument}: expected a regular expression for paths, got {pattern!r:.80}")
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{argument}: {pattern!r:.80} is not a regular expression ({error})"
+        ) from None
 
 
 def _compress(
@@ -166,6 +179,11 @@ def _on_host(array: Any, name: str, cast: bool) -> tuple[np.ndarray, Any]:
     if cast and _native_dtype(weights) in _CASTABLE:
         weights = weights.astype(_BFLOAT16)
     if weights.dtype != _BFLOAT16:
+        if not hasattr(array, "dtype"):
+            raise TypeError(
+                f"{name}: expected a bfloat16 array, got {type(array).__name__}. "
+                "compress_params takes pytrees of arrays"
+            )
         raise TypeError(
             f"{name}: expected bfloat16, got {weights.dtype}. "
             "Cast it first, if rounding is acceptable: array.astype(jax.numpy.bfloat16)"

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +20,6 @@ DEFAULT_FRACTION = 0.75
 FRACTION_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 # What can be asked for: CUDA itself, its libraries and the display need some, too.
 MOST_FRACTION = 0.95
-
-_UNITS = {"": 1, "B": 1}
-for _i, _letter in enumerate("KMGT", start=1):
-    _UNITS |= {f"{_letter}B": 1000**_i, _letter: 1024**_i, f"{_letter}IB": 1024**_i}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,19 +226,6 @@ def read_model(path: Path) -> Model:
     if path.is_dir() and fields is not None and not _has_weights(path):
         return _read_config_alone(config_path, fields)
     return _read_checkpoint(path, fields, str(config_path))
-
-
-def parse_bytes(text: str) -> int:
-    """The number of bytes in a text such as `24GB`, `24GiB` or `80G`.
-
-    Raises:
-        ValueError: it is none.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Z]*)\s*", text.upper())
-    nbytes = float(match[1]) * _UNITS[match[2]] if match and match[2] in _UNITS else 0.0
-    if not 1 <= nbytes < math.inf:
-        raise ValueError(f"{text!r} is no memory size: expected one such as 24GB, 24GiB or 80G")
-    return int(nbytes)
 
 
 def read_budget(memory: int | None) -> Budget:

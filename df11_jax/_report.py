@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import jax
@@ -10,6 +11,10 @@ from jaxtyping import PyTree
 
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._decode import path_name
+
+_UNITS = {"": 1, "B": 1}
+for _i, _letter in enumerate("KMGT", start=1):
+    _UNITS |= {f"{_letter}B": 1000**_i, _letter: 1024**_i, f"{_letter}IB": 1024**_i}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +113,12 @@ class SizeReport:
         Raises:
             ImportError: matplotlib is not installed (`pip install "df11_jax[plot]"`).
         """
-        import matplotlib.pyplot as plt
+        try:
+            import matplotlib.pyplot as plt
+        except ImportError as error:
+            raise ImportError(
+                f'plots need matplotlib ({error}). Install with: pip install "df11_jax[plot]"'
+            ) from None
 
         if ax is None:
             _, ax = plt.subplots(figsize=(8, 1 + 0.3 * len(self.leaves)), layout="constrained")
@@ -160,3 +170,16 @@ def format_bytes(n: float) -> str:
             return f"{n:.4g} {unit}"
         n /= 1024
     return f"{n:.4g} GiB"
+
+
+def parse_bytes(text: str) -> int:
+    """The number of bytes in a text such as `24GB`, `24GiB` or `80G`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Z]*)\s*", text.upper())
+    nbytes = float(match[1]) * _UNITS[match[2]] if match and match[2] in _UNITS else 0.0
+    if not 1 <= nbytes < math.inf:
+        raise ValueError(f"{text!r} is no memory size: expected one such as 24GB, 24GiB or 80G")
+    return int(nbytes)

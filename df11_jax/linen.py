@@ -9,8 +9,12 @@ parameters, and to initialise them, they do what they did before.
 """
 
 import functools
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
+
+if importlib.util.find_spec("flax") is None:
+    raise ImportError('df11_jax.linen needs flax. Install with: pip install "df11_jax[flax]"')
 
 import jax
 import jax.numpy as jnp

@@ -7,8 +7,12 @@ temporary.
 
 import dataclasses
 import functools
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
+
+if importlib.util.find_spec("flax") is None:
+    raise ImportError('df11_jax.nnx needs flax. Install with: pip install "df11_jax[flax]"')
 
 import jax
 from flax import nnx
@@ -109,12 +113,17 @@ def compress(
         threads: how many threads to use.
 
     Raises:
-        TypeError: as `df11_jax.compress_params`, like the others; all name the parameter.
+        TypeError: as `df11_jax.compress_params`, like the others; all name the parameter. Also if
+            `model` is no module and has no parameters, such as a pytree of arrays.
         ValueError: likewise.
         RuntimeError: likewise.
     """
+    has_params = False
     for path, param in nnx.iter_graph(model, graph=True):
-        if not isinstance(param, nnx.Param) or param.hijax:
+        if not isinstance(param, nnx.Param):
+            continue
+        has_params = True
+        if param.hijax:
             continue
         name = "/".join(map(str, path))
         small = compress_params(
@@ -131,6 +140,11 @@ def compress(
             # Other modules may refer to the same parameter, so it has to remain the same object.
             param.__class__ = _compressed_type(type(param))
             param.set_raw_value(small)
+    if not has_params and not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"expected an nnx.Module, or a container with some, got {type(model).__name__} without "
+            "any nnx.Param. For a pytree of arrays there is df11_jax.compress_params"
+        )
 
 
 @functools.cache

@@ -255,6 +255,45 @@ main()
     )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "extra"),
+    [
+        (["demo"], "demo"),
+        (["fit", "nothing", "--memory", "24GB"], "flax"),
+        (["generate", ".", "--prompt", "x"], "models"),
+        (["compare", "--memory", "24GB"], "models"),
+    ],
+)
+def test_says_what_to_install_for_models(arguments, extra):
+    program = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name: None if name == "flax" else find(name)
+sys.modules["flax"] = None  # cannot be imported
+"""
+    ended = process(program, *arguments)
+    assert ended.returncode == 2
+    assert ended.stderr == (f'df11-jax needs flax. Install with: pip install "df11_jax[{extra}]"\n')
+
+
+@pytest.mark.parametrize("module", ["linen", "nnx", "models"])
+def test_modules_say_what_to_install(module):
+    program = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name: None if name == "flax" else find(name)
+sys.modules["flax"] = None
+"""
+    code = f"{program}import df11_jax.{module}"
+    ended = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert f"ImportError: df11_jax.{module} needs flax. Install with: pip install" in ended.stderr
+
+
+def test_generate_downloads_nothing():
+    output = run("generate", "Qwen/Qwen3-0.6B", "--prompt", "x", status=2)
+    assert "hf download" in output
+
+
 def test_help(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["df11-jax", "--help"])
     with pytest.raises(SystemExit) as end:

@@ -235,3 +235,11 @@ def test_longest_context_asks_little_where_memory_is_linear():
 
     assert plan.find_longest(peak, 24_000_000_000, 131_072) == 60_992
     assert len(asked) == 4
+
+
+def test_what_the_host_cannot_hold(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(SIZES | {"hidden_size": 2**16, "num_hidden_layers": 10_000}))
+    result = invoke(file, *SHORT, "--memory", "1GB")
+    assert result.exit_code == 2, result.output
+    assert "of the host's memory, and " in result.stderr

@@ -1,4 +1,3 @@
-import re
 import subprocess
 import sys
 
@@ -254,8 +253,15 @@ class TestCompressParams:
         params = {"a": {"b": np.zeros((20000,), BF16)}}
         with pytest.raises(TypeError, match="a/b: compression runs on the host"):
             jax.jit(df11_jax.compress_params)(params)
-        with pytest.raises(re.error):
-            df11_jax.compress_params(params, include="(")
+        for argument in ("include", "stacked"):
+            with pytest.raises(ValueError, match=rf"{argument}: '\(' is not a regular expression"):
+                df11_jax.compress_params(params, **{argument: "("})
+            with pytest.raises(TypeError, match=rf"{argument}: expected a regular .* got \['a'\]"):
+                df11_jax.compress_params(params, **{argument: ["a"]})
+        with pytest.raises(
+            TypeError, match=r"expected a bfloat16 array, got dict\. compress_params"
+        ):
+            df11_jax.compress(params)
         deleted = jnp.asarray(params["a"]["b"])
         deleted.delete()
         with pytest.raises(RuntimeError, match="deleted") as raised:

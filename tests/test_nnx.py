@@ -342,3 +342,13 @@ def test_gradients_of_compressed_parameters(tokens):
     model, _ = make(Unrolled)
     with pytest.raises(TypeError, match="uint32"):
         nnx.grad(loss)(model, tokens)
+
+
+@pytest.mark.parametrize("model", [{"w": jnp.zeros((256, 256), jnp.bfloat16)}, "model", None])
+def test_what_is_no_model(model):
+    with pytest.raises(TypeError, match=r"expected an nnx.Module.*df11_jax\.compress_params"):
+        compress(model)
+
+
+def test_a_module_without_parameters():
+    compress(nnx.Dropout(0.5))

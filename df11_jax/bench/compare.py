@@ -13,7 +13,7 @@ import numpy as np
 import df11_jax
 from df11_jax.bench.comparison import Comparison, Row
 from df11_jax.bench.comparison_plot import draw
-from df11_jax.bench.device import describe_device, free_bytes
+from df11_jax.bench.device import describe_device, free_bytes, free_host_bytes
 from df11_jax.bench.generation import (
     Job,
     Result,
@@ -29,6 +29,7 @@ from df11_jax.bench.ways import Way, load_ways
 from df11_jax.checkpoints import open_checkpoint
 from df11_jax.checkpoints._directory import CONFIG, read_json
 from df11_jax.models import Config, Params, RandomSource, Source, read_config
+from df11_jax.models._fit import estimate_weights
 
 LLAMA_3_1_8B: Mapping[str, Any] = {
     "model_type": "llama",
@@ -85,7 +86,8 @@ def run_compare(
 
     Raises:
         click.ClickException: a plot could not be written.
-        OSError, ValueError: the model cannot be read, or was not made for so many tokens.
+        OSError, ValueError: the model cannot be read, was not made for so many tokens, or does not
+            fit into the host's memory.
         SystemExit: with status 1, after all is printed: tokens or logits differ.
     """
     check_plot(plot)
@@ -95,6 +97,7 @@ def run_compare(
             f"prompts of {prompt} tokens and {tokens} more take {needed} positions, but the model "
             f"was made for {config.max_length}"
         )
+    _check_host_memory(name, config)
     budget = free_bytes() if memory is None else memory
     click.echo(f"{name} ...", err=True)
     ways = load_ways(source, config, progress=sys.stderr.isatty())
@@ -147,6 +150,18 @@ def _open(model: Path | None) -> tuple[str, Config, Source]:
     if model.is_dir():
         return str(model), config, open_checkpoint(model)
     return f"random weights of the shapes in {model}", config, RandomSource(config)
+
+
+def _check_host_memory(name: str, config: Config) -> None:
+    """Raises ValueError if the weights, compressed and plain, do not fit beside what runs here."""
+    free = free_host_bytes()
+    weights = estimate_weights(config)
+    needed = weights.plain + weights.least
+    if free is not None and needed > free:
+        raise ValueError(
+            f"{name}: the weights, compressed and plain, take {needed / 1e9:.1f} GB of the host's "
+            f"memory, and {free / 1e9:.1f} GB are free"
+        )
 
 
 def _measure_batch(comparison: Comparison, ways: Sequence[Way], config: Config, job: Job) -> None:

@@ -46,8 +46,11 @@ def free_bytes() -> int | None:
     stats = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    if jax.default_backend() != "cpu":
-        return None
+    return free_host_bytes() if jax.default_backend() == "cpu" else None
+
+
+def free_host_bytes() -> int | None:
+    """Memory of the host that can be had; None if nobody knows."""
     try:
         with open("/proc/meminfo") as file:
             fields = dict(line.split(":") for line in file)

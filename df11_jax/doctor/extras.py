@@ -9,8 +9,8 @@ from importlib import metadata
 GIVES = {
     "cli": "the command line",
     "demo": "df11-jax demo",
-    "flax": "df11_jax.linen and df11_jax.nnx",
-    "models": "df11_jax.models, df11-jax generate",
+    "flax": "df11_jax.linen and df11_jax.nnx, df11-jax fit",
+    "models": "df11_jax.models, df11-jax generate and compare",
     "orbax": "df11_jax.orbax, and Orbax's folders in commands",
     "plot": "plots of reports",
     "bench": "df11-jax bench --plot",

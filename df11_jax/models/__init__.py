@@ -4,6 +4,11 @@
 parameters (plain or compressed: the same functions take both), and a tokenizer.
 """
 
+import importlib.util
+
+if importlib.util.find_spec("flax") is None:
+    raise ImportError('df11_jax.models needs flax. Install with: pip install "df11_jax[models]"')
+
 from df11_jax.models._attention import Cache, init_cache
 from df11_jax.models._config import Config, Rope
 from df11_jax.models._decoder import Params, forward, project

@@ -202,10 +202,16 @@ def read_directory(
 
     Raises:
         FileNotFoundError: a file is missing.
+        ImportError: tokenizers is not installed.
         UnsupportedModelError: another architecture, or a variant that is not implemented.
         ValueError: a file is damaged.
     """
-    import tokenizers
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ImportError(
+            f'text needs tokenizers ({error}). Install with: pip install "df11_jax[models]"'
+        ) from None
 
     path = Path(path)
     fields = read_json(path / CONFIG)

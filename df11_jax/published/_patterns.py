@@ -125,7 +125,7 @@ def default_pattern_dict(config: Mapping[str, Any] | None) -> dict[str, list[str
     if not model.is_known:
         raise ValueError(
             f"there is no default pattern dict for the model type {model.family!r}, only for "
-            f"{', '.join(FAMILIES)}; pass one"
+            f"{', '.join(FAMILIES)}; pass one (--pattern-dict)"
         )
     inner = r"(?:language_model\.model|model\.language_model)" if model.is_nested else "model"
     patterns: dict[str, list[str]] = {}

@@ -23,7 +23,8 @@ from jax.experimental import topologies
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "models"))
 import shapes
 
-from df11_jax import _fit, models
+from df11_jax import models
+from df11_jax._report import parse_bytes
 from df11_jax.bench import compare, generation, plan, ways
 
 
@@ -74,7 +75,7 @@ def describe_copies(decode) -> dict:
 @click.option("--batch", "batches", type=int, multiple=True, default=(1, 8, 64))
 @click.option("--prompt-length", "prompt", type=int, default=128)
 @click.option("--tokens", type=int, default=32)
-@click.option("--memory", type=_fit.parse_bytes)
+@click.option("--memory", type=parse_bytes)
 def main(file, batches, prompt, tokens, memory) -> None:
     fields = compare.LLAMA_3_1_8B if file is None else json.loads(file.read_text())
     config = models.read_config(fields)

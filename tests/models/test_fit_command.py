@@ -16,6 +16,7 @@ from known_configs import KNOWN
 
 import df11_jax
 from df11_jax import _commands, _fit, checkpoints, models
+from df11_jax._report import parse_bytes
 
 LLAMA_3_1_8B = KNOWN["Llama-3.1-8B"]
 PUBLISHED = Path(__file__).parents[1] / "published" / "fixtures" / "tiny_llama" / "sharded"
@@ -138,7 +139,7 @@ def test_fits_only_if_weights_compress_as_expected(llama):
     ],
 )
 def test_sizes_of_memory(text, nbytes):
-    assert _fit.parse_bytes(text) == nbytes
+    assert parse_bytes(text) == nbytes
 
 
 @pytest.mark.parametrize(
@@ -147,6 +148,11 @@ def test_sizes_of_memory(text, nbytes):
 def test_what_is_no_size_of_memory(llama, text):
     output = run(llama, f"--memory={text}", status=WRONG)
     assert "is no memory size: expected one such as 24GB" in output
+
+
+def test_memory_without_a_unit(llama):
+    output = run(llama, "--memory=24", status=WRONG)
+    assert "'24' is 24 bytes: expected a unit, as in 24GB" in output
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="is about machines without a GPU")
