@@ -1,14 +1,10 @@
 """What `df11-jax compare` would take on a GPU, by XLA's plan; compiles for one, needs none."""
 
-import importlib.util
 import json
-import pathlib
-import subprocess
-import sys
 
 import pytest
+from gpu_compiler import needs_gpu_compiler, run_script
 
-SCRIPT = pathlib.Path(__file__).with_name("compile_compare_for_gpu.py")
 SIZES = {
     "model_type": "llama",
     "vocab_size": 8192,
@@ -20,16 +16,7 @@ SIZES = {
     "max_position_embeddings": 131_072,
 }
 
-pytestmark = [
-    pytest.mark.skipif(
-        not importlib.util.find_spec("jax_cuda13_plugin"),
-        reason='needs XLA\'s compiler for CUDA: pip install "jax[cuda13]"',
-    ),
-    pytest.mark.skipif(
-        not importlib.util.find_spec("df11_jax._native_cuda"),
-        reason="needs the CUDA decoder: install df11_jax with nvcc on PATH",
-    ),
-]
+pytestmark = needs_gpu_compiler
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +25,7 @@ def plans(tmp_path_factory):
     file = tmp_path_factory.mktemp("compare") / "config.json"
     file.write_text(json.dumps(SIZES))
     options = ["--batch", "1", "--prompt-length", "32000"]
-    result = subprocess.run(
-        [sys.executable, SCRIPT, file, *options], capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    print(result.stdout)
-    return {line["way"]: line for line in map(json.loads, result.stdout.splitlines())}
+    return {line["way"]: line for line in run_script("compile_compare_for_gpu.py", file, *options)}
 
 
 def test_offloaded_layers_stay_in_host_memory(plans):

@@ -1,14 +1,8 @@
 """What XLA makes of Flax models with compressed parameters on a GPU; needs none."""
 
-import importlib.util
-import json
-import pathlib
-import subprocess
-import sys
+from gpu_compiler import needs_gpu_compiler, run_script
 
-import pytest
-
-SCRIPT = pathlib.Path(__file__).with_name("compile_flax_for_gpu.py")
+pytestmark = needs_gpu_compiler
 
 # Dense blocks, of (token loop, gradient), and whether compressed weights are copied.
 LIMITS = {
@@ -21,19 +15,8 @@ LIMITS = {
 }
 
 
-@pytest.mark.skipif(
-    not importlib.util.find_spec("jax_cuda13_plugin"),
-    reason='needs XLA\'s compiler for CUDA: pip install "jax[cuda13]"',
-)
-@pytest.mark.skipif(
-    not importlib.util.find_spec("df11_jax._native_cuda"),
-    reason="needs the CUDA decoder: install df11_jax with nvcc on PATH",
-)
 def test_memory_and_copies():
-    result = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    print(result.stdout)
-    programs = [json.loads(line) for line in result.stdout.splitlines()]
+    programs = run_script("compile_flax_for_gpu.py")
     blocks = {(p["model"], p["program"]): p for p in programs}
     for model, (loop, gradient, copies) in LIMITS.items():
         for program, limit in (("token_loop", loop), ("gradient", gradient)):

@@ -1,36 +1,17 @@
 """What XLA makes of compressed blocks on a GPU; compiles for one, needs none."""
 
-import importlib.util
-import json
 import math
-import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
+from gpu_compiler import needs_gpu_compiler, run_script
 
-SCRIPT = pathlib.Path(__file__).with_name("compile_for_gpu.py")
-
-pytestmark = [
-    pytest.mark.skipif(
-        not importlib.util.find_spec("jax_cuda13_plugin"),
-        reason='needs XLA\'s compiler for CUDA: pip install "jax[cuda13]"',
-    ),
-    pytest.mark.skipif(
-        not importlib.util.find_spec("df11_jax._native_cuda"),
-        reason="needs the CUDA decoder: install df11_jax with nvcc on PATH",
-    ),
-]
+pytestmark = needs_gpu_compiler
 
 
 @pytest.fixture(scope="module")
 def programs():
-    result = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    print(result.stdout)
-    lines = map(json.loads, result.stdout.splitlines())
-    return {program["program"]: program for program in lines}
+    return {program["program"]: program for program in run_script("compile_for_gpu.py")}
 
 
 @pytest.mark.parametrize("name", ["scan", "token_loop", "llama_8b", "llama_8b_decoding"])

@@ -1,34 +1,15 @@
 """What generation takes on a GPU, and that XLA computes it alike; compiles for one, needs none."""
 
-import importlib.util
-import json
-import pathlib
-import subprocess
-import sys
-
 import pytest
+from gpu_compiler import needs_gpu_compiler, run_script
 
-SCRIPT = pathlib.Path(__file__).with_name("compile_models_for_gpu.py")
-
-pytestmark = [
-    pytest.mark.skipif(
-        not importlib.util.find_spec("jax_cuda13_plugin"),
-        reason='needs XLA\'s compiler for CUDA: pip install "jax[cuda13]"',
-    ),
-    pytest.mark.skipif(
-        not importlib.util.find_spec("df11_jax._native_cuda"),
-        reason="needs the CUDA decoder: install df11_jax with nvcc on PATH",
-    ),
-]
+pytestmark = needs_gpu_compiler
 
 
 @pytest.fixture(scope="module")
 def pairs():
     """For each model, batch and prompt, what came of compressed and of plain weights."""
-    result = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    print(result.stdout)
-    programs = list(map(json.loads, result.stdout.splitlines()))
+    programs = run_script("compile_models_for_gpu.py")
     compressed, plain = programs[::2], programs[1::2]
     assert all(program["compressed"] for program in compressed)
     assert not any(program["compressed"] for program in plain)
