@@ -12,8 +12,7 @@ from jaxtyping import Array, Int, UInt
 from df11_jax._scan import scan_blocks
 from df11_jax.models import Config, Params, Sampling, _generate, _table
 
-# Caches are multiples of it, as those that `generate` makes.
-STEP = 64
+STEP = _generate.BUCKET  # caches are multiples of it, as those that `generate` makes
 
 
 @dataclasses.dataclass(frozen=True)

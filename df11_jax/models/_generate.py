@@ -20,7 +20,7 @@ from df11_jax.models._decoder import Params
 from df11_jax.models._sampling import Sampling, choose
 
 # Prompts and caches of about the same length share a program.
-_BUCKET = 64
+BUCKET = 64
 # Prompts are read in pieces of about as many tokens of all rows together: enough to make up for
 # decompressing all blocks once a piece, few enough to need little memory.
 PIECE_TOKENS = 2048
@@ -278,4 +278,4 @@ def _next(
 
 
 def _round_up(length: int) -> int:
-    return -(-length // _BUCKET) * _BUCKET
+    return -(-length // BUCKET) * BUCKET

@@ -10,7 +10,7 @@ TYPES = {
     f"{kind}{bits}": np.dtype(f"{code}{bits // 8}")
     for kind, code in (("u", "u"), ("s", "i"), ("b", "u"))
     for bits in (8, 16, 32, 64)
-}
+} | {"pred": np.dtype(np.bool_)}
 COMPARISONS: dict[str, Callable[..., Any]] = {
     "eq": np.equal,
     "ne": np.not_equal,
@@ -25,7 +25,7 @@ _SIMPLE: dict[str, Callable[..., Any]] = {
     "mad": lambda a, b, c: a * b + c,
     "max": np.maximum,
     "min": np.minimum,
-    "mov": np.positive,
+    "mov": lambda a: a,
     "mul": np.multiply,
     "neg": np.negative,
     "not": np.invert,

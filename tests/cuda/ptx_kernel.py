@@ -52,5 +52,7 @@ class Kernel:
             depth += text.count("{") - text.count("}")
             if "}" in text and depth == 0:
                 break
+        # What is dynamic comes behind it, aligned for anything.
+        self.static_shared = -(-self.static_shared // 1024) * 1024
         for name in dynamic:
-            self.symbols[name] = SHARED_BASE + -(-self.static_shared // 1024) * 1024
+            self.symbols[name] = SHARED_BASE + self.static_shared

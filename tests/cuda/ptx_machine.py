@@ -49,7 +49,7 @@ def launch(
         KernelError: see the top.
     """
     assert len(param) == kernel.param_bytes, (len(param), kernel.param_bytes)
-    shared = -(-kernel.static_shared // 1024) * 1024 + dynamic_shared
+    shared = kernel.static_shared + dynamic_shared
     for block in range(blocks):
         _Block(kernel, memory, param, block, blocks, threads, shared, seed + block).run()
 
@@ -270,19 +270,6 @@ class _Block:
             self.put(ops[0], where, self.get(ops[1], where, TYPES["u64"]))
         elif kind == "cvt":
             self.put(ops[0], where, self.get(ops[1], where, TYPES[name[2]]).astype(TYPES[name[1]]))
-        elif name[-1] == "pred":
-            values = [self.get(o, where) for o in ops[1:]]
-            self.put(
-                ops[0],
-                where,
-                {
-                    "mov": lambda a: a,
-                    "not": np.logical_not,
-                    "and": np.logical_and,
-                    "or": np.logical_or,
-                    "xor": np.logical_xor,
-                }[kind](*values),
-            )
         else:
             self.put(ops[0], where, self.arithmetic(name, ops[1:], where))
 
