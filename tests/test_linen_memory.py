@@ -84,8 +84,10 @@ def test_decodes_each_layer_once_a_token(kind, tokens):
     model, _, _, variables = make(kind)
     run = jax.jit(generate, static_argnums=(0, 3))
     for steps in (1, 5):
-        # XLA's CPU backend makes one of the two decodes of the embedding.
-        assert count_decodes(run, model, variables, tokens, steps) == steps * (LAYERS * TENSORS + 1)
+        # Embedding and logits decode the same table: XLA makes one decode of these in jax 0.10.2,
+        # but not in 0.12.0.
+        decodes = count_decodes(run, model, variables, tokens, steps) / steps
+        assert decodes - LAYERS * TENSORS in (1, 2)
 
 
 @on_cpu
