@@ -10,7 +10,7 @@ LIMITS = {
     "linen nn.scan of compressed": (1.75, 1.75, True),
     "linen unrolled compressed": (1.05, 1.05, False),
     "nnx remat": (0.6, 0.6, False),
-    "nnx nnx.scan of remat": (0.9, 1.25, True),
+    "nnx nnx.scan of remat": (0.9, 1.4, True),
     "nnx scan_blocks": (1.05, 1.05, False),
 }
 
