@@ -184,6 +184,7 @@ def fit(
     epilog=_examples(
         'generate Llama-3.2-1B --prompt "The first thing to know"',
         'generate Qwen3-8B-df11 --prompt "Once" --temperature 0.7 --top-p 0.9 --tokens 500',
+        'generate Llama-3.1-70B --prompt "Once" --devices 2',
     ),
 )
 @click.argument("model", type=click.Path(path_type=Path), callback=_hub_directory)
@@ -211,6 +212,13 @@ def fit(
 )
 @click.option("--plain", is_flag=True, help="Do not compress the weights.")
 @click.option("--cast", is_flag=True, help="Round float32 and float16 weights to bfloat16.")
+@click.option(
+    "--devices",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Number of devices to divide the model over.",
+)
 def generate(
     model: Path,
     prompt: str,
@@ -221,6 +229,7 @@ def generate(
     seed: int,
     plain: bool,
     cast: bool,
+    devices: int,
 ) -> None:
     """Generate text from the Hugging Face directory MODEL, with compressed weights.
 
@@ -242,6 +251,7 @@ def generate(
             seed=seed,
             plain=plain,
             cast=cast,
+            devices=devices,
         )
 
 

@@ -84,8 +84,11 @@ class StackBuilder:
         for i, row in enumerate(exponents):
             self._exponents[start + i] = row
 
-    def build(self) -> DF11Array:
-        """The stack, on the default device. This empties the builder.
+    def build(self, device: jax.Device | jax.sharding.Sharding | None = None) -> DF11Array:
+        """The stack. This empties the builder.
+
+        Args:
+            device: for `jax.device_put`; None for the default device.
 
         Raises:
             ValueError: a slice is missing.
@@ -100,13 +103,13 @@ class StackBuilder:
             place[: len(row)] = row
             place[len(row) :] = 0
         # One by one, and each freed: a device that is not the host gets copies.
-        sign_mantissa = jax.device_put(self._others.pop()).block_until_ready()
-        header, codebook, chunk_offsets = jax.device_put(self._others)
+        sign_mantissa = jax.device_put(self._others.pop(), device).block_until_ready()
+        header, codebook, chunk_offsets = jax.device_put(self._others, device)
         return DF11Array(
             header,
             codebook,
             chunk_offsets,
-            jax.device_put(exponents),
+            jax.device_put(exponents, device),
             sign_mantissa,
             slice_shape=self._slice_shape,
         )

@@ -17,6 +17,8 @@ from df11_jax.models._generate import NO_TOKEN, State, decode, generate, prefill
 from df11_jax.models._hf_config import UnsupportedModelError, read_config
 from df11_jax.models._load import load_params
 from df11_jax.models._memory import Memory, Programs, compile_programs, measure_memory
+from df11_jax.models._parallel import find_mesh
+from df11_jax.models._placement import place_params
 from df11_jax.models._random import RandomSource
 from df11_jax.models._sampling import Sampling
 from df11_jax.models._source import Source, TensorInfo
@@ -42,12 +44,14 @@ __all__ = [
     "compile_programs",
     "decode",
     "estimate_memory",
+    "find_mesh",
     "forward",
     "generate",
     "init_cache",
     "load",
     "load_params",
     "measure_memory",
+    "place_params",
     "prefill",
     "project",
     "read_config",

@@ -10,6 +10,7 @@ from df11_jax import models
 from df11_jax._report import format_bytes
 from df11_jax.checkpoints import open_checkpoint
 from df11_jax.models._generate import check_prompts
+from df11_jax.models._placement import Placement
 from df11_jax.models._text import encode
 
 _EVERY = 4  # tokens between looks at the screen
@@ -24,6 +25,7 @@ def run_generate(
     seed: int,
     plain: bool,
     cast: bool,
+    devices: int,
 ) -> None:
     """Continues a text on the standard output, and tells on the standard error what it took.
 
@@ -35,12 +37,14 @@ def run_generate(
         seed: for sampling.
         plain: do not compress the weights.
         cast: round float32 and float16 weights.
+        devices: how many to divide the model over.
 
     Raises:
         OSError, ValueError: as `load` and `TextModel.generate`.
     """
     config, tokenizer, stop = models.read_directory(path)
     # Before the weights are read, which takes a while.
+    Placement(config, devices)
     (ids,) = encode(tokenizer, [prompt])
     check_prompts([ids], config, tokens)
     sampling = sampling.checked()
@@ -50,6 +54,7 @@ def run_generate(
         compress=not plain,
         cast=cast,
         progress=sys.stderr.isatty(),
+        devices=devices,
     )
     model = models.TextModel(params, config, tokenizer, stop)
     # In advance, so that it is not timed.
@@ -79,10 +84,11 @@ def run_generate(
     count = len(completion.tokens)
     speed = f", then {(count - 1) / (times[-1] - times[1]):.2f} a second" if count > 1 else ""
     before = "" if plain else f" (plain: {format_bytes(memory.plain_weights)})"
+    where = f"on each of {devices} devices: " if devices > 1 else ""
     temporary = format_bytes(max(memory.prefill, memory.decode))
     for line in (
         f"\n{count} tokens, the first after {times[1] - times[0]:.2f} s{speed}",
-        f"weights {format_bytes(memory.weights)}{before}, cache {format_bytes(memory.cache)}, "
+        f"{where}weights {format_bytes(memory.weights)}{before}, cache {format_bytes(memory.cache)}, "
         f"temporary {temporary}",
     ):
         click.echo(line, err=True)

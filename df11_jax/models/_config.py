@@ -61,6 +61,8 @@ class Config:
         logit_softcap: likewise, of logits.
         tied: the output head is the embedding.
         dtype: of activations and of the key-value cache; weights are cast to it.
+        axis: of a mesh of devices, in a program that runs on all of them, where this is the share
+            of one; None otherwise.
     """
 
     family: str
@@ -90,3 +92,4 @@ class Config:
     logit_softcap: float | None
     tied: bool
     dtype: Any = jnp.bfloat16
+    axis: str | None = None

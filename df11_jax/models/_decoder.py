@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from df11_jax._scan import scan_range, stack_length
-from df11_jax.models import _attention, _cache, _rope, _table
+from df11_jax.models import _attention, _cache, _collectives, _rope
 from df11_jax.models._attention import softcap
 from df11_jax.models._cache import Cache, Inputs, Slots
 from df11_jax.models._config import Config
@@ -67,7 +67,8 @@ class Attention(nn.Module):
             key = RMSNorm(c, name="k_norm")(key)
         query, key = _rope.rotate(query, inputs.rotation), _rope.rotate(key, inputs.rotation)
         mixed, slots = _attention.attend(query, key, value, slots, layer, inputs, c)
-        return _dense(c, c.dim, c.output_bias, "o_proj")(mixed.reshape(*x.shape[:2], -1)), slots
+        out = _dense(c, c.dim, c.output_bias, "o_proj", _collectives.summed(c.axis))
+        return out(mixed.reshape(*x.shape[:2], -1)), slots
 
 
 class MLP(nn.Module):
@@ -82,7 +83,8 @@ class MLP(nn.Module):
         gate = _dense(c, c.hidden, c.mlp_bias, "gate_proj")(x)
         gate = nn.silu(gate) if c.activation == "silu" else nn.gelu(gate, approximate=True)
         up = _dense(c, c.hidden, c.mlp_bias, "up_proj")(x)
-        return _dense(c, c.dim, c.mlp_bias, "down_proj")(gate * up)
+        down = _dense(c, c.dim, c.mlp_bias, "down_proj", _collectives.summed(c.axis))
+        return down(gate * up)
 
 
 class Block(nn.Module):
@@ -167,7 +169,7 @@ def forward(
 
         return fold_runs(scan_run, carry, kinds[begin:end], kinds[:begin])
 
-    x = _table.look_up(params["embed_tokens"], tokens).astype(c.dtype)
+    x = _collectives.look_up(params["embed_tokens"], tokens, c.axis).astype(c.dtype)
     if c.embedding_scale != 1:
         # Rounded, as the models were trained: 55.5 for the square root of 3072.
         x = x * jnp.asarray(c.embedding_scale, c.dtype)
@@ -200,7 +202,7 @@ def project(
         Logits in float32.
     """
     table = params["embed_tokens"] if config.tied else params["lm_head"]
-    logits = _table.project(table, x)[..., : config.vocab]
+    logits = _collectives.project(table, x, config.axis)[..., : config.vocab]
     return softcap(logits, config.logit_softcap)
 
 
@@ -226,5 +228,7 @@ def rms_norm(
     return (wide * jax.lax.rsqrt(mean_square + config.norm_eps) * scale).astype(x.dtype)
 
 
-def _dense(config: Config, features: int, bias: bool, name: str) -> nn.Dense:
-    return nn.Dense(features, use_bias=bias, dtype=config.dtype, name=name)
+def _dense(
+    config: Config, features: int, bias: bool, name: str, dot_general: Any = None
+) -> nn.Dense:
+    return nn.Dense(features, use_bias=bias, dtype=config.dtype, name=name, dot_general=dot_general)

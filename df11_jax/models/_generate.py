@@ -11,13 +11,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from df11_jax.models import _cache, _decoder
 from df11_jax.models._cache import Cache
 from df11_jax.models._config import Config
 from df11_jax.models._decoder import Params
+from df11_jax.models._parallel import cache_specs, find_mesh, on_each_device
 from df11_jax.models._sampling import Sampling, choose
+from df11_jax.models._shares import share_of
 
 # Prompts and caches of about the same length share a program.
 BUCKET = 64
@@ -47,7 +51,7 @@ class State(NamedTuple):
     cache: Cache
 
 
-@functools.partial(jax.jit, static_argnames=("length", "config"))
+@functools.partial(jax.jit, static_argnames=("length", "config", "mesh"))
 def prefill(
     params: Params,
     prompts: Int[Array, "batch seq"],
@@ -57,6 +61,7 @@ def prefill(
     stop: Int[Array, " stops"],
     length: int,
     config: Config,
+    mesh: Mesh | None = None,
 ) -> State:
     """Reads the prompts, and chooses the first tokens.
 
@@ -69,6 +74,7 @@ def prefill(
         stop: tokens that end a row.
         length: of the cache, static.
         config: of the decoder, static.
+        mesh: that the parameters are divided over, static; see `find_mesh`.
 
     Returns:
         Where generation is then, for `decode`.
@@ -76,6 +82,11 @@ def prefill(
     Raises:
         ValueError: the prompts are longer than the cache.
     """
+    if mesh is not None:
+        share = share_of(config, mesh.size)
+        run = functools.partial(prefill.__wrapped__, length=length, config=share)
+        run = on_each_device(run, mesh, params, (P(),) * 5, _state_specs(config))
+        return run(params, prompts, lengths, sampling, keys, stop)
     batch, seq = prompts.shape
     if seq > length:
         raise ValueError(f"prompts have {seq} tokens, but the cache has room for {length}")
@@ -107,7 +118,7 @@ def prefill(
     return _next(params, last, lengths, jnp.int32(seq), cache, sampling, keys, stop, config)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "room"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("config", "room", "mesh"), donate_argnames=("state",))
 def decode(
     params: Params,
     state: State,
@@ -117,6 +128,7 @@ def decode(
     stop: Int[Array, " stops"],
     room: int,
     config: Config,
+    mesh: Mesh | None = None,
 ) -> tuple[State, Int[Array, "batch room"]]:
     """Chooses tokens, one after the other, until all rows are done.
 
@@ -130,10 +142,17 @@ def decode(
         stop: tokens that end a row.
         room: for tokens, static.
         config: of the decoder, static.
+        mesh: that of `prefill`, static.
 
     Returns:
         The state, and the tokens chosen, `NO_TOKEN` after a row's stop token and after `steps`.
     """
+    if mesh is not None:
+        share = share_of(config, mesh.size)
+        run = functools.partial(decode.__wrapped__, room=room, config=share)
+        specs = _state_specs(config)
+        run = on_each_device(run, mesh, params, (specs, *(P(),) * 4), (specs, P()))
+        return run(params, state, steps, sampling, keys, stop)
 
     def is_unfinished(loop: tuple[Array, State, Array]) -> Array:
         step, state, _ = loop
@@ -199,6 +218,7 @@ def generate(
     keys = jax.random.split(jax.random.key(seed), len(prompts))
     stops = np.array(sorted(set(stop)), np.int32)
     ends = {NO_TOKEN, *stop}
+    mesh = find_mesh(params)
 
     generated: list[list[int]] = [[] for _ in prompts]
 
@@ -209,12 +229,12 @@ def generate(
         if callback is not None and any(rows):
             callback(rows)
 
-    state = prefill(params, padded, lengths, sampling, keys, stops, length, config)
+    state = prefill(params, padded, lengths, sampling, keys, stops, length, config, mesh)
     add(np.asarray(state.tokens)[:, None])
     left = tokens - 1
     while left and not np.all(state.done):
         steps = min(left, every)
-        state, out = decode(params, state, steps, sampling, keys, stops, every, config)
+        state, out = decode(params, state, steps, sampling, keys, stops, every, config, mesh)
         add(np.asarray(out))
         left -= steps
     return generated
@@ -278,6 +298,11 @@ def _next(
     logits = _decoder.project(params, x, config)
     tokens = choose(logits, sampling, jax.vmap(jax.random.fold_in)(keys, positions))
     return State(tokens, logits, positions, jnp.isin(tokens, stop), slot, cache)
+
+
+def _state_specs(config: Config) -> State:
+    """How the state is sharded: all devices have all of it, but of the cache their heads."""
+    return State(P(), P(), P(), P(), P(), cache_specs(config))
 
 
 def _round_up(length: int) -> int:

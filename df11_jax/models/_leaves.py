@@ -6,6 +6,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, BFloat16, Shaped
 
 from df11_jax._array import DF11Array
@@ -16,6 +17,9 @@ from df11_jax._stack import StackBuilder, empty_aligned
 _BFLOAT16 = np.dtype(jnp.bfloat16)
 _BAND = 64  # rows that are transposed at a time: two cache lines of each row of the result
 
+# Where `jax.device_put` puts arrays; None for the default device.
+Place = jax.Device | jax.sharding.Sharding | None
+
 
 class Leaf(Protocol):
     """A leaf to be."""
@@ -23,8 +27,8 @@ class Leaf(Protocol):
     def put(self, start: int, slices: BFloat16[np.ndarray, "slices ..."], name: str) -> None:
         """Adds slices `start, start + 1, ...` along the first axis; `name` is for messages."""
 
-    def build(self) -> Array | DF11Array:
-        """The leaf, on the default device; what was put is used up."""
+    def build(self, place: Place) -> Array | DF11Array:
+        """The leaf, on its devices; what was put is used up."""
 
 
 class PlainLeaf:
@@ -37,11 +41,11 @@ class PlainLeaf:
         """Adds slices along the first axis."""
         self._array[start : start + len(slices)] = slices
 
-    def build(self) -> Array:
-        """The leaf, on the default device."""
+    def build(self, place: Place) -> Array:
+        """The leaf, on its devices."""
         array = self._array
         del self._array
-        return jax.device_put(array)
+        return jax.device_put(array, place)
 
 
 class CompressedLeaf:
@@ -57,10 +61,16 @@ class CompressedLeaf:
         payload = encode(slices, name, stack_axes=1, verify=self._verify, threads=self._threads)
         self._builder.put(start, payload)
 
-    def build(self) -> Array | DF11Array:
-        """The leaf, on the default device."""
-        array = self._builder.build()
-        return array if array.compressed_nbytes < array.nbytes else decompress(array)
+    def build(self, place: Place) -> Array | DF11Array:
+        """The leaf, on its devices."""
+        array = self._builder.build(place)
+        if array.compressed_nbytes < array.nbytes:
+            return array
+        if isinstance(place, NamedSharding):
+            # Else each device would gather and decompress all of it.
+            specs = {"in_specs": place.spec, "out_specs": place.spec}
+            return jax.jit(jax.shard_map(decompress, mesh=place.mesh, **specs))(array)
+        return decompress(array)
 
 
 def transpose(

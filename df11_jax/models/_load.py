@@ -18,6 +18,8 @@ from df11_jax.models import _table
 from df11_jax.models._config import Config
 from df11_jax.models._decoder import Params
 from df11_jax.models._leaves import CompressedLeaf, Leaf, PlainLeaf, transpose
+from df11_jax.models._placement import Devices, Placement
+from df11_jax.models._shares import cut, part_shape, table_shape
 from df11_jax.models._source import Source, TensorInfo
 from df11_jax.models._weights import Slot, find_slots, find_tied_head, nest
 
@@ -33,8 +35,9 @@ def load_params(
     verify: bool = True,
     progress: bool = False,
     threads: int | None = None,
+    devices: Devices | None = None,
 ) -> Params:
-    """Loads the parameters of a decoder onto the default device.
+    """Loads the parameters of a decoder.
 
     Tensors are read and compressed one by one, so that beside the result the host holds what a
     few of them need.
@@ -47,15 +50,18 @@ def load_params(
         verify: decode each tensor and compare it bit by bit before going on.
         progress: show a progress bar, in bytes.
         threads: how many threads to use; None for all that this process may run on.
+        devices: to divide them over, or how many of this host; None for the default device alone.
 
     Returns:
-        Parameters for `forward`.
+        Parameters for `generate`; those on a single device, for `forward`, too.
 
     Raises:
         ValueError: a tensor is missing, not known, not bfloat16, or of another shape than it
-            should have; or a tied head is not the embedding.
+            should have; a tied head is not the embedding; there are not as many devices, or the
+            decoder cannot be divided among them.
         RuntimeError: verification failed. All errors name the tensor.
     """
+    place = Placement(config, devices)
     slots = find_slots(source.tensors, config)
     for name, slot in slots.items():
         _check(name, slot, source.tensors[name], cast)
@@ -63,7 +69,9 @@ def load_params(
         _check_tied_head(head, source, slots, cast)
 
     leaves: dict[tuple[str, ...], Leaf] = {}
-    for path, shape in {slot.path: _leaf_shape(slot, config) for slot in slots.values()}.items():
+    for path, shape in {
+        slot.path: _leaf_shape(slot, config, place.count) for slot in slots.values()
+    }.items():
         # As in compress_params; vectors are stacks of two axes.
         if compress and len(shape) == 3 and math.prod(shape) >= MIN_SIZE:
             leaves[path] = CompressedLeaf(shape, verify, threads)
@@ -77,14 +85,14 @@ def load_params(
         for name in (name for name in source.tensors if name in slots):
             slot = slots[name]
             tensor = source.read(name).astype(_BFLOAT16, copy=False)
-            for start, slices in _slices(slot, tensor, pool):
+            for start, slices in _slices(slot, tensor, pool, config, place.count):
                 leaves[slot.path].put(start, slices, name)
             bar.update(name, tensor.nbytes)
             del tensor, slices
             to_come[slot.path] -= 1
             if not to_come[slot.path]:
                 # At once, so that what only building needs is not held for all leaves.
-                params[slot.path] = leaves.pop(slot.path).build()
+                params[slot.path] = leaves.pop(slot.path).build(place.of(slot.path))
     return nest(params)
 
 
@@ -109,15 +117,21 @@ def _check_tied_head(head: str, source: Source, slots: Mapping[str, Slot], cast:
         )
 
 
-def _leaf_shape(slot: Slot, config: Config) -> tuple[int, ...]:
+def _leaf_shape(slot: Slot, config: Config, devices: int) -> tuple[int, ...]:
     if slot.is_table:
-        return _table.table_shape(*slot.shape)
-    shape = slot.shape[::-1]
-    return shape if slot.layer is None else (config.layers, *shape)
+        return table_shape(*slot.shape, devices)
+    if slot.layer is None:
+        return slot.shape
+    parts, shape = part_shape(slot.shape, slot.path, devices)
+    return (parts * config.layers, *shape[::-1])
 
 
 def _slices(
-    slot: Slot, tensor: BFloat16[np.ndarray, "..."], pool: Executor
+    slot: Slot,
+    tensor: BFloat16[np.ndarray, "..."],
+    pool: Executor,
+    config: Config,
+    devices: int,
 ) -> Iterator[tuple[int, BFloat16[np.ndarray, "slices ..."]]]:
     """The slices of its leaf that a tensor gives, in contiguous arrays, with their places."""
     if slot.is_table:
@@ -125,9 +139,13 @@ def _slices(
             yield 0, tensor[: whole * _table.ROWS].reshape(whole, _table.ROWS, -1)
         if rest := len(tensor) % _table.ROWS:
             yield whole, np.pad(tensor[-rest:], ((0, _table.ROWS - rest), (0, 0)))[None]
-    elif slot.is_kernel:
-        yield slot.layer or 0, transpose(tensor, pool)[None]
+        begin = -(-len(tensor) // _table.ROWS)
+        groups = table_shape(*tensor.shape, devices)[0]
+        if begin < groups:
+            yield begin, np.zeros((groups - begin, _table.ROWS, tensor.shape[1]), _BFLOAT16)
     elif slot.layer is None:
         yield 0, tensor
     else:
-        yield slot.layer, tensor[None]
+        for i, part in enumerate(cut(tensor, slot.path, devices)):
+            part = transpose(part, pool) if slot.is_kernel else part
+            yield i * config.layers + slot.layer, part[None]

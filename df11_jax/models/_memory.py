@@ -1,6 +1,6 @@
 """What generation takes on the device, as XLA has planned it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,14 @@ from df11_jax._report import size_report
 from df11_jax.models import _generate
 from df11_jax.models._config import Config
 from df11_jax.models._decoder import Params
+from df11_jax.models._parallel import find_mesh, on_one_device
 from df11_jax.models._sampling import Sampling
 
 
 class Memory(NamedTuple):
     """Bytes on the device during generation.
+
+    Of several devices, those on each.
 
     Attributes:
         weights: as they are held, compressed or not.
@@ -63,7 +66,8 @@ def compile_programs(
     """Compiles what `generate` would run.
 
     Args:
-        params: plain or compressed parameters, or their shapes.
+        params: plain or compressed parameters, or their shapes, with shardings if they are
+            divided.
         config: of the decoder.
         batch: how many prompts.
         prompt: how many tokens the longest has.
@@ -79,18 +83,22 @@ def compile_programs(
     lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
     stop = jax.ShapeDtypeStruct((stops,), jnp.int32)
-    prefill = _generate.prefill.lower(
-        params, prompts, lengths, sampling, keys, stop, length, config
+    mesh = find_mesh(params)
+    lowered = _generate.prefill.lower(
+        params, prompts, lengths, sampling, keys, stop, length, config, mesh
     )
-    state = prefill.out_info
-    decode = _generate.decode.lower(params, state, every, sampling, keys, stop, every, config)
-    cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache))
-    return Programs(prefill.compile(), decode.compile(), cache)
+    prefill, state = lowered.compile(), lowered.out_info
+    if mesh is not None:
+        state = jax.tree.map(_with_sharding, state, prefill.output_shardings)
+    decode = _generate.decode.lower(params, state, every, sampling, keys, stop, every, config, mesh)
+    cache = jax.tree.leaves(on_one_device(state.cache))
+    cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in cache)
+    return Programs(prefill, decode.compile(), cache_bytes)
 
 
 def measure_memory(params: Params, programs: Programs) -> Memory:
     """What parameters take on the device, and the programs compiled for them."""
-    report = size_report(params)
+    report = size_report(on_one_device(params))
     return Memory(
         weights=report.nbytes,
         plain_weights=report.nbytes_before,
@@ -98,6 +106,10 @@ def measure_memory(params: Params, programs: Programs) -> Memory:
         prefill=_temporary(programs.prefill),
         decode=_temporary(programs.decode),
     )
+
+
+def _with_sharding(shape: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
 def _temporary(program: jax.stages.Compiled) -> int:

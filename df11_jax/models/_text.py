@@ -13,6 +13,7 @@ from df11_jax.models._config import Config
 from df11_jax.models._decoder import Params
 from df11_jax.models._hf_config import read_config
 from df11_jax.models._load import load_params
+from df11_jax.models._placement import Devices
 from df11_jax.models._sampling import Sampling
 
 if TYPE_CHECKING:
@@ -152,8 +153,9 @@ def load(
     verify: bool = True,
     progress: bool = False,
     threads: int | None = None,
+    devices: Devices | None = None,
 ) -> TextModel:
-    """Loads a model from a Hugging Face directory onto the default device.
+    """Loads a model from a Hugging Face directory.
 
     Weights are compressed as they arrive, so beside the compressed model the host holds what a
     few tensors need.
@@ -166,6 +168,8 @@ def load(
         verify: decode each tensor and compare it bit by bit before going on.
         progress: show a progress bar, in bytes.
         threads: how many threads to use; None for all that this process may run on.
+        devices: to divide the model over, or how many of this host; None for the default device
+            alone.
 
     Returns:
         The model, ready to generate.
@@ -174,7 +178,8 @@ def load(
         FileNotFoundError: a file or shard is missing.
         UnsupportedModelError: another architecture, or a variant that is not implemented.
         ValueError: a tensor is missing, not bfloat16, or of another shape than `config.json` says;
-            or a file is damaged.
+            a file is damaged; there are not as many devices, or the model cannot be divided among
+            them.
     """
     config, tokenizer, stop = read_directory(path)
     params = load_params(
@@ -185,6 +190,7 @@ def load(
         verify=verify,
         progress=progress,
         threads=threads,
+        devices=devices,
     )
     return TextModel(params, config, tokenizer, stop)
 
