@@ -84,7 +84,9 @@ def _attend(
             # Not mapped over the tokens: of one sequence, XLA for GPUs would then keep the keys of
             # all layers a second time, transposed.
             flat = query.reshape(rows * heads, tokens * shared, c.head_dim)
-            scores = jnp.einsum("nqd,ntd->nqt", flat, part_keys, preferred_element_type=jnp.float32)
+            scores = jnp.einsum(
+                "nqd,ntd->nqt", flat, part_keys, preferred_element_type=jnp.float32
+            )
             scores = softcap(scores * c.attention_scale, c.attention_softcap)
             places = jax.lax.dynamic_slice_in_dim(positions, token, tokens, axis=1)
             ago = places[..., None] - key_positions[:, None]

@@ -10,7 +10,6 @@ from df11_jax import models
 from df11_jax._report import format_bytes
 from df11_jax.checkpoints import open_checkpoint
 from df11_jax.models._generate import check_prompts
-from df11_jax.models._placement import Placement
 from df11_jax.models._text import encode
 
 _EVERY = 4  # tokens between looks at the screen
@@ -44,7 +43,6 @@ def run_generate(
     """
     config, tokenizer, stop = models.read_directory(path)
     # Before the weights are read, which takes a while.
-    Placement(config, devices)
     (ids,) = encode(tokenizer, [prompt])
     check_prompts([ids], config, tokens)
     sampling = sampling.checked()
@@ -84,11 +82,11 @@ def run_generate(
     count = len(completion.tokens)
     speed = f", then {(count - 1) / (times[-1] - times[1]):.2f} a second" if count > 1 else ""
     before = "" if plain else f" (plain: {format_bytes(memory.plain_weights)})"
-    where = f"on each of {devices} devices: " if devices > 1 else ""
+    where = f"on each of {devices} devices " if devices > 1 else ""
     temporary = format_bytes(max(memory.prefill, memory.decode))
     for line in (
         f"\n{count} tokens, the first after {times[1] - times[0]:.2f} s{speed}",
-        f"{where}weights {format_bytes(memory.weights)}{before}, cache {format_bytes(memory.cache)}, "
-        f"temporary {temporary}",
+        f"{where}weights {format_bytes(memory.weights)}{before}, "
+        f"cache {format_bytes(memory.cache)}, temporary {temporary}",
     ):
         click.echo(line, err=True)

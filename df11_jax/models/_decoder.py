@@ -13,6 +13,7 @@ Parameters are one nested dictionary:
 Each other leaf may be a plain array or a `DF11Array`; nothing below asks which.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -208,6 +209,7 @@ def project(
 
 def block_shapes(config: Config) -> Params:
     """Shapes of the parameters of one block."""
+    config = dataclasses.replace(config, axis=None)  # there is no mesh here
 
     def init() -> Any:
         x = jnp.zeros((1, 1, config.dim), config.dtype)

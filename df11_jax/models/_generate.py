@@ -6,7 +6,7 @@ each block, sits inside the token loop: no decoded copy of the weights outlives 
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,9 +84,9 @@ def prefill(
     """
     if mesh is not None:
         share = share_of(config, mesh.size)
-        run = functools.partial(prefill.__wrapped__, length=length, config=share)
-        run = on_each_device(run, mesh, params, (P(),) * 5, _state_specs(config))
-        return run(params, prompts, lengths, sampling, keys, stop)
+        run = functools.partial(prefill, length=length, config=share)
+        everywhere = on_each_device(run, mesh, params, (P(),) * 5, _state_specs(config))
+        return everywhere(params, prompts, lengths, sampling, keys, stop)
     batch, seq = prompts.shape
     if seq > length:
         raise ValueError(f"prompts have {seq} tokens, but the cache has room for {length}")
@@ -149,10 +149,9 @@ def decode(
     """
     if mesh is not None:
         share = share_of(config, mesh.size)
-        run = functools.partial(decode.__wrapped__, room=room, config=share)
-        specs = _state_specs(config)
-        run = on_each_device(run, mesh, params, (specs, *(P(),) * 4), (specs, P()))
-        return run(params, state, steps, sampling, keys, stop)
+        run, specs = functools.partial(decode, room=room, config=share), _state_specs(config)
+        everywhere = on_each_device(run, mesh, params, (specs, *(P(),) * 4), (specs, P()))
+        return everywhere(params, state, steps, sampling, keys, stop)
 
     def is_unfinished(loop: tuple[Array, State, Array]) -> Array:
         step, state, _ = loop
@@ -302,7 +301,8 @@ def _next(
 
 def _state_specs(config: Config) -> State:
     """How the state is sharded: all devices have all of it, but of the cache their heads."""
-    return State(P(), P(), P(), P(), P(), cache_specs(config))
+    whole: Any = P()
+    return State(whole, whole, whole, whole, whole, cache_specs(config))
 
 
 def _round_up(length: int) -> int:

@@ -1,7 +1,7 @@
 """Leaves of the parameters, filled tensor by tensor on the host, then moved to the device."""
 
 from concurrent.futures import Executor
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ _BFLOAT16 = np.dtype(jnp.bfloat16)
 _BAND = 64  # rows that are transposed at a time: two cache lines of each row of the result
 
 # Where `jax.device_put` puts arrays; None for the default device.
-Place = jax.Device | jax.sharding.Sharding | None
+Place: TypeAlias = jax.Device | jax.sharding.Sharding | None
 
 
 class Leaf(Protocol):
@@ -68,8 +68,9 @@ class CompressedLeaf:
             return array
         if isinstance(place, NamedSharding):
             # Else each device would gather and decompress all of it.
-            specs = {"in_specs": place.spec, "out_specs": place.spec}
-            return jax.jit(jax.shard_map(decompress, mesh=place.mesh, **specs))(array)
+            spec = place.spec
+            here = jax.shard_map(decompress, mesh=place.mesh, in_specs=spec, out_specs=spec)
+            return jax.jit(here)(array)
         return decompress(array)
 
 

@@ -119,7 +119,7 @@ def _check_tied_head(head: str, source: Source, slots: Mapping[str, Slot], cast:
 
 def _leaf_shape(slot: Slot, config: Config, devices: int) -> tuple[int, ...]:
     if slot.is_table:
-        return table_shape(*slot.shape, devices)
+        return table_shape(config, devices)
     if slot.layer is None:
         return slot.shape
     parts, shape = part_shape(slot.shape, slot.path, devices)
@@ -140,7 +140,7 @@ def _slices(
         if rest := len(tensor) % _table.ROWS:
             yield whole, np.pad(tensor[-rest:], ((0, _table.ROWS - rest), (0, 0)))[None]
         begin = -(-len(tensor) // _table.ROWS)
-        groups = table_shape(*tensor.shape, devices)[0]
+        groups = table_shape(config, devices)[0]
         if begin < groups:
             yield begin, np.zeros((groups - begin, _table.ROWS, tensor.shape[1]), _BFLOAT16)
     elif slot.layer is None:

@@ -66,16 +66,16 @@ def is_divided(path: Sequence[str]) -> bool:
     return path[0] in _TABLES or _axis(path) is not None
 
 
-def table_shape(vocab: int, dim: int, devices: int) -> tuple[int, int, int]:
-    """Shape of the table of a vocabulary, with as many groups for each device."""
-    groups, rows, dim = _table.table_shape(vocab, dim)
+def table_shape(config: Config, devices: int) -> tuple[int, int, int]:
+    """Shape of embedding and output head, which have as many groups for each device."""
+    groups, rows, dim = _table.table_shape(config.vocab, config.dim)
     return -(-groups // devices) * devices, rows, dim
 
 
 def leaf_length(path: Sequence[str], config: Config, devices: int) -> int:
     """Length of the first axis of the leaf at a path."""
     if path[0] in _TABLES:
-        return table_shape(config.vocab, config.dim, devices)[0]
+        return table_shape(config, devices)[0]
     if path[0] != "layers":
         return config.dim
     return config.layers * (devices if is_divided(path) else 1)

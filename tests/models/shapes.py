@@ -1,12 +1,14 @@
 """Shapes of parameters of any size, to compile programs without them."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
 from df11_jax import DF11Array, _layout
-from df11_jax.models import Config, Params
+from df11_jax.models import Config, Params, _shares
 from df11_jax.models._decoder import block_shapes
-from df11_jax.models._table import table_shape
+from df11_jax.models._placement import Placement
 
 # Of normally distributed weights; trained ones have some more.
 EXPONENT_BITS = 2.63
@@ -18,14 +20,28 @@ def block_nbytes(config: Config) -> int:
 
 
 def param_shapes(
-    config: Config, *, compress: bool, sharding: jax.sharding.Sharding | None = None
+    config: Config,
+    *,
+    compress: bool,
+    sharding: jax.sharding.Sharding | None = None,
+    devices: Sequence[jax.Device] = (),
 ) -> Params:
-    """Shapes of what `load_params` returns, with exponents as normal weights have them."""
+    """Shapes of what `load_params` returns, with exponents as normal weights have them.
 
-    def array(shape, dtype):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    Args:
+        config: of the decoder.
+        compress: False for plain parameters.
+        sharding: of those on a single device.
+        devices: that they are divided over, if they are several.
+    """
+    place = Placement(config, devices or None)
+    share = _shares.share_of(config, place.count)
 
-    def leaf(shape):
+    def leaf(path, shape):
+        def array(shape, dtype):
+            where = place.of(path) if place.count > 1 else sharding
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
         if not compress or len(shape) < 3:
             return array(shape, jnp.bfloat16)
         length, *slice_shape = shape
@@ -40,7 +56,11 @@ def param_shapes(
         payload = [array((length, count), jnp.uint32) for count in words]
         return DF11Array(*payload, slice_shape=tuple(slice_shape))
 
-    table = leaf(table_shape(config.vocab, config.dim))
-    layers = jax.tree.map(lambda x: leaf((config.layers, *x.shape)), block_shapes(config))
-    params = {"embed_tokens": table, "layers": layers, "norm": leaf((config.dim,))}
+    def stack(keys, x):
+        path = ("layers", *(key.key for key in keys))
+        return leaf(path, (_shares.leaf_length(path, config, place.count), *x.shape))
+
+    table = leaf(("embed_tokens",), _shares.table_shape(config, place.count))
+    layers = jax.tree.map_with_path(stack, block_shapes(share))
+    params = {"embed_tokens": table, "layers": layers, "norm": leaf(("norm",), (config.dim,))}
     return params if config.tied else params | {"lm_head": table}

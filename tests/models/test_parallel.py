@@ -1,0 +1,331 @@
+"""Text models on several devices, which are parts of one CPU here."""
+
+import dataclasses
+import functools
+import re
+
+import families
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import shapes
+from payloads import count_decodes
+from test_generate import DRAWN, GREEDY, NONE, PROMPTS, assert_same_bits
+
+import df11_jax
+from df11_jax import checkpoints, models
+from df11_jax.models import _placement, _shares, _table
+
+BF16, F32 = jnp.bfloat16, jnp.float32
+# Others have two key-value heads; and parts of a smaller one would be too small to be compressed.
+CONFIGS = families.CONFIGS | {
+    "wide": families.CONFIGS["llama-biases"] | {"hidden_size": 256, "intermediate_size": 512}
+}
+SIZES = [(family, 2) for family in families.CONFIGS] + [("wide", 4)]
+
+pytestmark = pytest.mark.skipif(len(jax.devices()) < 4, reason="needs four devices")
+
+
+@functools.cache
+def load(family, devices, compress=True):
+    """Parameters and configuration of a tiny model."""
+    config = models.read_config(CONFIGS[family])
+    source = models.RandomSource(config)
+    return models.load_params(source, config, compress=compress, devices=devices), config
+
+
+def run(params, config, batch=3, sampling=GREEDY):
+    """The states after the prompts and after some tokens, and these tokens."""
+    mesh = models.find_mesh(params)
+    prompts = families.prompts(batch)
+    lengths = np.arange(24, 24 - batch, -1, dtype=np.int32)
+    keys = jax.random.split(jax.random.key(0), batch)
+    state = models.prefill(params, prompts, lengths, sampling, keys, NONE, 40, config, mesh)
+    first = jax.tree.map(np.asarray, state)  # the state itself is used up
+    return first, models.decode(params, state, 10, sampling, keys, NONE, 12, config, mesh)
+
+
+# What is computed.
+
+
+@pytest.mark.parametrize(("family", "devices"), SIZES)
+def test_compressed_weights_give_the_same_bits_as_plain_ones(family, devices):
+    compressed, config = load(family, devices)
+    plain, _ = load(family, devices, compress=False)
+    blocks = df11_jax.size_report(compressed["layers"])
+    assert sum(leaf.compressed for leaf in blocks.leaves) >= 3
+    assert_same_bits(run(compressed, config), run(plain, config))
+
+
+@pytest.mark.parametrize(("batch", "dtype"), [(1, BF16), (2, F32)])
+def test_drawn_tokens_and_float32_are_the_same_bits(batch, dtype):
+    (compressed, config), (plain, _) = (load("gemma3_text", 2, compress=c) for c in (True, False))
+    config = dataclasses.replace(config, dtype=dtype)
+    results = [run(params, config, batch, DRAWN) for params in (compressed, plain)]
+    assert_same_bits(*results)
+
+
+@pytest.mark.parametrize(("family", "devices"), SIZES)
+def test_several_devices_compute_what_one_does(family, devices):
+    (alone, config), (divided, _) = load(family, 1), load(family, devices)
+    config = dataclasses.replace(config, dtype=F32)
+    (one, _), (several, _) = run(alone, config), run(divided, config)
+    assert several.cache._fields == one.cache._fields
+    np.testing.assert_allclose(several.logits, one.logits, atol=1e-4, rtol=1e-4)
+    for actual, expected in zip(*map(jax.tree.leaves, (several.cache, one.cache)), strict=True):
+        if actual.ndim == 5:  # bits of keys and values
+            actual, expected = actual.view(np.float32), expected.view(np.float32)
+        np.testing.assert_allclose(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_bfloat16_is_rounded_once():
+    # Sums of float32 products: no further from the float32 model than one device is.
+    (alone, config), (divided, _) = load("llama", 1), load("llama", 2)
+    exact = run(alone, dataclasses.replace(config, dtype=F32))[0].logits
+    errors = [
+        np.sqrt(np.mean(np.square(run(params, config)[0].logits - exact)))
+        for params in (alone, divided)
+    ]
+    assert errors[1] < 1.3 * errors[0]
+
+
+def test_all_devices_have_the_same_state():
+    params, config = load("wide", 4)
+    _, (state, tokens) = run(params, config, sampling=DRAWN)
+    cache = state.cache.full
+    for array in (*state[:-1], cache.positions, tokens):
+        first, *others = (np.asarray(shard.data) for shard in array.addressable_shards)
+        assert len(others) == 3 and first.shape == array.shape
+        for other in others:
+            assert_same_bits(other, first)
+    for array in (cache.keys, cache.values):
+        heads = [shard.index[2].start for shard in array.addressable_shards]
+        assert heads == [0, 1, 2, 3] and array.shape[2] == 4
+
+
+def test_texts_are_those_of_the_tokens(tmp_path):
+    model = models.load(families.write_family(tmp_path / "m", "qwen2"), devices=2)
+    (completion,) = model.generate(["It is raining."], tokens=10)
+    ids = model.tokenizer.encode("It is raining.").ids
+    tokens = models.generate(model.params, [ids], model.config, tokens=10, stop=model.stop)
+    assert [completion.tokens] == tokens
+
+
+def test_prompts_of_any_lengths_and_stop_tokens():
+    params, config = load("gemma3_text", 2)
+    config = dataclasses.replace(config, dtype=F32)
+    free = models.generate(params, PROMPTS, config, tokens=9)
+    assert all(len(row) == 9 for row in free)
+    alone = [models.generate(params, [prompt], config, tokens=9)[0] for prompt in PROMPTS]
+    assert free == alone
+    stop = free[0][3]
+    stopped = models.generate(params, PROMPTS, config, tokens=9, stop=[stop], every=4)
+    assert stopped == [row[: row.index(stop)] if stop in row else row for row in free]
+
+
+def test_negative_zeros_and_nans_of_an_embedding_arrive():
+    bits = np.random.default_rng(0).integers(0, 2**16, (4, _table.ROWS, 64)).astype(np.uint16)
+    bits[0, 0], bits[3, 5] = 0x8000, 0x7FC1
+    table, tokens = bits.view(BF16), np.array([0, 3 * _table.ROWS + 5, 200, 400], np.int32)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("model",))
+    divided, whole = jax.sharding.PartitionSpec("model"), jax.sharding.PartitionSpec()
+    for stack in (df11_jax.compress(table, stack_axes=1), jnp.asarray(table)):
+        look_up = functools.partial(models._collectives.look_up, axis="model")
+        rows = jax.shard_map(look_up, mesh=mesh, in_specs=(divided, whole), out_specs=whole)
+        assert_same_bits(jax.jit(rows)(stack, tokens), table.reshape(-1, 64)[tokens])
+
+
+# What is where.
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_every_device_has_its_share_and_no_more(compress):
+    params, config = load("wide", 4, compress)
+    for path, leaf in jax.tree.leaves_with_path(params):
+        parts = 4 if _shares.is_divided([key.key for key in path if hasattr(key, "key")]) else 1
+        for shard in leaf.addressable_shards:
+            assert shard.data.nbytes * parts == leaf.nbytes
+    plain = df11_jax.decompress_params(jax.tree.map(np.asarray, params))["layers"]
+    source = models.RandomSource(config)
+    block = {
+        name: source.read(f"model.layers.1.{name}")
+        for name in ("self_attn.k_proj.weight", "self_attn.k_proj.bias", "mlp.down_proj.weight")
+    }
+    width = config.head_dim
+    for i in range(4):
+        slice_ = i * config.layers + 1
+        rows, columns = slice(i * width, (i + 1) * width), slice(i * 128, (i + 1) * 128)
+        key, down = plain["self_attn"]["k_proj"], plain["mlp"]["down_proj"]
+        weight = block["self_attn.k_proj.weight"]
+        assert_same_bits(np.asarray(key["kernel"][slice_]), np.ascontiguousarray(weight[rows].T))
+        assert_same_bits(np.asarray(key["bias"][slice_]), block["self_attn.k_proj.bias"][rows])
+        weight = block["mlp.down_proj.weight"]
+        expected = np.ascontiguousarray(weight[:, columns].T)
+        assert_same_bits(np.asarray(down["kernel"][slice_]), expected)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 4])
+def test_tables_have_as_many_groups_on_each_device(devices):
+    config = dataclasses.replace(models.read_config(families.CONFIGS["qwen2"]), hidden=240)
+    sizes = {"heads": 12, "kv_heads": 12, "head_dim": 8, "vocab": 2 * _table.ROWS + 1}
+    config = dataclasses.replace(config, **sizes)
+    params = models.load_params(models.RandomSource(config), config, devices=devices)
+    assert params["embed_tokens"].shape[0] == -(-3 // devices) * devices
+    rows = np.asarray(df11_jax.decompress_params(jax.tree.map(np.asarray, params))["embed_tokens"])
+    rows = rows.reshape(-1, config.dim)
+    expected = models.RandomSource(config).read("model.embed_tokens.weight")
+    assert_same_bits(rows[: config.vocab], expected)
+    assert not rows[config.vocab :].any()
+    assert models.generate(params, [[config.vocab - 1]], config, tokens=2)
+
+
+def test_weights_that_do_not_compress_are_plain_on_each_device():
+    config = models.read_config(families.CONFIGS["llama"])
+
+    class Noise(models.RandomSource):
+        def read(self, name):
+            tensor = super().read(name)
+            if "up_proj" not in name:
+                return tensor
+            bits = np.random.default_rng(0).integers(0, 2**16, tensor.shape, np.uint16)
+            return bits.view(tensor.dtype)
+
+    loaded = [models.load_params(Noise(config), config, devices=2, compress=c) for c in (1, 0)]
+    up, expected = (params["layers"]["mlp"]["up_proj"]["kernel"] for params in loaded)
+    assert_same_bits(up, expected)
+    assert up.sharding == expected.sharding
+
+
+def test_a_single_device_of_choice():
+    device = jax.devices()[2]
+    params, config = load("qwen2", (device,))
+    assert all(leaf.devices() == {device} for leaf in jax.tree.leaves(params))
+    assert models.find_mesh(params) is None
+    tokens = models.generate(params, [[1, 2]], config, tokens=5)
+    assert tokens == models.generate(load("qwen2", 1)[0], [[1, 2]], config, tokens=5)
+
+
+def test_divided_parameters_are_saved_and_placed_again(tmp_path):
+    params, config = load("gemma3_text", 2)
+    checkpoints.save(params, tmp_path / "divided")
+    loaded = checkpoints.load(tmp_path / "divided")
+    with pytest.raises(ValueError, match=r"params have 14 layers.* expected 7"):
+        models.generate(loaded, [[1]], config, tokens=2)
+    again = models.place_params(loaded, config, jax.devices()[2:])
+    assert_same_bits(again, params)
+    assert models.find_mesh(again).device_ids.tolist() == [2, 3]
+    assert models.generate(again, PROMPTS, config, tokens=4) == models.generate(
+        params, PROMPTS, config, tokens=4
+    )
+    with pytest.raises(ValueError, match=r"embed_tokens.* has 4 slices, expected 3 for 1 device"):
+        models.place_params(loaded, config, 1)
+
+
+# Memory and programs.
+
+LARGE = {
+    "model_type": "gemma3_text",
+    "vocab_size": 40_000,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 4096,
+}
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_memory_of_each_device_is_that_of_its_share(devices):
+    config = models.read_config(LARGE)
+    plans = []
+    for count in (1, devices):
+        params = shapes.param_shapes(config, compress=True, devices=jax.devices()[:count])
+        programs = models.compile_programs(params, config, batch=2, prompt=10, tokens=500)
+        plans.append(models.measure_memory(params, programs))
+    one, each = plans
+    for name in ("weights", "plain_weights", "cache"):
+        whole, part = getattr(one, name), getattr(each, name)
+        assert whole <= devices * part <= 1.03 * whole
+    # Decompressed: a block's share, or a piece of the head, which is of the same size on all.
+    piece = _table.PIECE_BYTES + 4 * 2 * 2 * config.vocab
+    assert each.decode <= max(1.1 * shapes.block_nbytes(config) / devices, piece)
+    # What comes from other devices are activations, and never weights.
+    text = programs.decode.as_text()
+    moved = re.findall(r"= (\w+)\[([\d,]*)\]\S* (all-\w+|collective-\w+|reduce-scatter)\(", text)
+    assert {what for _, _, what in moved} == {"all-reduce", "all-gather"}
+    assert {(dtype, size) for dtype, size, what in moved if what == "all-gather"} == {
+        ("f32", f"2,{_shares.table_shape(config, devices)[0] * _table.ROWS}")
+    }
+    assert {size for _, size, what in moved if what == "all-reduce"} == {f"2,1,{config.dim}"}
+
+
+def test_programs_are_found_compiled():
+    params, config = load("llama", 2)
+    options = {"batch": 1, "prompt": 3, "tokens": 130}
+    models.compile_programs(params, config, **options)
+    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+        compiled = []
+        patch.setattr(jax._src.compiler, "backend_compile_and_load", compiled.append)
+        models.generate(params, [[1, 2, 3]], config, tokens=130)
+    assert compiled == []
+
+
+def test_each_device_decodes_its_slices_once_a_token():
+    params, config = load("llama", 2)
+    leaves = df11_jax.size_report(params["layers"]).leaves
+    groups = params["embed_tokens"].shape[0]
+    keys = jax.random.split(jax.random.key(0), 1)
+    mesh, prompts, lengths = models.find_mesh(params), np.ones((1, 2), np.int32), np.array([2])
+    state = models.prefill(params, prompts, lengths, GREEDY, keys, NONE, 16, config, mesh)
+    state = jax.block_until_ready(state)
+
+    def decode():
+        return models.decode(params, state, 5, GREEDY, keys, NONE, 8, config, mesh)
+
+    blocks = 2 * config.layers * sum(leaf.compressed for leaf in leaves)
+    assert count_decodes(decode) == 5 * (2 + blocks + groups)
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("family", "devices", "message"),
+    [
+        ("llama", 4, "2 key-value heads cannot be divided among 4 devices: expected 1 or 2"),
+        (
+            "llama-biases",
+            3,
+            "4 query heads and 4 key-value heads and 160 hidden units cannot be divided among 3 "
+            "devices: expected 1 or 2 or 4",
+        ),
+        ("llama", 0, "devices is 0, expected 1 to"),
+        ("llama", -1, "devices is -1, expected 1 to"),
+        ("llama", 99, "devices is 99, expected 1 to"),
+        ("llama", [], "expected one device or several different ones"),
+        ("llama", "same", "expected one device or several different ones"),
+    ],
+)
+def test_what_cannot_be_divided(family, devices, message):
+    config = models.read_config(families.CONFIGS[family])
+    devices = jax.devices()[:1] * 2 if devices == "same" else devices
+    with pytest.raises(ValueError, match=message):
+        models.load_params(families.source_of(family), config, devices=devices)
+
+
+def test_layers_in_host_memory_are_for_one_device():
+    params, config = load("llama", 2, compress=False)
+    params = params | {"host_layers": params["layers"]}
+    with pytest.raises(ValueError, match="host_layers, but are divided over 2 devices"):
+        models.generate(params, [[1]], config, tokens=2)
+
+
+def test_places_of_leaves():
+    config = models.read_config(families.CONFIGS["llama"])
+    alone, some = (_placement.Placement(config, devices) for devices in (None, 2))
+    assert alone.of(("norm",)) is None and alone.count == 1
+    assert some.of(("norm",)).is_fully_replicated
+    assert not some.of(("lm_head",)).is_fully_replicated
