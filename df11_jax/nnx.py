@@ -18,8 +18,9 @@ import jax
 from flax import nnx
 
 from df11_jax._array import is_df11
-from df11_jax._compress import MIN_SIZE, compress_params
+from df11_jax._compress import compress_leaf
 from df11_jax._decode import decompress
+from df11_jax._select import MIN_SIZE, Selection, compile_pattern
 
 __all__ = ["CompressedParam", "compress"]
 
@@ -117,34 +118,36 @@ def compress(
             `model` is no module and has no parameters, such as a pytree of arrays.
         ValueError: likewise.
         RuntimeError: likewise.
+
+    Warns:
+        UserWarning: no parameter is compressed, and some would have been if they were not float32
+            or float16, which Flax makes by default.
     """
+    selection = Selection(compile_pattern("include", include), predicate, min_size, cast)
+    stacks = compile_pattern("stacked", stacked)
     has_params = False
+    seen: list[tuple[str, nnx.Param[Any]]] = []
     for path, param in nnx.iter_graph(model, graph=True):
         if not isinstance(param, nnx.Param):
             continue
         has_params = True
         if param.hijax:
             continue
-        name = "/".join(map(str, path))
-        small = compress_params(
-            {name: param.get_raw_value()},
-            include=include,
-            stacked=stacked,
-            predicate=predicate,
-            min_size=min_size,
-            cast=cast,
-            verify=verify,
-            threads=threads,
-        )[name]
-        if is_df11(small):
+        name, value = "/".join(map(str, path)), param.get_raw_value()
+        if selection.has(name, value):
+            value = compress_leaf(name, value, stacks, verify=verify, threads=threads, cast=cast)
+        if is_df11(value):
             # Other modules may refer to the same parameter, so it has to remain the same object.
             param.__class__ = _compressed_type(type(param))
-            param.set_raw_value(small)
+            param.set_raw_value(value)
+        seen.append((name, param))
     if not has_params and not isinstance(model, nnx.Module):
         raise TypeError(
             f"expected an nnx.Module, or a container with some, got {type(model).__name__} without "
             "any nnx.Param. For a pytree of arrays there is df11_jax.compress_params"
         )
+    values = ((name, param.get_raw_value()) for name, param in seen)
+    selection.warn_if_futile("df11_jax.nnx.compress", values, stacklevel=2)
 
 
 @functools.cache

@@ -106,6 +106,17 @@ def test_which_parameters():
     assert isinstance(model.left_out, CompressedParam)
 
 
+def test_a_model_of_another_type():
+    with pytest.warns(UserWarning, match=r"nnx.compress .* 1 leaf \(128 KiB\) is float32") as found:
+        compress(nnx.Linear(128, 256, rngs=nnx.Rngs(0)))
+    assert found[0].filename == __file__
+    mixed = nnx.List([linear(), nnx.Linear(128, 256, rngs=nnx.Rngs(0))])
+    compress(mixed)
+    compress(mixed)
+    compress(nnx.Linear(128, 256, rngs=nnx.Rngs(0)), include="embedding")
+    compress(nnx.eval_shape(lambda: nnx.Linear(128, 256, rngs=nnx.Rngs(0))))
+
+
 # Parameters that are given compressed weights.
 
 
