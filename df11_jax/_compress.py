@@ -205,5 +205,13 @@ def fetch(array: jax.Array) -> np.ndarray:
     return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards))
 
 
+def cpu_device() -> jax.Device | None:
+    """A CPU that JAX can use, if there is one."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX was told to use accelerators only
+        return None
+
+
 def _default_device() -> set[jax.Device]:
     return jnp.zeros(()).devices()

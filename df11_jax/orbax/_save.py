@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from df11_jax import _layout
 from df11_jax._array import is_df11
-from df11_jax._compress import compress_params, fetch
+from df11_jax._compress import compress_params, cpu_device, fetch
 from df11_jax._decode import path_name
 from df11_jax.orbax import _checksum, _describe, _leaves, _manifest
 
@@ -82,11 +82,3 @@ def _on_host(leaf: Any) -> np.ndarray:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return multihost_utils.process_allgather(leaf, tiled=True)
     return fetch(leaf) if isinstance(leaf, jax.Array) else np.asarray(leaf)
-
-
-def cpu_device() -> jax.Device | None:
-    """A CPU that JAX can use, if there is one."""
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX was told to use accelerators only
-        return None
