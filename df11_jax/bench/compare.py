@@ -27,9 +27,9 @@ from df11_jax.bench.plotting import check_plot
 from df11_jax.bench.programs import Program
 from df11_jax.bench.timing import Effort, time_in_turn
 from df11_jax.bench.ways import Way, load_ways
-from df11_jax.checkpoints import open_checkpoint
+from df11_jax.checkpoints import TensorSource, open_checkpoint
 from df11_jax.checkpoints._directory import CONFIG, read_json
-from df11_jax.models import Config, Params, RandomSource, Source, read_config
+from df11_jax.models import Config, Params, RandomSource, read_config
 from df11_jax.models._fit import estimate_weights
 
 LLAMA_3_1_8B: Mapping[str, Any] = {
@@ -140,7 +140,7 @@ def run_compare(
         raise SystemExit(1)
 
 
-def _open(model: Path | None) -> tuple[str, Config, Source]:
+def _open(model: Path | None) -> tuple[str, Config, TensorSource]:
     """What to call the model, its configuration, and its tensors."""
     if model is None:
         small = jax.default_backend() == "cpu"
