@@ -3,8 +3,8 @@
 import dataclasses
 import re
 import warnings
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,16 @@ class Selection:
     predicate: Callable[[str, Any], bool] | None
     min_size: int
     cast: bool
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        """The leaves that `compress_params(..., **options)` compresses."""
+        return cls(
+            compile_pattern("include", options.get("include")),
+            options.get("predicate"),
+            options.get("min_size", MIN_SIZE),
+            options.get("cast", False),
+        )
 
     def has(self, path: str, leaf: Any) -> bool:
         """Whether a leaf is one of them."""
