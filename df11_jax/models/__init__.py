@@ -19,7 +19,6 @@ from df11_jax.models._load import load_params
 from df11_jax.models._memory import Memory, Programs, compile_programs, measure_memory
 from df11_jax.models._random import RandomSource
 from df11_jax.models._sampling import Sampling
-from df11_jax.models._source import Source, TensorInfo
 from df11_jax.models._text import Completion, TextModel, load, read_directory
 
 __all__ = [
@@ -33,9 +32,7 @@ __all__ = [
     "RandomSource",
     "Rope",
     "Sampling",
-    "Source",
     "State",
-    "TensorInfo",
     "TextModel",
     "UnsupportedModelError",
     "compile_programs",
