@@ -154,18 +154,19 @@ def forward(
         """Goes through a stack with these layers."""
 
         # A cache in the carry is updated in place; as xs and ys, there would be two.
-        def scan_run(carry: Any, kind: Kind, begin: Number, number: Number, count: int) -> Any:
+        def scan_run(carry: Any, kind: Kind, number: Number, count: int) -> Any:
+            first, x, cache = carry
+
             def block_fn(carry: Any, block_params: Params, index: Array) -> Any:
-                layer = number + index - begin
                 variables = {"params": fetch(block_params)}
-                return block.apply(variables, *carry, inputs[kind], layer)
+                return block.apply(variables, *carry, inputs[kind], number + index - first)
 
-            x, cache = carry
             carry = x, getattr(cache, kind)
-            x, slots = scan_range(block_fn, carry, stack, begin, count)
-            return x, cache._replace(**{kind: slots})
+            (x, slots), end = scan_range(block_fn, carry, stack, first, count)
+            return end, x, cache._replace(**{kind: slots})
 
-        return fold_runs(scan_run, carry, kinds[begin:end], kinds[:begin])
+        carry = jnp.int32(0), *carry
+        return fold_runs(scan_run, carry, kinds[begin:end], kinds[:begin])[1:]
 
     x = _table.look_up(params["embed_tokens"], tokens).astype(c.dtype)
     if c.embedding_scale != 1:
