@@ -52,7 +52,7 @@ class Inputs(NamedTuple):
         window: how many positions they look back, themselves included; None for all.
         positions: of the tokens.
         key_positions: of all keys, those of the tokens included.
-        slots: the first of those that tokens are written to, at one place or at two.
+        slots: the first of those that tokens are written to: at one place, or at two.
         origins: for each slot which of the tokens goes there, negative for none. None if tokens go
             to one place, and are in their slots before anything is looked at.
         rotation: of the tokens.
@@ -61,7 +61,7 @@ class Inputs(NamedTuple):
     window: int | None
     positions: Int[Array, "batch seq"]
     key_positions: Int[Array, "batch keys"]
-    slots: tuple[Int[Array, ""] | int, ...]
+    slots: Int[Array, " begins"]
     origins: Int[Array, " slots"] | None
     rotation: _rope.Rotation
 
@@ -119,7 +119,7 @@ def place(
     if window is None or seq == 1:
         slot = slot if window is None else slot % size
         places = jax.lax.dynamic_update_slice_in_dim(slots.positions, positions, slot, axis=1)
-        inputs = Inputs(window, positions, places, (slot,), None, rotation)
+        inputs = Inputs(window, positions, places, slot[None], None, rotation)
         return slots._replace(positions=places), inputs
     # Seen from the slot of the last token that is kept, others are of tokens before it.
     last = slot + keep - 1
@@ -127,7 +127,8 @@ def place(
     count = min(seq, size)
     # They may go on at the beginning.
     oldest = (last + 1 - count) % size
-    begins = (0,) if count == size else (jnp.minimum(oldest, size - count), 0)
+    first = jnp.minimum(oldest, size - count)
+    begins = first[None] if count == size else jnp.stack([first, jnp.zeros_like(first)])
     keys = jnp.concatenate([slots.positions, positions], axis=1)
     inputs = Inputs(window, positions, keys, begins, origins, rotation)
     return slots._replace(positions=_pick(positions, slots.positions, origins, axis=1)), inputs
@@ -141,21 +142,28 @@ def to_bits(
 
 
 def write(
-    stack: UInt[Array, "layers batch kv_heads slots head_dim"],
-    new: UInt[Array, "batch kv_heads seq head_dim"],
+    slots: Slots,
+    key: UInt[Array, "batch kv_heads seq head_dim"],
+    value: UInt[Array, "batch kv_heads seq head_dim"],
     layer: Int[Array, ""],
     inputs: Inputs,
-) -> UInt[Array, "layers batch kv_heads slots head_dim"]:
-    """Puts keys or values of some tokens into their slots."""
-    if inputs.origins is None:
-        return _update(stack, new, layer, inputs.slots[0])
-    count = min(new.shape[2], stack.shape[3])
-    for slot in inputs.slots:
-        origins = jax.lax.dynamic_slice_in_dim(inputs.origins, slot, count)
-        shape = (1, *stack.shape[1:3], count, stack.shape[4])
-        old = jax.lax.dynamic_slice(stack, (layer, 0, 0, slot, 0), shape)[0]
-        stack = _update(stack, _pick(new, old, origins, axis=2), layer, slot)
-    return stack
+) -> Slots:
+    """Puts keys and values of some tokens into their slots."""
+
+    def update(i: Array | int, stacks: tuple[Array, Array]) -> tuple[Array, Array]:
+        slot = inputs.slots[i]
+        return tuple(
+            _write_to(stack, new, layer, slot, inputs.origins)
+            for stack, new in zip(stacks, (key, value), strict=True)
+        )
+
+    stacks = slots.keys, slots.values
+    if len(inputs.slots) == 1:
+        stacks = update(0, stacks)
+    else:
+        # In a loop, since XLA for CPUs would fuse the second with the first, and copy all slots.
+        stacks = jax.lax.fori_loop(0, len(inputs.slots), update, stacks)
+    return slots._replace(keys=stacks[0], values=stacks[1])
 
 
 def read(
@@ -175,8 +183,22 @@ def read(
     return jax.lax.bitcast_convert_type(bits.reshape(-1, *bits.shape[2:]), dtype)
 
 
-def _update(stack: Array, new: Array, layer: Array, slot: Array | int) -> Array:
-    return jax.lax.dynamic_update_slice(stack, new[None], (layer, 0, 0, slot, 0))
+def _write_to(
+    stack: UInt[Array, "layers batch kv_heads slots head_dim"],
+    new: UInt[Array, "batch kv_heads seq head_dim"],
+    layer: Int[Array, ""],
+    slot: Int[Array, ""],
+    origins: Int[Array, " slots"] | None,
+) -> UInt[Array, "layers batch kv_heads slots head_dim"]:
+    """Writes to the slots from one on, as many as there are tokens, or to all if those are fewer."""
+    start = (layer, 0, 0, slot, 0)
+    if origins is not None:
+        count = min(new.shape[2], stack.shape[3])
+        shape = (1, *stack.shape[1:3], count, stack.shape[4])
+        old = jax.lax.dynamic_slice(stack, start, shape)[0]
+        origins = jax.lax.dynamic_slice_in_dim(origins, slot, count)
+        new = _pick(new, old, origins, axis=2)
+    return jax.lax.dynamic_update_slice(stack, new[None], start)
 
 
 def _pick(new: Array, old: Array, origins: Int[Array, " n"], axis: int) -> Array:
