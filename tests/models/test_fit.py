@@ -31,6 +31,28 @@ def test_parameters_are_as_many_as_the_models_have(name, count):
     assert 8 * weights.most / count < 10.9
 
 
+def cache_bytes(config, slots):
+    """Of one sequence: keys and values of each layer, and positions once for each kind of layers."""
+    key = 2 * config.kv_heads * config.head_dim
+    sliding = sum(config.sliding)
+    return sum(
+        count * (layers * 2 * key + 4)
+        for layers, count in ((config.layers - sliding, slots), (sliding, min(slots, config.window)))
+        if layers
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "context"),
+    [("gemma-3-1b", 500), ("gemma-3-1b", 513), ("gemma-3-4b", 131_072), ("gemma-3-27b", 32_768)],
+)
+def test_sliding_layers_take_no_more_than_their_window(name, context):
+    config = models.read_config(KNOWN[name])
+    memory = models.estimate_memory(config, batch=5, context=context)
+    slots = -(-context // 64) * 64
+    assert memory.cache == 5 * cache_bytes(config, slots)
+
+
 @pytest.mark.parametrize("name", ["Llama-3.1-8B", "Llama-3.2-1B", "Qwen2.5-7B", "gemma-3-27b"])
 def test_weights_and_cache_are_those_of_the_shapes(name):
     config = models.read_config(KNOWN[name])
@@ -42,9 +64,7 @@ def test_weights_and_cache_are_those_of_the_shapes(name):
     plain = models.estimate_memory(config, batch=3, context=1000, compress=False)
     assert plain.weights == plain.plain_weights == report.nbytes_before
     # 1,000 tokens take 1,024 slots.
-    slots = 3 * 1024
-    heads = config.layers * config.kv_heads * config.head_dim
-    assert estimate.cache == plain.cache == slots * (2 * 2 * heads + 4)
+    assert estimate.cache == plain.cache == 3 * cache_bytes(config, 1024)
 
 
 def test_estimate_holds_for_compressed_weights():
@@ -87,8 +107,13 @@ PLANS = [
     ("Qwen3-14B", 1, 32768, 838),
     ("Qwen3-14B", 8, 2048, 813),
     ("Qwen3-14B", 8, 32768, 820),
-    ("gemma-3-27b", 1, 8192, 963),
+    ("gemma-3-4b", 1, 2048, 307),
+    ("gemma-3-4b", 8, 8192, 363),
+    ("gemma-3-12b", 1, 32768, 614),
+    ("gemma-3-27b", 1, 2048, 948),
+    ("gemma-3-27b", 1, 8192, 964),
     ("gemma-3-27b", 1, 32768, 973),
+    ("gemma-3-27b", 1, 131_072, 973),
     ("gemma-3-27b", 8, 32768, 970),
 ]
 
