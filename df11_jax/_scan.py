@@ -12,7 +12,6 @@ from df11_jax._array import DF11Array, is_df11
 from df11_jax._decode import decode_slices, path_name
 
 Carry = TypeVar("Carry")
-Body = TypeVar("Body", bound=Callable[..., Any])
 
 
 def scan_blocks(
@@ -146,7 +145,7 @@ class _Stack:
         by_leaf |= dict(zip(self._compressed, weights, strict=True))
         return jax.tree.unflatten(self._treedef, [by_leaf[i] for i in range(len(self.leaves))])
 
-    def checkpoint(self, body: Body) -> Body:
+    def checkpoint(self, body: Callable[..., Any]) -> Callable[..., Any]:
         """The same body of a scan. Differentiating it stores no decoded weights."""
         return jax.checkpoint(body) if self._compressed else body
 

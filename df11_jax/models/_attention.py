@@ -27,7 +27,9 @@ def attend(
     """Means of the values, weighted by how well their keys fit the queries.
 
     Args:
-        query, key, value: of some tokens.
+        query: of some tokens.
+        key: of the same.
+        value: of the same.
         slots: of all layers of a kind, without these tokens.
         layer: counted among those of the kind.
         inputs: those of the kind.
@@ -79,9 +81,7 @@ def _attend(
             # Not mapped over the tokens: of one sequence, XLA for GPUs would then keep the keys of
             # all layers a second time, transposed.
             flat = query.reshape(rows * heads, tokens * shared, c.head_dim)
-            scores = jnp.einsum(
-                "nqd,ntd->nqt", flat, part_keys, preferred_element_type=jnp.float32
-            )
+            scores = jnp.einsum("nqd,ntd->nqt", flat, part_keys, preferred_element_type=jnp.float32)
             scores = softcap(scores * c.attention_scale, c.attention_softcap)
             places = jax.lax.dynamic_slice_in_dim(positions, token, tokens, axis=1)
             ago = places[..., None] - key_positions[:, None]

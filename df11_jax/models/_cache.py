@@ -44,6 +44,16 @@ class Cache(NamedTuple):
     full: Slots | None
     sliding: Slots | None
 
+    def of(self, kind: Kind) -> Slots:
+        """The slots of layers of a kind that there are."""
+        slots = self.full if kind == "full" else self.sliding
+        assert slots is not None
+        return slots
+
+    def replace(self, kind: Kind, slots: Slots) -> "Cache":
+        """The same with other slots of layers of a kind."""
+        return Cache(slots, self.sliding) if kind == "full" else Cache(self.full, slots)
+
 
 class Inputs(NamedTuple):
     """What blocks of one kind get beside activations.
@@ -150,20 +160,16 @@ def write(
 ) -> Slots:
     """Puts keys and values of some tokens into their slots."""
 
-    def update(i: Array | int, stacks: tuple[Array, Array]) -> tuple[Array, Array]:
-        slot = inputs.slots[i]
-        return tuple(
-            _write_to(stack, new, layer, slot, inputs.origins)
-            for stack, new in zip(stacks, (key, value), strict=True)
+    def update(i: Array | int, slots: Slots) -> Slots:
+        place = layer, inputs.slots[i], inputs.origins
+        return slots._replace(
+            keys=_write_to(slots.keys, key, *place), values=_write_to(slots.values, value, *place)
         )
 
-    stacks = slots.keys, slots.values
     if len(inputs.slots) == 1:
-        stacks = update(0, stacks)
-    else:
-        # In a loop, since XLA for CPUs would fuse the second with the first, and copy all slots.
-        stacks = jax.lax.fori_loop(0, len(inputs.slots), update, stacks)
-    return slots._replace(keys=stacks[0], values=stacks[1])
+        return update(0, slots)
+    # In a loop, since XLA for CPUs would fuse the second with the first, and copy all slots.
+    return jax.lax.fori_loop(0, len(inputs.slots), update, slots)
 
 
 def read(
@@ -173,7 +179,7 @@ def read(
     row: Int[Array, ""],
     head: Int[Array, ""],
     counts: tuple[int, int],
-    dtype: DTypeLike,
+    dtype: jnp.dtype,
 ) -> Float[Array, "pairs keys head_dim"]:
     """Keys or values of some rows and heads: those in slots, then new ones, if there are any."""
     bits = jax.lax.dynamic_slice(stack, (layer, row, head, 0, 0), (1, *counts, *stack.shape[3:]))[0]
@@ -190,7 +196,7 @@ def _write_to(
     slot: Int[Array, ""],
     origins: Int[Array, " slots"] | None,
 ) -> UInt[Array, "layers batch kv_heads slots head_dim"]:
-    """Writes to the slots from one on, as many as there are tokens, or to all if those are fewer."""
+    """Writes to slots from one on: as many as there are tokens, but no more than there are."""
     start = (layer, 0, 0, slot, 0)
     if origins is not None:
         count = min(new.shape[2], stack.shape[3])

@@ -147,8 +147,8 @@ def forward(
     keep = jnp.asarray(tokens.shape[1] if keep is None else keep, jnp.int32)
     inputs = {}
     for kind in sorted(set(kinds)):
-        slots, inputs[kind] = _cache.place(getattr(cache, kind), positions, slot, keep, kind, c)
-        cache = cache._replace(**{kind: slots})
+        slots, inputs[kind] = _cache.place(cache.of(kind), positions, slot, keep, kind, c)
+        cache = cache.replace(kind, slots)
 
     def scan_runs(carry: Any, stack: Params, fetch: Any, begin: int, end: int) -> Any:
         """Goes through a stack with these layers."""
@@ -161,9 +161,9 @@ def forward(
                 variables = {"params": fetch(block_params)}
                 return block.apply(variables, *carry, inputs[kind], number + index - first)
 
-            carry = x, getattr(cache, kind)
+            carry = x, cache.of(kind)
             (x, slots), end = scan_range(block_fn, carry, stack, first, count)
-            return end, x, cache._replace(**{kind: slots})
+            return end, x, cache.replace(kind, slots)
 
         carry = jnp.int32(0), *carry
         return fold_runs(scan_run, carry, kinds[begin:end], kinds[:begin])[1:]

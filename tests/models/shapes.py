@@ -21,9 +21,7 @@ def block_nbytes(config: Config) -> int:
 
 def cache_copies(program: jax.stages.Compiled) -> list[str]:
     """The whole caches that a program copies, but for the zeros that they begin with."""
-    copies = re.findall(
-        r"= u16\[(\d+),(\d+,\d+,\d+,\d+)\]\S* copy\((%[\w.\-]+)", program.as_text()
-    )
+    copies = re.findall(r"= u16\[(\d+),(\d+,\d+,\d+,\d+)\]\S* copy\((%[\w.\-]+)", program.as_text())
     return [
         f"{layers},{rest}"
         for layers, rest, operand in copies

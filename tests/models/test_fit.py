@@ -32,12 +32,15 @@ def test_parameters_are_as_many_as_the_models_have(name, count):
 
 
 def cache_bytes(config, slots):
-    """Of one sequence: keys and values of each layer, and positions once for each kind of layers."""
+    """Of one sequence: keys and values of each layer, and positions for each kind of layers."""
     key = 2 * config.kv_heads * config.head_dim
     sliding = sum(config.sliding)
     return sum(
         count * (layers * 2 * key + 4)
-        for layers, count in ((config.layers - sliding, slots), (sliding, min(slots, config.window)))
+        for layers, count in (
+            (config.layers - sliding, slots),
+            (sliding, min(slots, config.window)),
+        )
         if layers
     )
 

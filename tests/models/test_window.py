@@ -133,8 +133,9 @@ def test_slots_hold_the_last_tokens_that_are_kept(size):
         keep = int(rng.integers(1, seq + 1))
         tokens = slot + jnp.arange(seq)[None]
         new = _cache.to_bits(tokens[..., None, None] + jnp.zeros((1, seq, 1, 2), jnp.float32))
-        seen, (slots, inputs) = slots, _cache.place(
-            slots, tokens, jnp.int32(slot), keep, "sliding", config
+        seen, (slots, inputs) = (
+            slots,
+            _cache.place(slots, tokens, jnp.int32(slot), keep, "sliding", config),
         )
         slots = _cache.write(slots, new, new + 1, layer, inputs)
         end = slot + (keep if seq > 1 else 1)
@@ -148,7 +149,5 @@ def test_slots_hold_the_last_tokens_that_are_kept(size):
         np.testing.assert_array_equal(written[0, 0, :, 0], expected != _cache.NOWHERE)
         assert not slots.keys[0].any() and not slots.values[0].any()
         if seq > 1:
-            np.testing.assert_array_equal(
-                inputs.key_positions[0], [*seen.positions[0], *tokens[0]]
-            )
+            np.testing.assert_array_equal(inputs.key_positions[0], [*seen.positions[0], *tokens[0]])
         slot = end
