@@ -120,6 +120,9 @@ def place(
         keep: how many of the tokens to keep in sliding layers.
         kind: of the layers.
         config: of the decoder.
+
+    Returns:
+        The slots with the positions of the tokens, and what blocks need to know.
     """
     seq, size = positions.shape[1], slots.positions.shape[1]
     window, rope = None, config.rope

@@ -1,5 +1,8 @@
 """Estimates of memory: against counts that are known, real compression, and XLA's plans."""
 
+import dataclasses
+import pathlib
+
 import families
 import pytest
 import shapes
@@ -54,6 +57,21 @@ def test_sliding_layers_take_no_more_than_their_window(name, context):
     memory = models.estimate_memory(config, batch=5, context=context)
     slots = -(-context // 64) * 64
     assert memory.cache == 5 * cache_bytes(config, slots)
+
+
+def test_documentation_has_the_caches_that_models_take():
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    names = ("gemma-3-1b", "gemma-3-4b", "gemma-3-12b", "gemma-3-27b", "Llama-3.1-8B")
+    for name in names:
+        config = models.read_config(KNOWN[name])
+        contexts = [n for n in (8192, 32_768, 131_072) if n <= config.max_length]
+        full = dataclasses.replace(config, sliding=(False,) * config.layers)
+        kept, all_ = (
+            [f"{_fit.cache_nbytes(c, 1, context) / 1e9:.2f}" for context in contexts]
+            for c in (config, full)
+        )
+        cells = [name, *kept, *[""] * (3 - len(kept)), ", ".join(all_)]
+        assert f"| {' | '.join(cells)} |".replace("|  |", "| |") in page
 
 
 @pytest.mark.parametrize("name", ["Llama-3.1-8B", "Llama-3.2-1B", "Qwen2.5-7B", "gemma-3-27b"])
