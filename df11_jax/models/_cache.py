@@ -185,9 +185,10 @@ def read(
     dtype: jnp.dtype,
 ) -> Float[Array, "pairs keys head_dim"]:
     """Keys or values of some rows and heads: those in slots, then new ones, if there are any."""
-    bits = jax.lax.dynamic_slice(stack, (layer, row, head, 0, 0), (1, *counts, *stack.shape[3:]))[0]
+    start = _starts(layer, row, head, 0, 0)
+    bits = jax.lax.dynamic_slice(stack, start, (1, *counts, *stack.shape[3:]))[0]
     if new is not None:
-        part = jax.lax.dynamic_slice(new, (row, head, 0, 0), (*counts, *new.shape[2:]))
+        part = jax.lax.dynamic_slice(new, start[1:], (*counts, *new.shape[2:]))
         bits = jnp.concatenate([bits, part], axis=2)
     return jax.lax.bitcast_convert_type(bits.reshape(-1, *bits.shape[2:]), dtype)
 
@@ -200,7 +201,7 @@ def _write_to(
     origins: Int[Array, " slots"] | None,
 ) -> UInt[Array, "layers batch kv_heads slots head_dim"]:
     """Writes to slots from one on: as many as there are tokens, but no more than there are."""
-    start = (layer, 0, 0, slot, 0)
+    start = _starts(layer, 0, 0, slot, 0)
     if origins is not None:
         count = min(new.shape[2], stack.shape[3])
         shape = (1, *stack.shape[1:3], count, stack.shape[4])
@@ -208,6 +209,11 @@ def _write_to(
         origins = jax.lax.dynamic_slice_in_dim(origins, slot, count)
         new = _pick(new, old, origins, axis=2)
     return jax.lax.dynamic_update_slice(stack, new[None], start)
+
+
+def _starts(*starts: Int[Array, ""] | int) -> tuple[Int[Array, ""], ...]:
+    """Of one dtype, as slicing wants them, whether numbers have 32 bits or 64 by default."""
+    return tuple(jnp.asarray(start, jnp.int32) for start in starts)
 
 
 def _pick(new: Array, old: Array, origins: Int[Array, " n"], axis: int) -> Array:

@@ -24,8 +24,6 @@ ORDERS = {
 # Many times the window, no longer than it, and in between.
 PROMPTS = [list(range(70)), [42], list(range(100, 108)), list(range(200, 251))]
 TOKENS = 3 * WINDOW
-# Just enough, so that prompts are filled up to the longest one's length.
-LENGTH = max(map(len, PROMPTS)) + TOKENS - 1
 
 
 @functools.cache
@@ -38,8 +36,8 @@ def load(order, compress=True):
     return models.load_params(models.RandomSource(config), config, compress=compress), config
 
 
-def likeliest_next(params, config, rows):
-    """For each token the likeliest next one, all read in one pass, into an empty cache."""
+def all_logits(params, config, rows):
+    """For each token the logits of the next, all tokens read in one pass, into an empty cache."""
     length = max(map(len, rows))
     tokens = np.array([[0] * (length - len(row)) + row for row in rows], np.int32)
     positions = np.array(
@@ -50,10 +48,25 @@ def likeliest_next(params, config, rows):
     def run(params):
         cache = models.init_cache(config, *tokens.shape)
         x, _ = models.forward(params, tokens, positions, 0, cache, config)
-        return jnp.argmax(models.project(params, x, config), axis=-1)
+        return models.project(params, x, config)
 
-    best = np.asarray(run(params))
-    return [line[-len(row) :].tolist() for line, row in zip(best, rows, strict=True)]
+    logits = np.asarray(run(params))
+    return [line[-len(row) :] for line, row in zip(logits, rows, strict=True)]
+
+
+def generate(params, config):
+    """The tokens of each row, prompts included, and the logits that the last ones are of."""
+    length = max(map(len, PROMPTS))
+    prompts = np.array([[0] * (length - len(row)) + row for row in PROMPTS], np.int32)
+    lengths = np.array([len(row) for row in PROMPTS], np.int32)
+    keys = jax.random.split(jax.random.key(0), len(PROMPTS))
+    sampling, none = models.Sampling(temperature=3.0).checked(), np.array([], np.int32)
+    room = TOKENS - 1
+    state = models.prefill(params, prompts, lengths, sampling, keys, none, length + room, config)
+    first = np.asarray(state.tokens)[:, None]
+    state, rest = models.decode(params, state, room, sampling, keys, none, room, config)
+    tokens = np.concatenate([first, rest], axis=1).tolist()
+    return [a + b for a, b in zip(PROMPTS, tokens, strict=True)], state
 
 
 def with_pieces(config, piece, monkeypatch):
@@ -75,27 +88,27 @@ def with_pieces(config, piece, monkeypatch):
 )
 def test_generation_is_that_of_one_pass_over_everything(order, piece, monkeypatch):
     params, config = load(order)
-    pieces = with_pieces(config, piece, monkeypatch)
-    generated = models.generate(params, PROMPTS, pieces, tokens=TOKENS, length=LENGTH)
-    rows = [prompt + more for prompt, more in zip(PROMPTS, generated, strict=True)]
-    for prompt, row, best in zip(PROMPTS, rows, likeliest_next(params, config, rows), strict=True):
-        assert row[len(prompt) :] == best[len(prompt) - 1 : -1]
+    rows, state = generate(params, with_pieces(config, piece, monkeypatch))
+    assert len({tuple(row[-TOKENS:]) for row in rows}) == len(rows)
+    expected = [logits[-2] for logits in all_logits(params, config, rows)]
+    np.testing.assert_allclose(state.logits, expected, rtol=0, atol=1e-4)
 
 
 def test_same_bits_as_with_plain_weights(monkeypatch):
-    prompts, none = families.prompts(3, 40), np.array([], np.int32)
-    lengths = np.array([40, 5, 21], np.int32)
-    keys = jax.random.split(jax.random.key(0), 3)
-
-    def run(params, config):
-        config = with_pieces(config, 6, monkeypatch)
-        sampling = models.Sampling()
-        state = models.prefill(params, prompts, lengths, sampling, keys, none, 60, config)
-        return models.decode(params, state, 20, sampling, keys, none, 20, config)
-
-    compressed, plain = (run(*load("pattern", compress)) for compress in (True, False))
+    compressed, plain = (
+        generate(params, with_pieces(config, 6, monkeypatch))[1]
+        for params, config in (load("pattern"), load("pattern", compress=False))
+    )
     for a, b in zip(jax.tree.leaves(compressed), jax.tree.leaves(plain), strict=True):
         assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_whether_numbers_have_64_bits_does_not_matter(monkeypatch):
+    params, config = load("irregular")
+    config = with_pieces(config, 6, monkeypatch)
+    expected, _ = generate(params, config)
+    with jax.enable_x64(True):
+        assert generate(params, config)[0] == expected
 
 
 # Of 14 layers in patterns of 4.
