@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, Int, PyTree
 
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._decode import decode_slices, path_name
@@ -47,27 +47,15 @@ def scan_blocks(
         ValueError: there is nothing to scan over, or a leaf cannot be scanned over or differs in
             length; the message has its path.
     """
-    params_with_paths, treedef = jax.tree.flatten_with_path(stacked_params, is_leaf=is_df11)
-    names = [path_name(path) for path, _ in params_with_paths]
-    leaves = [leaf for _, leaf in params_with_paths]
-    length = _common_length(names, leaves, xs)
-    compressed = [i for i, leaf in enumerate(leaves) if is_df11(leaf)]
-    plain = [i for i, leaf in enumerate(leaves) if not is_df11(leaf)]
+    stack = _Stack(stacked_params)
+    length = _common_length(stack, xs)
 
     # The index is carried, not scanned over: XLA makes it one with the loop's own counter, and a
     # GPU need not copy it out of an array before each block.
     def body(state: tuple[Any, Carry], step: Any) -> tuple[tuple[Any, Carry], Any]:
         index, carry = state
-        block, x = step
-        weights = decode_slices(
-            [leaves[i] for i in compressed],
-            index,
-            names=[names[i] for i in compressed],
-            after=carry,
-        )
-        by_leaf = dict(zip(plain, block, strict=True)) | dict(zip(compressed, weights, strict=True))
-        params = jax.tree.unflatten(treedef, [by_leaf[i] for i in range(len(leaves))])
-        result = block_fn(carry, params, x)
+        plain, x = step
+        result = block_fn(carry, stack.block(index, plain, after=carry), x)
         if not (isinstance(result, tuple) and len(result) == 2):
             raise TypeError(
                 f"scan_blocks: block_fn must return (carry, y), got {type(result).__name__}"
@@ -75,18 +63,97 @@ def scan_blocks(
         carry, y = result
         return (index + 1, carry), y
 
-    if compressed:
-        # Differentiating would else store the decoded weights of all blocks.
-        body = jax.checkpoint(body)
-    steps = ([leaves[i] for i in plain], xs)
-    (_, carry), ys = jax.lax.scan(body, (jnp.int32(0), carry), steps, length=length)
+    (_, carry), ys = jax.lax.scan(
+        stack.checkpoint(body), (jnp.int32(0), carry), (stack.plain, xs), length=length
+    )
     return carry, ys
 
 
-def _common_length(names: list[str], leaves: list[Any], xs: PyTree) -> int:
+def scan_range(
+    block_fn: Callable[[Carry, Any, Array], Carry],
+    carry: Carry,
+    stacked_params: PyTree,
+    begin: Int[Array, ""] | int,
+    count: int,
+) -> tuple[Carry, Int[Array, ""]]:
+    """`scan_blocks` for some blocks of a stack, which is not sliced for it.
+
+    Args:
+        block_fn: `block_fn(carry, block_params, index) -> carry`, where `index` is that of the
+            block in the stack.
+        carry: what the first block gets.
+        stacked_params: as for `scan_blocks`.
+        begin: index of the first block. If another range comes before, let it be what that one
+            returns: XLA might else decompress or copy the first block here ahead of that, and hold
+            it meanwhile.
+        count: how many blocks.
+
+    Returns:
+        The last carry, and the index of the block after the last.
+
+    Raises:
+        ValueError: as for `scan_blocks`.
+    """
+    stack = _Stack(stacked_params)
+    _common_length(stack, None)
+
+    def body(state: tuple[Any, Carry], _: None) -> tuple[tuple[Any, Carry], None]:
+        index, carry = state
+        plain = [
+            jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False, allow_negative_indices=False)
+            for leaf in stack.plain
+        ]
+        carry = block_fn(carry, stack.block(index, plain, after=carry), index)
+        return (index + 1, carry), None
+
+    first = jnp.asarray(begin, jnp.int32)
+    (end, carry), _ = jax.lax.scan(stack.checkpoint(body), (first, carry), length=count)
+    return carry, end
+
+
+def stack_length(stacked_params: PyTree) -> int:
+    """How many blocks a stack has; raises ValueError like `scan_blocks`."""
+    return _common_length(_Stack(stacked_params), None)
+
+
+class _Stack:
+    """Weights of all blocks: those that are decompressed block by block, and others.
+
+    Attributes:
+        names: of the leaves.
+        leaves: all of them.
+        plain: those that are not compressed.
+    """
+
+    def __init__(self, stacked_params: PyTree) -> None:
+        with_paths, self._treedef = jax.tree.flatten_with_path(stacked_params, is_leaf=is_df11)
+        self.names = [path_name(path) for path, _ in with_paths]
+        self.leaves = [leaf for _, leaf in with_paths]
+        self._compressed = [i for i, leaf in enumerate(self.leaves) if is_df11(leaf)]
+        self._plain = [i for i, leaf in enumerate(self.leaves) if not is_df11(leaf)]
+        self.plain = [self.leaves[i] for i in self._plain]
+
+    def block(self, index: Any, plain: list[Any], after: Any) -> Any:
+        """The weights of one block, given those that are not compressed."""
+        weights = decode_slices(
+            [self.leaves[i] for i in self._compressed],
+            index,
+            names=[self.names[i] for i in self._compressed],
+            after=after,
+        )
+        by_leaf = dict(zip(self._plain, plain, strict=True))
+        by_leaf |= dict(zip(self._compressed, weights, strict=True))
+        return jax.tree.unflatten(self._treedef, [by_leaf[i] for i in range(len(self.leaves))])
+
+    def checkpoint(self, body: Callable[..., Any]) -> Callable[..., Any]:
+        """The same body of a scan. Differentiating it stores no decoded weights."""
+        return jax.checkpoint(body) if self._compressed else body
+
+
+def _common_length(stack: _Stack, xs: PyTree) -> int:
     """The number of blocks; raises ValueError unless all leaves agree."""
     found: list[tuple[str, int]] = []
-    for name, leaf in zip(names, leaves, strict=True):
+    for name, leaf in zip(stack.names, stack.leaves, strict=True):
         where = f"stacked_params: {name}"
         if isinstance(leaf, DF11Array) and len(leaf.stack_shape) != 1:
             raise ValueError(

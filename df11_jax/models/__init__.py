@@ -9,7 +9,7 @@ import importlib.util
 if importlib.util.find_spec("flax") is None:
     raise ImportError('df11_jax.models needs flax. Install with: pip install "df11_jax[models]"')
 
-from df11_jax.models._attention import Cache, init_cache
+from df11_jax.models._cache import Cache, Slots, init_cache
 from df11_jax.models._config import Config, Rope
 from df11_jax.models._decoder import Params, forward, project
 from df11_jax.models._fit import estimate_memory
@@ -32,6 +32,7 @@ __all__ = [
     "RandomSource",
     "Rope",
     "Sampling",
+    "Slots",
     "State",
     "TextModel",
     "UnsupportedModelError",

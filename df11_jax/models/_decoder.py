@@ -13,6 +13,7 @@ Parameters are one nested dictionary:
 Each other leaf may be a plain array or a `DF11Array`; nothing below asks which.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -20,10 +21,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-import df11_jax
-from df11_jax.models import _attention, _rope, _table
-from df11_jax.models._attention import Cache, Inputs, Layer, init_cache, softcap
+from df11_jax._scan import scan_range, stack_length
+from df11_jax.models import _attention, _cache, _rope, _table
+from df11_jax.models._attention import softcap
+from df11_jax.models._cache import Cache, Inputs, Slots
 from df11_jax.models._config import Config
+from df11_jax.models._kinds import Kind, Number, fold_runs, layer_kinds
 
 Params = dict[str, Any]
 
@@ -41,15 +44,15 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention over a cache of static length."""
+    """Causal grouped-query attention over slots of a static number."""
 
     config: Config
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch seq dim"], cache: Cache, inputs: Inputs, layer: Layer
-    ) -> tuple[Float[Array, "batch seq dim"], Cache]:
-        """Attends from `inputs.positions`; returns the cache with their slots filled."""
+        self, x: Float[Array, "batch seq dim"], slots: Slots, inputs: Inputs, layer: Int[Array, ""]
+    ) -> tuple[Float[Array, "batch seq dim"], Slots]:
+        """Attends from `inputs.positions`; returns the slots with theirs filled."""
         c = self.config
 
         def project(name: str, heads: int) -> Float[Array, "batch seq heads head_dim"]:
@@ -62,15 +65,9 @@ class Attention(nn.Module):
         if c.qk_norm:
             query = RMSNorm(c, name="q_norm")(query)
             key = RMSNorm(c, name="k_norm")(key)
-        rotation = inputs.rotations.choose(layer.sliding)
-        query, key = _rope.rotate(query, rotation), _rope.rotate(key, rotation)
-
-        cache = cache._replace(
-            keys=_attention.write(cache.keys, key, layer, inputs.slot),
-            values=_attention.write(cache.values, value, layer, inputs.slot),
-        )
-        mixed = _attention.attend(query, cache, inputs, layer, c)
-        return _dense(c, c.dim, c.output_bias, "o_proj")(mixed.reshape(*x.shape[:2], -1)), cache
+        query, key = _rope.rotate(query, inputs.rotation), _rope.rotate(key, inputs.rotation)
+        mixed, slots = _attention.attend(query, key, value, slots, layer, inputs, c)
+        return _dense(c, c.dim, c.output_bias, "o_proj")(mixed.reshape(*x.shape[:2], -1)), slots
 
 
 class MLP(nn.Module):
@@ -95,9 +92,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch seq dim"], cache: Cache, inputs: Inputs, layer: Layer
-    ) -> tuple[Float[Array, "batch seq dim"], Cache]:
-        """Advances `x`, and the cache of this layer."""
+        self, x: Float[Array, "batch seq dim"], slots: Slots, inputs: Inputs, layer: Int[Array, ""]
+    ) -> tuple[Float[Array, "batch seq dim"], Slots]:
+        """Advances `x`, and fills the slots of this layer."""
         c = self.config
 
         def norm(name: str, x: Array) -> Array:
@@ -105,8 +102,8 @@ class Block(nn.Module):
 
         # Hugging Face calls the norm before the MLP by what it comes after, if only one does.
         before_mlp = "pre_feedforward_layernorm" if c.post_norms else "post_attention_layernorm"
-        mixed, cache = Attention(c, name="self_attn")(
-            norm("input_layernorm", x), cache, inputs, layer
+        mixed, slots = Attention(c, name="self_attn")(
+            norm("input_layernorm", x), slots, inputs, layer
         )
         if c.post_norms:
             mixed = norm("post_attention_layernorm", mixed)
@@ -114,7 +111,7 @@ class Block(nn.Module):
         mapped = MLP(c, name="mlp")(norm(before_mlp, x))
         if c.post_norms:
             mapped = norm("post_feedforward_layernorm", mapped)
-        return x + mapped, cache
+        return x + mapped, slots
 
 
 def forward(
@@ -124,52 +121,68 @@ def forward(
     slot: Int[Array, ""] | int,
     cache: Cache,
     config: Config,
+    keep: Int[Array, ""] | int | None = None,
 ) -> tuple[Float[Array, "batch seq dim"], Cache]:
     """What the decoder makes of tokens, given what the cache holds of those before.
 
     Args:
         params: as `load_params` gives them; leaves plain or compressed.
         tokens: the next tokens of each sequence.
-        positions: theirs, counted from 0. The largest int32 for tokens that only fill up a row: no
-            other token attends to them, and what comes out for them is of no meaning.
-        slot: of the cache, for the first of them; there is room for all of them.
+        positions: theirs, counted from 0. The largest int32 for tokens that only fill up a row, and
+            come before all others of it: no other token attends to them, and what comes out for
+            them is of no meaning.
+        slot: of the cache, for the first of them: how many came before. There is room for all.
         cache: from `init_cache`, or a former call.
         config: of the decoder, static under `jit`.
+        keep: how many of the tokens sliding layers keep; None for all. The next call begins with
+            those that they do not keep.
 
     Returns:
         The normed output of the last block, of which `project` makes logits, and the cache with
         these tokens added.
     """
     c = config
-    block = Block(c)
+    block, kinds = Block(c), layer_kinds(c)
     positions, slot = jnp.asarray(positions, jnp.int32), jnp.asarray(slot, jnp.int32)
-    slot_positions = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, slot, axis=1)
-    cache = cache._replace(positions=slot_positions)
-    inputs = Inputs(slot, positions, slot_positions, _rope.rotations(positions, c))
+    keep = jnp.asarray(tokens.shape[1] if keep is None else keep, jnp.int32)
+    inputs = {}
+    for kind in sorted(set(kinds)):
+        slots, inputs[kind] = _cache.place(cache.of(kind), positions, slot, keep, kind, c)
+        cache = cache.replace(kind, slots)
 
-    def block_fn(carry: Any, block_params: Params, layer: Layer) -> Any:
-        x, cache = carry
-        return block.apply({"params": block_params}, x, cache, inputs, layer), None
+    def scan_runs(carry: Any, stack: Params, fetch: Any, begin: int, end: int) -> Any:
+        """Goes through a stack with these layers."""
 
-    def fetch_block_fn(carry: Any, block_params: Params, layer: Layer) -> Any:
-        return block_fn(carry, jax.device_put(block_params, jax.memory.Space.Device), layer)
+        # A cache in the carry is updated in place; as xs and ys, there would be two.
+        def scan_run(carry: Any, kind: Kind, number: Number, count: int) -> Any:
+            first, x, cache = carry
+
+            def block_fn(carry: Any, block_params: Params, index: Array) -> Any:
+                variables = {"params": fetch(block_params)}
+                return block.apply(variables, *carry, inputs[kind], number + index - first)
+
+            carry = x, cache.of(kind)
+            (x, slots), end = scan_range(block_fn, carry, stack, first, count)
+            return end, x, cache.replace(kind, slots)
+
+        carry = jnp.int32(0), *carry
+        return fold_runs(scan_run, carry, kinds[begin:end], kinds[:begin])[1:]
 
     x = _table.look_up(params["embed_tokens"], tokens).astype(c.dtype)
     if c.embedding_scale != 1:
         # Rounded, as the models were trained: 55.5 for the square root of 3072.
         x = x * jnp.asarray(c.embedding_scale, c.dtype)
-    in_host_memory = params.get("host_layers", {})
-    on_device = c.layers - (len(jax.tree.leaves(in_host_memory)[0]) if in_host_memory else 0)
-
-    def layers(begin: int, end: int) -> Layer:
-        return Layer(jnp.arange(begin, end, dtype=jnp.int32), jnp.array(c.sliding[begin:end], bool))
-
-    # A cache in the carry is updated in place; as xs and ys, there would be two.
-    carry = (x, cache)
-    carry, _ = df11_jax.scan_blocks(block_fn, carry, params["layers"], layers(0, on_device))
+    on_device = stack_length(params["layers"])
+    in_host_memory = stack_length(params["host_layers"]) if "host_layers" in params else 0
+    if on_device + in_host_memory != c.layers:
+        raise ValueError(
+            f"params have {on_device} layers, and {in_host_memory} in host memory, expected "
+            f"{c.layers} in all, as the configuration says"
+        )
+    carry = scan_runs((x, cache), params["layers"], lambda block: block, 0, on_device)
     if in_host_memory:
-        last = layers(on_device, c.layers)
-        carry, _ = df11_jax.scan_blocks(fetch_block_fn, carry, in_host_memory, last)
+        fetch = functools.partial(jax.device_put, device=jax.memory.Space.Device)
+        carry = scan_runs(carry, params["host_layers"], fetch, on_device, c.layers)
     x, cache = carry
     return rms_norm(x, params["norm"], c), cache
 
@@ -197,11 +210,9 @@ def block_shapes(config: Config) -> Params:
 
     def init() -> Any:
         x = jnp.zeros((1, 1, config.dim), config.dtype)
-        cache = init_cache(config, 1, 1)
-        position = cache.positions
-        inputs = Inputs(jnp.int32(0), position, position, _rope.rotations(position, config))
-        layer = Layer(jnp.int32(0), jnp.bool(False))
-        return Block(config).init(jax.random.key(0), x, cache, inputs, layer)
+        slots, zero = _cache.init_slots(config, 1, 1, 1), jnp.int32(0)
+        slots, inputs = _cache.place(slots, slots.positions, zero, 1, "full", config)
+        return Block(config).init(jax.random.key(0), x, slots, inputs, zero)
 
     return jax.eval_shape(init)["params"]
 

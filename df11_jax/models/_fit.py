@@ -10,7 +10,7 @@ import numpy as np
 
 from df11_jax import _layout
 from df11_jax._compress import MIN_SIZE
-from df11_jax.models import _attention, _decoder, _generate, _table
+from df11_jax.models import _attention, _cache, _decoder, _generate, _table
 from df11_jax.models._config import Config
 from df11_jax.models._memory import Memory
 
@@ -140,7 +140,7 @@ def count_parameters(config: Config) -> int:
 
 def cache_nbytes(config: Config, batch: int, context: int) -> int:
     """Bytes of keys, values and positions."""
-    cache = _cache(config, batch, context)
+    cache = jax.tree.leaves(_init_cache(config, batch, context))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in cache)
 
 
@@ -156,9 +156,13 @@ def estimate_temporary(
         prompt: how many are read at once, at most; None for as many as `prefill` does.
     """
     c, width = config, np.dtype(config.dtype).itemsize
-    slots = _cache(config, batch, context).positions.shape[1]
+    slots = _generate.cache_length(context, 1)
     rows = min(slots if prompt is None else prompt, max(1, _generate.PIECE_TOKENS // batch))
     tokens = batch * rows
+    # Of a layer that attends to most of them: sliding ones look at new ones beside those in slots.
+    window = min(slots, c.window)
+    in_window = window if rows == 1 else window + rows
+    keys = max(0 if all(c.sliding) else slots, in_window if any(c.sliding) else 0)
 
     def part(smallest: int, count: int) -> int:
         """Bytes of as many as attention looks at together."""
@@ -166,8 +170,8 @@ def estimate_temporary(
 
     # Keys and values are copied for a key-value head of a row at least, scores computed for a token
     # and the query heads that share it.
-    copied = part(2 * slots * c.head_dim * width, batch * c.kv_heads)
-    scores = part(4 * c.heads // c.kv_heads * slots, tokens * c.kv_heads)
+    copied = part(2 * keys * c.head_dim * width, batch * c.kv_heads)
+    scores = part(4 * c.heads // c.kv_heads * keys, tokens * c.kv_heads)
     # Scores are float32, the weights made of them are not.
     attention = scores + scores * width // 4 + 2 * width * tokens * c.heads * c.head_dim
     mlp = 2 * width * tokens * c.hidden
@@ -240,6 +244,6 @@ def _head_groups(config: Config) -> int:
     return _table.groups_in_piece(table)  # type: ignore[arg-type]  # its shape is enough
 
 
-def _cache(config: Config, batch: int, context: int) -> _attention.Cache:
+def _init_cache(config: Config, batch: int, context: int) -> _cache.Cache:
     slots = _generate.cache_length(context, 1)
-    return jax.eval_shape(functools.partial(_attention.init_cache, config, batch, slots))
+    return jax.eval_shape(functools.partial(_cache.init_cache, config, batch, slots))

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from df11_jax.models import _attention, _decoder
-from df11_jax.models._attention import Cache
+from df11_jax.models import _cache, _decoder
+from df11_jax.models._cache import Cache
 from df11_jax.models._config import Config
 from df11_jax.models._decoder import Params
 from df11_jax.models._sampling import Sampling, choose
@@ -62,7 +62,7 @@ def prefill(
 
     Args:
         params: plain or compressed parameters.
-        prompts: filled up at their ends, with any tokens.
+        prompts: filled up at their beginnings, with any tokens.
         lengths: of the prompts, at least 1.
         sampling: how to choose tokens.
         keys: one for each row.
@@ -80,27 +80,30 @@ def prefill(
     if seq > length:
         raise ValueError(f"prompts have {seq} tokens, but the cache has room for {length}")
     size = min(seq, max(1, PIECE_TOKENS // batch))
-    positions = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32), prompts.shape)
-    positions = jnp.where(positions < lengths[:, None], positions, _attention.NOWHERE)
+    pieces = -(-seq // size)
+    # Rows end together: the last tokens of all of them are then those in the last slots.
+    positions = jnp.arange(seq, dtype=jnp.int32) - (seq - lengths[:, None])
+    positions = jnp.where(positions >= 0, positions, _cache.NOWHERE)
+
+    def begin(i: Array) -> Array:
+        # All pieces are equally long. The second one begins early enough for that; what it reads
+        # again comes out as before.
+        return jnp.maximum(seq - (pieces - i) * size, 0)
 
     def read(i: Array, state: tuple[Array, Cache]) -> tuple[Array, Cache]:
-        last, cache = state
-        # The last piece begins early enough to be as long as the others. What it reads again
-        # comes out as before.
-        start = jnp.minimum(i * size, seq - size)
+        _, cache = state
+        start = begin(i)
         tokens, places = (
             jax.lax.dynamic_slice_in_dim(array, start, size, axis=1)
             for array in (prompts, positions)
         )
-        x, cache = _decoder.forward(params, tokens, places, start, cache, config)
-        at = lengths - 1 - start
-        here = (at >= 0) & (at < size)
-        x = jnp.take_along_axis(x, jnp.clip(at, 0, size - 1)[:, None, None], axis=1)[:, 0]
-        return jnp.where(here[:, None], x, last), cache
+        keep = begin(i + 1) - start
+        x, cache = _decoder.forward(params, tokens, places, start, cache, config, keep)
+        return x[:, -1], cache
 
     last = jnp.zeros((batch, config.dim), config.dtype)
-    cache = _attention.init_cache(config, batch, length)
-    last, cache = jax.lax.fori_loop(0, -(-seq // size), read, (last, cache))
+    cache = _cache.init_cache(config, batch, length)
+    last, cache = jax.lax.fori_loop(0, pieces, read, (last, cache))
     return _next(params, last, lengths, jnp.int32(seq), cache, sampling, keys, stop, config)
 
 
@@ -191,7 +194,7 @@ def generate(
     longest = max(map(len, prompts))
     padded = np.zeros((len(prompts), padded_length(longest, tokens, length)), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = prompt
+        row[len(row) - len(prompt) :] = prompt
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     keys = jax.random.split(jax.random.key(seed), len(prompts))
     stops = np.array(sorted(set(stop)), np.int32)

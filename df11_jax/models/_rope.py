@@ -5,25 +5,16 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from df11_jax.models._config import Config, Rope
+from df11_jax.models._config import Rope
 
 
 class Rotation(NamedTuple):
-    """Sine and cosine of the angles by which heads are turned.
+    """Sine and cosine of the angles by which heads are turned."""
 
-    `rotations` returns them for full and for sliding layers, along a leading axis.
-    """
-
-    sin: Float[Array, "*kinds batch seq half"]
-    cos: Float[Array, "*kinds batch seq half"]
-
-    def choose(self, sliding: Bool[Array, ""]) -> "Rotation":
-        """Those for one layer."""
-        if self.sin.shape[0] == 1:
-            return Rotation(self.sin[0], self.cos[0])
-        return Rotation(*(jnp.where(sliding, both[1], both[0]) for both in self))
+    sin: Float[Array, "batch seq half"]
+    cos: Float[Array, "batch seq half"]
 
 
 def frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, " half"]:
@@ -39,13 +30,9 @@ def frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, " half"]:
     return turning.astype(np.float32)
 
 
-def rotations(positions: Int[Array, "batch seq"], config: Config) -> Rotation:
-    """The rotations at some positions, one for each kind of layer that the model has."""
-    ropes = [config.rope]
-    if any(config.sliding) and config.local_rope != config.rope:
-        ropes.append(config.local_rope)
-    turning = np.stack([frequencies(rope, config.head_dim) for rope in ropes])
-    angles = positions[..., None].astype(jnp.float32) * turning[:, None, None]
+def rotation(positions: Int[Array, "batch seq"], rope: Rope, head_dim: int) -> Rotation:
+    """The rotation at some positions."""
+    angles = positions[..., None].astype(jnp.float32) * frequencies(rope, head_dim)
     return Rotation(jnp.sin(angles), jnp.cos(angles))
 
 

@@ -59,7 +59,8 @@ def plan_job(compile_one: Compiler, way: ways.Way, config: models.Config, job: g
 
 
 def cache_bytes(config: models.Config, job: generation.Job) -> int:
-    return 2 * 2 * config.layers * job.batch * config.kv_heads * job.length * config.head_dim
+    cache = jax.eval_shape(lambda: models.init_cache(config, job.batch, job.length))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
 
 def describe_copies(decode) -> dict:
