@@ -24,7 +24,7 @@ def parse_json(text: bytes, *, unique: bool = False) -> Any:
         value = json.loads(text, object_pairs_hook=_unique_names if unique else None)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    # Halves of characters pass Python's parser, escaped or as three bytes, of which this is the first.
+    # Halves of characters pass the parser, escaped or as three bytes, of which this is the first.
     if b"\\ud" in text.lower() or b"\xed" in text:
         json.dumps(value, ensure_ascii=False).encode()
     return value
