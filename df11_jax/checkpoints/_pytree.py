@@ -111,7 +111,7 @@ def save(params: PyTree, path: str | os.PathLike[str]) -> None:
             file.unlink()
         for file, names in shards.items():
             _write_leaves(file, {name: leaves[name] for name in names})
-        write_index(path, shards)
+        write_index(path, shards, checksums=True)
 
 
 def _named_leaves(params: PyTree) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def _write_leaves(path: Path, leaves: Mapping[str, Any]) -> None:
             else:
                 yield [(name, _on_host(leaf))]
 
-    write_shard(path, places(), tensors(), METADATA)
+    write_shard(path, places(), tensors(), METADATA, checksums=True)
 
 
 def _load_leaf(

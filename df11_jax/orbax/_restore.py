@@ -9,12 +9,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from df11_jax import _layout
+from df11_jax import _checksum, _layout
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._compress import compress, compress_params
 from df11_jax._decode import decompress_params
 from df11_jax._select import Selection
-from df11_jax.orbax import _checksum, _leaves, _plan, _shardings, _stored
+from df11_jax.orbax import _leaves, _plan, _shardings, _stored
 from df11_jax.orbax._manifest import Keys, Leaf
 from df11_jax.orbax._plan import Form, Job
 from df11_jax.orbax._stored import Stored

@@ -10,12 +10,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from df11_jax import _layout
+from df11_jax import _checksum, _layout
 from df11_jax._array import is_df11
 from df11_jax._compress import compress_params, cpu_device, fetch
 from df11_jax._decode import path_name
 from df11_jax._select import Selection
-from df11_jax.orbax import _checksum, _describe, _leaves, _manifest
+from df11_jax.orbax import _describe, _leaves, _manifest
 
 
 def to_orbax(
