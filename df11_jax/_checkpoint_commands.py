@@ -1,6 +1,7 @@
 """The commands of `df11-jax` that work on checkpoints: info, compress, decompress, verify."""
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.text import Text
 
 from df11_jax._cli_errors import DIFFERENT, fail, failures
 from df11_jax._report import format_bytes
+from df11_jax._select import MIN_SIZE
 from df11_jax.checkpoints import Source, open_checkpoint
 from df11_jax.checkpoints._compare import differences
 from df11_jax.checkpoints._convert import write_native, write_plain
@@ -209,10 +211,27 @@ def _print_outcome(source: Source, target: Path) -> None:
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
     summary = summarize(open_checkpoint(target, shapes=shapes))
     click.echo(f"{target}: {summary.format}, {_totals(summary)}")
-    if summary.format == "native" and summary.nbytes == summary.nbytes_before:
-        click.echo(
-            "No tensor got smaller: only bfloat16 tensors of 16,384 weights and more do.", err=True
-        )
+    if summary.format in ("native", "orbax") and summary.nbytes == summary.nbytes_before:
+        click.echo(_why_not(source), err=True)
+
+
+def _why_not(source: Source) -> str:
+    """Why nothing became smaller."""
+    reason = f"Nothing got smaller: only bfloat16 tensors of {MIN_SIZE:,} weights and more do"
+    names = {"F32": "float32", "F16": "float16"}
+    others = [
+        info
+        for info in source.tensors.values()
+        if info.dtype in names and math.prod(info.shape) >= MIN_SIZE
+    ]
+    if not others:
+        return f"{reason}."
+    types = " or ".join(sorted({names[info.dtype] for info in others}))
+    size = format_bytes(sum(info.nbytes for info in others))
+    return (
+        f"{reason}, and {len(others):,} ({size}) are {types}. To round them to bfloat16, which "
+        "changes results, in Python: compress_params(checkpoints.load(SRC), cast=True)"
+    )
 
 
 def _totals(summary: Summary) -> str:

@@ -138,8 +138,9 @@ def doctor(as_json: bool) -> None:
     "--memory",
     metavar="SIZE",
     callback=_parse_memory,
-    help="Memory of each device: 24GB are 24 x 10^9 bytes, 24GiB or 24G are 24 x 2^30, which is "
-    "what cards of 24 GB have, or a little less. Without it, the memory of the GPU that is here.",
+    help="Memory of each device, of which XLA allocates 75 %: 24GB are 24 x 10^9 bytes, 24GiB or "
+    "24G are 24 x 2^30, which is what cards of 24 GB have, or a little less. Without it, the "
+    "memory of the GPU that is here.",
 )
 @click.option(
     "--context",
@@ -167,8 +168,8 @@ def fit(
     run, only the weights are counted.
 
     Ends with status 0 if the model fits compressed, with 3 if it does not, and with 2 if that
-    cannot be said. XLA allocates from 75 % of a GPU's memory unless XLA_CLIENT_MEM_FRACTION says
-    otherwise, here as there.
+    cannot be said. XLA_CLIENT_MEM_FRACTION changes the 75 % of the memory, for this command
+    as for JAX.
     """
     require("flax", "flax")
     from df11_jax._fit_command import run_fit
@@ -300,7 +301,8 @@ for _command in (
     "--memory",
     metavar="SIZE",
     callback=_parse_memory,
-    help="Memory of the device that may be used: 24GB, 24GiB. [default: all that is free]",
+    help="Memory of the device, of which XLA allocates 75 %, as for `df11-jax fit`: nothing that "
+    "takes more is run. [default: what is free of this one]",
 )
 @_json
 @_plot

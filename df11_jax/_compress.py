@@ -13,12 +13,14 @@ from df11_jax._array import DF11Array, is_df11
 from df11_jax._decode import path_name
 from df11_jax._host_codec import encode
 from df11_jax._progress import ProgressBar
-
-_BFLOAT16 = np.dtype(jnp.bfloat16)
-_CASTABLE = (np.dtype(np.float32), np.dtype(np.float16))
-
-# Below this size what a leaf could save does not pay for its table.
-MIN_SIZE = 16384
+from df11_jax._select import (
+    BFLOAT16,
+    CASTABLE,
+    MIN_SIZE,
+    Selection,
+    compile_pattern,
+    native_dtype,
+)
 
 
 def compress(
@@ -93,52 +95,56 @@ def compress_params(
         ValueError: a leaf to be stacked has no axes; a regular expression is not one.
         RuntimeError: verification failed, or an array was deleted. All errors name the leaf's
             path, in their message or in a note.
+
+    Warns:
+        UserWarning: no leaf is compressed, and some would have been if they were not float32 or
+            float16, which Flax makes by default.
     """
-    included = _pattern("include", include)
-    stacks = _pattern("stacked", stacked)
-
-    def is_wanted(path: str, leaf: Any) -> bool:
-        if not isinstance(leaf, (jax.Array, np.ndarray)) or leaf.size < min_size:
-            return False
-        if leaf.dtype != _BFLOAT16 and not (cast and _native_dtype(leaf) in _CASTABLE):
-            return False
-        if included is not None and not included.search(path):
-            return False
-        return predicate is None or predicate(path, leaf)
-
+    selection = Selection(compile_pattern("include", include), predicate, min_size, cast)
+    stacks = compile_pattern("stacked", stacked)
     with_paths, treedef = jax.tree.flatten_with_path(params, is_leaf=is_df11)
     named = [(path_name(path), leaf) for path, leaf in with_paths]
-    wanted = [is_wanted(path, leaf) for path, leaf in named]
+    wanted = [selection.has(path, leaf) for path, leaf in named]
     total = sum(leaf.nbytes for (_, leaf), want in zip(named, wanted, strict=True) if want)
     leaves = []
     with ProgressBar("compress", total, show=progress) as bar:
         for (path, leaf), want in zip(named, wanted, strict=True):
             if want:
-                stack_axes = 1 if stacks is not None and stacks.search(path) else 0
-                try:
-                    small = _compress(leaf, path, stack_axes, verify, threads, cast=cast)
-                except Exception as error:
-                    # What numpy and jax raise (for deleted arrays, say) does not name the leaf.
-                    error.add_note(f"df11_jax: while compressing the leaf {path}")
-                    raise
-                bar.update(path, leaf.nbytes)
-                if small.compressed_nbytes < leaf.nbytes:
-                    leaf = small
-            leaves.append(leaf)
-    return jax.tree.unflatten(treedef, leaves)
+                nbytes = leaf.nbytes
+                leaf = compress_leaf(path, leaf, stacks, verify=verify, threads=threads, cast=cast)
+                bar.update(path, nbytes)
+            leaves.append((path, leaf))
+    selection.warn_if_futile("compress_params", leaves, stacklevel=2)
+    return jax.tree.unflatten(treedef, [leaf for _, leaf in leaves])
 
 
-def _pattern(argument: str, pattern: str | None) -> re.Pattern[str] | None:
-    if pattern is None:
-        return None
-    if not isinstance(pattern, (str, re.Pattern)):
-        raise TypeError(f"{argument}: expected a regular expression for paths, got {pattern!r:.80}")
+def compress_leaf(
+    path: str,
+    leaf: Any,
+    stacks: re.Pattern[str] | None,
+    *,
+    verify: bool,
+    threads: int | None,
+    cast: bool,
+) -> Any:
+    """A leaf compressed, or as it is if that would not make it smaller.
+
+    Args:
+        path: its name; errors have it.
+        leaf: an array.
+        stacks: found in the paths of leaves that are stacks along their first axis.
+        verify: as for `compress_params`, like all that follow.
+        threads: how many threads to use.
+        cast: round float32 and float16 to bfloat16 first.
+    """
+    stack_axes = 1 if stacks is not None and stacks.search(path) else 0
     try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"{argument}: {pattern!r:.80} is not a regular expression ({error})"
-        ) from None
+        small = _compress(leaf, path, stack_axes, verify, threads, cast=cast)
+    except Exception as error:
+        # What numpy and jax raise (for deleted arrays, say) does not name the leaf.
+        error.add_note(f"df11_jax: while compressing the leaf {path}")
+        raise
+    return small if small.compressed_nbytes < leaf.nbytes else leaf
 
 
 def _compress(
@@ -176,9 +182,9 @@ def _on_host(array: Any, name: str, cast: bool) -> tuple[np.ndarray, Any]:
             (device,) = array.devices()
         array = fetch(array)
     weights = np.asarray(array)
-    if cast and _native_dtype(weights) in _CASTABLE:
-        weights = weights.astype(_BFLOAT16)
-    if weights.dtype != _BFLOAT16:
+    if cast and native_dtype(weights) in CASTABLE:
+        weights = weights.astype(BFLOAT16)
+    if weights.dtype != BFLOAT16:
         if not hasattr(array, "dtype"):
             raise TypeError(
                 f"{name}: expected a bfloat16 array, got {type(array).__name__}. "
@@ -199,12 +205,13 @@ def fetch(array: jax.Array) -> np.ndarray:
     return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards))
 
 
+def cpu_device() -> jax.Device | None:
+    """A CPU that JAX can use, if there is one."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX was told to use accelerators only
+        return None
+
+
 def _default_device() -> set[jax.Device]:
     return jnp.zeros(()).devices()
-
-
-def _native_dtype(array: Any) -> np.dtype | None:
-    """The dtype in this machine's byte order; None for those, like keys, that numpy lacks."""
-    if jnp.issubdtype(array.dtype, jax.dtypes.extended):
-        return None
-    return np.dtype(array.dtype).newbyteorder("=")

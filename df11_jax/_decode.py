@@ -103,7 +103,7 @@ def after(params: PyTree, inputs: PyTree) -> PyTree:
     """
     leaves, treedef = jax.tree.flatten(params, is_leaf=is_df11)
     # The decoder reads the header of a tensor, which is small, before anything else.
-    headers = iter(tie([leaf.header for leaf in leaves if is_df11(leaf)], inputs))
+    headers = iter(_tie([leaf.header for leaf in leaves if is_df11(leaf)], inputs))
     return jax.tree.unflatten(
         treedef,
         [
@@ -163,7 +163,7 @@ def decode_slices(
         for array in arrays
         for leaf in array.payload
     )
-    return list(_decode(_Tensors(names, slice_shapes), tie(index, after), *payloads))
+    return list(_decode(_Tensors(names, slice_shapes), _tie(index, after), *payloads))
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -180,7 +180,7 @@ def _decode_stacks(arrays: Sequence[DF11Array], names: Sequence[str]) -> list[Ar
     return [w.reshape(stack + a.slice_shape) for w, a in zip(weights, arrays, strict=True)]
 
 
-def tie(arrays: Arrays, inputs: PyTree) -> Arrays:
+def _tie(arrays: Arrays, inputs: PyTree) -> Arrays:
     """The same arrays, which XLA believes to depend on `inputs`."""
     # Without stop_gradient, the barrier would give the arrays tangents, as arrays of zeros.
     leaves = [jax.lax.stop_gradient(leaf) for leaf in jax.tree.leaves(inputs) if _is_number(leaf)]

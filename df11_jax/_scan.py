@@ -9,10 +9,9 @@ import numpy as np
 from jaxtyping import Array, Int, PyTree
 
 from df11_jax._array import DF11Array, is_df11
-from df11_jax._decode import decode_slices, path_name, tie
+from df11_jax._decode import decode_slices, path_name
 
 Carry = TypeVar("Carry")
-Body = TypeVar("Body", bound=Callable[..., Any])
 
 
 def scan_blocks(
@@ -76,7 +75,7 @@ def scan_range(
     stacked_params: PyTree,
     begin: Int[Array, ""] | int,
     count: int,
-) -> Carry:
+) -> tuple[Carry, Int[Array, ""]]:
     """`scan_blocks` for some blocks of a stack, which is not sliced for it.
 
     Args:
@@ -84,11 +83,13 @@ def scan_range(
             block in the stack.
         carry: what the first block gets.
         stacked_params: as for `scan_blocks`.
-        begin: index of the first block; may differ from one iteration of a loop to the next.
+        begin: index of the first block. If another range comes before, let it be what that one
+            returns: XLA might else decompress or copy the first block here ahead of that, and hold
+            it meanwhile.
         count: how many blocks.
 
     Returns:
-        The last carry.
+        The last carry, and the index of the block after the last.
 
     Raises:
         ValueError: as for `scan_blocks`.
@@ -98,19 +99,16 @@ def scan_range(
 
     def body(state: tuple[Any, Carry], _: None) -> tuple[tuple[Any, Carry], None]:
         index, carry = state
-        # XLA would else copy plain weights of a single block before a loop that comes before it,
-        # and hold them meanwhile.
-        tied = tie(index, carry)
         plain = [
-            jax.lax.dynamic_index_in_dim(leaf, tied, keepdims=False, allow_negative_indices=False)
+            jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False, allow_negative_indices=False)
             for leaf in stack.plain
         ]
         carry = block_fn(carry, stack.block(index, plain, after=carry), index)
         return (index + 1, carry), None
 
     first = jnp.asarray(begin, jnp.int32)
-    (_, carry), _ = jax.lax.scan(stack.checkpoint(body), (first, carry), length=count)
-    return carry
+    (end, carry), _ = jax.lax.scan(stack.checkpoint(body), (first, carry), length=count)
+    return carry, end
 
 
 def stack_length(stacked_params: PyTree) -> int:
@@ -147,7 +145,7 @@ class _Stack:
         by_leaf |= dict(zip(self._compressed, weights, strict=True))
         return jax.tree.unflatten(self._treedef, [by_leaf[i] for i in range(len(self.leaves))])
 
-    def checkpoint(self, body: Body) -> Body:
+    def checkpoint(self, body: Callable[..., Any]) -> Callable[..., Any]:
         """The same body of a scan. Differentiating it stores no decoded weights."""
         return jax.checkpoint(body) if self._compressed else body
 

@@ -15,11 +15,14 @@ if importlib.util.find_spec("flax") is None:
     raise ImportError('df11_jax.nnx needs flax. Install with: pip install "df11_jax[flax]"')
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from df11_jax._array import is_df11
-from df11_jax._compress import MIN_SIZE, compress_params
+from df11_jax._array import DF11Array, is_df11
+from df11_jax._compress import compress_leaf
 from df11_jax._decode import decompress
+from df11_jax._select import MIN_SIZE, Selection, compile_pattern
 
 __all__ = ["CompressedParam", "compress"]
 
@@ -32,9 +35,14 @@ class CompressedParam(nnx.Param[Any]):
     """
 
     def get_value(self, **index: Any) -> Any:
-        """The array, decompressed, or what `index` selects of it."""
+        """The array, decompressed, or what `index` selects of it.
+
+        Raises:
+            TypeError: an optimizer is to train this parameter, and has made its state of it.
+        """
         raw = self.get_raw_value()
         if is_df11(raw):
+            _check_is_weights(raw)
             # Parameters of an abstract model read as shapes, as plain ones do.
             is_abstract = isinstance(raw.header, jax.ShapeDtypeStruct)
             weights = jax.eval_shape(decompress, raw) if is_abstract else decompress(raw)
@@ -99,7 +107,8 @@ def compress(
 
     Each `nnx.Param` that gains from it becomes a `CompressedParam`, wherever the model refers to
     it; so does one that was given a `DF11Array`, by `nnx.update` for instance. All others are left
-    as they are; if this is interrupted, so are the remaining ones.
+    as they are, and so are adapters (`nnx.LoRAParam`), which are there to be trained. If this is
+    interrupted, the remaining ones are left as well.
 
     Args:
         model: an `nnx.Module`, or any container of them.
@@ -117,33 +126,55 @@ def compress(
             `model` is no module and has no parameters, such as a pytree of arrays.
         ValueError: likewise.
         RuntimeError: likewise.
+
+    Warns:
+        UserWarning: no parameter is compressed, and some would have been if they were not float32
+            or float16, which Flax makes by default.
     """
+    selection = Selection(compile_pattern("include", include), predicate, min_size, cast)
+    stacks = compile_pattern("stacked", stacked)
     has_params = False
+    seen: list[tuple[str, nnx.Param[Any]]] = []
     for path, param in nnx.iter_graph(model, graph=True):
         if not isinstance(param, nnx.Param):
             continue
         has_params = True
         if param.hijax:
             continue
-        name = "/".join(map(str, path))
-        small = compress_params(
-            {name: param.get_raw_value()},
-            include=include,
-            stacked=stacked,
-            predicate=predicate,
-            min_size=min_size,
-            cast=cast,
-            verify=verify,
-            threads=threads,
-        )[name]
-        if is_df11(small):
+        name, value = "/".join(map(str, path)), param.get_raw_value()
+        is_adapter = isinstance(param, nnx.LoRAParam)  # which is there to be trained
+        if selection.has(name, value) and not is_adapter:
+            value = compress_leaf(name, value, stacks, verify=verify, threads=threads, cast=cast)
+        if is_df11(value):
             # Other modules may refer to the same parameter, so it has to remain the same object.
             param.__class__ = _compressed_type(type(param))
-            param.set_raw_value(small)
+            param.set_raw_value(value)
+        if not is_adapter:
+            seen.append((name, param))
     if not has_params and not isinstance(model, nnx.Module):
         raise TypeError(
             f"expected an nnx.Module, or a container with some, got {type(model).__name__} without "
             "any nnx.Param. For a pytree of arrays there is df11_jax.compress_params"
+        )
+    values = ((name, param.get_raw_value()) for name, param in seen)
+    selection.warn_if_futile("df11_jax.nnx.compress", values, stacklevel=2)
+
+
+def _check_is_weights(raw: DF11Array) -> None:
+    """Raises TypeError for what `jax.tree.map` makes of a compressed array, such as zeros."""
+    header = raw.header
+    made = header.dtype != jnp.uint32
+    if isinstance(header, jax.Array) and not isinstance(header, jax.core.Tracer):
+        # It is small, and jax keeps what it has fetched once.
+        made = made or (
+            header.is_fully_addressable and header.size > 0 and not np.asarray(header).any()
+        )
+    if made:
+        raise TypeError(
+            "compressed weights are frozen, and this is the state that an optimizer made of one. "
+            "Optimise what is plain: nnx.Optimizer(model, tx, wrt=nnx.LoRAParam) trains adapters, "
+            "wrt=nnx.All(nnx.Param, nnx.Not(df11_jax.nnx.CompressedParam)) all that is not "
+            "compressed; include=... of df11_jax.nnx.compress leaves out what is to be trained"
         )
 
 

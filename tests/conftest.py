@@ -1,8 +1,11 @@
 """Settings that XLA reads once, before anything imports jax, and those of other processes."""
 
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
+
+import pytest
 
 _FLAGS = (
     # Otherwise the CPU scheduler runs independent decodes at once, and memory tests mean nothing.
@@ -11,8 +14,27 @@ _FLAGS = (
 )
 os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_FLAGS)).strip()
 
-# Tests that start `python -P -c` get the package that is tested here, installed or in the tree.
-_package = importlib.util.find_spec("df11_jax")
-assert _package and _package.origin, "df11_jax is not installed: pip install ."
-_folders = (str(pathlib.Path(_package.origin).parents[1]), os.environ.get("PYTHONPATH", ""))
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _folders))
+
+def _package_folder() -> pathlib.Path:
+    """Where the package that is tested is, installed or in the tree."""
+    spec = importlib.util.find_spec("df11_jax")
+    if spec is None or spec.origin is None:
+        raise pytest.UsageError("df11_jax is not installed: pip install .")
+    folder = pathlib.Path(spec.origin).parent
+    try:
+        is_compiled = importlib.util.find_spec("df11_jax._native") is not None
+    except importlib.metadata.PackageNotFoundError:
+        is_compiled = False
+    if not is_compiled:
+        raise pytest.UsageError(
+            f"{folder} has no compiled library. `python -m pytest` takes this source tree for "
+            "df11_jax, in front of what is installed. Either run `pytest`, after `pip install .`, "
+            "or compile the library for the tree: pip install -e ."
+        )
+    return folder
+
+
+def pytest_configure() -> None:
+    # Tests that start `python -P -c` get the package that is tested here.
+    folders = (str(_package_folder().parent), os.environ.get("PYTHONPATH", ""))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))

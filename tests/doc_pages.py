@@ -71,7 +71,13 @@ def _linen(folder: Path) -> Iterator[Names]:
     names = _example("linen_model.py")
     tokens = jnp.zeros((2, names["LENGTH"]), jnp.int32)
     params = jax.jit(names["model"].init)(jax.random.key(0), tokens)["params"]
-    yield names | {"params": params}
+    names |= {"params": params, "float32_model": folder / "plain"}
+    names |= {"compressed_model": folder / "compressed"}
+    checkpoints.save(jax.tree.map(lambda a: a.astype(jnp.float32), params), names["float32_model"])
+    yield names
+    small = names["small"]
+    assert df11_jax.size_report(small).nbytes < df11_jax.size_report(params).nbytes
+    jax.tree.map(np.testing.assert_array_equal, df11_jax.decompress_params(small), params)
 
 
 @contextlib.contextmanager

@@ -150,11 +150,22 @@ def test_differences(tmp_path, plain, weights):
     assert "the checkpoints differ:\nodd[3, 4] is 0x" in output
 
 
-def test_nothing_to_gain(tmp_path):
-    path = model_files.write_model(tmp_path / "plain", {"w": np.zeros(100_000, np.float32)})
-    result = CliRunner().invoke(_commands.commands, ["compress", str(path), str(tmp_path / "out")])
-    assert result.exit_code == 0
-    assert "No tensor got smaller" in result.stderr
+@pytest.mark.parametrize("format_", ["native", "orbax"])
+def test_nothing_to_gain(tmp_path, format_):
+    def compress(weights):
+        path = model_files.write_model(tmp_path / f"plain {len(weights)}", weights)
+        target = tmp_path / f"out {len(weights)}"
+        args = ["compress", str(path), str(target), "--format", format_]
+        result = CliRunner().invoke(_commands.commands, args)
+        assert result.exit_code == 0
+        return result.stderr
+
+    small = {"a": np.zeros(16_383, np.float32)}
+    assert compress(small).endswith("only bfloat16 tensors of 16,384 weights and more do.\n")
+    message = compress(small | {"w": np.zeros(100_000, np.float32)})
+    assert "Nothing got smaller: only bfloat16" in message
+    assert "and 1 (390.6 KiB) are float32. To round them to bfloat16" in message
+    assert not compress(model_files.tensors())
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,37 @@ class TestCompressParams:
         integers = {"w": np.zeros((300, 64), np.int32)}
         assert df11_jax.compress_params(integers, cast=True)["w"] is integers["w"]
 
+    @pytest.mark.parametrize("dtype", [np.float32, np.float16])
+    def test_a_model_of_another_type(self, dtype):
+        # Nothing is compressed, which nobody would see.
+        params = {"a": np.ones((300, 64), dtype), "b": jnp.ones((300, 64), dtype), "c": np.ones(3)}
+        nbytes = 2 * params["a"].nbytes
+        message = rf"compress_params compressed nothing: .* 2 leaves \({nbytes / 1024:g} KiB\) are "
+        with pytest.warns(UserWarning, match=message + np.dtype(dtype).name) as found:
+            small = df11_jax.compress_params(params)
+        assert found[0].filename == __file__ and len(found) == 1
+        assert small["a"] is params["a"] and small["b"] is params["b"]
+        with pytest.warns(UserWarning, match="1 leaf .* is float"):
+            df11_jax.compress_params(params, include="a")
+        # What did not get smaller is no reason to be silent.
+        with pytest.warns(UserWarning, match="2 leaves"):
+            df11_jax.compress_params(params | {"noise": self.params()["noise"]})
+
+    def test_nothing_to_warn_of(self):
+        wide = np.ones((300, 64), np.float32)
+        for params, options in (
+            ({}, {}),
+            ({"small": wide[0], "integers": np.ones((300, 64), np.int32)}, {}),
+            ({"key": jax.random.key(0), "text": "a"}, {}),
+            ({"noise": self.params()["noise"]}, {}),
+            ({"router": wide, "rest": df11_jax.compress(normal(300, 64))}, {}),
+            ({"router": wide, "rest": normal(300, 64)}, {}),
+            ({"a": wide}, {"include": "b"}),
+            ({"a": wide}, {"predicate": lambda path, leaf: leaf.dtype == BF16}),
+            ({"a": wide}, {"min_size": wide.size + 1}),
+        ):
+            df11_jax.compress_params(params, **options)  # warnings are errors here
+
     def test_errors_name_the_leaf(self):
         params = {"a": {"b": np.zeros((20000,), BF16)}}
         with pytest.raises(TypeError, match="a/b: compression runs on the host"):

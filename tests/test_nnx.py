@@ -338,6 +338,17 @@ def test_layers_that_are_not_stacked(tokens):
         forward(model, tokens)
 
 
+@pytest.mark.parametrize(
+    "optimizer",
+    [optax.adam(1e-3), optax.sgd(1e-3, momentum=0.9), optax.adam(1e-3, mu_dtype=jnp.float32)],
+)
+@pytest.mark.parametrize("model_type", [Unrolled, Scanned])
+def test_an_optimizer_of_compressed_parameters(model_type, optimizer):
+    model, _ = make(model_type)
+    with pytest.raises(TypeError, match=r"are frozen.*nnx\.LoRAParam.*CompressedParam"):
+        nnx.Optimizer(model, optimizer, wrt=nnx.Param)
+
+
 def test_gradients_of_compressed_parameters(tokens):
     model, _ = make(Unrolled)
     with pytest.raises(TypeError, match="uint32"):

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
@@ -104,6 +105,35 @@ def test_which_parameters():
     compress(model)
     assert model.special.get_raw_value() is again
     assert isinstance(model.left_out, CompressedParam)
+
+
+def test_a_model_of_another_type():
+    with pytest.warns(UserWarning, match=r"nnx.compress .* 1 leaf \(128 KiB\) is float32") as found:
+        compress(nnx.Linear(128, 256, rngs=nnx.Rngs(0)))
+    assert found[0].filename == __file__
+    mixed = nnx.List([linear(), nnx.Linear(128, 256, rngs=nnx.Rngs(0))])
+    compress(mixed)
+    compress(mixed)
+    compress(nnx.Linear(128, 256, rngs=nnx.Rngs(0)), include="embedding")
+    compress(nnx.eval_shape(lambda: nnx.Linear(128, 256, rngs=nnx.Rngs(0))))
+
+
+def test_adapters_stay_plain_and_are_trained(x):
+    adapter = nnx.LoRA(
+        128, 256, 256, base_module=linear(), rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16
+    )
+    assert adapter.lora_a.size > 16384
+    compress(adapter)
+    assert isinstance(adapter.base_module.kernel, CompressedParam)
+    assert type(adapter.lora_a) is type(adapter.lora_b) is nnx.LoRAParam
+    optimizer = nnx.Optimizer(adapter, optax.adam(1e-3), wrt=nnx.LoRAParam)
+
+    def loss(model):
+        return jnp.square(model(x)).sum().astype(jnp.float32)
+
+    before = loss(adapter)
+    optimizer.update(adapter, nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(adapter))
+    assert loss(adapter) < before
 
 
 # Parameters that are given compressed weights.

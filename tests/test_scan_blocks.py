@@ -10,6 +10,7 @@ import pytest
 from payloads import assert_same_bits, count_decodes, random_weights
 
 from df11_jax import compress, scan_blocks
+from df11_jax._scan import scan_range
 
 LAYERS, WIDTH, HIDDEN = 8, 128, 512
 TENSORS = 2  # compressed, of a block
@@ -367,6 +368,67 @@ def test_program_neither_slices_nor_copies_payloads(params, x):
     _, compressed = params
     for function in (forward, generate):
         check_decodes_in_loop(jax.jit(function).lower(compressed, x).compile().as_text())
+
+
+# Parts of a stack.
+
+
+def in_ranges(params, x, counts=(3, 1, 4)):
+    """The blocks of a stack, some at a time."""
+    carry, index = x, 0
+    for count in counts:
+        carry, index = scan_range(
+            lambda x, p, index: block(x, p, None)[0], carry, params, index, count
+        )
+    return carry, index
+
+
+def test_ranges_are_the_whole_in_the_end(params, x):
+    for which in params:
+        carry, end = jax.jit(in_ranges)(which, x)
+        assert_same_bits(carry, jax.jit(forward)(which, x)[0])
+        assert end == LAYERS
+
+
+def test_range_in_a_loop_that_says_where_it_begins(params, x):
+    """Blocks 0 and 1, 2 and 3, and so on; each adds its index."""
+
+    def add(carry, p, index):
+        x, indices = carry
+        return block(x, p, None)[0], indices.at[index].set(index)
+
+    def run(p, x):
+        def pair(_, state):
+            carry, begin = state
+            return scan_range(add, carry, p, begin, 2)
+
+        carry = x, jnp.full(LAYERS, -1)
+        return jax.lax.fori_loop(0, LAYERS // 2, pair, (carry, jnp.int32(0)))[0]
+
+    for which in params:
+        carry, indices = jax.jit(run)(which, x)
+        assert_same_bits(carry, jax.jit(forward)(which, x)[0])
+        np.testing.assert_array_equal(indices, np.arange(LAYERS))
+
+
+@on_cpu
+def test_ranges_decode_each_block_once_a_token_and_hold_one(params, x):
+    def run(p, x, counts=(3, 1, 4)):
+        return jax.lax.fori_loop(0, 5, lambda _, x: jnp.tanh(in_ranges(p, x, counts)[0]), x)
+
+    _, compressed = params
+    assert count_decodes(jax.jit(run), compressed, x) == 5 * LAYERS * TENSORS
+    whole = temp_bytes(lambda p, x: run(p, x, (LAYERS,)), compressed, x)
+    assert temp_bytes(run, compressed, x) < whole + BLOCK_BYTES / 4
+
+
+def test_gradients_in_ranges_are_the_same_bits(params, x):
+    def loss(x, p):
+        return jnp.sum(in_ranges(p, x)[0].astype(jnp.float32))
+
+    plain, compressed = params
+    gradient = jax.jit(jax.grad(loss))
+    assert_same_bits(gradient(x, compressed), gradient(x, plain))
 
 
 # Errors.

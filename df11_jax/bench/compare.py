@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 import df11_jax
+from df11_jax._fit import read_budget
 from df11_jax.bench.comparison import Comparison, Row
 from df11_jax.bench.comparison_plot import draw
 from df11_jax.bench.device import describe_device, free_bytes, free_host_bytes
@@ -26,9 +27,9 @@ from df11_jax.bench.plotting import check_plot
 from df11_jax.bench.programs import Program
 from df11_jax.bench.timing import Effort, time_in_turn
 from df11_jax.bench.ways import Way, load_ways
-from df11_jax.checkpoints import open_checkpoint
+from df11_jax.checkpoints import TensorSource, open_checkpoint
 from df11_jax.checkpoints._directory import CONFIG, read_json
-from df11_jax.models import Config, Params, RandomSource, Source, read_config
+from df11_jax.models import Config, Params, RandomSource, read_config
 from df11_jax.models._fit import estimate_weights
 
 LLAMA_3_1_8B: Mapping[str, Any] = {
@@ -80,7 +81,8 @@ def run_compare(
         batches: how many prompts at a time; empty for what suits the device.
         prompt: tokens of each prompt.
         tokens: to choose for each prompt.
-        memory: bytes of device memory that may be used; None for all that is free.
+        memory: bytes that the device has, of which XLA allocates its share; None for all that is
+            free of this one.
         as_json: print JSON, not tables.
         plot: file for a plot; None for none.
 
@@ -98,7 +100,7 @@ def run_compare(
             f"was made for {config.max_length}"
         )
     _check_host_memory(name, config)
-    budget = free_bytes() if memory is None else memory
+    budget = free_bytes() if memory is None else read_budget(memory).usable
     click.echo(f"{name} ...", err=True)
     ways = load_ways(source, config, progress=sys.stderr.isatty())
     comparison = Comparison(
@@ -138,7 +140,7 @@ def run_compare(
         raise SystemExit(1)
 
 
-def _open(model: Path | None) -> tuple[str, Config, Source]:
+def _open(model: Path | None) -> tuple[str, Config, TensorSource]:
     """What to call the model, its configuration, and its tensors."""
     if model is None:
         small = jax.default_backend() == "cpu"

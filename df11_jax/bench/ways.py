@@ -9,7 +9,8 @@ import numpy as np
 
 from df11_jax._decode import decompress_params
 from df11_jax._report import size_report
-from df11_jax.models import Config, Params, Source, load_params
+from df11_jax.checkpoints import TensorSource
+from df11_jax.models import Config, Params, load_params
 
 
 class Way(NamedTuple):
@@ -58,7 +59,7 @@ class Way(NamedTuple):
         return {name: place_part(name, part) for name, part in self.params.items()}
 
 
-def load_ways(source: Source, config: Config, *, progress: bool) -> list[Way]:
+def load_ways(source: TensorSource, config: Config, *, progress: bool) -> list[Way]:
     """Compresses a model on the host, verifies it, and decompresses it there for the plain ways.
 
     So each tensor is read, or drawn, only once.

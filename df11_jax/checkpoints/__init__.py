@@ -5,6 +5,6 @@
 
 from df11_jax.checkpoints._open import open_checkpoint
 from df11_jax.checkpoints._pytree import load, save
-from df11_jax.checkpoints._source import Source, TensorInfo
+from df11_jax.checkpoints._source import Source, TensorInfo, TensorSource
 
-__all__ = ["Source", "TensorInfo", "load", "open_checkpoint", "save"]
+__all__ = ["Source", "TensorInfo", "TensorSource", "load", "open_checkpoint", "save"]

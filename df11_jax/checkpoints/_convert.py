@@ -12,6 +12,7 @@ from df11_jax import _layout
 from df11_jax._compress import MIN_SIZE
 from df11_jax._host_codec import encode
 from df11_jax._progress import ProgressBar
+from df11_jax.checkpoints import _checksums
 from df11_jax.checkpoints._atomic import new_file
 from df11_jax.checkpoints._directory import copy_small_files, write_index
 from df11_jax.checkpoints._incomplete import fingerprint, incomplete
@@ -88,6 +89,7 @@ class _Plain:
         self.verb = "decompress"
         # transformers refuses files that do not say for which library they are.
         self.metadata = {"format": "pt"}
+        self.has_checksums = False
 
     def places(self, name: str) -> Places:
         """Name and number of dimensions of all tensors that a leaf may become."""
@@ -111,6 +113,7 @@ class _Native(_Plain):
         self.format = "native" if verify else "native, not verified"
         self.verb = "compress"
         self.metadata = METADATA
+        self.has_checksums = True
         self._verify = verify
         self._threads = threads
         for name in source.tensors:
@@ -167,7 +170,12 @@ def plan_shards(path: Path, nbytes: Mapping[str, int]) -> dict[Path, list[str]]:
 
 
 def write_shard(
-    path: Path, places: Places, leaves: Iterable[Tensors], metadata: Mapping[str, str]
+    path: Path,
+    places: Places,
+    leaves: Iterable[Tensors],
+    metadata: Mapping[str, str],
+    *,
+    checksums: bool,
 ) -> None:
     """Writes one file, which is there only when it is complete.
 
@@ -176,15 +184,21 @@ def write_shard(
         places: name and number of dimensions of all tensors that there may be.
         leaves: the tensors of leaf after leaf; the next leaf is asked for while one is written.
         metadata: strings for the header.
+        checksums: whether to add those of native files to them.
     """
+    places = list(places)
+    keys = {name: _checksums.metadata_key(name) for name, _ in places} if checksums else {}
+    room = header_room(places, {**metadata, **{key: "1c291ca3" for key in keys.values() if key}})
     with new_file(path) as file, ThreadPoolExecutor(1) as writing_thread:
-        writer = TensorWriter(file, header_room(places, metadata), metadata)
+        writer = TensorWriter(file, room, metadata)
         synced = 0
 
         def write(tensors: Tensors) -> None:
             nonlocal synced
             for name, array in tensors:
                 writer.add(name, array)
+                if key := keys.get(name):
+                    writer.metadata[key] = _checksums.checksum(name, array)
             # Not all at the end, when nothing else is left to do.
             if file.tell() - synced > _SYNC_BYTES:
                 file.flush()
@@ -224,6 +238,8 @@ def _write(source: Source, path: Path, target: _Plain, progress: bool) -> None:
             # Wide types first: so each tensor is aligned to its elements, as readers like it.
             names.sort(key=lambda name: -target.itemsize(infos[name]))
             places = (place for name in names for place in target.places(name))
-            write_shard(file, places, leaves(names), target.metadata)
+            write_shard(
+                file, places, leaves(names), target.metadata, checksums=target.has_checksums
+            )
         copy_small_files(source.path, path)
-        write_index(path, shards)
+        write_index(path, shards, checksums=target.has_checksums)

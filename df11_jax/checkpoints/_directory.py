@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from df11_jax.checkpoints._atomic import new_file
+from df11_jax.checkpoints._json import MAX_BYTES, parse_json, require_file
 from df11_jax.checkpoints._safetensors import TensorFile
 
 INDEX = "model.safetensors.index.json"
@@ -15,6 +16,8 @@ CONFIG = "config.json"
 # In a directory from before the first shard until after the index.
 JOURNAL = "df11_jax-incomplete.json"
 PUBLISHED_CONFIG = "dfloat11_config"
+# In the metadata of the index of native shards.
+_HEADER_CHECKSUMS = "header_crc32"
 # In the folder of an item that Orbax has saved.
 ORBAX_METADATA = "_METADATA"
 
@@ -22,6 +25,7 @@ _WEIGHTS = re.compile(
     r".*\.(safetensors|safetensors\.index\.json|bin|bin\.index\.json|pt|pth|ckpt|pkl|h5|gguf"
     r"|msgpack|onnx|onnx_data|npz|npy|partial)"
 )
+_ONE_OF_SEVERAL = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.")
 _SMALL = 100 * 2**20  # the largest tokenizers have a third of that
 
 
@@ -52,6 +56,11 @@ def find_tensors(path: Path) -> dict[str, TensorFile]:
         raise ValueError(
             f"{path}: expected model.safetensors, or shards with {INDEX}, found {some}"
         )
+    if _ONE_OF_SEVERAL.search(found[0].name):
+        raise ValueError(
+            f"{path}: is incomplete: {found[0].name} is there, but neither the other shards nor "
+            f"{INDEX}; download or copy the missing files"
+        )
     return _tensors(found[0])
 
 
@@ -70,7 +79,11 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
         ValueError: it is not an index.
     """
-    weight_map = read_json(path).get("weight_map")
+    return _weight_map(path, read_json(path))
+
+
+def _weight_map(path: Path, index: dict[str, Any]) -> dict[str, str]:
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(file, str) and Path(file).name == file for file in weight_map.values()
     ):
@@ -80,12 +93,21 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def write_index(path: Path, shards: Iterable[Path]) -> None:
-    """Writes the index of a directory's shards, which makes it complete."""
+def write_index(path: Path, shards: Iterable[Path], *, checksums: bool) -> None:
+    """Writes the index of a directory's shards, which makes it complete.
+
+    Args:
+        path: of the directory.
+        shards: its files.
+        checksums: whether to add those of the shards' headers, as native checkpoints have them.
+    """
     files = [TensorFile(shard) for shard in shards]
     total = sum(entry.nbytes for file in files for entry in file.entries.values())
+    metadata: dict[str, Any] = {"total_size": total}
+    if checksums:
+        metadata[_HEADER_CHECKSUMS] = {file.path.name: file.header_crc32 for file in files}
     index = {
-        "metadata": {"total_size": total},
+        "metadata": metadata,
         "weight_map": {name: file.path.name for file in files for name in file.entries},
     }
     with new_file(path / INDEX) as out:
@@ -105,10 +127,13 @@ def read_json(path: Path) -> dict[str, Any]:
         OSError: the file cannot be read.
         ValueError: something else is in it.
     """
+    size = require_file(path)
+    if size > MAX_BYTES:
+        raise ValueError(f"{path}: has {size:,} bytes, expected up to {MAX_BYTES:,}")
     try:
-        fields = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is not a JSON file ({error})") from None
+        fields = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: is not a JSON file ({error!s:.200})") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: expected a JSON object, got {fields!r:.80}")
     return fields
@@ -157,14 +182,46 @@ def _tensors(path: Path) -> dict[str, TensorFile]:
 
 
 def _indexed_tensors(index: Path) -> dict[str, TensorFile]:
-    weight_map = read_index(index)
+    fields = read_json(index)
+    weight_map = _weight_map(index, fields)
+    checksums = _header_checksums(index, fields)
     tensors: dict[str, TensorFile] = {}
     for shard in sorted(set(weight_map.values())):
         if not (index.parent / shard).exists():
             raise FileNotFoundError(f"{index}: names the shard {shard}, which is missing")
-        found = _tensors(index.parent / shard)
-        tensors |= {name: file for name, file in found.items() if weight_map.get(name) == shard}
+        file = TensorFile(index.parent / shard)
+        if checksums is not None:
+            _check_header(file, checksums[shard], index)
+        tensors |= {name: file for name in file.entries if weight_map.get(name) == shard}
     if missing := set(weight_map) - set(tensors):
         lacking = index.parent / weight_map[min(missing)]
         raise ValueError(f"{lacking}: {min(missing)} is missing, which {index.name} says is there")
     return tensors
+
+
+def _header_checksums(index: Path, fields: dict[str, Any]) -> dict[str, Any] | None:
+    """The checksums of the shards' headers, if the index has them."""
+    metadata = fields.get("metadata")
+    checksums = metadata.get(_HEADER_CHECKSUMS) if isinstance(metadata, dict) else None
+    if checksums is None:
+        return None
+    shards = set(fields["weight_map"].values())
+    if not isinstance(checksums, dict) or checksums.keys() != shards:
+        raise ValueError(
+            f"{index}: is corrupt: {_HEADER_CHECKSUMS} is {checksums!s:.200}, expected those of "
+            f"the shards in its weight_map, {sorted(shards)!s:.200}"
+        )
+    return checksums
+
+
+def _check_header(file: TensorFile, expected: Any, index: Path) -> None:
+    """Checks that a shard is the one that its index was written for.
+
+    Shards of another save may have the same names: after a copy that was interrupted, for example.
+    """
+    if file.header_crc32 != expected:
+        raise ValueError(
+            f"{file.path}: the CRC-32 of its header is {file.header_crc32}, {index.name} expects "
+            f"{expected!s:.80}: the shard is corrupt, or is not of the same save as the index. Get "
+            "another copy of the directory, or write it again"
+        )

@@ -16,7 +16,8 @@ from jaxtyping import Array
 from df11_jax import _layout
 from df11_jax._array import DF11Array
 from df11_jax._host_codec import decode
-from df11_jax.checkpoints._safetensors import DTYPES, TensorFile
+from df11_jax.checkpoints import _checksums
+from df11_jax.checkpoints._safetensors import DTYPES, TensorFile, check_shape
 from df11_jax.checkpoints._source import TensorInfo
 
 METADATA = {"format": "df11_jax", "version": str(_layout.FORMAT_VERSION)}
@@ -28,8 +29,16 @@ def part_names(name: str) -> tuple[str, ...]:
 
 
 def is_native(files: Iterable[TensorFile]) -> bool:
-    """Whether files say that they are a native checkpoint, of any version."""
-    return any(file.metadata.get("format") == METADATA["format"] for file in files)
+    """Whether files are a native checkpoint, of any version: they say so, or look like one.
+
+    What does so and does not say so is damaged, and is not to pass for a plain checkpoint.
+    """
+    return any(
+        file.metadata.get("format") == METADATA["format"]
+        or _checksums.has_checksums(file)
+        or any(name.endswith(f":{_layout.PAYLOAD[-1]}") for name in file.entries)
+        for file in files
+    )
 
 
 class NativeCheckpoint:
@@ -47,19 +56,25 @@ class NativeCheckpoint:
 
         Raises:
             ValueError: a file is not native or of another version; parts of a leaf are missing or
-                do not fit each other. The message names the file and the leaf.
+                do not fit each other; a header is corrupt. The message names the file and the leaf.
         """
         self.path = path
         self.tensors: dict[str, TensorInfo] = {}
         self._files = files
         self._slice_shapes: dict[str, tuple[int, ...]] = {}
-        leaves: dict[str, list[str]] = {}
-        for name, file in files.items():
-            if file.metadata != METADATA:
+        self._checksums: dict[Path, dict[str, str]] = {}
+        for file in dict.fromkeys(files.values()):
+            metadata, self._checksums[file.path] = _checksums.split_metadata(file)
+            if metadata != METADATA:
                 raise ValueError(
                     f"{file.path}: expected a file with the metadata {METADATA}, "
-                    f"got {file.metadata}"
+                    f"got {metadata!s:.200}"
                 )
+            if not file.entries.keys() <= files.keys():
+                name = min(file.entries.keys() - files.keys())
+                raise ValueError(f"{path}: the index does not list {name} of {file.path.name}")
+        leaves: dict[str, list[str]] = {}
+        for name in files:
             leaf, _, part = name.partition(":")
             leaves.setdefault(leaf, []).append(part)
         for leaf, parts in leaves.items():
@@ -83,7 +98,10 @@ class NativeCheckpoint:
         return DF11Array(**payload, slice_shape=self._slice_shapes[name])
 
     def _array(self, name: str) -> np.ndarray:
-        return self._files[name].array(name)
+        file = self._files[name]
+        array = file.array(name)
+        _checksums.check(file, name, array, self._checksums[file.path])
+        return array
 
     def _plain_info(self, name: str) -> TensorInfo:
         entry = self._files[name].entries[name]
@@ -113,6 +131,7 @@ class NativeCheckpoint:
         stack_shape = _layout.check_payload(payload, slice_shape, where)
         self._slice_shapes[name] = slice_shape
         shape = stack_shape + slice_shape
+        check_shape(shape, where)
         stored_nbytes = sum(entry.nbytes for entry in entries)
         return TensorInfo(shape, "BF16", 2 * math.prod(shape), stored_nbytes)
 

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from df11_jax._array import DF11Array
+from df11_jax._compress import cpu_device
 from df11_jax._host_codec import decode
 from df11_jax.checkpoints._native_format import to_device
 from df11_jax.checkpoints._pytree import load
@@ -17,7 +18,6 @@ from df11_jax.checkpoints._source import Source, TensorInfo
 from df11_jax.orbax import DF11CheckpointHandler, DF11Save
 from df11_jax.orbax._manifest import Leaf
 from df11_jax.orbax._restore import read_leaf
-from df11_jax.orbax._save import cpu_device
 from df11_jax.orbax._stored import open_stored
 
 

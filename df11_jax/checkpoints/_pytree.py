@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from df11_jax._array import DF11Array, is_df11
-from df11_jax._compress import _compress, fetch
+from df11_jax._compress import _compress, cpu_device, fetch
 from df11_jax._decode import path_name
 from df11_jax._progress import ProgressBar
 from df11_jax.checkpoints._convert import (
@@ -36,18 +36,22 @@ def load(
     checkpoint: str | os.PathLike[str] | Source,
     *,
     shapes: Shapes | None = None,
+    device: jax.Device | jax.sharding.Sharding | None = None,
     progress: bool = False,
 ) -> PyTree:
-    """Loads a checkpoint of any format, compressed, onto the default device.
+    """Loads a checkpoint of any format, compressed, onto a device.
 
     Of native checkpoints, which `save` and `df11-jax compress` write, and of Orbax's, leaves are
-    what they were.
-    Those of other formats come out as `compress_params` would have them. Leaf follows leaf, so
-    that the host holds what one needs (in the published format: one unit).
+    what they were. Those of other formats come out as `compress_params` would have them: float32
+    ones stay as they are, for `compress_params(..., cast=True)` to round. Leaf follows leaf, so
+    that the host holds what one needs (in the published format: one unit), and the device nothing
+    twice.
 
     Args:
         checkpoint: the path of its directory or file; or one that is open already.
         shapes: for published checkpoints, the model's shapes: see `df11_jax.published.Checkpoint`.
+        device: where all arrays go, as with `jax.device_put`; None for the default device. A
+            sharding is that of each array, so one over several devices has to replicate.
         progress: show a progress bar.
 
     Returns:
@@ -56,7 +60,7 @@ def load(
     Raises:
         FileNotFoundError: nothing is there, or a shard is missing.
         ValueError: it is none of the formats, of another version, or damaged; the message names
-            the file and the leaf.
+            the file and the leaf. Or `device` does not suit an array; a note names the leaf.
     """
     if isinstance(checkpoint, (str, os.PathLike)):
         source = open_checkpoint(checkpoint, shapes=shapes)
@@ -74,7 +78,7 @@ def load(
                     raise ValueError(f"{source.path}: {name}: {key} is a leaf as well")
             if last in place:
                 raise ValueError(f"{source.path}: {name}: is a leaf, and there are leaves below it")
-            place[last] = _load_leaf(source, name)
+            place[last] = _load_leaf(source, name, device)
             bar.update(name, info.nbytes)
     return params
 
@@ -107,7 +111,7 @@ def save(params: PyTree, path: str | os.PathLike[str]) -> None:
             file.unlink()
         for file, names in shards.items():
             _write_leaves(file, {name: leaves[name] for name in names})
-        write_index(path, shards)
+        write_index(path, shards, checksums=True)
 
 
 def _named_leaves(params: PyTree) -> dict[str, Any]:
@@ -140,10 +144,28 @@ def _write_leaves(path: Path, leaves: Mapping[str, Any]) -> None:
             else:
                 yield [(name, _on_host(leaf))]
 
-    write_shard(path, places(), tensors(), METADATA)
+    write_shard(path, places(), tensors(), METADATA, checksums=True)
 
 
-def _load_leaf(source: Source, name: str) -> DF11Array | Array | np.ndarray:
+def _load_leaf(
+    source: Source, name: str, device: jax.Device | jax.sharding.Sharding | None
+) -> DF11Array | Array | np.ndarray:
+    if device is None:
+        return _read_leaf(source, name)
+    with jax.default_device(cpu_device()):
+        leaf = _read_leaf(source, name)
+    try:
+        # What jax has no type for is on the host, and would lose bits.
+        return jax.tree.map(
+            lambda array: jax.device_put(array, device) if isinstance(array, jax.Array) else array,
+            leaf,
+        )
+    except Exception as error:
+        error.add_note(f"df11_jax: {source.path}: while placing the leaf {name}")
+        raise
+
+
+def _read_leaf(source: Source, name: str) -> DF11Array | Array | np.ndarray:
     if hasattr(source, "load"):  # in the formats whose leaves are this library's
         return source.load(name)
     array = source.read(name)

@@ -10,12 +10,15 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from df11_jax.checkpoints._json import MAX_BYTES, parse_json, require_file
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(scalar)
@@ -42,8 +45,10 @@ DTYPES: dict[str, np.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _LENGTH_BYTES = 8
-_MAX_HEADER = 100_000_000  # the library's own limit
 _MAX_DIMS = 64  # numpy's
+_MAX_ELEMENTS = 2**59  # numpy's, were none of the dimensions 0, of elements of 16 bytes
+# Longer than any module's; messages and nested dicts are made of names.
+_MAX_NAME = 1000
 _ALIGNMENT = 64
 
 
@@ -67,6 +72,7 @@ class TensorFile:
         path: of the file.
         metadata: the strings that its writer put there.
         entries: its tensors by name, in the order in which they lie in the file.
+        header_crc32: checksum of its header, as eight hexadecimal digits.
     """
 
     def __init__(self, path: Path) -> None:
@@ -77,16 +83,18 @@ class TensorFile:
             ValueError: it is not a safetensors file, or is truncated; the message names the file.
         """
         self.path = path
+        require_file(path)
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
             self._data_begin = _LENGTH_BYTES + length
-            if size < _LENGTH_BYTES or length > _MAX_HEADER or self._data_begin > size:
+            if size < _LENGTH_BYTES or length > MAX_BYTES or self._data_begin > size:
                 raise ValueError(
                     f"{path}: is not a safetensors file, or is truncated: it has {size:,} bytes, "
                     f"and its header would have {length:,}"
                 )
             header = file.read(length)
+        self.header_crc32 = f"{zlib.crc32(header):08x}"
         try:
             self.metadata, self.entries = _parse(header, size - self._data_begin)
         except ValueError as error:
@@ -116,7 +124,9 @@ class TensorFile:
                     access=mmap.ACCESS_READ,
                     offset=begin - skipped,
                 )
-        except ValueError as error:
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.filename:
+                raise
             raise ValueError(f"{self.path}: {name}: cannot be read ({error})") from None
         # Encoders read tile by tile, in which the kernel would see no order to read ahead by.
         mapped.madvise(mmap.MADV_WILLNEED)
@@ -132,6 +142,9 @@ class TensorWriter:
 
     Room for the header is left in front, and filled by `finish`, with blanks at its end, which
     the format allows: so it need not be known before how large compressed tensors will be.
+
+    Attributes:
+        metadata: strings for the header, to which some can be added as long as there is room.
     """
 
     def __init__(
@@ -146,7 +159,8 @@ class TensorWriter:
         """
         self._file = file
         self._data_begin = -(-(_LENGTH_BYTES + room) // _ALIGNMENT) * _ALIGNMENT
-        self._header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        self.metadata = dict(metadata or {})
+        self._header: dict[str, Any] = {}
         self._end = 0
         file.seek(self._data_begin)
 
@@ -154,8 +168,9 @@ class TensorWriter:
         """Appends a tensor.
 
         Raises:
-            ValueError: safetensors has no name for its dtype.
+            ValueError: safetensors has no name for its dtype, or its own is too long.
         """
+        _check_name(name)
         dtype = DTYPE_NAMES.get(array.dtype)
         if dtype is None:
             raise ValueError(f"{name}: safetensors files cannot hold the dtype {array.dtype}")
@@ -170,7 +185,8 @@ class TensorWriter:
 
     def finish(self) -> None:
         """Writes the header."""
-        header = json.dumps(self._header, separators=(",", ":")).encode()
+        metadata = {"__metadata__": self.metadata} if self.metadata else {}
+        header = json.dumps(metadata | self._header, separators=(",", ":")).encode()
         length = self._data_begin - _LENGTH_BYTES
         assert len(header) <= length, "header_room was told of all tensors"
         self._file.seek(0)
@@ -197,14 +213,16 @@ def header_room(
 def _parse(header: bytes, data_bytes: int) -> tuple[dict[str, str], dict[str, Entry]]:
     """Metadata and tensors from a header, of which nothing is believed before it is checked."""
     try:
-        fields = json.loads(header)
-    except (ValueError, RecursionError):
-        raise ValueError("is not a safetensors file: its header is not JSON") from None
+        fields = parse_json(header, unique=True)
+    except ValueError as error:
+        raise ValueError(
+            f"is not a safetensors file: its header is not JSON ({error!s:.200})"
+        ) from None
     if not isinstance(fields, dict):
         raise ValueError("is not a safetensors file: its header is not a JSON object")
     metadata = fields.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict):
-        raise ValueError(f"__metadata__ is {metadata!r:.80}, expected a JSON object")
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError(f"__metadata__ is {metadata!r:.80}, expected a JSON object of strings")
     entries = {name: _parse_entry(name, entry) for name, entry in fields.items()}
     entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
     end = 0
@@ -220,10 +238,28 @@ def _parse(header: bytes, data_bytes: int) -> tuple[dict[str, str], dict[str, En
             f"the tensors have {end:,} bytes by the header, the file has {data_bytes:,} for them: "
             "it is truncated, or was not written completely"
         )
-    return {str(key): str(value) for key, value in metadata.items()}, entries
+    return metadata, entries
+
+
+def check_shape(shape: Sequence[int], name: str) -> None:
+    """Checks that there can be arrays of a shape.
+
+    Raises:
+        ValueError: there cannot.
+    """
+    if math.prod(max(1, n) for n in shape) >= _MAX_ELEMENTS:
+        raise ValueError(f"{name}: shape is {list(shape)!s:.80}, which no array can have")
+
+
+def _check_name(name: str) -> None:
+    if len(name) > _MAX_NAME:
+        raise ValueError(
+            f"{name:.80}...: a name of {len(name):,} characters, expected up to {_MAX_NAME:,}"
+        )
 
 
 def _parse_entry(name: str, entry: Any) -> Entry:
+    _check_name(name)
     if not isinstance(entry, dict):
         raise ValueError(f"{name}: its header entry is {entry!r:.80}, expected a JSON object")
     dtype: Any = entry.get("dtype")
@@ -242,6 +278,7 @@ def _parse_entry(name: str, entry: Any) -> Entry:
             )
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"{name}: data_offsets are {offsets!r:.80}, expected [begin, end]")
+    check_shape(shape, name)
     nbytes = offsets[1] - offsets[0]
     if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != nbytes:
         raise ValueError(

@@ -23,7 +23,23 @@ class TensorInfo(NamedTuple):
     stored_nbytes: int
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
+    """Where tensors come from: a checkpoint, or whatever else has them by name."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All tensors by name, in the order in which they are best read."""
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, decoded, on the host; not to be written to.
+
+        Raises:
+            KeyError: there is no such tensor.
+            ValueError: it is corrupt; the message names the file and the tensor.
+        """
+
+
+class Source(TensorSource, Protocol):
     """A checkpoint that is read tensor by tensor, whatever its format.
 
     Opening it reads headers only; `read` takes no more memory than the tensor, and in the
@@ -37,15 +53,3 @@ class Source(Protocol):
     @property
     def format(self) -> str:
         """`"plain"`, `"native"`, `"published"` or `"orbax"`."""
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """All tensors by name, in the order in which they are best read."""
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor, decoded, on the host; not to be written to.
-
-        Raises:
-            KeyError: there is no such tensor.
-            ValueError: it is corrupt; the message names the file and the tensor.
-        """

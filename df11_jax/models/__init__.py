@@ -21,7 +21,6 @@ from df11_jax.models._parallel import find_mesh
 from df11_jax.models._placement import place_params
 from df11_jax.models._random import RandomSource
 from df11_jax.models._sampling import Sampling
-from df11_jax.models._source import Source, TensorInfo
 from df11_jax.models._text import Completion, TextModel, load, read_directory
 
 __all__ = [
@@ -36,9 +35,7 @@ __all__ = [
     "Rope",
     "Sampling",
     "Slots",
-    "Source",
     "State",
-    "TensorInfo",
     "TextModel",
     "UnsupportedModelError",
     "compile_programs",

@@ -27,7 +27,9 @@ def attend(
     """Means of the values, weighted by how well their keys fit the queries.
 
     Args:
-        query, key, value: of some tokens.
+        query: of some tokens.
+        key: of the same.
+        value: of the same.
         slots: of all layers of a kind, without these tokens.
         layer: counted among those of the kind.
         inputs: those of the kind.
@@ -38,20 +40,15 @@ def attend(
     """
     key, value = _cache.to_bits(key), _cache.to_bits(value)
 
-    def write(key: Array, value: Array) -> Slots:
-        return slots._replace(
-            keys=_cache.write(slots.keys, key, layer, inputs),
-            values=_cache.write(slots.values, value, layer, inputs),
-        )
-
     if inputs.origins is None:
-        slots = write(key, value)
+        slots = _cache.write(slots, key, value, layer, inputs)
         return _attend(query, None, None, slots, layer, inputs, config), slots
     # The last tokens would take the slots of others that the first ones still look at.
     mixed = _attend(query, key, value, slots, layer, inputs, config)
-    # If XLA did not know that slots are read before they are written, it would copy all of them.
-    mixed, key, value = jax.lax.optimization_barrier((mixed, key, value))
-    return mixed, write(key, value)
+    # No number is larger, but XLA does not know that. So it knows that slots are read before they
+    # are written; it would else copy all of them. (On a CPU, optimization_barrier would not do.)
+    layer = layer + (mixed[0, 0, 0, 0] > jnp.inf)
+    return mixed, _cache.write(slots, key, value, layer, inputs)
 
 
 def _attend(
@@ -84,9 +81,7 @@ def _attend(
             # Not mapped over the tokens: of one sequence, XLA for GPUs would then keep the keys of
             # all layers a second time, transposed.
             flat = query.reshape(rows * heads, tokens * shared, c.head_dim)
-            scores = jnp.einsum(
-                "nqd,ntd->nqt", flat, part_keys, preferred_element_type=jnp.float32
-            )
+            scores = jnp.einsum("nqd,ntd->nqt", flat, part_keys, preferred_element_type=jnp.float32)
             scores = softcap(scores * c.attention_scale, c.attention_softcap)
             places = jax.lax.dynamic_slice_in_dim(positions, token, tokens, axis=1)
             ago = places[..., None] - key_positions[:, None]

@@ -44,6 +44,16 @@ class Cache(NamedTuple):
     full: Slots | None
     sliding: Slots | None
 
+    def of(self, kind: Kind) -> Slots:
+        """The slots of layers of a kind that there are."""
+        slots = self.full if kind == "full" else self.sliding
+        assert slots is not None
+        return slots
+
+    def replace(self, kind: Kind, slots: Slots) -> "Cache":
+        """The same with other slots of layers of a kind."""
+        return Cache(slots, self.sliding) if kind == "full" else Cache(self.full, slots)
+
 
 class Inputs(NamedTuple):
     """What blocks of one kind get beside activations.
@@ -52,7 +62,7 @@ class Inputs(NamedTuple):
         window: how many positions they look back, themselves included; None for all.
         positions: of the tokens.
         key_positions: of all keys, those of the tokens included.
-        slots: the first of those that tokens are written to, at one place or at two.
+        slots: the first of those that tokens are written to: at one place, or at two.
         origins: for each slot which of the tokens goes there, negative for none. None if tokens go
             to one place, and are in their slots before anything is looked at.
         rotation: of the tokens.
@@ -61,7 +71,7 @@ class Inputs(NamedTuple):
     window: int | None
     positions: Int[Array, "batch seq"]
     key_positions: Int[Array, "batch keys"]
-    slots: tuple[Int[Array, ""] | int, ...]
+    slots: Int[Array, " begins"]
     origins: Int[Array, " slots"] | None
     rotation: _rope.Rotation
 
@@ -110,6 +120,9 @@ def place(
         keep: how many of the tokens to keep in sliding layers.
         kind: of the layers.
         config: of the decoder.
+
+    Returns:
+        The slots with the positions of the tokens, and what blocks need to know.
     """
     seq, size = positions.shape[1], slots.positions.shape[1]
     window, rope = None, config.rope
@@ -119,7 +132,7 @@ def place(
     if window is None or seq == 1:
         slot = slot if window is None else slot % size
         places = jax.lax.dynamic_update_slice_in_dim(slots.positions, positions, slot, axis=1)
-        inputs = Inputs(window, positions, places, (slot,), None, rotation)
+        inputs = Inputs(window, positions, places, slot[None], None, rotation)
         return slots._replace(positions=places), inputs
     # Seen from the slot of the last token that is kept, others are of tokens before it.
     last = slot + keep - 1
@@ -127,7 +140,8 @@ def place(
     count = min(seq, size)
     # They may go on at the beginning.
     oldest = (last + 1 - count) % size
-    begins = (0,) if count == size else (jnp.minimum(oldest, size - count), 0)
+    first = jnp.minimum(oldest, size - count)
+    begins = first[None] if count == size else jnp.stack([first, jnp.zeros_like(first)])
     keys = jnp.concatenate([slots.positions, positions], axis=1)
     inputs = Inputs(window, positions, keys, begins, origins, rotation)
     return slots._replace(positions=_pick(positions, slots.positions, origins, axis=1)), inputs
@@ -141,21 +155,24 @@ def to_bits(
 
 
 def write(
-    stack: UInt[Array, "layers batch kv_heads slots head_dim"],
-    new: UInt[Array, "batch kv_heads seq head_dim"],
+    slots: Slots,
+    key: UInt[Array, "batch kv_heads seq head_dim"],
+    value: UInt[Array, "batch kv_heads seq head_dim"],
     layer: Int[Array, ""],
     inputs: Inputs,
-) -> UInt[Array, "layers batch kv_heads slots head_dim"]:
-    """Puts keys or values of some tokens into their slots."""
-    if inputs.origins is None:
-        return _update(stack, new, layer, inputs.slots[0])
-    count = min(new.shape[2], stack.shape[3])
-    for slot in inputs.slots:
-        origins = jax.lax.dynamic_slice_in_dim(inputs.origins, slot, count)
-        shape = (1, *stack.shape[1:3], count, stack.shape[4])
-        old = jax.lax.dynamic_slice(stack, (layer, 0, 0, slot, 0), shape)[0]
-        stack = _update(stack, _pick(new, old, origins, axis=2), layer, slot)
-    return stack
+) -> Slots:
+    """Puts keys and values of some tokens into their slots."""
+
+    def update(i: Array | int, slots: Slots) -> Slots:
+        place = layer, inputs.slots[i], inputs.origins
+        return slots._replace(
+            keys=_write_to(slots.keys, key, *place), values=_write_to(slots.values, value, *place)
+        )
+
+    if len(inputs.slots) == 1:
+        return update(0, slots)
+    # In a loop, since XLA for CPUs would fuse the second with the first, and copy all slots.
+    return jax.lax.fori_loop(0, len(inputs.slots), update, slots)
 
 
 def read(
@@ -165,18 +182,38 @@ def read(
     row: Int[Array, ""],
     head: Int[Array, ""],
     counts: tuple[int, int],
-    dtype: DTypeLike,
+    dtype: jnp.dtype,
 ) -> Float[Array, "pairs keys head_dim"]:
     """Keys or values of some rows and heads: those in slots, then new ones, if there are any."""
-    bits = jax.lax.dynamic_slice(stack, (layer, row, head, 0, 0), (1, *counts, *stack.shape[3:]))[0]
+    start = _starts(layer, row, head, 0, 0)
+    bits = jax.lax.dynamic_slice(stack, start, (1, *counts, *stack.shape[3:]))[0]
     if new is not None:
-        part = jax.lax.dynamic_slice(new, (row, head, 0, 0), (*counts, *new.shape[2:]))
+        part = jax.lax.dynamic_slice(new, start[1:], (*counts, *new.shape[2:]))
         bits = jnp.concatenate([bits, part], axis=2)
     return jax.lax.bitcast_convert_type(bits.reshape(-1, *bits.shape[2:]), dtype)
 
 
-def _update(stack: Array, new: Array, layer: Array, slot: Array | int) -> Array:
-    return jax.lax.dynamic_update_slice(stack, new[None], (layer, 0, 0, slot, 0))
+def _write_to(
+    stack: UInt[Array, "layers batch kv_heads slots head_dim"],
+    new: UInt[Array, "batch kv_heads seq head_dim"],
+    layer: Int[Array, ""],
+    slot: Int[Array, ""],
+    origins: Int[Array, " slots"] | None,
+) -> UInt[Array, "layers batch kv_heads slots head_dim"]:
+    """Writes to slots from one on: as many as there are tokens, but no more than there are."""
+    start = _starts(layer, 0, 0, slot, 0)
+    if origins is not None:
+        count = min(new.shape[2], stack.shape[3])
+        shape = (1, *stack.shape[1:3], count, stack.shape[4])
+        old = jax.lax.dynamic_slice(stack, start, shape)[0]
+        origins = jax.lax.dynamic_slice_in_dim(origins, slot, count)
+        new = _pick(new, old, origins, axis=2)
+    return jax.lax.dynamic_update_slice(stack, new[None], start)
+
+
+def _starts(*starts: Int[Array, ""] | int) -> tuple[Int[Array, ""], ...]:
+    """Of one dtype, as slicing wants them, whether numbers have 32 bits or 64 by default."""
+    return tuple(jnp.asarray(start, jnp.int32) for start in starts)
 
 
 def _pick(new: Array, old: Array, origins: Int[Array, " n"], axis: int) -> Array:

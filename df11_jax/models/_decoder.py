@@ -150,25 +150,26 @@ def forward(
     keep = jnp.asarray(tokens.shape[1] if keep is None else keep, jnp.int32)
     inputs = {}
     for kind in sorted(set(kinds)):
-        slots, inputs[kind] = _cache.place(getattr(cache, kind), positions, slot, keep, kind, c)
-        cache = cache._replace(**{kind: slots})
+        slots, inputs[kind] = _cache.place(cache.of(kind), positions, slot, keep, kind, c)
+        cache = cache.replace(kind, slots)
 
     def scan_runs(carry: Any, stack: Params, fetch: Any, begin: int, end: int) -> Any:
         """Goes through a stack with these layers."""
 
         # A cache in the carry is updated in place; as xs and ys, there would be two.
-        def scan_run(carry: Any, kind: Kind, begin: Number, number: Number, count: int) -> Any:
+        def scan_run(carry: Any, kind: Kind, number: Number, count: int) -> Any:
+            first, x, cache = carry
+
             def block_fn(carry: Any, block_params: Params, index: Array) -> Any:
-                layer = number + index - begin
                 variables = {"params": fetch(block_params)}
-                return block.apply(variables, *carry, inputs[kind], layer)
+                return block.apply(variables, *carry, inputs[kind], number + index - first)
 
-            x, cache = carry
-            carry = x, getattr(cache, kind)
-            x, slots = scan_range(block_fn, carry, stack, begin, count)
-            return x, cache._replace(**{kind: slots})
+            carry = x, cache.of(kind)
+            (x, slots), end = scan_range(block_fn, carry, stack, first, count)
+            return end, x, cache.replace(kind, slots)
 
-        return fold_runs(scan_run, carry, kinds[begin:end], kinds[:begin])
+        carry = jnp.int32(0), *carry
+        return fold_runs(scan_run, carry, kinds[begin:end], kinds[:begin])[1:]
 
     x = _collectives.look_up(params["embed_tokens"], tokens, c.axis).astype(c.dtype)
     if c.embedding_scale != 1:

@@ -67,9 +67,9 @@ def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config
         fields = {"model_type": "gemma3_text"} | dict(text) | whole
         where += ": text_config"
     family = fields.get("model_type")
-    if family not in _DEFAULTS:
+    if not isinstance(family, str) or family not in _DEFAULTS:
         raise UnsupportedModelError(
-            f"{where}: the model_type {family!r} is not supported, only "
+            f"{where}: the model_type {family!r:.80} is not supported, only "
             f"{', '.join(_DEFAULTS)} and gemma3 are"
         )
     f = _Fields(_DEFAULTS[family] | {k: v for k, v in fields.items() if v is not None}, where)
@@ -164,9 +164,9 @@ class _Fields:
 
 def _activation(f: _Fields) -> str:
     name = f.get("hidden_activation") or f.get("hidden_act")
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise UnsupportedModelError(
-            f"{f.where}: the activation {name!r} is not supported, only "
+            f"{f.where}: the activation {name!r:.80} is not supported, only "
             f"{', '.join(_ACTIVATIONS)} are"
         )
     return _ACTIVATIONS[name]

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeVar
 
 import jax
@@ -21,7 +21,7 @@ def layer_kinds(config: Config) -> tuple[Kind, ...]:
 
 
 def fold_runs(
-    function: Callable[[Carry, Kind, Number, Number, int], Carry],
+    function: Callable[[Carry, Kind, Number, int], Carry],
     carry: Carry,
     kinds: Sequence[Kind],
     before: Sequence[Kind] = (),
@@ -32,9 +32,8 @@ def fold_runs(
     pattern, and of what is left at the end, however many layers there are.
 
     Args:
-        function: `function(carry, kind, begin, number, count) -> carry`, for a run of `count`
-            layers; `begin` is the index of its first layer among `kinds`, `number` that among all
-            layers of its kind.
+        function: `function(carry, kind, number, count) -> carry`, for a run of `count` layers;
+            `number` is that of the first one among all layers of its kind.
         carry: what the first call gets.
         kinds: of the layers.
         before: of the layers before these.
@@ -43,11 +42,12 @@ def fold_runs(
         The last carry.
     """
 
-    def fold(carry: Carry, kinds: Sequence[Kind], begin: Number, numbers: Counter) -> Carry:
+    def fold(carry: Carry, kinds: Sequence[Kind], numbers: Mapping[Kind, Number]) -> Carry:
+        done: Counter[Kind] = Counter()
         for kind, run in itertools.groupby(kinds):
             count = len(list(run))
-            carry = function(carry, kind, begin, numbers[kind], count)
-            begin, numbers = begin + count, Counter(numbers | {kind: numbers[kind] + count})
+            carry = function(carry, kind, numbers[kind] + done[kind], count)
+            done[kind] += count
         return carry
 
     pattern = kinds[: _period(kinds)]
@@ -56,12 +56,11 @@ def fold_runs(
         first, each = Counter(before), Counter(pattern)
 
         def fold_pattern(i: Array, carry: Carry) -> Carry:
-            numbers = Counter({kind: first[kind] + i * each[kind] for kind in each})
-            return fold(carry, pattern, i * len(pattern), numbers)
+            return fold(carry, pattern, {kind: first[kind] + i * each[kind] for kind in each})
 
         carry = jax.lax.fori_loop(0, times, fold_pattern, carry)
         in_loop = times * len(pattern)
-    return fold(carry, kinds[in_loop:], in_loop, Counter([*before, *kinds[:in_loop]]))
+    return fold(carry, kinds[in_loop:], Counter([*before, *kinds[:in_loop]]))
 
 
 def _period(kinds: Sequence[Kind]) -> int:

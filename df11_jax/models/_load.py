@@ -14,20 +14,20 @@ from df11_jax._compress import MIN_SIZE
 from df11_jax._host_codec import available_threads
 from df11_jax._progress import ProgressBar
 from df11_jax.checkpoints._compare import first_difference
+from df11_jax.checkpoints._source import TensorInfo, TensorSource
 from df11_jax.models import _table
 from df11_jax.models._config import Config
 from df11_jax.models._decoder import Params
 from df11_jax.models._leaves import CompressedLeaf, Leaf, PlainLeaf, transpose
 from df11_jax.models._placement import Devices, Placement
 from df11_jax.models._shares import cut, part_shape, table_shape
-from df11_jax.models._source import Source, TensorInfo
 from df11_jax.models._weights import Slot, find_slots, find_tied_head, nest
 
 _BFLOAT16 = np.dtype(jnp.bfloat16)
 
 
 def load_params(
-    source: Source,
+    source: TensorSource,
     config: Config,
     *,
     compress: bool = True,
@@ -105,7 +105,9 @@ def _check(name: str, slot: Slot, info: TensorInfo, cast: bool) -> None:
         raise ValueError(f"{name}: expected BF16, got {info.dtype}{hint}")
 
 
-def _check_tied_head(head: str, source: Source, slots: Mapping[str, Slot], cast: bool) -> None:
+def _check_tied_head(
+    head: str, source: TensorSource, slots: Mapping[str, Slot], cast: bool
+) -> None:
     """Versions of transformers disagree about a tied head that is not the embedding: refuse it."""
     embedding, slot = next((name, slot) for name, slot in slots.items() if slot.is_table)
     _check(head, slot, source.tensors[head], cast)

@@ -1,18 +1,19 @@
 """Random weights of any size, for tests and benchmarks."""
 
+import math
 import zlib
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import BFloat16
 
+from df11_jax.checkpoints._source import TensorInfo
 from df11_jax.models._config import Config
-from df11_jax.models._source import Shape
 from df11_jax.models._weights import make_slots
 
 
 class RandomSource:
-    """The tensors of a decoder, drawn when they are read: a `Source` for `load_params`.
+    """The tensors of a decoder, drawn when they are read: a `TensorSource`, for `load_params`.
 
     Attributes:
         tensors: all tensors by name.
@@ -25,9 +26,10 @@ class RandomSource:
             config: of the decoder.
             seed: of all draws.
         """
-        self.tensors = {
-            name: Shape(slot.shape, "BF16") for name, slot in make_slots(config).items()
-        }
+        self.tensors: dict[str, TensorInfo] = {}
+        for name, slot in make_slots(config).items():
+            nbytes = 2 * math.prod(slot.shape)
+            self.tensors[name] = TensorInfo(slot.shape, "BF16", nbytes, nbytes)
         self._seed = seed
         self._scale_mean = 0.0 if config.unit_offset else 1.0
 

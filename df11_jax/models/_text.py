@@ -227,7 +227,9 @@ def read_directory(
         raise FileNotFoundError(f"{file}: is missing; it says which texts tokens stand for")
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers has no class of its own for it
+    except BaseException as error:  # tokenizers has no class of its own for it, and panics of Rust
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise ValueError(f"{file}: cannot be read as a tokenizer ({error})") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -249,7 +251,12 @@ def encode(tokenizer: "tokenizers.Tokenizer", prompts: Sequence[str]) -> list[li
             prompt.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"prompts[{i}] is no Unicode text: {error}") from None
-    return [encoding.ids for encoding in tokenizer.encode_batch(list(prompts))]
+    try:
+        return [encoding.ids for encoding in tokenizer.encode_batch(list(prompts))]
+    except Exception as error:  # such as an unknown token that is not in the vocabulary
+        raise ValueError(
+            f"the model's tokenizer.json cannot encode the prompts ({error})"
+        ) from None
 
 
 def _stop_tokens(path: Path, fields: dict[str, Any]) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from df11_jax import _layout
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._decode import path_name
 from df11_jax.orbax import _shardings
-from df11_jax.orbax._manifest import Keys, Leaf, Manifest
+from df11_jax.orbax._manifest import TABLES, Keys, Leaf, Manifest
 
 
 def describe(params: PyTree) -> tuple[Manifest, list[Any]]:
@@ -69,6 +69,11 @@ def infer(stored: PyTree, headers: Mapping[Keys, np.ndarray], where: str) -> Man
     """
 
     def describe_leaf(node: Any, path: str, keys: Keys) -> Leaf:
+        if _is_damaged_df11(node):
+            raise ValueError(
+                f"{where}: {path}: is a compressed leaf, of which the metadata of df11_jax is "
+                "missing: it is damaged. Restore another copy of it"
+            )
         if not isinstance(node, dict):
             dtype = getattr(node, "dtype", None)
             shape = tuple(getattr(node, "shape", ()))
@@ -93,7 +98,9 @@ def infer(stored: PyTree, headers: Mapping[Keys, np.ndarray], where: str) -> Man
             has_tables=False,
         )
 
-    return _walk(stored, _is_stored_df11, describe_leaf)
+    return _walk(
+        stored, lambda node: _is_stored_df11(node) or _is_damaged_df11(node), describe_leaf
+    )
 
 
 def find_headers(stored: PyTree) -> list[Keys]:
@@ -149,6 +156,11 @@ def _is_stored_df11(node: Any) -> bool:
         and node.keys() == set(_layout.PAYLOAD)
         and all(getattr(array, "dtype", None) == np.uint32 for array in node.values())
     )
+
+
+def _is_damaged_df11(node: Any) -> bool:
+    """Whether it is of a compressed leaf that only the manifest, which there is not, describes."""
+    return isinstance(node, dict) and node.keys() == {TABLES, *_layout.PAYLOAD[-2:]}
 
 
 def _sharding(array: Any) -> str | None:

@@ -6,6 +6,7 @@ strings.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -220,7 +221,14 @@ class Manifest:
                 for i, entry in enumerate(data["leaves"])
             )
             return cls(data["containers"], tuple(leaves))
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except (
+            AttributeError,
+            IndexError,
+            KeyError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise ValueError(
                 f"{where}: the metadata of df11_jax is damaged ({type(error).__name__}: {error})"
             ) from None
@@ -257,7 +265,8 @@ def _parse_leaf(entry: dict[str, Any], keys: Keys, shardings: list[str]) -> Leaf
     )
     if leaf.dtype is not None and not leaf.is_key:
         np.dtype(leaf.dtype)
-    if any(type(n) is not int or n < 0 for n in (*leaf.shape, leaf.exponent_words or 0)):
+    sizes = (*leaf.shape, leaf.exponent_words or 0)
+    if any(type(n) is not int or n < 0 for n in sizes) or math.prod(n or 1 for n in sizes) >> 59:
         raise ValueError(f"shape {leaf.shape}")
     if (leaf.stack_axes is None) != (leaf.exponent_words is None):
         raise ValueError(f"{leaf.path} is compressed and not")

@@ -9,11 +9,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from df11_jax import _layout
+from df11_jax import _checksum, _layout
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._compress import compress, compress_params
 from df11_jax._decode import decompress_params
-from df11_jax.orbax import _checksum, _leaves, _plan, _shardings, _stored
+from df11_jax._select import Selection
+from df11_jax.orbax import _leaves, _plan, _shardings, _stored
 from df11_jax.orbax._manifest import Keys, Leaf
 from df11_jax.orbax._plan import Form, Job
 from df11_jax.orbax._stored import Stored
@@ -42,6 +43,11 @@ def restore(stored: Stored, args: "DF11Restore") -> PyTree:
         for job in batch:
             values[job.leaf.keys] = _finish(job, leaves.pop(0), args.compress)
     ordered = [values[job.leaf.keys] for job in jobs]
+    if args.compress is not None:
+        paths = (job.leaf.path for job in jobs)
+        Selection.from_options(args.compress).warn_if_futile(
+            "DF11Restore", zip(paths, ordered, strict=True), stacklevel=1
+        )
     if args.item is None:
         return stored.manifest.unflatten(ordered)
     return jax.tree.unflatten(jax.tree.structure(args.item, is_leaf=is_df11), ordered)

@@ -10,11 +10,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from df11_jax import _layout
+from df11_jax import _checksum, _layout
 from df11_jax._array import is_df11
-from df11_jax._compress import compress_params, fetch
+from df11_jax._compress import compress_params, cpu_device, fetch
 from df11_jax._decode import path_name
-from df11_jax.orbax import _checksum, _describe, _leaves, _manifest
+from df11_jax._select import Selection
+from df11_jax.orbax import _describe, _leaves, _manifest
 
 
 def to_orbax(
@@ -75,18 +76,15 @@ def _compress_on_host(params: PyTree, options: Mapping[str, Any]) -> PyTree:
             small = compress_params({name: _on_host(leaf)}, **options)[name]
         return jax.tree.map(np.asarray, small) if is_df11(small) else leaf
 
-    return jax.tree.map_with_path(compress, params, is_leaf=is_df11)
+    compressed = jax.tree.map_with_path(compress, params, is_leaf=is_df11)
+    leaves = jax.tree.leaves_with_path(compressed, is_leaf=is_df11)
+    Selection.from_options(options).warn_if_futile(
+        "DF11Save", ((path_name(path), leaf) for path, leaf in leaves), stacklevel=1
+    )
+    return compressed
 
 
 def _on_host(leaf: Any) -> np.ndarray:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return multihost_utils.process_allgather(leaf, tiled=True)
     return fetch(leaf) if isinstance(leaf, jax.Array) else np.asarray(leaf)
-
-
-def cpu_device() -> jax.Device | None:
-    """A CPU that JAX can use, if there is one."""
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX was told to use accelerators only
-        return None

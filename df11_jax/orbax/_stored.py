@@ -1,9 +1,10 @@
 """What Orbax has stored in a directory, and reading parts of it."""
 
+import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -49,7 +50,7 @@ class Stored:
         if self.has_manifest:
             self.manifest = Manifest.from_json(entry, self.name)
             return
-        tree = handler.metadata(self._directory).tree
+        tree = self._orbax_metadata().tree
         headers = dict.fromkeys(_describe.find_headers(tree), ON_HOST)
 
         def with_values(value_of: Callable[[Keys], Any]) -> PyTree:
@@ -86,9 +87,36 @@ class Stored:
         # Orbax's way to its metadata opens all arrays, which takes as long as reading small ones.
         try:
             metadata = json.loads((self._directory / _METADATA_FILE).read_text())["custom_metadata"]
-        except (KeyError, OSError, TypeError, ValueError):
-            metadata = self._handler.metadata(self._directory).custom_metadata
+        except (KeyError, OSError, RecursionError, TypeError, ValueError):
+            metadata = self._orbax_metadata().custom_metadata
         return metadata.get(_manifest.KEY) if isinstance(metadata, dict) else None
+
+    def _orbax_metadata(self) -> Any:
+        with self._orbax_errors():
+            return self._handler.metadata(self._directory)
+
+    @contextlib.contextmanager
+    def _orbax_errors(self) -> Iterator[None]:
+        """Names the checkpoint in what Orbax raises for damaged ones, which can be anything."""
+        try:
+            yield
+        except (
+            AssertionError,
+            AttributeError,
+            IndexError,
+            KeyError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            if isinstance(error, jax.errors.JaxRuntimeError):  # such as too little memory
+                raise
+            # Names in damaged metadata may have what cannot be printed.
+            said = f"{type(error).__name__}: {error!s:.1000}".encode(errors="backslashreplace")
+            raise ValueError(
+                f"{self.name}: Orbax cannot read it, it is damaged or no checkpoint of arrays "
+                f"({said.decode()})"
+            ) from error
 
     def _read(
         self,
@@ -107,7 +135,8 @@ class Stored:
             item=with_values(lambda keys: 0 if keys in wanted else ocp.PLACEHOLDER),
             restore_args=with_values(lambda keys: wanted.get(keys, ocp.RestoreArgs())),
         )
-        restored = self._handler.restore(self._directory, args=request)
+        with self._orbax_errors():
+            restored = self._handler.restore(self._directory, args=request)
         values = {
             _describe.stored_keys(path): value
             for path, value in jax.tree.leaves_with_path(restored)
@@ -118,7 +147,7 @@ class Stored:
         """Checks that the arrays that the manifest names are stored, and no others."""
         stored = {
             _describe.stored_keys(path)
-            for path, _ in jax.tree.leaves_with_path(self._handler.metadata(self._directory).tree)
+            for path, _ in jax.tree.leaves_with_path(self._orbax_metadata().tree)
         }
         for leaf in self.manifest.leaves:
             arrays = [array for array in leaf.arrays if 0 not in array.shape]

@@ -89,7 +89,7 @@ class Checkpoint:
         self._patterns = check_pattern_dict(pattern_dict, "Checkpoint") if pattern_dict else None
         if pattern_dict is None and self.config is not None and PUBLISHED_CONFIG in self.config:
             self._patterns = _published_patterns(self.config[PUBLISHED_CONFIG], str(config))
-        self._model = ModelConfig(self.config)
+        self._model = ModelConfig(self.config, str(config))
         self._shapes = read_shapes(shapes)
         self.units = {name: self._unit_info(unit) for name, unit in self._stored_units.items()}
         self.tensors: dict[str, TensorInfo] = {}
@@ -104,10 +104,10 @@ class Checkpoint:
             elif part == "sign_mantissa":
                 self._add_unit(self.units[module])
         if self.path.is_dir():
-            layer = self._model.missing_layer(self.tensors)
-            if layer is not None:
+            missing = self._model.missing_part(self.tensors)
+            if missing is not None:
                 raise ValueError(
-                    f"{self.path}: there is no tensor of layer {layer}, which the model has by its "
+                    f"{self.path}: there is no tensor of {missing}, which the model has by its "
                     "config.json; download or write the missing files"
                 )
 

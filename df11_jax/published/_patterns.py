@@ -1,12 +1,15 @@
 """Pattern dicts: which modules of a model are units, and which tensors a unit consists of."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from df11_jax.published import _expressions
 from df11_jax.published._shapes import FAMILIES, ModelConfig
 
 PatternDict = Mapping[str, Sequence[str]]
+
+# Of all expressions together, four times as much as in any that is known. Matching is linear in it.
+_MAX_CHARACTERS = 4000
 
 _LAYER_WEIGHTS = (
     "self_attn.q_proj",
@@ -27,10 +30,16 @@ def check_pattern_dict(pattern_dict: Any, where: str) -> dict[str, list[str]]:
         where: it comes from, for messages.
 
     Raises:
-        ValueError: it is something else, or an expression is not one.
+        ValueError: it is something else, or an expression is not one, or not a supported one.
     """
     if not isinstance(pattern_dict, Mapping):
         raise ValueError(f"{where}: pattern_dict is {pattern_dict!r:.80}, expected a dict")
+    size = sum(len(str(pattern)) for pattern in pattern_dict)
+    if size > _MAX_CHARACTERS:
+        raise ValueError(
+            f"{where}: pattern_dict has regular expressions of {size:,} characters, expected up to "
+            f"{_MAX_CHARACTERS:,}"
+        )
     for pattern, attributes in pattern_dict.items():
         if isinstance(attributes, str) or not (
             isinstance(attributes, Sequence) and all(isinstance(a, str) for a in attributes)
@@ -40,10 +49,11 @@ def check_pattern_dict(pattern_dict: Any, where: str) -> dict[str, list[str]]:
                 f"'self_attn.q_proj', got {attributes!r:.80}"
             )
         try:
-            re.compile(pattern)
-        except (re.error, RecursionError, OverflowError, TypeError) as error:
+            _expressions.check(pattern)
+        except (TypeError, ValueError) as error:
             raise ValueError(
-                f"{where}: pattern_dict: {pattern!r:.80} is not a regular expression ({error})"
+                f"{where}: pattern_dict: {pattern!r:.80} is not a regular expression that this "
+                f"library matches: {error}"
             ) from None
     return {pattern: list(attributes) for pattern, attributes in pattern_dict.items()}
 
@@ -59,7 +69,7 @@ def match_module(pattern_dict: PatternDict, module: str) -> tuple[str, ...] | No
         Names such as `model.layers.0.self_attn.q_proj.weight`, or None if no pattern matches.
     """
     for pattern, attributes in pattern_dict.items():
-        if re.fullmatch(pattern, module):
+        if _expressions.fullmatch(pattern, module):
             if not attributes:
                 return (f"{module}.weight",)
             return tuple(f"{module}.{attribute}.weight" for attribute in attributes)

@@ -50,8 +50,14 @@ class ModelConfig:
         is_tied: whether the embeddings are the weights of `lm_head`, too.
     """
 
-    def __init__(self, config: Mapping[str, Any] | None) -> None:
-        """Takes the content of a config.json, or None if there is none."""
+    def __init__(self, config: Mapping[str, Any] | None, where: str = "config.json") -> None:
+        """Takes the configuration.
+
+        Args:
+            config: the content of a config.json, or None if there is none.
+            where: it comes from, for messages.
+        """
+        self._where = where
         config = config or {}
         text = config.get("text_config", config)
         text = text if isinstance(text, Mapping) else {}
@@ -63,6 +69,11 @@ class ModelConfig:
         self._fields: dict[str, Any] = {**(defaults or {}), **given}
         is_tied = config.get("tie_word_embeddings", self._fields.get("tie_word_embeddings"))
         self.is_tied = is_tied is True
+        # Others, such as classifiers, have another head.
+        heads = ("ForCausalLM", "ForConditionalGeneration")
+        architectures = config.get("architectures")
+        named = architectures if isinstance(architectures, list) else []
+        self._is_for_text = any(str(name).endswith(heads) for name in named)
 
     def tied_names(self, names: Iterable[str]) -> tuple[str, str] | None:
         """Which tensors are one and the same: `lm_head` and the embeddings; None if there are none.
@@ -101,17 +112,27 @@ class ModelConfig:
         reads_hidden = part not in ("self_attn.o_proj", "mlp.down_proj")
         return (outer, hidden) if reads_hidden else (hidden, outer)
 
-    def missing_layer(self, names: Iterable[str]) -> int | None:
-        """The first layer that no tensor belongs to; None if there is none, or nobody knows.
+    def missing_part(self, names: Iterable[str]) -> str | None:
+        """A part of the model that no tensor belongs to; None if there is none, or nobody knows.
+
+        Args:
+            names: of all tensors.
 
         Raises:
             ValueError: the number of layers is not a positive integer.
         """
         if not self.is_known or "num_hidden_layers" not in self._fields:
             return None
+        names = list(names)
         present = {int(match[1]) for name in names if (match := _LAYER.match(name))}
-        layers = range(self._number("num_hidden_layers"))
-        return next((layer for layer in layers if layer not in present), None)
+        for layer in range(self._number("num_hidden_layers")):
+            if layer not in present:
+                return f"layer {layer}"
+        parts = {match[1] for name in names if (match := _WEIGHT.fullmatch(name))}
+        expected = ["embed_tokens", "norm"]
+        if self._is_for_text and not self.is_tied:
+            expected.append("lm_head")
+        return next((part for part in expected if part not in parts), None)
 
     def _head_dim(self) -> int:
         if "head_dim" in self._fields:
@@ -124,8 +145,8 @@ class ModelConfig:
         number = self._fields.get(field)
         if not isinstance(number, int) or isinstance(number, bool) or number <= 0:
             raise ValueError(
-                f"config.json: {field} is {number!r:.80}, expected a positive integer (model type "
-                f"{self.family})"
+                f"{self._where}: {field} is {number!r:.80}, expected a positive integer (model "
+                f"type {self.family})"
             )
         return number
 

@@ -81,6 +81,10 @@ def test_shards_without_an_index(tmp_path, weights):
     (path / "model.safetensors.index.json").unlink()
     with pytest.raises(ValueError, match=r"expected model\.safetensors, or shards with model"):
         checkpoints.open_checkpoint(path)
+    # As a download leaves it that was interrupted.
+    (path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"is incomplete: model-00001-of-00002\.safetensors is"):
+        checkpoints.open_checkpoint(path)
 
 
 def test_a_missing_shard(tmp_path, weights):
@@ -109,6 +113,15 @@ def test_bad_indices(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json: "):
         checkpoints.open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_json_files_of_terabytes(tmp_path, weights, name):
+    path = model_files.write_model(tmp_path / "model", weights)
+    with open(path / name, "wb") as file:
+        file.truncate(1 << 40)  # all of it a hole
+    with pytest.raises(ValueError, match=f"{path / name}: has 1,099,511,627,776 bytes, expected"):
+        checkpoints.open_checkpoint(path)
 
 
 def test_a_truncated_shard(tmp_path, weights):

@@ -12,6 +12,7 @@ import df11_jax
 from df11_jax import DF11Array, checkpoints
 from df11_jax.checkpoints import _convert
 from df11_jax.checkpoints._native_format import METADATA
+from df11_jax.checkpoints._orbax import write_orbax
 
 
 def params():
@@ -138,6 +139,50 @@ def test_types_that_jax_lacks_stay_on_the_host(tmp_path):
     loaded = checkpoints.load(path)["big"]
     assert isinstance(loaded, np.ndarray)
     np.testing.assert_array_equal(loaded, big)
+
+
+def everywhere(spec=()):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+
+@pytest.mark.parametrize("format_", ["plain", "native", "orbax"])
+@pytest.mark.parametrize("where", ["device", "memory", "mesh"])
+def test_where_leaves_go(tmp_path, format_, where):
+    weights = {"w": random_weights((256, 128)), "one": random_weights((7,))}
+    path = model_files.write_model(
+        tmp_path / "plain", {k: np.asarray(v) for k, v in weights.items()}
+    )
+    if format_ == "native":
+        _convert.write_native(checkpoints.open_checkpoint(path), path := tmp_path / "it")
+    elif format_ == "orbax":
+        write_orbax(checkpoints.open_checkpoint(path), path := tmp_path / "it")
+    last = jax.devices()[-1]
+    device = {
+        "device": last,
+        "memory": jax.sharding.SingleDeviceSharding(last, memory_kind="pinned_host"),
+        "mesh": everywhere(),
+    }[where]
+    expected = jax.sharding.SingleDeviceSharding(last) if where == "device" else device
+    loaded = checkpoints.load(path, device=device)
+    assert isinstance(loaded["w"], DF11Array)
+    for array in jax.tree.leaves(loaded):
+        assert array.committed
+        assert array.sharding.is_equivalent_to(expected, array.ndim)
+        assert array.sharding.memory_kind == expected.memory_kind
+    if where != "memory":
+        for name, array in df11_jax.decompress_params(loaded).items():
+            assert_same_bits(array, weights[name])
+
+
+def test_places_that_do_not_suit(tmp_path):
+    path = tmp_path / "model.safetensors"
+    checkpoints.save({"big": np.array([1 << 40, -1]), "w": np.ones((3, 5), np.float32)}, path)
+    with pytest.raises(ValueError) as caught:
+        checkpoints.load(path, device=everywhere("x"))
+    assert caught.value.__notes__ == [f"df11_jax: {path}: while placing the leaf w"]
+    # What jax lacks a type for is on the host, as ever.
+    assert checkpoints.load(path, device=jax.devices()[-1])["big"].dtype == np.int64
 
 
 def test_bad_files(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import os
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -106,6 +107,12 @@ def entry(dtype="U8", shape=(4,), offsets=(0, 4)):
         (container(b"\xff\xfe"), "its header is not JSON"),
         (container([]), "its header is not a JSON object"),
         (container({"__metadata__": [1]}), "__metadata__ is"),
+        (container({"__metadata__": {"a": 1}}), "__metadata__ is .* of strings"),
+        (container(b'{"w": 1, "w": 2}'), "'w' is there twice"),
+        (container(b'{"\\ud800": 1}'), "its header is not JSON .*surrogates not allowed"),
+        (container(b'{"\xed\xa0\x80": 1}'), "its header is not JSON .*surrogates not allowed"),
+        (container({"w" * 1001: entry()}, b"1234"), "a name of 1,001 characters"),
+        (container({"w": entry(shape=(2**62, 0), offsets=(0, 0))}), "which no array can have"),
         (container({"w": 1}), "w: its header entry is 1"),
         (container({"w": entry(dtype=8)}), "w: dtype is 8"),
         (container({"w": entry(shape=(-4,))}), "w: shape is"),
@@ -133,6 +140,22 @@ def test_bad_headers(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"bad\.safetensors: .*" + message):
         TensorFile(path)
+
+
+def test_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "directory.safetensors").mkdir()
+    for path in tmp_path.iterdir():
+        with pytest.raises(ValueError, match=rf"{path}: is a directory, pipe or device"):
+            TensorFile(path)
+    with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors"):
+        TensorFile(tmp_path / "nothing.safetensors")
+
+
+def test_names_that_are_too_long(tmp_path):
+    write(tmp_path / "a", {"w" * 1000: np.zeros(2, np.uint8)})
+    with pytest.raises(ValueError, match=r"www\.\.\.: a name of 1,001 characters"):
+        write(tmp_path / "a", {"w" * 1001: np.zeros(2, np.uint8)})
 
 
 def test_unknown_dtypes_are_listed_but_not_read(tmp_path):

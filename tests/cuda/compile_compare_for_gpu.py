@@ -1,11 +1,12 @@
 """Plans `df11-jax compare` for an H100, without one: memory, and the longest contexts.
 
     pip install "jax[cuda13]" ".[cli,models]"
-    python tests/cuda/compile_compare_for_gpu.py --batch 1 --batch 8 --batch 64 --memory 24GB
+    python tests/cuda/compile_compare_for_gpu.py --batch 1 --batch 8 --batch 64 --memory 32GB
 
 Only shapes go in, of Llama-3.1-8B or of a `config.json`. Prints one line of JSON for each batch and
 way to hold the weights: bytes on the device and in host memory, and what is copied from there in
-the token loop. With `--memory`, further lines: the longest context that fits.
+the token loop. With `--memory` of a device, further lines: the longest context that fits into what
+XLA allocates of it.
 """
 
 import json
@@ -24,6 +25,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "models"))
 import shapes
 
 from df11_jax import models
+from df11_jax._fit import read_budget
 from df11_jax._report import parse_bytes
 from df11_jax.bench import compare, generation, plan, ways
 
@@ -57,7 +59,8 @@ def plan_job(compile_one: Compiler, way: ways.Way, config: models.Config, job: g
 
 
 def cache_bytes(config: models.Config, job: generation.Job) -> int:
-    return 2 * 2 * config.layers * job.batch * config.kv_heads * job.length * config.head_dim
+    cache = jax.eval_shape(lambda: models.init_cache(config, job.batch, job.length))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
 
 def describe_copies(decode) -> dict:
@@ -104,13 +107,14 @@ def main(file, batches, prompt, tokens, memory) -> None:
             print(json.dumps(line), flush=True)
     if memory is None:
         return
+    budget = read_budget(memory).usable
     for way in all_ways:
 
         def peak(length: int, way: ways.Way = way) -> int:
             return plan_job(compile_one, way, config, plan.job_of_length(length))[0].peak
 
-        longest = plan.find_longest(peak, memory, config.max_length)
-        print(json.dumps({"way": way.name, "memory": memory, "longest": longest}), flush=True)
+        longest = plan.find_longest(peak, budget, config.max_length)
+        print(json.dumps({"way": way.name, "budget": budget, "longest": longest}), flush=True)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ PROGRAMS = [
     ("Llama-3.1-8B", 8, 1000),
     ("Qwen3-14B", 8, 1000),
     ("gemma-3-4b", 8, 1000),
+    ("gemma-3-27b", 1, 31_000),
 ]
 
 
@@ -46,6 +47,7 @@ def describe(config: models.Config, params: models.Params, batch: int, prompt: i
         "estimate": models.estimate_memory(config, batch=batch, context=prompt + TOKENS - 1).peak,
         "block": shapes.block_nbytes(config),
         "piece": 2 * _table.groups_in_piece(params["embed_tokens"]) * _table.ROWS * config.dim,
+        "cache_copies": [shapes.cache_copies(program) for program in programs[:2]],
         "products": sorted(products),
         "calls": sorted(targets),
     }

@@ -201,7 +201,7 @@ def test_compare(tmp_path):
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 2}
     file.write_text(json.dumps({"model_type": "llama", "vocab_size": 8192, **sizes, **heads}))
-    options = ["--batch", "1", "--batch", "8", "--memory", "600MB", "--json"]
+    options = ["--batch", "1", "--batch", "8", "--memory", "800MB", "--json"]
     result = CliRunner().invoke(_commands.commands, ["compare", str(file), *options])
     assert result.exit_code == 0, result.output
     print(result.stdout)

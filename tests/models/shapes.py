@@ -1,5 +1,6 @@
 """Shapes of parameters of any size, to compile programs without them."""
 
+import re
 from collections.abc import Sequence
 
 import jax
@@ -17,6 +18,16 @@ EXPONENT_BITS = 2.63
 def block_nbytes(config: Config) -> int:
     """Bytes of the weights of one block, not compressed."""
     return sum(2 * leaf.size for leaf in jax.tree.leaves(block_shapes(config)))
+
+
+def cache_copies(program: jax.stages.Compiled) -> list[str]:
+    """The whole caches that a program copies, but for the zeros that they begin with."""
+    copies = re.findall(r"= u16\[(\d+),(\d+,\d+,\d+,\d+)\]\S* copy\((%[\w.\-]+)", program.as_text())
+    return [
+        f"{layers},{rest}"
+        for layers, rest, operand in copies
+        if layers != "1" and "broadcast" not in operand
+    ]
 
 
 def param_shapes(

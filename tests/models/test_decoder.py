@@ -108,3 +108,12 @@ def test_reading_in_pieces_is_reading_at_once(family):
         out.append(logits)
     whole = all_logits(params, config, tokens)
     np.testing.assert_allclose(jnp.concatenate(out, axis=1), whole, rtol=0, atol=TOLERANCE)
+
+
+def test_layers_must_be_as_many_as_configured():
+    params, config = load("llama")
+    cache = models.init_cache(config, 1, 4)
+    more = dataclasses.replace(config, layers=4, sliding=(False,) * 4)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    with pytest.raises(ValueError, match="params have 3 layers, and 0 in host memory, expected 4"):
+        models.forward(params, tokens, tokens, 0, cache, more)

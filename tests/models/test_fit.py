@@ -1,5 +1,8 @@
 """Estimates of memory: against counts that are known, real compression, and XLA's plans."""
 
+import dataclasses
+import pathlib
+
 import families
 import pytest
 import shapes
@@ -31,6 +34,46 @@ def test_parameters_are_as_many_as_the_models_have(name, count):
     assert 8 * weights.most / count < 10.9
 
 
+def cache_bytes(config, slots):
+    """Of one sequence: keys and values of each layer, and positions for each kind of layers."""
+    key = 2 * config.kv_heads * config.head_dim
+    sliding = sum(config.sliding)
+    return sum(
+        count * (layers * 2 * key + 4)
+        for layers, count in (
+            (config.layers - sliding, slots),
+            (sliding, min(slots, config.window)),
+        )
+        if layers
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "context"),
+    [("gemma-3-1b", 500), ("gemma-3-1b", 513), ("gemma-3-4b", 131_072), ("gemma-3-27b", 32_768)],
+)
+def test_sliding_layers_take_no_more_than_their_window(name, context):
+    config = models.read_config(KNOWN[name])
+    memory = models.estimate_memory(config, batch=5, context=context)
+    slots = -(-context // 64) * 64
+    assert memory.cache == 5 * cache_bytes(config, slots)
+
+
+def test_documentation_has_the_caches_that_models_take():
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    names = ("gemma-3-1b", "gemma-3-4b", "gemma-3-12b", "gemma-3-27b", "Llama-3.1-8B")
+    for name in names:
+        config = models.read_config(KNOWN[name])
+        contexts = [n for n in (8192, 32_768, 131_072) if n <= config.max_length]
+        full = dataclasses.replace(config, sliding=(False,) * config.layers)
+        kept, all_ = (
+            [f"{_fit.cache_nbytes(c, 1, context) / 1e9:.2f}" for context in contexts]
+            for c in (config, full)
+        )
+        cells = [name, *kept, *[""] * (3 - len(kept)), ", ".join(all_)]
+        assert f"| {' | '.join(cells)} |".replace("|  |", "| |") in page
+
+
 @pytest.mark.parametrize("name", ["Llama-3.1-8B", "Llama-3.2-1B", "Qwen2.5-7B", "gemma-3-27b"])
 def test_weights_and_cache_are_those_of_the_shapes(name):
     config = models.read_config(KNOWN[name])
@@ -42,9 +85,7 @@ def test_weights_and_cache_are_those_of_the_shapes(name):
     plain = models.estimate_memory(config, batch=3, context=1000, compress=False)
     assert plain.weights == plain.plain_weights == report.nbytes_before
     # 1,000 tokens take 1,024 slots.
-    slots = 3 * 1024
-    heads = config.layers * config.kv_heads * config.head_dim
-    assert estimate.cache == plain.cache == slots * (2 * 2 * heads + 4)
+    assert estimate.cache == plain.cache == 3 * cache_bytes(config, 1024)
 
 
 def test_estimate_holds_for_compressed_weights():
@@ -87,8 +128,13 @@ PLANS = [
     ("Qwen3-14B", 1, 32768, 838),
     ("Qwen3-14B", 8, 2048, 813),
     ("Qwen3-14B", 8, 32768, 820),
-    ("gemma-3-27b", 1, 8192, 963),
+    ("gemma-3-4b", 1, 2048, 307),
+    ("gemma-3-4b", 8, 8192, 363),
+    ("gemma-3-12b", 1, 32768, 614),
+    ("gemma-3-27b", 1, 2048, 948),
+    ("gemma-3-27b", 1, 8192, 964),
     ("gemma-3-27b", 1, 32768, 973),
+    ("gemma-3-27b", 1, 131_072, 973),
     ("gemma-3-27b", 8, 32768, 970),
 ]
 

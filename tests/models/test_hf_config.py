@@ -156,10 +156,12 @@ def test_frequencies():
     ("fields", "message"),
     [
         ({}, "the model_type None is not supported, only llama, qwen2, qwen3"),
+        ({"model_type": ["llama"]}, r"the model_type \['llama'\] is not supported"),
         ({"model_type": "mixtral"}, "'mixtral' is not supported"),
         (LLAMA | {"rope_scaling": {"type": "yarn"}}, "rope_scaling: the RoPE type 'yarn'"),
         (LLAMA | {"rope_scaling": {"rope_type": "dynamic"}}, "the RoPE type 'dynamic'"),
         (LLAMA | {"hidden_act": "relu2"}, "the activation 'relu2'"),
+        (LLAMA | {"hidden_act": {"silu": 1}}, "the activation {'silu': 1}"),
         (LLAMA | {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         (

@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from click.testing import CliRunner
 from payloads import assert_same_bits
 
 import df11_jax
 from df11_jax import _commands, checkpoints, models
+from df11_jax.models import _text
 from df11_jax.models._leaves import transpose
 
 
@@ -284,9 +286,20 @@ def test_files_that_are_not_what_they_should_be(directory, tmp_path, content):
 
 def test_a_damaged_tokenizer(tmp_path):
     path = write(tmp_path / "m", tensors_of("llama"))
-    (path / "tokenizer.json").write_text('{"version": 1}')
-    with pytest.raises(ValueError, match=r"tokenizer\.json: cannot be read as a tokenizer"):
-        models.load(path)
+    before = (path / "tokenizer.json").read_text()
+    # The last one makes the library panic, which is no Exception.
+    panics = '{"version":"1.0","model":{"type":"BPE","continuing_subword_prefix":"long",'
+    panics += '"vocab":{"a":0,"b":1,"ab":2},"merges":[["a","b"]]}}'
+    for content in ('{"version": 1}', before[:-9], panics):
+        (path / "tokenizer.json").write_text(content)
+        with pytest.raises(ValueError, match=r"tokenizer\.json: cannot be read as a tokenizer"):
+            models.load(path)
+
+
+def test_a_tokenizer_that_cannot_encode():
+    model = tokenizers.models.WordLevel({"a": 0}, unk_token="b")
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot encode the prompts \(.*Missing"):
+        _text.encode(tokenizers.Tokenizer(model), ["c"])
 
 
 @pytest.mark.parametrize(

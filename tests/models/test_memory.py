@@ -5,7 +5,7 @@ import pytest
 import shapes
 
 from df11_jax import models
-from df11_jax.models import _table
+from df11_jax.models import _generate, _table
 
 SIZES = {
     "vocab_size": 40_000,
@@ -18,10 +18,13 @@ SIZES = {
 }
 
 
-@pytest.mark.skipif(
+on_cpu = pytest.mark.skipif(
     jax.default_backend() != "cpu" or jax.__version_info__ < (0, 10),
     reason="is about the CPU backend, which used to make float32 copies of all operands",
 )
+
+
+@on_cpu
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_generation_holds_one_block_and_a_piece_of_the_head(family):
     config = models.read_config({**SIZES, "model_type": family})
@@ -33,3 +36,19 @@ def test_generation_holds_one_block_and_a_piece_of_the_head(family):
     memory = models.measure_memory(params, programs)
     bound = memory.weights + shapes.block_nbytes(config) + piece + memory.cache
     assert memory.peak <= 1.05 * bound
+
+
+@on_cpu
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_caches_are_not_copied(family, batch, monkeypatch):
+    # Pieces of 70 tokens and of 10, both shorter than the window, and of 300.
+    for tokens in (70, 300):
+        monkeypatch.setattr(_generate, "PIECE_TOKENS", tokens)
+        sizes = SIZES | {"num_hidden_layers": 14, "sliding_window": 128}
+        # Another vocabulary, for other programs.
+        config = models.read_config(sizes | {"model_type": family, "vocab_size": tokens})
+        params = shapes.param_shapes(config, compress=True)
+        programs = models.compile_programs(params, config, batch=batch, prompt=600, tokens=100)
+        assert shapes.cache_copies(programs.prefill) == []
+        assert shapes.cache_copies(programs.decode) == []

@@ -249,3 +249,45 @@ def test_orbax_has_no_checksums(tmp_path):
             params, restore_args=ocp.checkpoint_utils.construct_restore_args(params)
         )
         assert (checkpointer.restore(tmp_path / "x", args=args)["w"] != params["w"]).sum() == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: text.replace('"tree_metadata"', '"\\ud800"'),
+        lambda text: text.replace('"key_type"', '"other"'),
+        lambda text: text.replace('"value_type"', '"other"'),
+        lambda text: "[" * 100_000,
+    ],
+)
+def test_metadata_that_orbax_cannot_read(saved, change):
+    """Orbax raises KeyError, TypeError and more, which do not say of which file."""
+    file = saved / "_METADATA"
+    file.write_text(change(file.read_text().replace('"df11_jax"', '"other"')))
+    with pytest.raises(ValueError, match=f"{saved}: Orbax cannot read it, it is damaged") as raised:
+        restore(saved)
+    str(raised.value).encode()
+
+
+def test_metadata_that_is_no_text(saved):
+    file = saved / "_METADATA"
+    file.write_bytes(b"\xff" + file.read_bytes())
+    with pytest.raises(ValueError, match=f"{saved}: Orbax cannot read it, it is damaged"):
+        restore(saved)
+
+
+def test_compressed_leaves_without_a_manifest_are_not_taken_for_dicts(saved):
+    file = saved / "_METADATA"
+    file.write_text(file.read_text().replace('{"df11_jax"', '{"df12_jax"'))
+    with pytest.raises(
+        ValueError, match=r"x: embedding: is a compressed leaf, of which .* damaged"
+    ):
+        restore(saved)
+
+
+@pytest.mark.parametrize("shape", [[2**62, 0], [-1], [1.0], [2**80]])
+def test_shapes_that_no_array_has(saved, shape):
+    edit_metadata(saved, lambda data: data["leaves"][-1].update(shape=shape))
+    with pytest.raises(ValueError, match=r"x: the metadata of df11_jax is damaged .*shape"):
+        restore(saved)

@@ -77,7 +77,10 @@ def test_cast_on_the_way_in(tmp_path):
     assert_same_tree(restore(tmp_path / "x", compress={"cast": True}), expected)
     target = abstract(jax.tree.map(lambda a: a, params))
     assert_same_tree(restore(tmp_path / "x", target, compress={"cast": True}), expected)
-    assert_same_tree(restore(tmp_path / "x", compress={}), params)
+    with pytest.warns(UserWarning, match=r"DF11Restore compressed nothing: .* 1 leaf .* float32"):
+        assert_same_tree(restore(tmp_path / "x", compress={}), params)
+    with pytest.warns(UserWarning, match=r"DF11Save compressed nothing: .* 1 leaf .* float32"):
+        save(tmp_path / "y", params, compress={})
 
 
 def test_compressed_target_compresses(plain):

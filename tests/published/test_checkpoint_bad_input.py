@@ -180,6 +180,16 @@ def test_missing_layer(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("file", "part"),
+    [("lm_head", "lm_head"), ("model_embed_tokens", "embed_tokens"), ("model", "norm")],
+)
+def test_missing_files(tmp_path, file, part):
+    path = copy_sharded(tmp_path)
+    (path / f"{file}.safetensors").unlink()
+    assert_refused(path, f"there is no tensor of {part}")
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"threads_per_block": [256]}, "threads_per_block is [256]; only [512]"),
@@ -188,6 +198,8 @@ def test_missing_layer(tmp_path):
         ({"pattern_dict": {"a": "b"}}, "'a': expected a list"),
         ({"pattern_dict": {"a": [1]}}, "'a': expected a list"),
         ({"pattern_dict": {"(": []}}, "'(' is not a regular expression"),
+        ({"pattern_dict": {"(a+)+b": []}}, "config.json: dfloat11_config: pattern_dict: '(a+)+b'"),
+        ({"pattern_dict": {"a" * 5000: []}}, "of 5,000 characters, expected up to 4,000"),
         ({"pattern_dict": {"lm_head": []}}, f"unit {LAYER}: which 7 tensors"),
         ({"pattern_dict": {".*": ["a", "b"]}}, "unit lm_head: split_positions makes it 1"),
     ],

@@ -135,7 +135,7 @@ def test_other_tensors_have_no_known_shape(name):
 def test_unknown_families(config):
     model = ModelConfig(config)
     assert model.shape("model.layers.0.mlp.up_proj.weight") is None
-    assert model.missing_layer([]) is None
+    assert model.missing_part([]) is None
     with pytest.raises(ValueError, match="no default pattern dict for the model type"):
         published.default_pattern_dict(config)
 
@@ -147,11 +147,17 @@ def test_bad_numbers(hidden_size):
         model.shape("lm_head.weight")
 
 
-def test_missing_layers():
-    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(32)]
-    model = ModelConfig(LLAMA_3_1_8B)
-    assert model.missing_layer(names) is None
-    assert model.missing_layer(names[:7] + names[8:]) == 7
+def test_missing_parts():
+    layers = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(32)]
+    others = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    config = LLAMA_3_1_8B | {"architectures": ["LlamaForCausalLM"]}
+    model = ModelConfig(config)
+    assert model.missing_part(layers + others) is None
+    assert model.missing_part(layers[:7] + layers[8:] + others) == "layer 7"
+    for i, part in enumerate(("embed_tokens", "norm", "lm_head")):
+        assert model.missing_part(layers + others[:i] + others[i + 1 :]) == part
+    for change in ({"tie_word_embeddings": True}, {"architectures": ["LlamaModel"]}):
+        assert ModelConfig(config | change).missing_part(layers + others[:2]) is None
 
 
 def test_default_pattern_dicts():

@@ -49,12 +49,30 @@ inline void stream_tile(const uint16_t* tile, int64_t rows, uint16_t* out, int64
   }
 }
 
+// Whether a tile of full rows is bit for bit the one at `weights`, whose rows are `stride` apart.
+template <Simd>
+DF11_INLINE bool equals_tile(const uint16_t* tile, int64_t rows, const uint16_t* weights,
+                             int64_t stride) {
+  uint16_t difference[kTileCols] = {};
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int i = 0; i < kTileCols; ++i) {
+      difference[i] |= tile[row * kTileCols + i] ^ weights[row * stride + i];
+    }
+  }
+  return std::all_of(difference, difference + kTileCols, [](uint16_t bits) { return bits == 0; });
+}
+
+DF11_FOR_EACH_SIMD(bool, equals_tile,
+                   (const uint16_t* tile, int64_t rows, const uint16_t* weights, int64_t stride),
+                   (tile, rows, weights, stride))
+
 // Decodes chunk after chunk of one slice after the other with one table.
 class ChunkDecoder {
  public:
   explicit ChunkDecoder(Simd simd)
       : fill_pairs_table_(DF11_SELECT(simd, fill_pairs_table)),
-        decode_record_(DF11_SELECT(simd, decode_record)) {}
+        decode_record_(DF11_SELECT(simd, decode_record)),
+        equals_tile_(DF11_SELECT(simd, equals_tile)) {}
 
   // Must be called before chunks of this slice are decoded; false if the codebook is corrupt.
   bool set_slice(const SlicePayload& slice) {
@@ -92,8 +110,7 @@ class ChunkDecoder {
     const View& view = slice_.view;
     const Chunk chunk = locate_chunk(view, index);
     const int64_t rows = chunk.steps * kStepRows;
-    const bool inside = chunk.col + kTileCols <= view.cols &&
-                        (chunk.row + rows - 1) * view.cols + chunk.col + kTileCols <= view.size;
+    const bool inside = is_inside(chunk);
     uint16_t* place = out + chunk.row * view.cols + chunk.col;
     // The columns of a view are a multiple of 8, so every row is aligned like the first.
     const bool stream =
@@ -115,22 +132,27 @@ class ChunkDecoder {
   // The first element at which the chunk does not decode to `weights`, or -1.
   int64_t find_difference(int64_t index, const uint16_t* weights) {
     const View& view = slice_.view;
-    const Chunk chunk = locate_chunk(view, index);
+    const Chunk chunk = locate_chunk(view, index), next = locate_chunk(view, index + 1);
     if (!decode_tile(index, chunk, tile_, kTileCols)) return chunk.row * view.cols + chunk.col;
-    for (int64_t row = 0; row < chunk.steps * kStepRows; ++row) {
-      const int64_t at = (chunk.row + row) * view.cols + chunk.col;
-      const int64_t count = valid_weights(chunk, row);
-      if (count <= 0) break;
-      prefetch_weights(weights + at + kTileCols);
-      if (std::memcmp(weights + at, tile_ + row * kTileCols, 2 * count) == 0) continue;
-      for (int64_t i = 0; i < count; ++i) {
-        if (weights[at + i] != tile_[row * kTileCols + i]) return at + i;
+    for (int i = 0; i < 2 * next.steps; ++i) prefetch_half_step(weights, view, next, i);
+    const int64_t rows = chunk.steps * kStepRows;
+    const uint16_t* place = weights + chunk.row * view.cols + chunk.col;
+    if (is_inside(chunk) && equals_tile_(tile_, rows, place, view.cols)) return -1;
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t i = 0; i < valid_weights(chunk, row); ++i) {
+        const int64_t at = row * view.cols + i;
+        if (place[at] != tile_[row * kTileCols + i]) return place - weights + at;
       }
     }
     return -1;
   }
 
  private:
+  // Whether a chunk is free of padding.
+  bool is_inside(const Chunk& chunk) const {
+    return are_inside(slice_.view, chunk.row + chunk.steps * kStepRows - 2, chunk.col);
+  }
+
   // Weights in a row of the tile that are not padding; not positive if there are none.
   int64_t valid_weights(const Chunk& chunk, int64_t row) const {
     const View& view = slice_.view;
@@ -140,6 +162,7 @@ class ChunkDecoder {
 
   decltype(&fill_pairs_table_portable) fill_pairs_table_;
   decltype(&decode_record_portable) decode_record_;
+  decltype(&equals_tile_portable) equals_tile_;
   SlicePayload slice_{};
   std::vector<uint32_t> copy_;
   alignas(64) PairsTable table_;

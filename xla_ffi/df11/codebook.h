@@ -86,13 +86,18 @@ inline void limited_lengths(const std::array<uint64_t, kSymbols>& counts,
 }
 
 // The codebook for pairs counted as counts[exponent of row k << 8 | of row k + 1].
-inline Codebook choose_codebook(const std::vector<uint64_t>& counts) {
+inline Codebook choose_codebook(const std::vector<uint32_t>& counts) {
   std::array<uint64_t, 256> exponent_counts{};
   uint64_t total = 0;
-  for (int i = 0; i < 65536; ++i) {
-    exponent_counts[i >> 8] += counts[i];
-    exponent_counts[i & 255] += counts[i];
-    total += counts[i];
+  for (int first = 0; first < 256; ++first) {
+    const uint32_t* row = counts.data() + (first << 8);
+    uint64_t row_total = 0;
+    for (int second = 0; second < 256; ++second) {
+      exponent_counts[second] += row[second];
+      row_total += row[second];
+    }
+    exponent_counts[first] += row_total;
+    total += row_total;
   }
   std::array<int, 256> order;
   for (int i = 0; i < 256; ++i) order[i] = i;

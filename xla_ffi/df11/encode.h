@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "code_table.h"
 #include "codebook.h"
 #include "layout.h"
 #include "pairs.h"
@@ -23,138 +24,129 @@ namespace df11 {
 // Words to reserve for a chunk's record: 2.6 bits a weight, and a little more.
 inline constexpr int64_t kTypicalRecordWords = 700;
 
-// What the encoder writes for each pair of exponents.
-class CodeTable {
- public:
-  static constexpr uint32_t kUncoded = 1u << 31;  // the code is a substitute's
+// Pairs whose codes are joined before they are written to a stream.
+inline constexpr int kGroupPairs = 4;
 
-  // Bits 0..11: code, 16..23: symbol, 27..30: length.
-  explicit CodeTable(const Codebook& book) : book_(book), entries_(65536) {
-    std::array<uint16_t, kSymbols> codes{};
-    assign_codes(book, codes);
-    const auto entry_of = [&](int symbol) {
-      return codes[symbol] | uint32_t(symbol) << 16 | uint32_t{book.lengths[symbol]} << 27;
-    };
-    const auto shorter = [&](int a, int b) {
-      return a < 0 || (book.lengths[b] && book.lengths[b] < book.lengths[a]) ? b : a;
-    };
-    // A pair without a code borrows the shortest that is right in one of its weights,
-    // so that only the other must be patched.
-    std::array<int, 256> by_first, by_second;
-    by_first.fill(-1);
-    by_second.fill(-1);
-    int any = -1;
-    for (int symbol = 0; symbol < kSymbols; ++symbol) {
-      if (!book.lengths[symbol]) continue;
-      int& first = by_first[first_exponent(symbol)];
-      int& second = by_second[second_exponent(symbol)];
-      first = shorter(first, symbol);
-      second = shorter(second, symbol);
-      any = shorter(any, symbol);
-    }
-    for (int first = 0; first < 256; ++first) {
-      uint32_t* row = entries_.data() + (first << 8);
-      const int by_row = by_first[first];
-      std::fill_n(row, 256, entry_of(by_row >= 0 ? by_row : any) | kUncoded);
-      for (int second : book.exponents) {
-        if (by_second[second] < 0) continue;
-        row[second] = entry_of(shorter(by_row, by_second[second])) | kUncoded;
-      }
-    }
-    for (int symbol = 0; symbol < kSymbols; ++symbol) {
-      if (book.lengths[symbol]) {
-        entries_[first_exponent(symbol) << 8 | second_exponent(symbol)] = entry_of(symbol);
-      }
-    }
-    pad_ = uint32_t{first_exponent(any)} << 7;
-  }
-
-  const uint32_t* entries() const { return entries_.data(); }
-  uint32_t pad() const { return pad_; }  // a weight that is cheap to store
-
-  // The pair with the exponents of the symbol that stands for it in the stream.
-  uint32_t substitute(uint32_t pair) const {
-    const int symbol = entries_[exponent_index(pair)] >> 16 & 255;
-    return merge_pair(table_entry(first_exponent(symbol), second_exponent(symbol), 0), pair);
-  }
-
- private:
-  uint8_t first_exponent(int symbol) const { return book_.exponents[symbol / kCodedExponents]; }
-  uint8_t second_exponent(int symbol) const { return book_.exponents[symbol % kCodedExponents]; }
-
-  Codebook book_;
-  std::vector<uint32_t> entries_;
-  uint32_t pad_;
+// Some of a half-step's pairs, in the order of grid places: pair i has rows k[i] and k1[i].
+struct HalfStep {
+  alignas(64) uint16_t row[kHalfStepPairs];
+  alignas(64) uint16_t next_row[kHalfStepPairs];
+  alignas(64) uint16_t index[kHalfStepPairs];    // the pairs' exponents
+  alignas(64) uint16_t entries[kHalfStepPairs];  // of CodeTable
 };
 
-// The loops of the encoder that vectorize, over all pairs of a chunk's half-steps.
-template <Simd>
-DF11_INLINE void split_pairs(const uint32_t* __restrict pairs, int count,
-                             uint32_t* __restrict sign_mantissa, uint16_t* __restrict index) {
-  for (int i = 0; i < count / 2; ++i) {
-    const uint32_t a = pairs[2 * i] & kSignMantissa, b = pairs[2 * i + 1] & kSignMantissa;
-    sign_mantissa[i] = a | rotl(b, -8);
-  }
-  for (int i = 0; i < count; ++i) index[i] = exponent_index(pairs[i]);
+// Two neighbours in a row, as one word. The loops over them vectorize without shuffles.
+DF11_INLINE uint32_t load_two(const uint16_t* two) {
+  uint32_t word;
+  std::memcpy(&word, two, 4);
+  return word;
 }
 
-// Joins the codes of four neighbours in a lane, from CodeTable's entries: up to 48 bits of
-// codes, and their number in the highest byte. uncoded[h] tells whether half-step h has an entry
-// with kUncoded. Joining before the stream is written halves the encoder's work.
+// Splits the pairs into what is stored as it is, and exponents.
 template <Simd>
-DF11_INLINE void join_codes(const uint64_t* __restrict entry_pairs, int half_steps,
-                            uint64_t* __restrict groups, uint64_t* __restrict uncoded) {
-  constexpr int kPerHalfStep = kHalfStepPairs / 2;
+DF11_INLINE void split_pairs(HalfStep& half_step, uint32_t* __restrict sign_mantissa) {
+  for (int i = 0; i < kHalfStepPairs / 2; ++i) {
+    const uint32_t row = load_two(half_step.row + 2 * i);
+    const uint32_t next_row = load_two(half_step.next_row + 2 * i);
+    const uint32_t a = (row & 0xffff) | next_row << 16, b = row >> 16 | (next_row & 0xffff0000);
+    sign_mantissa[i] = (a & kSignMantissa) | rotl(b & kSignMantissa, -8);
+  }
+  for (int i = 0; i < kHalfStepPairs; ++i) {
+    half_step.index[i] = exponent_index(half_step.row[i], half_step.next_row[i]);
+  }
+}
+
+// Folds the pairs into the checksum's accumulators: those of even grid places, then of odd ones.
+// Joins the codes of kGroupPairs neighbours in a lane: up to 48 bits of codes, and their number in
+// the highest byte. Joining before the stream is written halves the encoder's work.
+template <Simd>
+DF11_INLINE void join_codes(const HalfStep& half_step, uint32_t* __restrict acc,
+                            uint64_t* __restrict groups) {
+  for (int i = 0; i < kHalfStepPairs / 2; ++i) {
+    const uint32_t row = load_two(half_step.row + 2 * i);
+    const uint32_t next_row = load_two(half_step.next_row + 2 * i);
+    uint32_t& odd = acc[kHalfStepPairs / 2 + i];
+    acc[i] = checksum_step(acc[i], (row & 0xffff) | next_row << 16);
+    odd = checksum_step(odd, row >> 16 | (next_row & 0xffff0000));
+  }
+  uint32_t twos[kHalfStepPairs / 2];
+  for (int i = 0; i < kHalfStepPairs / 2; ++i) {
+    const uint32_t entries = load_two(half_step.entries + 2 * i), length = entries >> 12 & 15;
+    twos[i] =
+        (entries & 0xfff) | (entries >> 16 & 0xfff) << length | (length + (entries >> 28)) << 24;
+  }
+  for (int i = 0; i < kHalfStepPairs / 4; ++i) {
+    uint64_t two;
+    std::memcpy(&two, twos + 2 * i, 8);
+    const uint64_t length = two >> 24 & 255;
+    groups[i] = (two & 0xffffff) | (two >> 32 & 0xffffff) << length | (length + (two >> 56)) << 56;
+  }
+}
+
+// Writes every lane's stream, of at least min_bits, and up to eight bytes more; returns the number
+// of bits in all.
+template <Simd>
+DF11_INLINE int64_t write_streams(const uint64_t* groups, int half_steps, int min_bits,
+                                  uint8_t* const stream, std::array<int, kLanes>& bits) {
   constexpr uint64_t kCodes = (uint64_t{1} << 56) - 1;
-  uint64_t twos[kPerHalfStep];
-  for (int h = 0; h < half_steps; ++h) {
-    uint64_t any = 0;
-    for (int i = 0; i < kPerHalfStep; ++i) {
-      const uint64_t entries = entry_pairs[h * kPerHalfStep + i];
-      const uint64_t first_length = entries >> 27 & 15;
-      twos[i] = (entries & 0xfff) | (entries >> 32 & 0xfff) << first_length |
-                (first_length + (entries >> 59 & 15)) << 56;
-      any |= entries;
+  uint8_t* out = stream;
+  uint64_t window = 0;
+  int fill = 0;
+  const auto append = [&](uint64_t codes, int count) {
+    window |= codes << fill;
+    fill += count;
+    std::memcpy(out, &window, 8);
+    out += fill >> 3;
+    window >>= fill & ~7;
+    fill &= 7;
+  };
+  int64_t written = 0;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const uint64_t* group = groups + (lane % 4 * kTileCols + lane / 4 * kLanePairs) / kGroupPairs;
+    for (int half_step = 0; half_step < half_steps; ++half_step) {
+      static_assert(kLanePairs == 2 * kGroupPairs);
+      const uint64_t codes = group[0] & kCodes, next_codes = group[1] & kCodes;
+      const int length = static_cast<int>(group[0] >> 56);
+      const int both = length + static_cast<int>(group[1] >> 56);
+      if (both <= 56) {  // nearly always
+        append(codes | next_codes << length, both);
+      } else {
+        append(codes, length);
+        append(next_codes, both - length);
+      }
+      group += kHalfStepPairs / kGroupPairs;
     }
-    uncoded[h] = any & (uint64_t{CodeTable::kUncoded} << 32 | CodeTable::kUncoded);
-    for (int i = 0; i < kPerHalfStep / 2; ++i) {
-      const uint64_t a = twos[2 * i], b = twos[2 * i + 1];
-      groups[h * kPerHalfStep / 2 + i] =
-          (a & kCodes) | (b & kCodes) << (a >> 56) | ((a >> 56) + (b >> 56)) << 56;
+    const auto position = [&] { return (out - stream) * 8 + fill; };
+    for (int64_t missing; (missing = written + min_bits - position()) > 0;) {
+      append(0, static_cast<int>(std::min<int64_t>(missing, 48)));
     }
+    bits[lane] = static_cast<int>(position() - written);
+    written = position();
   }
-}
-
-template <Simd>
-DF11_INLINE uint32_t pairs_checksum(const uint32_t* __restrict pairs, int count) {
-  uint32_t acc[kHalfStepPairs] = {};
-  for (const uint32_t* end = pairs + count; pairs < end; pairs += kHalfStepPairs) {
-    for (int i = 0; i < kHalfStepPairs; ++i) acc[i] = checksum_step(acc[i], pairs[i]);
-  }
-  uint32_t sum = 0;
-  for (int i = 0; i < kHalfStepPairs; ++i) sum += checksum_place(acc[i], i);
-  return sum;
+  std::memcpy(out, &window, 8);
+  return written;
 }
 
 // Those loops, compiled for an instruction set.
 struct EncoderLoops {
-  void (*split_pairs)(const uint32_t*, int, uint32_t*, uint16_t*);
-  void (*join_codes)(const uint64_t*, int, uint64_t*, uint64_t*);
-  uint32_t (*pairs_checksum)(const uint32_t*, int);
+  void (*split_pairs)(HalfStep&, uint32_t*);
+  LookUpCodes look_up_codes;
+  void (*join_codes)(const HalfStep&, uint32_t*, uint64_t*);
+  int64_t (*write_streams)(const uint64_t*, int, int, uint8_t*, std::array<int, kLanes>&);
 };
 
-DF11_FOR_EACH_SIMD(void, split_pairs,
-                   (const uint32_t* pairs, int count, uint32_t* sign_mantissa, uint16_t* index),
-                   (pairs, count, sign_mantissa, index))
-DF11_FOR_EACH_SIMD(void, join_codes,
-                   (const uint64_t* entry_pairs, int half_steps, uint64_t* groups,
-                    uint64_t* uncoded),
-                   (entry_pairs, half_steps, groups, uncoded))
-DF11_FOR_EACH_SIMD(uint32_t, pairs_checksum, (const uint32_t* pairs, int count), (pairs, count))
+DF11_FOR_EACH_SIMD(void, split_pairs, (HalfStep & half_step, uint32_t* sign_mantissa),
+                   (half_step, sign_mantissa))
+DF11_FOR_EACH_SIMD(void, join_codes, (const HalfStep& half_step, uint32_t* acc, uint64_t* groups),
+                   (half_step, acc, groups))
+DF11_FOR_EACH_SIMD(int64_t, write_streams,
+                   (const uint64_t* groups, int half_steps, int min_bits, uint8_t* stream,
+                    std::array<int, kLanes>& bits),
+                   (groups, half_steps, min_bits, stream, bits))
 
 inline EncoderLoops encoder_loops(Simd simd) {
-  return {DF11_SELECT(simd, split_pairs), DF11_SELECT(simd, join_codes),
-          DF11_SELECT(simd, pairs_checksum)};
+  return {DF11_SELECT(simd, split_pairs), best_look_up_codes(), DF11_SELECT(simd, join_codes),
+          DF11_SELECT(simd, write_streams)};
 }
 
 // Encodes chunks of one slice one after the other; holds the buffers they share.
@@ -169,27 +161,37 @@ class ChunkEncoder {
 
   // Appends the chunk's record and writes its part of sign_mantissa.
   void encode(int64_t index, Words& records, uint32_t* sign_mantissa) {
-    const Chunk chunk = locate_chunk(view_, index);
+    const Chunk chunk = locate_chunk(view_, index), next = locate_chunk(view_, index + 1);
     half_steps_ = 2 * chunk.steps;
-    load(chunk);
-    loops_.split_pairs(pairs_, half_steps_ * kHalfStepPairs,
-                       sign_mantissa + chunk.sign_mantissa_word, index_);
-
+    sign_mantissa += chunk.sign_mantissa_word;
     patches_.clear();
-    look_up_codes();
+    std::fill_n(acc_, kHalfStepPairs, 0u);
+    for (int i = 0; i < half_steps_; ++i) {
+      const int ahead = i + kPrefetchHalfSteps;
+      if (ahead < half_steps_) {
+        prefetch_half_step(weights_, view_, chunk, ahead);
+      } else {
+        prefetch_half_step(weights_, view_, next, ahead - half_steps_);
+      }
+      load_half_step(weights_, view_, chunk, i, codes_.pad(), pairs_.row, pairs_.next_row);
+      loops_.split_pairs(pairs_, sign_mantissa + i * kHalfStepPairs / 2);
+      const bool uncoded = loops_.look_up_codes(pairs_.index, codes_, pairs_.entries);
+      if (uncoded) patch_uncoded(i);
+      loops_.join_codes(pairs_, acc_, groups_ + i * kHalfStepPairs / kGroupPairs);
+    }
+
     std::array<int, kLanes> bits;
-    int64_t total = write_streams(0, bits);
+    int64_t total = loops_.write_streams(groups_, half_steps_, 0, stream_.data(), bits);
     int longest = *std::max_element(bits.begin(), bits.end());
     int base = *std::min_element(bits.begin(), bits.end());
     if (longest - base > 255) {
       base = longest - 255;
-      total = write_streams(base, bits);
+      total = loops_.write_streams(groups_, half_steps_, base, stream_.data(), bits);
     }
     const size_t stream_words = (total + 31) / 32;
     if (kRecordHeaderWords + stream_words + patches_.size() >=
         size_t(kRawRecordHeaderWords + chunk.steps * kStepWords)) {
-      load(chunk);  // without the substitutes
-      append_raw(index, records);
+      append_raw(index, chunk, records);
       return;
     }
     uint32_t sum = checksum(index);
@@ -206,94 +208,54 @@ class ChunkEncoder {
   }
 
  private:
-  static constexpr int kGroupPairs = 4;  // whose codes join_codes joins
+  static constexpr int kPrefetchHalfSteps = kSteps;
   // All codes at their longest, and the eight bytes that the last store may write.
   static constexpr int kMaxStreamBytes = kTileRows * kTileCols / 2 * kMaxCodeBits / 8 + 8;
 
-  void load(const Chunk& chunk) {
-    for (int half_step = 0; half_step < half_steps_; ++half_step) {
-      uint32_t* pairs = pairs_ + half_step * kHalfStepPairs;
-      for (int t = 0; t < 4; ++t) {
-        load_pairs(weights_, view_, chunk.row + pair_row(half_step, t), chunk.col, codes_.pad(),
-                   pairs + t * kTileCols);
-      }
-    }
-  }
-
-  // Fills groups_; puts substitutes in place of pairs without a code, and patches them.
-  void look_up_codes() {
-    const uint32_t* table = codes_.entries();
-    const int count = half_steps_ * kHalfStepPairs;
-    for (int i = 0; i < count; i += 2) {
-      entries_[i / 2] = table[index_[i]] | uint64_t{table[index_[i + 1]]} << 32;
-    }
-    uint64_t uncoded[2 * kSteps];
-    loops_.join_codes(entries_, half_steps_, groups_, uncoded);
-    for (int half_step = 0; half_step < half_steps_; ++half_step) {
-      if (!uncoded[half_step]) continue;
-      for (int i = 0; i < kHalfStepPairs / 2; ++i) {
-        const uint64_t entries = entries_[half_step * kHalfStepPairs / 2 + i];
-        if (entries & CodeTable::kUncoded) add_patches(half_step, 2 * i);
-        if (entries >> 32 & CodeTable::kUncoded) add_patches(half_step, 2 * i + 1);
-      }
-    }
-  }
-
-  void add_patches(int half_step, int place) {
-    uint32_t& pair = pairs_[half_step * kHalfStepPairs + place];
-    const uint32_t substitute = codes_.substitute(pair);
-    const int t = place / kTileCols, col = place % kTileCols;
-    const uint32_t position = static_cast<uint32_t>(pair_row(half_step, t)) * kTileCols + col;
-    if ((pair ^ substitute) & 0xffff) patches_.push_back(position << 16 | (pair & 0xffff));
-    if ((pair ^ substitute) >> 16) patches_.push_back((position + kTileCols) << 16 | pair >> 16);
-    pair = substitute;
-  }
-
-  // Writes every lane's stream, of at least min_bits; returns the number of bits in all.
-  int64_t write_streams(int min_bits, std::array<int, kLanes>& bits) {
-    uint8_t* out = stream_.data();
-    uint64_t window = 0;
-    int fill = 0;
-    const auto append = [&](uint64_t codes, int count) {
-      window |= codes << fill;
-      fill += count;
-      std::memcpy(out, &window, 8);
-      out += fill >> 3;
-      window >>= fill & ~7;
-      fill &= 7;
+  // Puts substitutes in place of pairs without a code, and patches them.
+  void patch_uncoded(int half_step) {
+    const auto patch = [&](int row, int col, uint16_t& weight, uint8_t exponent) {
+      if ((weight >> 7 & 255) == exponent) return;
+      patches_.push_back(static_cast<uint32_t>(row * kTileCols + col) << 16 | weight);
+      weight = static_cast<uint16_t>((weight & kSignMantissa) | exponent << 7);
     };
-    int64_t written = 0;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const uint64_t* group =
-          groups_ + (lane % 4 * kTileCols + lane / 4 * kLanePairs) / kGroupPairs;
-      for (int half_step = 0; half_step < half_steps_; ++half_step) {
-        for (int i = 0; i < kLanePairs / kGroupPairs; ++i) {
-          append(group[i] & 0xffffffffffff, static_cast<int>(group[i] >> 56));
-        }
-        group += kHalfStepPairs / kGroupPairs;
-      }
-      const auto position = [&] { return (out - stream_.data()) * 8 + fill; };
-      for (int64_t missing; (missing = written + min_bits - position()) > 0;) {
-        append(0, static_cast<int>(std::min<int64_t>(missing, 48)));
-      }
-      bits[lane] = static_cast<int>(position() - written);
-      written = position();
+    for (int i = 0; i < kHalfStepPairs; ++i) {
+      if (pairs_.entries[i]) continue;
+      const int symbol = codes_.substitute(pairs_.index[i] >> 8, pairs_.index[i] & 255);
+      const int row = pair_row(half_step, i / kTileCols), col = i % kTileCols;
+      patch(row, col, pairs_.row[i], codes_.first_exponent(symbol));
+      patch(row + 1, col, pairs_.next_row[i], codes_.second_exponent(symbol));
+      pairs_.entries[i] = codes_.by_symbol()[symbol];
     }
-    std::memcpy(out, &window, 8);
-    return written;
   }
 
-  void append_raw(int64_t index, Words& records) const {
-    records.push_back(checksum(index));
-    records.push_back(kRawChunk);
-    for (int i = 0; i < half_steps_ * kHalfStepPairs; i += 2) {
-      const auto bytes = [](uint32_t pair) { return (pair >> 7 & 255) | (pair >> 23 & 255) << 8; };
-      records.push_back(bytes(pairs_[i]) | bytes(pairs_[i + 1]) << 16);
+  void append_raw(int64_t index, const Chunk& chunk, Words& records) {
+    const size_t start = records.size();
+    records.extend(kRawRecordHeaderWords);
+    std::fill_n(acc_, kHalfStepPairs, 0u);
+    for (int i = 0; i < half_steps_; ++i) {
+      // Again, without the substitutes.
+      load_half_step(weights_, view_, chunk, i, codes_.pad(), pairs_.row, pairs_.next_row);
+      loops_.join_codes(pairs_, acc_, groups_);
+      uint32_t* words = records.extend(kHalfStepPairs / 2);
+      for (int k = 0; k < kHalfStepPairs / 2; ++k) {
+        const auto bytes = [&](int at) {
+          return (pairs_.row[at] >> 7 & 255u) | (pairs_.next_row[at] >> 7 & 255u) << 8;
+        };
+        words[k] = bytes(2 * k) | bytes(2 * k + 1) << 16;
+      }
     }
+    records.data()[start] = checksum(index);
+    records.data()[start + 1] = kRawChunk;
   }
 
   uint32_t checksum(int64_t index) const {
-    return checksum_chunk(index) + loops_.pairs_checksum(pairs_, half_steps_ * kHalfStepPairs);
+    uint32_t sum = checksum_chunk(index);
+    for (int i = 0; i < kHalfStepPairs / 2; ++i) {
+      sum += checksum_place(acc_[i], 2 * i);
+      sum += checksum_place(acc_[kHalfStepPairs / 2 + i], 2 * i + 1);
+    }
+    return sum;
   }
 
   const uint16_t* weights_;
@@ -301,10 +263,9 @@ class ChunkEncoder {
   const CodeTable& codes_;
   const EncoderLoops loops_;
   int half_steps_ = 0;
-  uint32_t pairs_[kTileRows * kTileCols / 2];
-  uint16_t index_[kTileRows * kTileCols / 2];
-  uint64_t entries_[kTileRows * kTileCols / 4];  // of CodeTable, two at a time
-  uint64_t groups_[kTileRows * kTileCols / 2 / kGroupPairs];
+  HalfStep pairs_;
+  alignas(64) uint32_t acc_[kHalfStepPairs];
+  alignas(64) uint64_t groups_[kTileRows * kTileCols / 2 / kGroupPairs];
   std::vector<uint8_t> stream_;
   std::vector<uint32_t> patches_;
 };

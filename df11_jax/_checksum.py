@@ -10,7 +10,7 @@ import functools
 import math
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -51,6 +51,11 @@ def leaf_checksums(leaves: Sequence[Sequence[Any]]) -> list[int]:
             return sum_so_far
 
         return list(pool.map(checksum, leaves))
+
+
+def host_checksum(arrays: Iterable[np.ndarray]) -> int:
+    """The checksum of a leaf whose arrays are on the host."""
+    return functools.reduce(lambda sum_so_far, a: zlib.crc32(_bytes(a), sum_so_far), arrays, 0)
 
 
 def _whole(array: Any) -> np.ndarray | None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from df11_jax.orbax import _checksum
+from df11_jax import _checksum
 
 
 def crc(*arrays):
@@ -21,6 +21,7 @@ def test_is_that_of_zlib(shape, dtype):
     array = np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(jnp.dtype(dtype))
     assert _checksum.leaf_checksums([[array]]) == [crc(array)]
     assert _checksum.leaf_checksums([[jnp.asarray(array)]]) == [crc(array)]
+    assert _checksum.host_checksum([array, array]) == crc(array, array)
 
 
 def test_goes_on_from_array_to_array():

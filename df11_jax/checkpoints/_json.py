@@ -1,0 +1,52 @@
+"""JSON of which nobody knows who wrote it."""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+MAX_BYTES = 100_000_000  # of a text; for headers, it is the limit of the library safetensors
+
+
+def parse_json(text: bytes, *, unique: bool = False) -> Any:
+    """What a JSON text says.
+
+    Args:
+        text: of one value.
+        unique: refuse objects that have a name twice. (Configurations edited by hand do.)
+
+    Raises:
+        ValueError: it is not JSON, is nested too deeply, or has strings that are not Unicode,
+            which could be neither printed nor names of files.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_unique_names if unique else None)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    # Halves of characters pass the parser, escaped or as three bytes, of which this is the first.
+    if b"\\ud" in text.lower() or b"\xed" in text:
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def require_file(path: Path) -> int:
+    """The size of a file that is to be read.
+
+    Raises:
+        OSError: it cannot be.
+        ValueError: it is a directory, or a pipe or a device, which might never end.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path}: is a directory, pipe or device, expected a file")
+    return status.st_size
+
+
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"{name!r:.80} is there twice")
+        fields[name] = value
+    return fields
