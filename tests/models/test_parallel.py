@@ -132,7 +132,8 @@ def test_negative_zeros_and_nans_of_an_embedding_arrive():
     divided, whole = jax.sharding.PartitionSpec("model"), jax.sharding.PartitionSpec()
     for stack in (df11_jax.compress(table, stack_axes=1), jnp.asarray(table)):
         look_up = functools.partial(models._collectives.look_up, axis="model")
-        rows = jax.shard_map(look_up, mesh=mesh, in_specs=(divided, whole), out_specs=whole)
+        specs = {"in_specs": (divided, whole), "out_specs": whole, "check_vma": False}
+        rows = jax.shard_map(look_up, mesh=mesh, **specs)
         assert_same_bits(jax.jit(rows)(stack, tokens), table.reshape(-1, 64)[tokens])
 
 
@@ -210,7 +211,7 @@ def test_divided_parameters_are_saved_and_placed_again(tmp_path):
     params, config = load("gemma3_text", 2)
     checkpoints.save(params, tmp_path / "divided")
     loaded = checkpoints.load(tmp_path / "divided")
-    with pytest.raises(ValueError, match=r"params have 14 layers.* expected 7"):
+    with pytest.raises(ValueError, match=r"expected 7 blocks.* got 14"):
         models.generate(loaded, [[1]], config, tokens=2)
     again = models.place_params(loaded, config, jax.devices()[2:])
     assert_same_bits(again, params)
