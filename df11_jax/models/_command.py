@@ -82,7 +82,7 @@ def run_generate(
     count = len(completion.tokens)
     speed = f", then {(count - 1) / (times[-1] - times[1]):.2f} a second" if count > 1 else ""
     before = "" if plain else f" (plain: {format_bytes(memory.plain_weights)})"
-    where = f"on each of {devices} devices " if devices > 1 else ""
+    where = f"on each of {devices} devices: " if devices > 1 else ""
     temporary = format_bytes(max(memory.prefill, memory.decode))
     for line in (
         f"\n{count} tokens, the first after {times[1] - times[0]:.2f} s{speed}",

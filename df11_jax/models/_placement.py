@@ -84,8 +84,8 @@ def _find(devices: Devices | None) -> list[jax.Device]:
         here = jax.local_devices()
         if not 1 < devices <= len(here):
             raise ValueError(
-                f"devices is {devices}, expected 1 to {len(here)}, which is how many there are "
-                f"here ({here[0].device_kind})"
+                f"devices is {devices}, expected from 1 to {len(here)}: there are as many here "
+                f"({here[0].device_kind})"
             )
         return here[:devices]
     if not devices or len(set(devices)) < len(devices):

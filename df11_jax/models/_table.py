@@ -43,15 +43,16 @@ def look_up(table: Table, tokens: Int[Array, "*batch"]) -> BFloat16[Array, "*bat
     if flat.size < groups:
         out = _in_pieces(lambda part: _decode_rows(table, part), flat, groups_in_piece(table))
     else:
-        out = scan_pieces(
-            table,
-            jnp.zeros((flat.size, dim), jnp.bfloat16),
-            lambda out, first, piece: jnp.where(
-                ((flat >= first) & (flat < first + len(piece)))[:, None],
-                piece[jnp.clip(flat - first, 0, len(piece) - 1)],
-                out,
-            ),
-        )
+
+        def choose(out: Array, first: Array, piece: Array) -> Array:
+            # As integers: XLA on a CPU chooses between float32 copies, which changes some NaNs.
+            rows = jax.lax.bitcast_convert_type(piece, jnp.uint16)
+            is_here = (flat >= first) & (flat < first + len(rows))
+            found = rows[jnp.clip(flat - first, 0, len(rows) - 1)]
+            return jnp.where(is_here[:, None], found, out)
+
+        bits = scan_pieces(table, jnp.zeros((flat.size, dim), jnp.uint16), choose)
+        out = jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
     return out.reshape(*tokens.shape, dim)
 
 
