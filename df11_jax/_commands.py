@@ -155,7 +155,7 @@ def doctor(as_json: bool) -> None:
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Number of devices, which share weights and cache evenly; all figures are of one of them.",
+    help="Number of devices that the model is divided over; all figures are of one of them.",
 )
 @_json
 def fit(

@@ -149,17 +149,18 @@ def fit(
         budget: memory of each device.
         batch: how many sequences.
         context: tokens of each; None for 8,192, or as many as the model allows.
-        devices: that share weights and cache evenly.
+        devices: that the model is divided over; of an unknown one, evenly.
 
     Raises:
-        ValueError: the model does not allow such a context, or a number is less than 1.
+        ValueError: the model does not allow such a context, or cannot be divided among as many
+            devices; or a number is less than 1.
     """
     config = model.config
     if context is None:
         context = min(8192, config.max_length) if config else 8192
     if config:
         _fit.check_sizes(config, batch, context, devices)
-    temporary = _fit.estimate_temporary(config, batch, context) if config else None
+    temporary = _fit.estimate_temporary(config, batch, context, devices=devices) if config else None
     needs = [
         _need(model, budget, batch, context, devices, compressed) for compressed in (False, True)
     ]
@@ -169,18 +170,15 @@ def fit(
 def _need(
     model: Model, budget: Budget, batch: int, context: int, devices: int, compressed: bool
 ) -> Need:
-    config, w = model.config, model.weights
-    least, expected, most = (
-        -(-nbytes // devices)
-        for nbytes in ((w.least, w.compressed, w.most) if compressed else (w.plain,) * 3)
-    )
+    config, w = model.config, _share_weights(model, devices)
+    least, expected, most = (w.least, w.compressed, w.most) if compressed else (w.plain,) * 3
 
     def beside(batch: int, context: int) -> tuple[int, int]:
         """Cache and temporary memory."""
         if config is None:
             return 0, 0
-        cache = -(-_fit.cache_nbytes(config, batch, context) // devices)
-        return cache, _fit.estimate_temporary(config, batch, context).nbytes
+        cache = _fit.cache_nbytes(config, batch, context, devices)
+        return cache, _fit.estimate_temporary(config, batch, context, devices=devices).nbytes
 
     def fits(batch: int, context: int) -> bool:
         return expected + sum(beside(batch, context)) <= budget.usable
@@ -200,6 +198,12 @@ def _need(
         longest_context=_fit.longest_context(config, lambda n: fits(batch, n)) if config else None,
         largest_batch=_fit.largest_batch(lambda n: fits(n, context)) if config else None,
     )
+
+
+def _share_weights(model: Model, devices: int) -> _fit.WeightBytes:
+    if model.config is None:
+        return _fit.WeightBytes(*(-(-nbytes // devices) for nbytes in model.weights))
+    return _fit.share_weights(model.config, model.weights, devices)
 
 
 def read_model(path: Path) -> Model:

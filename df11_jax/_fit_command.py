@@ -76,10 +76,12 @@ def _print(answer: _fit.Fit) -> None:
             f"Only weights are known, and nothing of cache and activations: {model.reason}"
         )
     if answer.devices > 1:
-        notes.append(
-            f"For each of {answer.devices} devices that share weights and cache evenly, whether by "
-            "layers or within them. Blocks, the head and activations are not taken to be shared."
+        divided = (
+            "divided within its layers, as `df11-jax generate --devices` does it"
+            if model.config
+            else "divided evenly"
         )
+        notes.append(f"For each of {answer.devices} devices, with the model {divided}.")
     for note in notes:
         console.print(f"- {note}", soft_wrap=True, style="dim")
 

@@ -13,6 +13,7 @@ from df11_jax._compress import MIN_SIZE
 from df11_jax.models import _attention, _cache, _decoder, _generate, _table
 from df11_jax.models._config import Config
 from df11_jax.models._memory import Memory
+from df11_jax.models._shares import share_of, table_shape
 
 # Of the coded exponents, per weight; the rest of a compressed tensor follows from its shape.
 # Normally distributed weights take the least, the matrices of trained models what is expected, and
@@ -75,23 +76,23 @@ def estimate_memory(
         batch: how many sequences.
         context: how many tokens of each there are in the cache, read or generated.
         compress: False for plain weights.
-        devices: how many share weights and cache evenly. The estimate is for one of them, which
-            decompresses and computes as much at a time as if it were alone.
+        devices: how many the model is divided over.
 
     Returns:
         Bytes on each device.
 
     Raises:
-        ValueError: the context is longer than the model allows, or a number is less than 1.
+        ValueError: the context is longer than the model allows, a number is less than 1, or the
+            model cannot be divided among the devices.
     """
     check_sizes(config, batch, context, devices)
-    weights = estimate_weights(config)
+    weights = estimate_weights(config, devices)
     return Memory(
-        weights=-(-(weights.compressed if compress else weights.plain) // devices),
-        plain_weights=-(-weights.plain // devices),
-        cache=-(-cache_nbytes(config, batch, context) // devices),
-        prefill=estimate_temporary(config, batch, context).nbytes,
-        decode=estimate_temporary(config, batch, context, prompt=1).nbytes,
+        weights=weights.compressed if compress else weights.plain,
+        plain_weights=weights.plain,
+        cache=cache_nbytes(config, batch, context, devices),
+        prefill=estimate_temporary(config, batch, context, devices=devices).nbytes,
+        decode=estimate_temporary(config, batch, context, prompt=1, devices=devices).nbytes,
     )
 
 
@@ -104,12 +105,13 @@ def check_sizes(config: Config, batch: int, context: int, devices: int = 1) -> N
         raise ValueError(
             f"context is {context}, but the model was made for {config.max_length} positions"
         )
+    share_of(config, devices)
 
 
 @functools.lru_cache(maxsize=8)
-def estimate_weights(config: Config) -> WeightBytes:
-    """What the parameters that `load_params` returns take."""
-    block, table = _block_shapes(config), _table.table_shape(config.vocab, config.dim)
+def estimate_weights(config: Config, devices: int = 1) -> WeightBytes:
+    """What the parameters that `load_params` returns take on each device."""
+    block, table = _block_shapes(share_of(config, devices)), _table_share(config, devices)
     shapes = [(config.layers, *shape) for shape in block]
     shapes += [(config.dim,), table] if config.tied else [(config.dim,), table, table]
     return sum_weights(_leaf_bytes(shape, shape[:1]) for shape in shapes)
@@ -138,14 +140,20 @@ def count_parameters(config: Config) -> int:
     return config.layers * sum(map(math.prod, _block_shapes(config))) + config.dim + tables
 
 
-def cache_nbytes(config: Config, batch: int, context: int) -> int:
-    """Bytes of keys, values and positions."""
-    cache = jax.tree.leaves(_init_cache(config, batch, context))
+def share_weights(config: Config, weights: WeightBytes, devices: int) -> WeightBytes:
+    """What known weights of a decoder take on each device, as estimated ones would."""
+    share, whole = estimate_weights(config, devices).plain, estimate_weights(config).plain
+    return WeightBytes(*(-(-nbytes * share // whole) for nbytes in weights))
+
+
+def cache_nbytes(config: Config, batch: int, context: int, devices: int = 1) -> int:
+    """Bytes of keys, values and positions on each device."""
+    cache = jax.tree.leaves(_init_cache(share_of(config, devices), batch, context))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in cache)
 
 
 def estimate_temporary(
-    config: Config, batch: int, context: int, prompt: int | None = None
+    config: Config, batch: int, context: int, prompt: int | None = None, devices: int = 1
 ) -> Temporary:
     """What a program takes beside weights and cache, as XLA plans it for a GPU.
 
@@ -154,8 +162,9 @@ def estimate_temporary(
         batch: how many sequences.
         context: how many tokens the cache has room for.
         prompt: how many are read at once, at most; None for as many as `prefill` does.
+        devices: how many the model is divided over.
     """
-    c, width = config, np.dtype(config.dtype).itemsize
+    c, width = share_of(config, devices), np.dtype(config.dtype).itemsize
     slots = _generate.cache_length(context, 1)
     rows = min(slots if prompt is None else prompt, max(1, _generate.PIECE_TOKENS // batch))
     tokens = batch * rows
@@ -183,7 +192,7 @@ def estimate_temporary(
     )
     in_head = Temporary(
         block=0,
-        head=2 * _table.ROWS * c.dim * _head_groups(c),
+        head=2 * _table.ROWS * c.dim * _head_groups(config, devices),
         cache_copy=0,
         activations=width * tokens * c.dim + 2 * 4 * batch * c.vocab,
     )
@@ -239,8 +248,13 @@ def _block_shapes(config: Config) -> tuple[tuple[int, ...], ...]:
     return tuple(leaf.shape for leaf in jax.tree.leaves(_decoder.block_shapes(config)))
 
 
-def _head_groups(config: Config) -> int:
-    table = jax.ShapeDtypeStruct(_table.table_shape(config.vocab, config.dim), config.dtype)
+def _table_share(config: Config, devices: int) -> tuple[int, int, int]:
+    groups, rows, dim = table_shape(config, devices)
+    return groups // devices, rows, dim
+
+
+def _head_groups(config: Config, devices: int) -> int:
+    table = jax.ShapeDtypeStruct(_table_share(config, devices), config.dtype)
     return _table.groups_in_piece(table)  # type: ignore[arg-type]  # its shape is enough
 
 

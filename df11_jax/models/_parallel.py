@@ -22,12 +22,28 @@ def find_mesh(params: Params) -> Mesh | None:
 
     Args:
         params: arrays or their shapes.
+
+    Raises:
+        ValueError: they were divided for several devices, and are not on as many.
     """
     sharding = getattr(jax.tree.leaves(params["embed_tokens"])[0], "sharding", None)
+    mesh: Mesh | None = None
     if isinstance(sharding, NamedSharding) and sharding.spec[:1] == (AXIS,):
         assert isinstance(sharding.mesh, Mesh)
-        return sharding.mesh
-    return None
+        mesh = sharding.mesh
+    count, parts = mesh.size if mesh else 1, _count_parts(params)
+    if parts != count:
+        raise ValueError(
+            f"params are divided for {parts} devices, but on {count}: see models.place_params"
+        )
+    return mesh
+
+
+def _count_parts(params: Params) -> int:
+    """Among how many devices parameters are divided, wherever they are."""
+    block = params["layers"]
+    layers = block["input_layernorm"]["scale"].shape[0]
+    return block["mlp"]["down_proj"]["kernel"].shape[0] // layers if layers else 1
 
 
 def on_each_device(

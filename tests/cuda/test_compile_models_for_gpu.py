@@ -51,6 +51,21 @@ def test_decoder_is_called_for_embedding_and_block_and_head(pairs):
         assert plain["calls"] == []
 
 
+def test_devices_exchange_activations_and_no_weights(pairs):
+    for pair in pairs:
+        for program in pair:
+            if program["devices"] == 1:
+                assert program["moved"] == []
+            else:
+                # Sums after attention and MLP, embeddings, and logits.
+                dim = 8192 if program["model"] == "Llama-3.1-70B" else 4096
+                vocab = -(-128_256 // (128 * program["devices"])) * 128 * program["devices"]
+                batch = program["batch"]
+                logits = f"{batch},{vocab}" if batch > 1 else str(vocab)
+                sums = [f"f32[{batch},1,{dim}]", f"u32[{batch},1,{dim}]"]
+                assert program["moved"] == sorted([f"f32[{logits}]", *sums])
+
+
 def test_matrix_products_are_the_same_as_with_plain_weights(pairs):
     for compressed, plain in pairs:
         assert compressed["products"] == plain["products"]

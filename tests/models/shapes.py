@@ -22,11 +22,13 @@ def block_nbytes(config: Config) -> int:
 
 def cache_copies(program: jax.stages.Compiled) -> list[str]:
     """The whole caches that a program copies, but for the zeros that they begin with."""
-    copies = re.findall(r"= u16\[(\d+),(\d+,\d+,\d+,\d+)\]\S* copy\((%[\w.\-]+)", program.as_text())
+    text = program.as_text()
+    copies = re.findall(r"= u16\[(\d+),(\d+,\d+,\d+,\d+)\]\S* copy\((%[\w.\-]+)", text)
+    zeros = set(re.findall(r"(%[\w.\-]+) = \S+ broadcast\(", text))
     return [
         f"{layers},{rest}"
         for layers, rest, operand in copies
-        if layers != "1" and "broadcast" not in operand
+        if layers != "1" and "broadcast" not in operand and operand not in zeros
     ]
 
 

@@ -146,14 +146,43 @@ def test_totals_are_those_of_xlas_plans_or_little_more(name, batch, context, meg
     assert plan <= memory.peak <= 1.02 * plan
 
 
-def test_devices_share_weights_and_cache():
-    config = models.read_config(KNOWN["Llama-3.1-70B"])
-    one = models.estimate_memory(config, batch=4, context=4096)
-    each = models.estimate_memory(config, batch=4, context=4096, devices=8)
-    assert each.weights == -(-one.weights // 8)
-    assert each.plain_weights == -(-one.plain_weights // 8)
-    assert each.cache == -(-one.cache // 8)
-    assert each.prefill == one.prefill
+# The same for each of several H100s.
+PLANS_OF_SEVERAL = [
+    ("Llama-3.1-70B", 2, 1, 2048, 910),
+    ("Llama-3.1-70B", 4, 1, 2048, 514),
+    ("Llama-3.1-70B", 8, 1, 2048, 321),
+    ("Llama-3.1-70B", 2, 8, 8000, 1022),
+    ("Llama-3.1-8B", 8, 8, 8000, 201),
+    ("gemma-3-27b", 2, 1, 8000, 542),
+    ("gemma-3-27b", 4, 8, 8000, 389),
+    ("Qwen3-14B", 4, 8, 2048, 282),
+    ("Qwen2.5-7B", 2, 1, 2048, 322),
+]
+
+
+@pytest.mark.parametrize(("name", "devices", "batch", "context", "megabytes"), PLANS_OF_SEVERAL)
+def test_totals_of_several_devices_are_those_of_xlas_plans(
+    name, devices, batch, context, megabytes
+):
+    config = models.read_config(KNOWN[name])
+    memory = models.estimate_memory(config, batch=batch, context=context, devices=devices)
+    plan = memory.weights + memory.cache + 1e6 * megabytes
+    assert plan <= memory.peak <= 1.02 * plan
+
+
+@pytest.mark.parametrize(("name", "devices"), [("Llama-3.1-70B", 8), ("gemma-3-27b", 4)])
+def test_weights_and_cache_of_each_device_are_those_of_the_shapes(name, devices):
+    config = models.read_config(KNOWN[name])
+    whole = models.estimate_memory(config, batch=4, context=4096)
+    each = models.estimate_memory(config, batch=4, context=4096, devices=devices)
+    # Norms and positions are on all devices.
+    for field in ("weights", "plain_weights", "cache"):
+        assert (
+            getattr(whole, field) < devices * getattr(each, field) < 1.002 * getattr(whole, field)
+        )
+    weights = _fit.estimate_weights(config)
+    assert _fit.share_weights(config, weights, devices).plain == each.plain_weights
+    assert _fit.share_weights(config, weights, 1) == weights
 
 
 @pytest.mark.parametrize("compress", [True, False])
@@ -182,6 +211,7 @@ def test_largest_that_fits():
         ({"batch": 0}, "batch is 0, expected at least 1"),
         ({"context": 0}, "context is 0"),
         ({"devices": 0}, "devices is 0"),
+        ({"devices": 3}, "8 key-value heads .* among 3 devices: expected 1 or 2 or 4 or 8"),
         ({"context": 131_073}, "made for 131072 positions"),
     ],
 )

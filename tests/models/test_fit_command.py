@@ -101,7 +101,11 @@ def test_devices(tmp_path):
     each = ask(path, "--memory", "80GiB", "--devices", 2)
     assert each["devices"] == 2
     assert not each["plain"]["fits"] and each["compressed"]["fits"]
-    assert each["plain"]["weights"] == 70_553_706_496
+    # Half of them, and all norms.
+    norms = 2 * (2 * 80 + 1) * 8192
+    assert each["plain"]["weights"] == (2 * 70_553_706_496 + norms) // 2
+    output = run(path, "--memory", "80GiB", "--devices", 3, status=WRONG)
+    assert "cannot be divided among 3 devices: expected 1 or 2 or 4 or 8" in output
 
 
 def test_fraction_of_the_memory(llama, monkeypatch):
