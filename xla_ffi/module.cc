@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <stdexcept>
@@ -132,12 +133,20 @@ void for_each_chunk(const View& view, size_t stack, const WordsIn& codebook,
                              exponents_words,
                              sign_mantissa.data() + i * view.sign_mantissa_words()};
     const int64_t batches = (view.chunks() + kEncodeBatch - 1) / kEncodeBatch;
-    parallel_for(batches, slice_threads, [&](int64_t batch) {
+    std::atomic<int64_t> next{0};
+    // Each thread builds the slice's table once.
+    parallel_for(std::min<int64_t>(slice_threads, batches), slice_threads, [&](int64_t) {
       const auto decoder = std::make_unique<ChunkDecoder>(best_simd());
-      const int64_t begin = batch * kEncodeBatch;
-      if (!decoder->set_slice(slice)) return body(nullptr, i, begin);
-      const int64_t end = std::min(begin + kEncodeBatch, view.chunks());
-      for (int64_t c = begin; c < end; ++c) body(decoder.get(), i, c);
+      const bool usable = decoder->set_slice(slice);
+      for (int64_t batch; (batch = next.fetch_add(1)) < batches;) {
+        const int64_t begin = batch * kEncodeBatch;
+        if (!usable) {
+          body(nullptr, i, begin);
+          continue;
+        }
+        const int64_t end = std::min(begin + kEncodeBatch, view.chunks());
+        for (int64_t c = begin; c < end; ++c) body(decoder.get(), i, c);
+      }
       ChunkDecoder::finish();
     });
   });

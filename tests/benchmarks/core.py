@@ -11,6 +11,7 @@ Each prints what it measured; nothing is asserted here.
 
 import functools
 import importlib.resources
+import itertools
 import os
 import platform
 import statistics
@@ -22,6 +23,18 @@ import click
 
 MEGA = 2**20
 NORMAL_WEIGHTS = 64 * MEGA
+
+# What glibc does with the memory of large arrays. By default it depends on their sizes, so that
+# different data would measure different things: the first touch of new memory can take longer
+# than encoding or decoding what goes there.
+MALLOC = {
+    "new": {"MALLOC_MMAP_THRESHOLD_": str(MEGA)},
+    "reused": {
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**40),
+        "MALLOC_ARENA_MAX": "1",
+    },
+}
 
 
 @click.group()
@@ -46,21 +59,26 @@ def sizes() -> None:
 @commands.command()
 @click.option("--repeats", default=5, show_default=True)
 def speed(repeats: int) -> None:
-    """Bytes of bf16 per second on one and two threads, beside ZipNN on one."""
+    """Bytes of bf16 per second on one and two threads, beside ZipNN on one.
+
+    Both in memory that is new to the process for each array, and in memory reused.
+    """
     print(f"{platform.machine()}, {_processor()}")
-    for data in ("normal", "minilm"):
-        for cores in (1, 2):
-            # A process may not change the number of XLA's threads once it has begun.
-            subprocess.run(
-                [sys.executable, __file__, "speed-of", data, str(cores), str(repeats)], check=True
-            )
+    for memory, data, cores in itertools.product(MALLOC, ("normal", "minilm"), (1, 2)):
+        # A process may not change the number of XLA's threads, nor malloc, once it has begun.
+        subprocess.run(
+            [sys.executable, __file__, "speed-of", data, str(cores), str(repeats), memory],
+            env=os.environ | MALLOC[memory],
+            check=True,
+        )
 
 
 @commands.command(hidden=True)
 @click.argument("data")
 @click.argument("cores", type=int)
 @click.argument("repeats", type=int)
-def speed_of(data: str, cores: int, repeats: int) -> None:
+@click.argument("memory")
+def speed_of(data: str, cores: int, repeats: int, memory: str) -> None:
     """One process of `speed`."""
     available = sorted(os.sched_getaffinity(0))
     if len(available) < cores:
@@ -126,7 +144,10 @@ def speed_of(data: str, cores: int, repeats: int) -> None:
             zipnn_bits = 16 * len(packed) / len(raw)
     # The first round compiles, and touches memory for the first time.
     best = {name: max(rates[1:]) for name, rates in timings.items()}
-    print(f"\n{data}, {weights.size / MEGA:.1f} M weights, {cores} thread(s), best of {repeats}")
+    print(
+        f"\n{data}, {weights.size / MEGA:.1f} M weights, {cores} thread(s), {memory} memory, "
+        f"best of {repeats}"
+    )
     for name, rate in best.items():
         middle = statistics.median(timings[name][1:])
         print(f"  {name:24} {rate / 1e9:6.2f} GB/s  (median {middle / 1e9:.2f})")

@@ -64,6 +64,18 @@ struct Arrays {
     for (int64_t c = 0; c < view.chunks(); ++c) ok &= decoder->decode(c, out.data());
     return ok;
   }
+
+  // The first element, in the order of chunks, that is not as in `weights`; or -1.
+  int64_t find_difference(Simd simd, const std::vector<uint16_t>& weights) const {
+    const auto decoder = std::make_unique<ChunkDecoder>(simd);
+    decoder->set_slice({view, codebook.get(), chunk_offsets.get(), exponents.get(),
+                        static_cast<int64_t>(words[2]), sign_mantissa.get()});
+    for (int64_t c = 0; c < view.chunks(); ++c) {
+      const int64_t at = decoder->find_difference(c, weights.data());
+      if (at >= 0) return at;
+    }
+    return -1;
+  }
 };
 
 void round_trip(const std::vector<int64_t>& dims, const Source& source) {
@@ -103,6 +115,71 @@ void fuzz(const std::vector<int64_t>& dims, const Source& source, int tries) {
               static_cast<long long>(view.rows), static_cast<long long>(view.cols), caught, tries);
 }
 
+// Every instruction set's loops give what the portable ones do.
+void check_encoder_loops(const Source& source) {
+  const int count = kTileRows * kTileCols / 2;
+  std::vector<uint16_t> weights(2 * count);
+  for (uint16_t& weight : weights) weight = source(&weight - weights.data());
+  const int64_t dims[] = {kTileRows, kTileCols};
+  const View view = make_view(dims, 2);
+  const CodeTable codes(choose_codebook(count_pairs(weights.data(), view, 1)));
+
+  struct Result {
+    std::vector<uint32_t> sign_mantissa, acc = std::vector<uint32_t>(kHalfStepPairs);
+    std::vector<uint16_t> entries;
+    std::vector<uint64_t> groups;
+    std::vector<uint8_t> stream;
+    std::array<int, kLanes> bits;
+    std::vector<bool> uncoded;
+  };
+  const auto run = [&](EncoderLoops loops) {
+    Result result;
+    result.sign_mantissa.resize(count / 2);
+    result.groups.resize(count / kGroupPairs);
+    result.stream.resize(count * kMaxCodeBits / 8 + 8);
+    const auto pairs = std::make_unique<HalfStep>();
+    for (int i = 0; i < 2 * kSteps; ++i) {
+      load_half_step(weights.data(), view, locate_chunk(view, 0), i, 0, pairs->row,
+                     pairs->next_row);
+      loops.split_pairs(*pairs, result.sign_mantissa.data() + i * kHalfStepPairs / 2);
+      result.uncoded.push_back(loops.look_up_codes(pairs->index, codes, pairs->entries));
+      result.entries.insert(result.entries.end(), pairs->entries, pairs->entries + kHalfStepPairs);
+      loops.fold_pairs(*pairs, result.acc.data());
+      loops.join_codes(pairs->entries, result.groups.data() + i * kHalfStepPairs / kGroupPairs);
+    }
+    loops.write_streams(result.groups.data(), 2 * kSteps, 0, result.stream.data(), result.bits);
+    return result;
+  };
+  const Result expected = run(encoder_loops(Simd::kPortable));
+  for (int simd = 1; simd <= static_cast<int>(best_simd()); ++simd) {
+    const Result result = run(encoder_loops(static_cast<Simd>(simd)));
+    check(result.sign_mantissa == expected.sign_mantissa && result.acc == expected.acc &&
+              result.entries == expected.entries && result.groups == expected.groups &&
+              result.stream == expected.stream && result.bits == expected.bits &&
+              result.uncoded == expected.uncoded,
+          "loops of an instruction set", view);
+  }
+}
+
+// What is wrong in the final arrays is found, wherever it is.
+void check_verification(const std::vector<int64_t>& dims) {
+  const View view = make_view(dims.data(), static_cast<int>(dims.size()));
+  std::vector<uint16_t> weights(view.size);
+  for (int64_t i = 0; i < view.size; ++i) weights[i] = normal_weight(i);
+  const Arrays arrays(view, encode_slice(weights.data(), view, 1));
+  for (int simd = 0; simd <= static_cast<int>(best_simd()); ++simd) {
+    check(arrays.find_difference(static_cast<Simd>(simd), weights) == -1, "verification", view);
+    for (int attempt = 0; attempt < 20; ++attempt) {
+      // As if another weight had been encoded: nothing but the comparison can see that.
+      const int64_t at = random_bits() % view.size;
+      const uint16_t bit = static_cast<uint16_t>(1u << random_bits() % 16);
+      weights[at] ^= bit;
+      check(arrays.find_difference(static_cast<Simd>(simd), weights) == at, "verification", view);
+      weights[at] ^= bit;
+    }
+  }
+}
+
 // An exception in any thread reaches the caller, who may be Python.
 void check_exceptions() {
   for (int threads : {1, 4}) {
@@ -129,6 +206,7 @@ int run() {
   const auto rare = [&](int64_t i) { return i % 97 ? normal_weight(i) : noise(i); };
   const Source sources[] = {normal_weight, pattern, noise, constant, uneven, rare};
   for (const Source& source : sources) {
+    check_encoder_loops(source);
     for (int64_t n : {0,   1,   2,    7,    8,    9,    63,   64,   65,    127,
                       128, 129, 1023, 1024, 1025, 8191, 8192, 8193, 16385, 65536}) {
       round_trip({n}, source);
@@ -141,6 +219,8 @@ int run() {
   }
   round_trip({700, 1024}, normal_weight);   // more than one batch of chunks
   round_trip({2200, 1024}, normal_weight);  // written past the caches
+  for (int64_t rows : {1, 130, 256}) check_verification({rows, 72 * 8});
+  check_verification({100, 100});
   fuzz({130, 72}, normal_weight, 3000);
   fuzz({16, 64}, normal_weight, 3000);
   fuzz({1000}, rare, 3000);
