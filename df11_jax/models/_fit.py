@@ -148,8 +148,9 @@ def share_weights(config: Config, weights: WeightBytes, devices: int) -> WeightB
 
 def cache_nbytes(config: Config, batch: int, context: int, devices: int = 1) -> int:
     """Bytes of keys, values and positions on each device."""
-    cache = jax.tree.leaves(_init_cache(share_of(config, devices), batch, context))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in cache)
+    share, slots = share_of(config, devices), _generate.cache_length(context, 1)
+    cache = jax.eval_shape(functools.partial(_cache.init_cache, share, batch, slots))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
 
 def estimate_temporary(
@@ -256,8 +257,3 @@ def _table_share(config: Config, devices: int) -> tuple[int, int, int]:
 def _head_groups(config: Config, devices: int) -> int:
     table = jax.ShapeDtypeStruct(_table_share(config, devices), config.dtype)
     return _table.groups_in_piece(table)  # type: ignore[arg-type]  # its shape is enough
-
-
-def _init_cache(config: Config, batch: int, context: int) -> _cache.Cache:
-    slots = _generate.cache_length(context, 1)
-    return jax.eval_shape(functools.partial(_cache.init_cache, config, batch, slots))
