@@ -37,6 +37,8 @@ class CodeTable {
       by_first_[first] = shorter(by_first_[first], symbol);
       by_second_[second] = shorter(by_second_[second], symbol);
       any_ = shorter(any_, symbol);
+      // Padding has to be finite, and cheap.
+      if (first == second && first != 255) pad_ = shorter(pad_, symbol);
     }
   }
 
@@ -50,8 +52,10 @@ class CodeTable {
   uint8_t first_exponent(int symbol) const { return book_.exponents[symbol / kCodedExponents]; }
   uint8_t second_exponent(int symbol) const { return book_.exponents[symbol % kCodedExponents]; }
 
-  // A weight that is cheap to store.
-  uint16_t pad() const { return static_cast<uint16_t>(first_exponent(any_) << 7); }
+  // A finite weight, positive and without mantissa, that is cheap to store.
+  uint16_t pad() const {
+    return static_cast<uint16_t>(pad_ < 0 ? 0 : first_exponent(pad_) << 7);
+  }
 
   // The symbol that stands in the stream for a pair without a code: the shortest that is right in
   // one of its weights, so that only the other must be patched.
@@ -73,7 +77,7 @@ class CodeTable {
   alignas(64) std::array<uint16_t, kSymbols> by_symbol_;
   alignas(64) std::array<uint8_t, 256> numbers_;
   std::array<int16_t, 256> by_first_, by_second_;
-  int any_ = -1;
+  int any_ = -1, pad_ = -1;
 };
 
 // Looks up a half-step's pairs, each given by its exponents: index[i] = first << 8 | second.

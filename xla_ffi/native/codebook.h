@@ -13,6 +13,15 @@
 
 namespace df11::native {
 
+// FNV-1a of the codebook's bytes, by which slices with equal codebooks know each other.
+inline uint64_t codebook_id(const uint32_t* words) {
+  uint64_t id = 0xcbf29ce484222325u;
+  for (int i = 0; i < 4 * kCodebookWords; ++i) {
+    id = (id ^ (words[i / 4] >> (8 * (i % 4)) & 255)) * 0x100000001b3u;
+  }
+  return id;
+}
+
 struct Codebook {
   std::array<uint8_t, kCodedExponents> exponents{};
   std::array<uint8_t, kSymbols> lengths{};
@@ -35,9 +44,9 @@ struct Codebook {
   }
 };
 
-// Lengths of an optimal prefix code of at most kMaxCodeBits bits for the symbols with
+// Lengths of an optimal prefix code of at most `most_bits` bits for the symbols with
 // a count (at least two): package-merge, Larmore and Hirschberg 1990.
-inline void limited_lengths(const std::array<uint64_t, kSymbols>& counts,
+inline void limited_lengths(const std::array<uint64_t, kSymbols>& counts, int most_bits,
                             std::array<uint8_t, kSymbols>& lengths) {
   struct Package {
     uint64_t weight;
@@ -61,7 +70,7 @@ inline void limited_lengths(const std::array<uint64_t, kSymbols>& counts,
       merged.push_back(take_leaf ? leaf++ : level[package++]);
     }
   };
-  for (int bits = 1; bits < kMaxCodeBits; ++bits) {
+  for (int bits = 1; bits < most_bits; ++bits) {
     merge_leaves();
     level.clear();
     for (size_t i = 0; i + 1 < merged.size(); i += 2) {
@@ -85,8 +94,9 @@ inline void limited_lengths(const std::array<uint64_t, kSymbols>& counts,
   }
 }
 
-// The codebook for pairs counted as counts[exponent of row k << 8 | of row k + 1].
-inline Codebook choose_codebook(const std::vector<uint32_t>& counts) {
+// The codebook for pairs counted as counts[exponent of weight k << 8 | of weight k + 1], with codes
+// of at most `most_bits` bits.
+inline Codebook choose_codebook(const std::vector<uint32_t>& counts, int most_bits) {
   std::array<uint64_t, 256> exponent_counts{};
   uint64_t total = 0;
   for (int first = 0; first < 256; ++first) {
@@ -110,11 +120,11 @@ inline Codebook choose_codebook(const std::vector<uint32_t>& counts) {
   for (int i = 0; i < kCodedExponents; ++i) {
     if (exponent_counts[order[i]]) book.exponents[i] = static_cast<uint8_t>(order[i]);
     for (int j = 0; j < kCodedExponents; ++j) {
-      // A 12-bit code takes 2^-12 of the code space, which costs all other pairs
+      // A code of 12 bits takes 2^-12 of the code space, which costs all other pairs
       // 3.5e-4 bits; a patch costs about 30 bits. So a pair rarer than about 2^-17 is
-      // better patched.
+      // better patched; and sooner where codes are shorter.
       const uint64_t count = counts[order[i] << 8 | order[j]];
-      if (count > total >> 17) symbol_counts[kCodedExponents * i + j] = count;
+      if (count > total >> (most_bits + 5)) symbol_counts[kCodedExponents * i + j] = count;
       coded += symbol_counts[kCodedExponents * i + j] != 0;
     }
   }
@@ -125,7 +135,7 @@ inline Codebook choose_codebook(const std::vector<uint32_t>& counts) {
       ++coded;
     }
   }
-  limited_lengths(symbol_counts, book.lengths);
+  limited_lengths(symbol_counts, most_bits, book.lengths);
   return book;
 }
 

@@ -56,10 +56,13 @@ DF11_FOR_EACH_SIMD(void, fill_pairs_table, (const uint32_t* entries, PairsTable&
 // must follow several lanes to be busy.
 inline constexpr int kRowLanes = kLanes / 4;
 
+// From one lane of a grid row to the next, in the words of a half-step.
+inline constexpr int kRowStride = 4 * kLaneWords;
+
 // Pairs of a grid row's lanes, as many as a chunk has, with room for what a lane decodes past
 // its end: up to two pairs for each look-up that another lane needs.
 struct RowPairs {
-  uint16_t lane[kRowLanes][2 * 2 * kSteps * kLanePairs + 8];
+  uint16_t lane[kRowLanes][2 * 2 * kMaxSteps * kLanePairs + 8];
 };
 
 // Decodes `count` pairs, a multiple of 4, of each lane, from bit positions[lane] on.
@@ -104,7 +107,7 @@ DF11_INLINE void copy_row(const uint32_t* words, int half_steps, RowPairs& out) 
   for (int half_step = 0; half_step < half_steps; ++half_step) {
     for (int l = 0; l < kRowLanes; ++l) {
       std::memcpy(out.lane[l] + half_step * kLanePairs,
-                  words + half_step * kHalfStepPairs / 2 + l * kLanePairs / 2, 2 * kLanePairs);
+                  words + half_step * kHalfStepWords + l * kRowStride, 2 * kLanePairs);
     }
   }
 }
@@ -125,8 +128,8 @@ struct Vectors<16> {
   using HalfU32 = uint32_t __attribute__((vector_size(32)));
 };
 
-// Merges the exponents of one lane or two neighbouring ones (the vector's width tells) with
-// their sign and mantissa, folds the pairs into the checksum accumulators and writes them to
+// Merges the exponents of one lane or two neighbouring ones of a grid row (the vector's width
+// tells) with their sign and mantissa, folds the pairs into the checksum accumulators and writes them to
 // two rows of `out`. Vectors are not passed by value: that would depend on the target.
 template <int kWidth>
 DF11_INLINE void merge_pairs(const uint16_t* lane, const uint16_t* next_lane,
@@ -136,28 +139,37 @@ DF11_INLINE void merge_pairs(const uint16_t* lane, const uint16_t* next_lane,
   typename V::U16 exponents;
   typename V::HalfU32 words;
   typename V::U32 sums;
-  std::memcpy(&words, sign_mantissa, sizeof words);
   std::memcpy(&sums, acc, sizeof sums);
-  const typename V::HalfU32 rotated = words << 8 | words >> 24;
   typename V::U32 rest;
 #if __has_builtin(__builtin_shufflevector)
   if constexpr (kWidth == kLanePairs) {
     std::memcpy(&exponents, lane, sizeof exponents);
+    std::memcpy(&words, sign_mantissa, sizeof words);
+    const typename V::HalfU32 rotated = words << 8 | words >> 24;
     rest = __builtin_shufflevector(words, rotated, 0, 4, 1, 5, 2, 6, 3, 7);
   } else {
     Vectors<kLanePairs>::U16 first, second;
+    Vectors<kLanePairs>::HalfU32 first_words, second_words;
     std::memcpy(&first, lane, sizeof first);
     std::memcpy(&second, next_lane, sizeof second);
+    std::memcpy(&first_words, sign_mantissa, sizeof first_words);
+    std::memcpy(&second_words, sign_mantissa + kRowStride, sizeof second_words);
     exponents = __builtin_shufflevector(first, second, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,
                                         14, 15);
+    words = __builtin_shufflevector(first_words, second_words, 0, 1, 2, 3, 4, 5, 6, 7);
+    const typename V::HalfU32 rotated = words << 8 | words >> 24;
     rest = __builtin_shufflevector(words, rotated, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7,
                                    15);
   }
 #else  // Before GCC 12. Slower: the vectors are put together in memory.
   std::memcpy(&exponents, lane, 2 * kLanePairs);
+  std::memcpy(&words, sign_mantissa, 4 * kLaneWords);
   if constexpr (kWidth > kLanePairs) {
     std::memcpy(reinterpret_cast<char*>(&exponents) + 2 * kLanePairs, next_lane, 2 * kLanePairs);
+    std::memcpy(reinterpret_cast<char*>(&words) + 4 * kLaneWords, sign_mantissa + kRowStride,
+                4 * kLaneWords);
   }
+  const typename V::HalfU32 rotated = words << 8 | words >> 24;
   for (int i = 0; i < kWidth; ++i) rest[i] = i % 2 ? rotated[i / 2] : words[i / 2];
 #endif
   (void)next_lane;
@@ -205,13 +217,12 @@ DF11_INLINE bool decode_record(const uint32_t* record, int64_t words, const Chun
     if (words != kRecordHeaderWords + int64_t{(bits + 31) / 32} + patches) return false;
   }
 
-  constexpr int kRowWords = kTileCols / 2;  // of sign_mantissa, and of a raw chunk's exponents
   const int half_steps = 2 * chunk.steps;
   RowPairs exponents;
   uint32_t sum = checksum_chunk(index);
   for (int t = 0; t < 4; ++t) {
     if (raw) {
-      copy_row(record + kRawRecordHeaderWords + t * kRowWords, half_steps, exponents);
+      copy_row(record + kRawRecordHeaderWords + lane_word(t), half_steps, exponents);
     } else {
       look_up_row(reinterpret_cast<const uint8_t*>(record + kRecordHeaderWords), positions[t],
                   half_steps * kLanePairs, table, exponents);
@@ -219,16 +230,18 @@ DF11_INLINE bool decode_record(const uint32_t* record, int64_t words, const Chun
     prefetch(record + words + t * 192, 192);
     uint32_t acc[kTileCols] = {};
     for (int half_step = 0; half_step < half_steps; ++half_step) {
-      const int first_word = half_step * kHalfStepPairs / 2 + t * kRowWords;
-      const uint32_t* sign_mantissa = chunk_sign_mantissa + first_word;
-      prefetch(sign_mantissa + kSteps * kStepWords, kRowWords);
+      const uint32_t* words_of_half_step = chunk_sign_mantissa + half_step * kHalfStepWords;
+      const uint32_t* sign_mantissa = words_of_half_step + lane_word(t);
+      // A quarter of what the next chunk has there.
+      prefetch(words_of_half_step + half_steps * kHalfStepWords + t * kHalfStepWords / 4,
+               kHalfStepWords / 4);
       const int64_t row = half_step / 2 * kStepRows + 4 * t + half_step % 2 * 2;
       constexpr int kVectorLanes = kSimd == Simd::kAvx512 ? 2 : 1;
       for (int l = 0; l < kRowLanes; l += kVectorLanes) {
         const int col = l * kLanePairs, first_pair = half_step * kLanePairs;
         merge_pairs<kVectorLanes * kLanePairs>(
             exponents.lane[l] + first_pair, exponents.lane[l + kVectorLanes - 1] + first_pair,
-            sign_mantissa + col / 2, acc + col, tile + row * stride + col, stride);
+            sign_mantissa + l * kRowStride, acc + col, tile + row * stride + col, stride);
       }
     }
     for (int i = 0; i < kTileCols; ++i) sum += checksum_place(acc[i], t * kTileCols + i);

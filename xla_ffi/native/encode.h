@@ -21,8 +21,8 @@
 
 namespace df11::native {
 
-// Words to reserve for a chunk's record: 2.6 bits a weight, and a little more.
-inline constexpr int64_t kTypicalRecordWords = 700;
+// Words to reserve for a step of a record: 2.6 bits a weight, and a little more.
+inline constexpr int64_t kTypicalStepWords = 88;
 
 // Pairs whose codes are joined before they are written to a stream.
 inline constexpr int kGroupPairs = 4;
@@ -35,6 +35,9 @@ struct HalfStep {
   alignas(64) uint16_t entries[kHalfStepPairs];  // of CodeTable
 };
 
+// The first of a lane's grid places in a half-step.
+DF11_INLINE int grid_place(int lane) { return lane % 4 * kTileCols + lane / 4 * kLanePairs; }
+
 // Two neighbours in a row, as one word. The loops over them vectorize without shuffles.
 DF11_INLINE uint32_t load_two(const uint16_t* two) {
   uint32_t word;
@@ -45,11 +48,15 @@ DF11_INLINE uint32_t load_two(const uint16_t* two) {
 // Splits the pairs into what is stored as it is, and exponents.
 template <Simd>
 DF11_INLINE void split_pairs(HalfStep& half_step, uint32_t* __restrict sign_mantissa) {
-  for (int i = 0; i < kHalfStepPairs / 2; ++i) {
+  uint32_t words[kHalfStepWords];  // by grid places
+  for (int i = 0; i < kHalfStepWords; ++i) {
     const uint32_t row = load_two(half_step.row + 2 * i);
     const uint32_t next_row = load_two(half_step.next_row + 2 * i);
     const uint32_t a = (row & 0xffff) | next_row << 16, b = row >> 16 | (next_row & 0xffff0000);
-    sign_mantissa[i] = (a & kSignMantissa) | rotl(b & kSignMantissa, -8);
+    words[i] = (a & kSignMantissa) | rotl(b & kSignMantissa, -8);
+  }
+  for (int lane = 0; lane < kLanes; ++lane) {
+    std::memcpy(sign_mantissa + lane_word(lane), words + grid_place(lane) / 2, 4 * kLaneWords);
   }
   for (int i = 0; i < kHalfStepPairs; ++i) {
     half_step.index[i] = exponent_index(half_step.row[i], half_step.next_row[i]);
@@ -104,7 +111,7 @@ DF11_INLINE int64_t write_streams(const uint64_t* groups, int half_steps, int mi
   };
   int64_t written = 0;
   for (int lane = 0; lane < kLanes; ++lane) {
-    const uint64_t* group = groups + (lane % 4 * kTileCols + lane / 4 * kLanePairs) / kGroupPairs;
+    const uint64_t* group = groups + grid_place(lane) / kGroupPairs;
     for (int half_step = 0; half_step < half_steps; ++half_step) {
       static_assert(kLanePairs == 2 * kGroupPairs);
       const uint64_t codes = group[0] & kCodes, next_codes = group[1] & kCodes;
@@ -166,18 +173,20 @@ class ChunkEncoder {
   void encode(int64_t index, Words& records, uint32_t* sign_mantissa) {
     const Chunk chunk = locate_chunk(view_, index), next = locate_chunk(view_, index + 1);
     half_steps_ = 2 * chunk.steps;
+    extent_ = Extent(view_, chunk);
     sign_mantissa += chunk.sign_mantissa_word;
     patches_.clear();
+    padding_is_finite_ = true;
     std::fill_n(acc_, kHalfStepPairs, 0u);
     for (int i = 0; i < half_steps_; ++i) {
       const int ahead = i + kPrefetchHalfSteps;
       if (ahead < half_steps_) {
         prefetch_half_step(weights_, view_, chunk, ahead);
-      } else {
+      } else if (ahead < half_steps_ + 2 * next.steps) {
         prefetch_half_step(weights_, view_, next, ahead - half_steps_);
       }
       load_half_step(weights_, view_, chunk, i, codes_.pad(), pairs_.row, pairs_.next_row);
-      loops_.split_pairs(pairs_, sign_mantissa + i * kHalfStepPairs / 2);
+      loops_.split_pairs(pairs_, sign_mantissa + i * kHalfStepWords);
       const bool uncoded = loops_.look_up_codes(pairs_.index, codes_, pairs_.entries);
       if (uncoded) patch_uncoded(i);
       loops_.fold_pairs(pairs_, acc_);
@@ -193,8 +202,8 @@ class ChunkEncoder {
       total = loops_.write_streams(groups_, half_steps_, base, stream_.data(), bits);
     }
     const size_t stream_words = (total + 31) / 32;
-    if (kRecordHeaderWords + stream_words + patches_.size() >=
-        size_t(kRawRecordHeaderWords + chunk.steps * kStepWords)) {
+    if (!padding_is_finite_ || kRecordHeaderWords + stream_words + patches_.size() >=
+                                   size_t(kRawRecordHeaderWords + chunk.steps * kStepWords)) {
       append_raw(index, chunk, records);
       return;
     }
@@ -212,7 +221,7 @@ class ChunkEncoder {
   }
 
  private:
-  static constexpr int kPrefetchHalfSteps = kSteps;
+  static constexpr int kPrefetchHalfSteps = kMaxSteps;
   // All codes at their longest, and the eight bytes that the last store may write.
   static constexpr int kMaxStreamBytes = kTileRows * kTileCols / 2 * kMaxCodeBits / 8 + 8;
 
@@ -220,7 +229,11 @@ class ChunkEncoder {
   void patch_uncoded(int half_step) {
     const auto patch = [&](int row, int col, uint16_t& weight, uint8_t exponent) {
       if ((weight >> 7 & 255) == exponent) return;
-      patches_.push_back(static_cast<uint32_t>(row * kTileCols + col) << 16 | weight);
+      if (col < extent_.n_of(row)) {
+        patches_.push_back(static_cast<uint32_t>(row * kTileCols + col) << 16 | weight);
+      } else if (exponent == 255) {
+        padding_is_finite_ = false;
+      }
       weight = static_cast<uint16_t>((weight & kSignMantissa) | exponent << 7);
     };
     for (int i = 0; i < kHalfStepPairs; ++i) {
@@ -241,12 +254,13 @@ class ChunkEncoder {
       // Again, without the substitutes.
       load_half_step(weights_, view_, chunk, i, codes_.pad(), pairs_.row, pairs_.next_row);
       loops_.fold_pairs(pairs_, acc_);
-      uint32_t* words = records.extend(kHalfStepPairs / 2);
-      for (int k = 0; k < kHalfStepPairs / 2; ++k) {
+      uint32_t* words = records.extend(kHalfStepWords);
+      for (int k = 0; k < kHalfStepWords; ++k) {
         const auto bytes = [&](int at) {
           return (pairs_.row[at] >> 7 & 255u) | (pairs_.next_row[at] >> 7 & 255u) << 8;
         };
-        words[k] = bytes(2 * k) | bytes(2 * k + 1) << 16;
+        const int at = grid_place(k / kLaneWords) + k % kLaneWords * 2;
+        words[k] = bytes(at) | bytes(at + 1) << 16;
       }
     }
     records.data()[start] = checksum(index);
@@ -267,6 +281,8 @@ class ChunkEncoder {
   const CodeTable& codes_;
   const EncoderLoops loops_;
   int half_steps_ = 0;
+  Extent extent_{View(), Chunk()};
+  bool padding_is_finite_ = true;
   HalfStep pairs_;
   alignas(64) uint32_t acc_[kHalfStepPairs];
   alignas(64) uint64_t groups_[kTileRows * kTileCols / 2 / kGroupPairs];
@@ -274,16 +290,13 @@ class ChunkEncoder {
   std::vector<uint32_t> patches_;
 };
 
-// Encodes one slice of view.size weights. The caller provides kCodebookWords,
-// chunks() + 1 and sign_mantissa_words() words; the records come back.
-inline Words encode_slice(const uint16_t* weights, const View& view, int threads,
-                          uint32_t* codebook, uint32_t* chunk_offsets, uint32_t* sign_mantissa) {
-  const Codebook book = choose_codebook(count_pairs(weights, view, threads));
-  book.pack(codebook);
-  const CodeTable codes(book);
+// Encodes one slice of view.size weights. The caller provides chunks() + 1 and
+// sign_mantissa_words() words; the records come back.
+inline Words encode_slice(const uint16_t* weights, const View& view, const CodeTable& codes,
+                          int threads, uint32_t* chunk_offsets, uint32_t* sign_mantissa) {
   const int64_t chunks = view.chunks(), batches = (chunks + kEncodeBatch - 1) / kEncodeBatch;
   Words records;
-  records.reserve(chunks * kTypicalRecordWords);
+  records.reserve(chunks * kTypicalStepWords * view.steps);
   // Batches are encoded by any thread, but appended in order.
   std::atomic<int64_t> next{0};
   int64_t appended = 0;
@@ -328,7 +341,6 @@ inline Words encode_slice(const uint16_t* weights, const View& view, int threads
     throw std::length_error("the compressed exponents of one slice exceed 2^32 words");
   }
   chunk_offsets[chunks] = static_cast<uint32_t>(records.size());
-  while (records.size() % 4) records.push_back(0);
   return records;
 }
 

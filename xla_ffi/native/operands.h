@@ -74,7 +74,8 @@ inline bool set_batch_axes(TensorSlices& tensor, ffi::AnyBuffer::Dimensions out,
 }
 
 inline ffi::Error read_operands(ffi::RemainingArgs args, ffi::RemainingRets results,
-                                std::string_view names, std::vector<TensorSlices>& tensors) {
+                                std::string_view names, ffi::Span<const uint32_t> headers,
+                                std::vector<TensorSlices>& tensors) {
   if (args.size() != 1 + kArraysPerTensor * results.size()) {
     return ffi::Error::InvalidArgument(
         "df11_decode: expected an index and five arrays for each of " +
@@ -86,6 +87,9 @@ inline ffi::Error read_operands(ffi::RemainingArgs args, ffi::RemainingRets resu
     return ffi::Error::InvalidArgument("df11_decode: operand 0 (index) must be int32");
   }
   const size_t batch_rank = index->dimensions().size();
+  if (headers.size() != kHeaderWords * results.size()) {
+    return ffi::Error::InvalidArgument("df11_decode: expected a header for each result");
+  }
 
   for (size_t i = 0; i < results.size(); ++i) {
     const OperandError error{names, i};
@@ -100,8 +104,14 @@ inline ffi::Error read_operands(ffi::RemainingArgs args, ffi::RemainingRets resu
                    std::to_string(kMaxDims) + " more");
     }
     TensorSlices tensor;
-    tensor.view =
-        make_view(out_dims.begin() + batch_rank, static_cast<int>(out_dims.size() - batch_rank));
+    Layout layout;
+    if (!unpack_header(headers.begin() + kHeaderWords * i, layout) ||
+        out_dims.size() - batch_rank != static_cast<size_t>(layout.ndim) ||
+        !std::equal(out_dims.begin() + batch_rank, out_dims.end(), layout.dims)) {
+      return error("the header that is expected is not of the result " + describe(out_dims));
+    }
+    tensor.view = make_view(layout);
+    tensor.geometry = headers[kHeaderWords * i + kGeometryWord];
 
     static constexpr const char* kArrayNames[kArraysPerTensor] = {
         "header", "codebook", "chunk_offsets", "exponents", "sign_mantissa"};

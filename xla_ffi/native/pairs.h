@@ -25,44 +25,72 @@ DF11_INLINE int pair_row(int half_step, int t) {
 // Addresses past the end are harmless.
 DF11_INLINE void prefetch_half_step(const uint16_t* weights, const View& view, const Chunk& chunk,
                                     int half_step) {
+  const uint16_t* first = weights + chunk.element;
+  if (view.along_columns) {
+    // 32 k of each n are a cache line: an eighth of them with each of its half-steps.
+    constexpr int kColumns = kTileCols / 4;
+    const uint16_t* line = first + half_step / 4 * 2 * kStepRows;
+    for (int i = 0; i < kColumns; ++i) {
+      __builtin_prefetch(line + (half_step % 4 * kColumns + i) * view.k, 0, 2);
+    }
+    return;
+  }
   for (int t = 0; t < 4; ++t) {
-    const uint16_t* row = weights + (chunk.row + pair_row(half_step, t)) * view.cols + chunk.col;
-    for (const uint16_t* of : {row, row + view.cols}) {
+    const uint16_t* row = first + pair_row(half_step, t) * view.n;
+    for (const uint16_t* of : {row, row + view.n}) {
       for (int i = 0; i < kTileCols; i += 32) __builtin_prefetch(of + i, 0, 2);
       __builtin_prefetch(of + kTileCols - 1, 0, 2);  // numpy's arrays begin within a cache line
     }
   }
 }
 
-// Whether a tile's row of the view, and the next one, are free of padding.
-DF11_INLINE bool are_inside(const View& view, int64_t row, int64_t col) {
-  return col + kTileCols <= view.cols && (row + 1) * view.cols + col + kTileCols <= view.size;
-}
+// How many of a chunk's k and n are no padding; of a flat view's last k, only some n are.
+struct Extent {
+  int64_t k, n, last_n;
+
+  Extent(const View& view, const Chunk& chunk)
+      : k(std::min<int64_t>(view.k - chunk.k, chunk.steps * kStepRows)),
+        n(std::min<int64_t>(view.n - chunk.n, kTileCols)),
+        last_n(n) {
+    if (view.is_flat && chunk.k + k == view.k) last_n = view.size - (view.k - 1) * kTileCols;
+  }
+  DF11_INLINE int64_t n_of(int64_t row) const { return row < k - 1 ? n : row == k - 1 ? last_n : 0; }
+  DF11_INLINE bool is_whole(const Chunk& chunk) const {
+    return k == chunk.steps * kStepRows && n == kTileCols && last_n == kTileCols;
+  }
+};
 
 // The weights of a half-step's pairs, by grid places, with padding filled by `pad`.
 DF11_INLINE void load_half_step(const uint16_t* weights, const View& view, const Chunk& chunk,
                                 int half_step, uint16_t pad, uint16_t* __restrict rows,
                                 uint16_t* __restrict next_rows) {
-  const auto at = [&](int64_t row, int64_t col) {
-    const bool inside = col < view.cols && row * view.cols + col < view.size;
-    return inside ? weights[row * view.cols + col] : pad;
-  };
+  const Extent extent(view, chunk);
   for (int t = 0; t < 4; ++t, rows += kTileCols, next_rows += kTileCols) {
-    const int64_t row = chunk.row + pair_row(half_step, t);
-    if (are_inside(view, row, chunk.col)) {
-      const uint16_t* first = weights + row * view.cols + chunk.col;
+    const int row = pair_row(half_step, t);
+    const uint16_t* first = weights + chunk.element + row * view.stride_k();
+    const int64_t count = extent.n_of(row), next_count = extent.n_of(row + 1);
+    if (view.along_columns) {
+      for (int i = 0; i < next_count; ++i) {
+        uint32_t pair;
+        std::memcpy(&pair, first + i * view.k, 4);
+        rows[i] = static_cast<uint16_t>(pair);
+        next_rows[i] = static_cast<uint16_t>(pair >> 16);
+      }
+      for (int64_t i = next_count; i < count; ++i) rows[i] = first[i * view.k];
+    } else if (next_count == kTileCols) {
       std::memcpy(rows, first, 2 * kTileCols);
-      std::memcpy(next_rows, first + view.cols, 2 * kTileCols);
+      std::memcpy(next_rows, first + view.n, 2 * kTileCols);
       continue;
+    } else {
+      std::memcpy(rows, first, 2 * count);
+      std::memcpy(next_rows, first + view.n, 2 * next_count);
     }
-    for (int i = 0; i < kTileCols; ++i) {
-      rows[i] = at(row, chunk.col + i);
-      next_rows[i] = at(row + 1, chunk.col + i);
-    }
+    std::fill(rows + count, rows + kTileCols, pad);
+    std::fill(next_rows + next_count, next_rows + kTileCols, pad);
   }
 }
 
-// Counts pairs of exponents, leaving out row pairs at the edges, which may hold padding. Of a
+// Counts pairs of exponents, leaving out those with padding. Of a
 // large slice only a sample of about 2^20 pairs is counted: pairs that it misses are patched.
 // Chunks are picked by a hash, so that no regularity of the tensor can hide from it.
 inline std::vector<uint32_t> count_pairs(const uint16_t* weights, const View& view, int threads) {
@@ -80,24 +108,23 @@ inline std::vector<uint32_t> count_pairs(const uint16_t* weights, const View& vi
   parallel_for(tables.size(), threads, [&](int64_t slot) {
     std::vector<uint32_t>& counts = tables[slot];
     counts.assign(2 * 65536, 0);
-    uint16_t at[kTileCols];
+    uint16_t rows[kHalfStepPairs], next_rows[kHalfStepPairs], at[kHalfStepPairs];
     for (int64_t batch; (batch = next.fetch_add(1)) < batches;) {
       const int64_t end = std::min((batch + 1) * kEncodeBatch, size);
       for (int64_t i = batch * kEncodeBatch; i < end; ++i) {
         const Chunk chunk = locate_chunk(view, sample[i]);
         const Chunk following = locate_chunk(view, sample[std::min(i + 1, size - 1)]);
+        const Extent extent(view, chunk);
         for (int half_step = 0; half_step < 2 * chunk.steps; ++half_step) {
           prefetch_half_step(weights, view, following, half_step);
+          load_half_step(weights, view, chunk, half_step, 0, rows, next_rows);
+          for (int k = 0; k < kHalfStepPairs; ++k) at[k] = exponent_index(rows[k], next_rows[k]);
           for (int t = 0; t < 4; ++t) {
-            const int64_t row = chunk.row + pair_row(half_step, t);
-            if (!are_inside(view, row, chunk.col)) continue;
-            const uint16_t* first = weights + row * view.cols + chunk.col;
-            for (int k = 0; k < kTileCols; ++k) {
-              at[k] = exponent_index(first[k], first[view.cols + k]);
-            }
-            for (int k = 0; k < kTileCols; k += 2) {
-              ++counts[at[k]];
-              ++counts[65536 + at[k + 1]];
+            const uint16_t* indices = at + t * kTileCols;
+            const int64_t count = extent.n_of(pair_row(half_step, t) + 1);
+            for (int64_t k = 0; k + 1 < count; k += 2) {
+              ++counts[indices[k]];
+              ++counts[65536 + indices[k + 1]];
             }
           }
         }

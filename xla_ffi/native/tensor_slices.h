@@ -18,9 +18,11 @@ struct BatchAxis {
 };
 
 // The payload is a number of stacks of `stack` slices each; out[b] receives slice
-// clamp(index[...], 0, stack - 1) of the payload's stack for batch element b.
+// clamp(index[...], 0, stack - 1) of the payload's stack for batch element b. Where the index is
+// -1, nothing is read and nothing written.
 struct TensorSlices {
   View view;
+  uint32_t geometry = 0;  // word of the header that says how slices are cut
   int64_t stack = 1;
   int64_t batch = 1;            // product of the axes' sizes
   int64_t exponents_words = 0;  // of one slice, padding included
@@ -34,7 +36,7 @@ struct TensorSlices {
   int batch_axes = 0;
   BatchAxis axes[kMaxBatchAxes] = {};
 
-  // The slice of the payload that batch element b wants, counted over all stacks.
+  // The slice of the payload that batch element b wants, counted over all stacks; -1 for none.
   DF11_HD int64_t slice_of(int64_t b) const {
     int64_t payload = 0, at = 0;
     for (int i = batch_axes - 1; i >= 0; --i) {
@@ -43,10 +45,10 @@ struct TensorSlices {
       payload += along * axes[i].payload_stride;
       at += along * axes[i].index_stride;
     }
-    int64_t layer = index[at];
-    if (layer > stack - 1) layer = stack - 1;
-    if (layer < 0) layer = 0;
-    return payload * stack + layer;
+    const int64_t wanted = index[at];
+    if (wanted == -1) return -1;
+    const int64_t slice = wanted < 0 ? 0 : wanted > stack - 1 ? stack - 1 : wanted;
+    return payload * stack + slice;
   }
 };
 

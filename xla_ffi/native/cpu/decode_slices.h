@@ -18,14 +18,14 @@
 
 namespace df11::native {
 
-// A problem with a slice, or none if empty.
-inline std::string check_header(const uint32_t* header, const int64_t* dims, int ndim) {
+// A problem with a slice, or none if empty: its header is to be the expected one, but for the
+// codebook's id.
+inline std::string check_header(const uint32_t* header, const Header& expected) {
   if (header[0] != kFormatVersion) {
     return "has format version " + std::to_string(header[0]) + ", but this library reads version " +
            std::to_string(kFormatVersion);
   }
-  const auto expected = make_header(dims, ndim);
-  if (!std::equal(expected.begin(), expected.end(), header)) {
+  if (!std::equal(header, header + kCodebookIdWord, expected.begin())) {
     return "has a header that does not describe a slice of the expected shape";
   }
   return "";
@@ -65,6 +65,42 @@ DF11_INLINE bool equals_tile(const uint16_t* tile, int64_t rows, const uint16_t*
 DF11_FOR_EACH_SIMD(bool, equals_tile,
                    (const uint16_t* tile, int64_t rows, const uint16_t* weights, int64_t stride),
                    (tile, rows, weights, stride))
+
+// The transpose of a tile of `rows` rows, whose own rows are kTileRows apart.
+inline void transpose_tile(const uint16_t* tile, int64_t rows, uint16_t* out) {
+#ifdef __SSE2__
+  for (int64_t row = 0; row < rows; row += 8) {
+    for (int col = 0; col < kTileCols; col += 8) {
+      __m128i a[8], b[8];
+      for (int i = 0; i < 8; ++i) {
+        a[i] = _mm_load_si128(
+            reinterpret_cast<const __m128i*>(tile + (row + i) * kTileCols + col));
+      }
+      for (int i = 0; i < 4; ++i) {
+        b[2 * i] = _mm_unpacklo_epi16(a[2 * i], a[2 * i + 1]);
+        b[2 * i + 1] = _mm_unpackhi_epi16(a[2 * i], a[2 * i + 1]);
+      }
+      for (int i = 0; i < 2; ++i) {
+        for (int j = 0; j < 2; ++j) {
+          a[4 * i + 2 * j] = _mm_unpacklo_epi32(b[4 * i + j], b[4 * i + j + 2]);
+          a[4 * i + 2 * j + 1] = _mm_unpackhi_epi32(b[4 * i + j], b[4 * i + j + 2]);
+        }
+      }
+      for (int i = 0; i < 4; ++i) {
+        const auto to = [&](int n) {
+          return reinterpret_cast<__m128i*>(out + (col + n) * kTileRows + row);
+        };
+        _mm_store_si128(to(2 * i), _mm_unpacklo_epi64(a[i], a[i + 4]));
+        _mm_store_si128(to(2 * i + 1), _mm_unpackhi_epi64(a[i], a[i + 4]));
+      }
+    }
+  }
+#else
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int col = 0; col < kTileCols; ++col) out[col * kTileRows + row] = tile[row * kTileCols + col];
+  }
+#endif
+}
 
 // Decodes chunk after chunk of one slice after the other with one table.
 class ChunkDecoder {
@@ -109,22 +145,27 @@ class ChunkDecoder {
   bool decode(int64_t index, uint16_t* out) {
     const View& view = slice_.view;
     const Chunk chunk = locate_chunk(view, index);
-    const int64_t rows = chunk.steps * kStepRows;
-    const bool inside = is_inside(chunk);
-    uint16_t* place = out + chunk.row * view.cols + chunk.col;
-    // The columns of a view are a multiple of 8, so every row is aligned like the first.
+    const Extent extent(view, chunk);
+    const bool whole = extent.is_whole(chunk);
+    uint16_t* place = out + chunk.element;
+    // Rows of a view are a multiple of 8 weights, so each is aligned like the first.
     const bool stream =
         2 * view.size >= kStreamingBytes && reinterpret_cast<uintptr_t>(out) % 16 == 0;
-    if (inside && !stream) return decode_tile(index, chunk, place, view.cols);
-    if (!decode_tile(index, chunk, tile_, kTileCols)) return false;
-    if (inside) {
-      stream_tile(tile_, rows, place, view.cols);
-      return true;
+    if (whole && !stream && !view.along_columns) {
+      return decode_tile(index, chunk, place, view.n);
     }
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t count = valid_weights(chunk, row);
-      if (count <= 0) break;
-      std::memcpy(place + row * view.cols, tile_ + row * kTileCols, 2 * count);
+    if (!decode_tile(index, chunk, tile_, kTileCols)) return false;
+    if (view.along_columns) {
+      transpose_tile(tile_, chunk.steps * kStepRows, transposed_);
+      for (int64_t n = 0; n < extent.n; ++n) {
+        std::memcpy(place + n * view.k, transposed_ + n * kTileRows, 2 * extent.k);
+      }
+    } else if (whole) {
+      stream_tile(tile_, extent.k, place, view.n);
+    } else {
+      for (int64_t k = 0; k < extent.k; ++k) {
+        std::memcpy(place + k * view.n, tile_ + k * kTileCols, 2 * extent.n_of(k));
+      }
     }
     return true;
   }
@@ -133,32 +174,31 @@ class ChunkDecoder {
   int64_t find_difference(int64_t index, const uint16_t* weights) {
     const View& view = slice_.view;
     const Chunk chunk = locate_chunk(view, index), next = locate_chunk(view, index + 1);
-    if (!decode_tile(index, chunk, tile_, kTileCols)) return chunk.row * view.cols + chunk.col;
+    if (!decode_tile(index, chunk, tile_, kTileCols)) return chunk.element;
     for (int i = 0; i < 2 * next.steps; ++i) prefetch_half_step(weights, view, next, i);
-    const int64_t rows = chunk.steps * kStepRows;
-    const uint16_t* place = weights + chunk.row * view.cols + chunk.col;
-    if (is_inside(chunk) && equals_tile_(tile_, rows, place, view.cols)) return -1;
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t i = 0; i < valid_weights(chunk, row); ++i) {
-        const int64_t at = row * view.cols + i;
-        if (place[at] != tile_[row * kTileCols + i]) return place - weights + at;
-      }
+    const Extent extent(view, chunk);
+    const uint16_t* place = weights + chunk.element;
+    if (!view.along_columns && extent.is_whole(chunk) &&
+        equals_tile_(tile_, extent.k, place, view.n)) {
+      return -1;
+    }
+    const auto differ = [&](const uint16_t* decoded, int64_t at, int64_t count) -> int64_t {
+      const uint16_t* end = decoded + count;
+      const uint16_t* found = std::mismatch(decoded, end, place + at).first;
+      return found == end ? -1 : chunk.element + at + (found - decoded);
+    };
+    if (view.along_columns) transpose_tile(tile_, chunk.steps * kStepRows, transposed_);
+    for (int64_t i = 0; i < (view.along_columns ? extent.n : extent.k); ++i) {
+      const int64_t at =
+          view.along_columns
+              ? differ(transposed_ + i * kTileRows, i * view.k, extent.k)
+              : differ(tile_ + i * kTileCols, i * view.n, extent.n_of(i));
+      if (at >= 0) return at;
     }
     return -1;
   }
 
  private:
-  // Whether a chunk is free of padding.
-  bool is_inside(const Chunk& chunk) const {
-    return are_inside(slice_.view, chunk.row + chunk.steps * kStepRows - 2, chunk.col);
-  }
-
-  // Weights in a row of the tile that are not padding; not positive if there are none.
-  int64_t valid_weights(const Chunk& chunk, int64_t row) const {
-    const View& view = slice_.view;
-    const int64_t at = (chunk.row + row) * view.cols + chunk.col;
-    return std::min({int64_t{kTileCols}, view.cols - chunk.col, view.size - at});
-  }
 
   decltype(&fill_pairs_table_portable) fill_pairs_table_;
   decltype(&decode_record_portable) decode_record_;
@@ -167,6 +207,7 @@ class ChunkDecoder {
   std::vector<uint32_t> copy_;
   alignas(64) PairsTable table_;
   alignas(64) uint16_t tile_[kTileRows * kTileCols];
+  alignas(64) uint16_t transposed_[kTileCols * kTileRows];
 };
 
 }  // namespace df11::native
