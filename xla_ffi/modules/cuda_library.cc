@@ -1,4 +1,4 @@
-// df11_jax._native_cuda: the FFI handlers for CUDA, for Python.
+// df11_jax._cuda_library: the FFI handlers for CUDA, for Python.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/vector.h>
@@ -9,7 +9,7 @@
 
 namespace nb = nanobind;
 
-NB_MODULE(_native_cuda, m) {
+NB_MODULE(_cuda_library, m) {
   using namespace df11;
   m.doc() = "The CUDA decoders of df11_jax.";
   m.def("handlers", [] {

@@ -1,4 +1,5 @@
-// df11_jax._native: the encoders, the CPU decoders, and the FFI handlers for the CPU, for Python.
+// df11_jax._cpu_library: the encoders, the CPU decoders, and the FFI handlers for the CPU, for
+// Python.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
@@ -25,7 +26,7 @@ std::string simd_name(Simd simd) {
 }  // namespace
 }  // namespace df11
 
-NB_MODULE(_native, m) {
+NB_MODULE(_cpu_library, m) {
   using namespace df11;
   m.doc() = "The C++ encoder and CPU decoder of df11_jax.";
   m.def("handlers", [] {
