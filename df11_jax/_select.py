@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from df11_jax._array import is_df11
-from df11_jax._report import format_bytes
+from df11_jax._size_report import format_bytes
 
 BFLOAT16 = np.dtype(jnp.bfloat16)
 CASTABLE = (np.dtype(np.float32), np.dtype(np.float16))

@@ -11,7 +11,7 @@ import click
 import pytest
 from compiling import ROOT
 
-from df11_jax import _commands
+from df11_jax.cli import _commands
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(.*?)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

@@ -35,7 +35,7 @@ stage doctor 120 df11-jax doctor
 stage tests 900 pytest -m gpu -v -s -p no:cacheprovider
 stage bench 600 df11-jax bench --plot "$results/bench.png"
 # Beside the kernel of the dfloat11 package, if that and CuPy are installed.
-stage published 120 python tests/benchmarks/published_gpu.py
+stage published 120 python benchmarks/published_gpu.py
 # Tokens per second and longest contexts, at the shapes of Llama-3.1-8B.
 stage compare 900 df11-jax compare
 for name in bench published compare; do

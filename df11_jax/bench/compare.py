@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 import df11_jax
-from df11_jax._fit import read_budget
+from df11_jax._files.directory import CONFIG, read_json
 from df11_jax.bench.comparison import Comparison, Row
 from df11_jax.bench.comparison_plot import draw
 from df11_jax.bench.device import describe_device, free_bytes, free_host_bytes
@@ -28,9 +28,9 @@ from df11_jax.bench.programs import Program
 from df11_jax.bench.timing import Effort, time_in_turn
 from df11_jax.bench.ways import Way, load_ways
 from df11_jax.checkpoints import TensorSource, open_checkpoint
-from df11_jax.checkpoints._directory import CONFIG, read_json
 from df11_jax.models import Config, Params, RandomSource, read_config
-from df11_jax.models._fit import estimate_weights
+from df11_jax.models._estimate import estimate_weights
+from df11_jax.models._fit import read_budget
 
 LLAMA_3_1_8B: Mapping[str, Any] = {
     "model_type": "llama",

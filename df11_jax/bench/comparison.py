@@ -4,8 +4,8 @@ import dataclasses
 import statistics
 from typing import Any
 
+from df11_jax.bench.figures import format_table
 from df11_jax.bench.plan import Plan
-from df11_jax.bench.report import format_table
 
 
 @dataclasses.dataclass

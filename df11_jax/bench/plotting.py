@@ -3,7 +3,7 @@
 import importlib.util
 import os
 
-from df11_jax._cli_errors import FAILED, fail
+from df11_jax.cli._errors import FAILED, fail
 
 
 def check_plot(path: str | None) -> None:

@@ -15,10 +15,10 @@ import df11_jax
 from df11_jax.bench import peers
 from df11_jax.bench.blocks import BLOCKS, Block
 from df11_jax.bench.device import describe_device, free_bytes, read_clocks, read_clocks_under
+from df11_jax.bench.figures import Report
 from df11_jax.bench.measure import measure_decoding, measure_scan
 from df11_jax.bench.plotting import check_plot
 from df11_jax.bench.programs import decode_program, memory_needed
-from df11_jax.bench.report import Report
 from df11_jax.bench.timing import Effort
 from df11_jax.bench.workload import make_workload, slices_beyond_cache
 

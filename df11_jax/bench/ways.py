@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from df11_jax._decode import decompress_params
-from df11_jax._report import size_report
+from df11_jax._size_report import size_report
 from df11_jax.checkpoints import TensorSource
 from df11_jax.models import Config, Params, load_params
 

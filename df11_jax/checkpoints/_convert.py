@@ -10,15 +10,15 @@ import numpy as np
 
 from df11_jax import _layout
 from df11_jax._compress import MIN_SIZE
+from df11_jax._files.atomic import new_file
+from df11_jax._files.directory import copy_small_files, write_index
+from df11_jax._files.journal import fingerprint, incomplete
+from df11_jax._files.safetensors import DTYPES, TensorWriter, header_room
+from df11_jax._files.source import Source, TensorInfo
 from df11_jax._host_codec import encode
 from df11_jax._progress import ProgressBar
-from df11_jax.checkpoints import _checksums
-from df11_jax.checkpoints._atomic import new_file
-from df11_jax.checkpoints._directory import copy_small_files, write_index
-from df11_jax.checkpoints._incomplete import fingerprint, incomplete
+from df11_jax.checkpoints import _native_checksums
 from df11_jax.checkpoints._native_format import METADATA, part_names
-from df11_jax.checkpoints._safetensors import DTYPES, TensorWriter, header_room
-from df11_jax.checkpoints._source import Source, TensorInfo
 
 # Of what a shard stands for; it is written at about two thirds of that if it is compressed. An
 # interruption costs no more.
@@ -187,7 +187,7 @@ def write_shard(
         checksums: whether to add those of native files to them.
     """
     places = list(places)
-    keys = {name: _checksums.metadata_key(name) for name, _ in places} if checksums else {}
+    keys = {name: _native_checksums.metadata_key(name) for name, _ in places} if checksums else {}
     room = header_room(places, {**metadata, **{key: "1c291ca3" for key in keys.values() if key}})
     with new_file(path) as file, ThreadPoolExecutor(1) as writing_thread:
         writer = TensorWriter(file, room, metadata)
@@ -198,7 +198,7 @@ def write_shard(
             for name, array in tensors:
                 writer.add(name, array)
                 if key := keys.get(name):
-                    writer.metadata[key] = _checksums.checksum(name, array)
+                    writer.metadata[key] = _native_checksums.checksum(name, array)
             # Not all at the end, when nothing else is left to do.
             if file.tell() - synced > _SYNC_BYTES:
                 file.flush()

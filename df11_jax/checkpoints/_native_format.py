@@ -15,10 +15,10 @@ from jaxtyping import Array
 
 from df11_jax import _layout
 from df11_jax._array import DF11Array
+from df11_jax._files.safetensors import DTYPES, TensorFile, check_shape
+from df11_jax._files.source import TensorInfo
 from df11_jax._host_codec import decode
-from df11_jax.checkpoints import _checksums
-from df11_jax.checkpoints._safetensors import DTYPES, TensorFile, check_shape
-from df11_jax.checkpoints._source import TensorInfo
+from df11_jax.checkpoints import _native_checksums
 
 METADATA = {"format": "df11_jax", "version": str(_layout.FORMAT_VERSION)}
 
@@ -35,7 +35,7 @@ def is_native(files: Iterable[TensorFile]) -> bool:
     """
     return any(
         file.metadata.get("format") == METADATA["format"]
-        or _checksums.has_checksums(file)
+        or _native_checksums.has_checksums(file)
         or any(name.endswith(f":{_layout.PAYLOAD[-1]}") for name in file.entries)
         for file in files
     )
@@ -64,7 +64,7 @@ class NativeCheckpoint:
         self._slice_shapes: dict[str, tuple[int, ...]] = {}
         self._checksums: dict[Path, dict[str, str]] = {}
         for file in dict.fromkeys(files.values()):
-            metadata, self._checksums[file.path] = _checksums.split_metadata(file)
+            metadata, self._checksums[file.path] = _native_checksums.split_metadata(file)
             if metadata != METADATA:
                 raise ValueError(
                     f"{file.path}: expected a file with the metadata {METADATA}, "
@@ -100,7 +100,7 @@ class NativeCheckpoint:
     def _array(self, name: str) -> np.ndarray:
         file = self._files[name]
         array = file.array(name)
-        _checksums.check(file, name, array, self._checksums[file.path])
+        _native_checksums.check(file, name, array, self._checksums[file.path])
         return array
 
     def _plain_info(self, name: str) -> TensorInfo:

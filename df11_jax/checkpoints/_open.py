@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from df11_jax.checkpoints._directory import (
+from df11_jax._files.directory import (
     ORBAX_METADATA,
     PUBLISHED_CONFIG,
     find_index,
@@ -12,10 +12,10 @@ from df11_jax.checkpoints._directory import (
     read_config,
     read_index,
 )
+from df11_jax._files.safetensors import TensorFile
+from df11_jax._files.source import Source
 from df11_jax.checkpoints._native_format import NativeCheckpoint, is_native
 from df11_jax.checkpoints._plain import PlainCheckpoint
-from df11_jax.checkpoints._safetensors import TensorFile
-from df11_jax.checkpoints._source import Source
 
 Shapes = Mapping[str, Sequence[int]] | str | os.PathLike[str]
 

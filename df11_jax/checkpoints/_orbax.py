@@ -10,11 +10,11 @@ from jaxtyping import Array
 
 from df11_jax._array import DF11Array
 from df11_jax._compress import cpu_device
+from df11_jax._files.safetensors import DTYPE_NAMES
+from df11_jax._files.source import Source, TensorInfo
 from df11_jax._host_codec import decode
 from df11_jax.checkpoints._native_format import to_device
 from df11_jax.checkpoints._pytree import load
-from df11_jax.checkpoints._safetensors import DTYPE_NAMES
-from df11_jax.checkpoints._source import Source, TensorInfo
 from df11_jax.orbax import DF11CheckpointHandler, DF11Save
 from df11_jax.orbax._manifest import Leaf
 from df11_jax.orbax._restore import read_leaf

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from df11_jax.checkpoints._safetensors import TensorFile
-from df11_jax.checkpoints._source import TensorInfo
+from df11_jax._files.safetensors import TensorFile
+from df11_jax._files.source import TensorInfo
 
 
 class PlainCheckpoint:

@@ -13,6 +13,9 @@ from jaxtyping import Array, PyTree
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._compress import _compress, cpu_device, fetch
 from df11_jax._decode import path_name
+from df11_jax._files.directory import write_index
+from df11_jax._files.journal import incomplete
+from df11_jax._files.source import Source
 from df11_jax._progress import ProgressBar
 from df11_jax.checkpoints._convert import (
     Places,
@@ -21,15 +24,12 @@ from df11_jax.checkpoints._convert import (
     plan_shards,
     write_shard,
 )
-from df11_jax.checkpoints._directory import write_index
-from df11_jax.checkpoints._incomplete import incomplete
 from df11_jax.checkpoints._native_format import (
     METADATA,
     part_names,
     to_device,
 )
 from df11_jax.checkpoints._open import Shapes, open_checkpoint
-from df11_jax.checkpoints._source import Source
 
 
 def load(

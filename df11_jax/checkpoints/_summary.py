@@ -5,8 +5,8 @@ import math
 import re
 from typing import Any
 
-from df11_jax.checkpoints._directory import read_config
-from df11_jax.checkpoints._source import Source
+from df11_jax._files.directory import read_config
+from df11_jax._files.source import Source
 
 _NUMBER = re.compile(r"(?<![^./])\d+(?![^./])")
 

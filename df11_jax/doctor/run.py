@@ -12,8 +12,8 @@ from rich.console import Console
 import df11_jax
 from df11_jax import _cuda
 from df11_jax.doctor.extras import GIVES, installed_version, required
+from df11_jax.doctor.findings import Finding, Report
 from df11_jax.doctor.machine import describe_cuda, environment, list_backends, local_devices
-from df11_jax.doctor.report import Finding, Report
 from df11_jax.doctor.self_test import Outcome, check_device, encode_samples
 
 

@@ -11,8 +11,7 @@ if importlib.util.find_spec("flax") is None:
 
 from df11_jax.models._cache import Cache, Slots, init_cache
 from df11_jax.models._config import Config, Rope
-from df11_jax.models._decoder import Params, forward, project
-from df11_jax.models._fit import estimate_memory
+from df11_jax.models._estimate import estimate_memory
 from df11_jax.models._generate import NO_TOKEN, State, decode, generate, prefill
 from df11_jax.models._hf_config import UnsupportedModelError, read_config
 from df11_jax.models._load import load_params
@@ -22,6 +21,7 @@ from df11_jax.models._placement import place_params
 from df11_jax.models._random import RandomSource
 from df11_jax.models._sampling import Sampling
 from df11_jax.models._text import Completion, TextModel, load, read_directory
+from df11_jax.models._transformer import Params, forward, project
 
 __all__ = [
     "NO_TOKEN",

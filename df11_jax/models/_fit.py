@@ -1,259 +1,316 @@
-"""What generation takes on a device, estimated from a configuration: nothing is compiled."""
+"""Whether a model fits on a device: what it would take, and what there is."""
 
-import functools
+import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
-from df11_jax import _layout
-from df11_jax._compress import MIN_SIZE
-from df11_jax.models import _attention, _cache, _decoder, _generate, _table
-from df11_jax.models._config import Config
-from df11_jax.models._memory import Memory
-from df11_jax.models._shares import share_of, table_shape
+from df11_jax import models
+from df11_jax._files.directory import CONFIG, ORBAX_METADATA, read_json
+from df11_jax.checkpoints import Source, open_checkpoint
+from df11_jax.models import _estimate
+from df11_jax.models._weights import find_slots
 
-# Of the coded exponents, per weight; the rest of a compressed tensor follows from its shape.
-# Normally distributed weights take the least, the matrices of trained models what is expected, and
-# word embeddings in groups that are padded to the longest the most.
-LEAST_BITS, EXPECTED_BITS, MOST_BITS = 2.62, 2.70, 2.82
-
-MOST_SEQUENCES = 2**20
+# Of the device's memory that XLA allocates from, unless the first of these that is set says more.
+DEFAULT_FRACTION = 0.75
+FRACTION_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+# What can be asked for: CUDA itself, its libraries and the display need some, too.
+MOST_FRACTION = 0.95
 
 
-class WeightBytes(NamedTuple):
-    """What weights take.
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What is known of a model.
 
     Attributes:
-        plain: not compressed.
-        compressed: as it is known, or expected.
-        least, most: where what is expected may lie; the same as `compressed` if that is known.
+        path: as it was given.
+        format: of the checkpoint; "config" if there are no weights.
+        config: of the decoder; None if `df11_jax.models` cannot run it.
+        reason: why it cannot, or "".
+        parameters: how many weights it has.
+        weights: what they take.
     """
 
-    plain: int
-    compressed: int
-    least: int
-    most: int
-
-    @property
-    def exact(self) -> bool:
-        return self.least == self.most
+    path: Path
+    format: str
+    config: models.Config | None
+    reason: str
+    parameters: int
+    weights: _estimate.WeightBytes
 
 
-class Temporary(NamedTuple):
-    """What comes beside weights and cache, at the peak: in a block, or in the output head.
+class Budget(NamedTuple):
+    """Memory of one device.
 
     Attributes:
-        block: the weights of a transformer block, decompressed; 0 if the peak is in the head.
-        head: the piece of the output head that is decompressed at a time; 0 if it is in a block.
-        cache_copy: what XLA copies of the cache.
-        activations: everything else.
+        memory: all of it.
+        fraction: that XLA allocates from.
+        device: its name, if it is here.
     """
 
-    block: int
-    head: int
-    cache_copy: int
-    activations: int
+    memory: int
+    fraction: float
+    device: str | None
 
     @property
-    def nbytes(self) -> int:
-        return sum(self)
+    def usable(self) -> int:
+        return int(self.memory * self.fraction)
 
 
-def estimate_memory(
-    config: Config, *, batch: int, context: int, compress: bool = True, devices: int = 1
-) -> Memory:
-    """Estimates what `measure_memory` would say, without compiling anything.
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """What one device needs, with plain or with compressed weights.
 
-    Weights are expected to compress like those of trained models. Temporary memory is that of the
-    programs as XLA plans them for a GPU, rather more than less; plain weights are taken to need as
-    much as compressed ones, since XLA copies them out of their stacks, often a block at a time.
+    Attributes:
+        weights: their bytes; what is not exact is the expected size.
+        weights_least, weights_most: where what is expected may lie.
+        cache: keys and values.
+        temporary: what comes beside both.
+        total: of these.
+        fits: whether that is no more than XLA may allocate.
+        free: what is left of it; negative if it is too little.
+        fraction_needed: of the memory, that XLA would have to allocate from.
+        longest_context: that fits with the batch asked for; None if only weights are known.
+        largest_batch: that fits with the context asked for; None likewise.
+    """
+
+    weights: int
+    weights_least: int
+    weights_most: int
+    cache: int
+    temporary: int
+    total: int
+    fits: bool
+    free: int
+    fraction_needed: float
+    longest_context: int | None
+    largest_batch: int | None
+
+    @property
+    def fits_at_most(self) -> bool:
+        """Whether it fits even if weights take the most they may."""
+        return self.free >= self.weights_most - self.weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """An answer.
+
+    Attributes:
+        model: that was asked about.
+        budget: of each device.
+        devices: how many there are.
+        batch, context: that were asked for.
+        temporary: the parts of temporary memory; None if only weights are known.
+        plain, compressed: the needs of each device.
+    """
+
+    model: Model
+    budget: Budget
+    devices: int
+    batch: int
+    context: int
+    temporary: _estimate.Temporary | None
+    plain: Need
+    compressed: Need
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, for `json.dumps`; bytes are those of one device."""
+        m, config = self.model, self.model.config
+        return {
+            "model": str(m.path),
+            "model_type": config.family if config else None,
+            "format": m.format,
+            "only_weights": m.reason or None,
+            "parameters": m.parameters,
+            "exact": m.weights.exact,
+            **self.budget._asdict(),
+            "usable": self.budget.usable,
+            "devices": self.devices,
+            "batch": self.batch,
+            "context": self.context,
+            "temporary": self.temporary._asdict() if self.temporary else None,
+            "plain": dataclasses.asdict(self.plain),
+            "compressed": dataclasses.asdict(self.compressed),
+        }
+
+
+def fit(
+    model: Model, budget: Budget, *, batch: int = 1, context: int | None = None, devices: int = 1
+) -> Fit:
+    """Says whether a model fits.
 
     Args:
-        config: of the decoder.
+        model: from `read_model`.
+        budget: memory of each device.
         batch: how many sequences.
-        context: how many tokens of each there are in the cache, read or generated.
-        compress: False for plain weights.
-        devices: how many the model is divided over.
-
-    Returns:
-        Bytes on each device.
+        context: tokens of each; None for 8,192, or as many as the model allows.
+        devices: that the model is divided over; of an unknown one, evenly.
 
     Raises:
-        ValueError: the context is longer than the model allows, a number is less than 1, or the
-            model cannot be divided among the devices.
+        ValueError: the model does not allow such a context, or cannot be divided among as many
+            devices; or a number is less than 1.
     """
-    check_sizes(config, batch, context, devices)
-    weights = estimate_weights(config, devices)
-    return Memory(
-        weights=weights.compressed if compress else weights.plain,
-        plain_weights=weights.plain,
-        cache=cache_nbytes(config, batch, context, devices),
-        prefill=estimate_temporary(config, batch, context, devices=devices).nbytes,
-        decode=estimate_temporary(config, batch, context, prompt=1, devices=devices).nbytes,
+    config = model.config
+    if context is None:
+        context = min(8192, config.max_length) if config else 8192
+    if config:
+        _estimate.check_sizes(config, batch, context, devices)
+    temporary = (
+        _estimate.estimate_temporary(config, batch, context, devices=devices) if config else None
+    )
+    needs = [
+        _need(model, budget, batch, context, devices, compressed) for compressed in (False, True)
+    ]
+    return Fit(model, budget, devices, batch, context, temporary, *needs)
+
+
+def _need(
+    model: Model, budget: Budget, batch: int, context: int, devices: int, compressed: bool
+) -> Need:
+    config, w = model.config, _share_weights(model, devices)
+    least, expected, most = (w.least, w.compressed, w.most) if compressed else (w.plain,) * 3
+
+    def beside(batch: int, context: int) -> tuple[int, int]:
+        """Cache and temporary memory."""
+        if config is None:
+            return 0, 0
+        cache = _estimate.cache_nbytes(config, batch, context, devices)
+        return cache, _estimate.estimate_temporary(config, batch, context, devices=devices).nbytes
+
+    def fits(batch: int, context: int) -> bool:
+        return expected + sum(beside(batch, context)) <= budget.usable
+
+    cache, temporary = beside(batch, context)
+    total = expected + cache + temporary
+    return Need(
+        weights=expected,
+        weights_least=least,
+        weights_most=most,
+        cache=cache,
+        temporary=temporary,
+        total=total,
+        fits=total <= budget.usable,
+        free=budget.usable - total,
+        fraction_needed=total / budget.memory,
+        longest_context=_estimate.longest_context(config, lambda n: fits(batch, n))
+        if config
+        else None,
+        largest_batch=_estimate.largest_batch(lambda n: fits(n, context)) if config else None,
     )
 
 
-def check_sizes(config: Config, batch: int, context: int, devices: int = 1) -> None:
-    """Raises ValueError for what no model, or this one, can be asked."""
-    for name, value in (("batch", batch), ("context", context), ("devices", devices)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}, expected at least 1")
-    if context > config.max_length:
-        raise ValueError(
-            f"context is {context}, but the model was made for {config.max_length} positions"
+def _share_weights(model: Model, devices: int) -> _estimate.WeightBytes:
+    if model.config is None:
+        return _estimate.WeightBytes(*(-(-nbytes // devices) for nbytes in model.weights))
+    return _estimate.share_weights(model.config, model.weights, devices)
+
+
+def read_model(path: Path) -> Model:
+    """What can be known of a model without reading its weights.
+
+    Args:
+        path: of a directory as Hugging Face lays it out, with or without weights, of its
+            config.json, or of a checkpoint in any format.
+
+    Raises:
+        OSError: there is nothing at `path`, or it cannot be read.
+        ValueError: it is damaged, or there is nothing but the configuration of a model that
+            `df11_jax.models` cannot run.
+    """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}: does not exist; expected the directory of a model, its config.json, or a "
+            "checkpoint. Of a model on the Hugging Face Hub, config.json is all that is needed"
         )
-    share_of(config, devices)
+    if path.suffix == ".json":
+        return _read_config_alone(path, read_json(path))
+    config_path = (path if path.is_dir() else path.parent) / CONFIG
+    fields = read_json(config_path) if config_path.is_file() else None
+    if path.is_dir() and fields is not None and not _has_weights(path):
+        return _read_config_alone(config_path, fields)
+    return _read_checkpoint(path, fields, str(config_path))
 
 
-@functools.lru_cache(maxsize=8)
-def estimate_weights(config: Config, devices: int = 1) -> WeightBytes:
-    """What the parameters that `load_params` returns take on each device."""
-    block, table = _block_shapes(share_of(config, devices)), _table_share(config, devices)
-    shapes = [(config.layers, *shape) for shape in block]
-    shapes += [(config.dim,), table] if config.tied else [(config.dim,), table, table]
-    return sum_weights(_leaf_bytes(shape, shape[:1]) for shape in shapes)
-
-
-def estimate_tensors(tensors: Iterable[tuple[Sequence[int], str, int]]) -> WeightBytes:
-    """What tensors take that are compressed one by one.
+def read_budget(memory: int | None) -> Budget:
+    """The memory that there is on each device.
 
     Args:
-        tensors: shape, dtype as safetensors names it, and bytes of each.
+        memory: all that a device has; None to ask the default one.
+
+    Raises:
+        ValueError: it is to be asked, but is no GPU; or the environment has a fraction that is
+            none.
     """
-    return sum_weights(
-        _leaf_bytes(tuple(shape), ()) if dtype == "BF16" else WeightBytes(*[nbytes] * 4)
-        for shape, dtype, nbytes in tensors
-    )
+    fraction = _read_fraction(os.environ)
+    if memory is not None:
+        return Budget(memory, fraction, None)
+    device = jax.devices()[0]
+    stats = device.memory_stats() if device.platform == "gpu" else None
+    if not stats or "bytes_limit" not in stats:
+        raise ValueError(
+            f"the default device, {device.device_kind}, is no GPU that tells its memory: say how "
+            "much there is, with --memory 24GB"
+        )
+    return Budget(round(stats["bytes_limit"] / fraction), fraction, device.device_kind)
 
 
-def sum_weights(parts: Iterable[WeightBytes]) -> WeightBytes:
-    """All of them together."""
-    return WeightBytes(*map(sum, zip(WeightBytes(0, 0, 0, 0), *parts, strict=True)))
+def _read_fraction(environment: Mapping[str, str]) -> float:
+    for name in FRACTION_VARIABLES:
+        if text := environment.get(name):
+            try:
+                fraction = float(text)
+            except ValueError:
+                fraction = math.nan
+            if not 0 < fraction <= 1:
+                raise ValueError(f"{name} is {text!r}, expected a fraction of the device's memory")
+            return fraction
+    return DEFAULT_FRACTION
 
 
-def count_parameters(config: Config) -> int:
-    """How many weights the model has."""
-    tables = (1 if config.tied else 2) * config.vocab * config.dim
-    return config.layers * sum(map(math.prod, _block_shapes(config))) + config.dim + tables
+def _has_weights(path: Path) -> bool:
+    return (path / ORBAX_METADATA).exists() or any(path.glob("*.safetensors"))
 
 
-def share_weights(config: Config, weights: WeightBytes, devices: int) -> WeightBytes:
-    """What known weights of a decoder take on each device, as estimated ones would."""
-    share, whole = estimate_weights(config, devices).plain, estimate_weights(config).plain
-    return WeightBytes(*(-(-nbytes * share // whole) for nbytes in weights))
+def _read_config_alone(path: Path, fields: Mapping[str, Any]) -> Model:
+    try:
+        config = models.read_config(fields, str(path))
+    except models.UnsupportedModelError as error:
+        raise ValueError(f"{error}. With its weights, their headers tell what they take") from None
+    return _known_model(path, "config", config)
 
 
-def cache_nbytes(config: Config, batch: int, context: int, devices: int = 1) -> int:
-    """Bytes of keys, values and positions on each device."""
-    share, slots = share_of(config, devices), _generate.cache_length(context, 1)
-    cache = jax.eval_shape(functools.partial(_cache.init_cache, share, batch, slots))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+def _read_checkpoint(path: Path, fields: Mapping[str, Any] | None, where: str) -> Model:
+    source = open_checkpoint(path)
+    config, reason, names = None, f"{path}: has no {CONFIG}", set(source.tensors)
+    if fields is not None:
+        try:
+            config = models.read_config(fields, where)
+            names = set(find_slots(source.tensors, config))
+            reason = ""
+        except ValueError as error:
+            config, reason = None, str(error)
+    if config is not None and source.format == "plain":
+        return _known_model(path, "plain", config)
+    infos = [source.tensors[name] for name in names]
+    parameters = sum(math.prod(info.shape) for info in infos)
+    return Model(path, source.format, config, reason, parameters, _weights(source, names))
 
 
-def estimate_temporary(
-    config: Config, batch: int, context: int, prompt: int | None = None, devices: int = 1
-) -> Temporary:
-    """What a program takes beside weights and cache, as XLA plans it for a GPU.
-
-    Args:
-        config: of the decoder.
-        batch: how many sequences.
-        context: how many tokens the cache has room for.
-        prompt: how many are read at once, at most; None for as many as `prefill` does.
-        devices: how many the model is divided over.
-    """
-    c, width = share_of(config, devices), np.dtype(config.dtype).itemsize
-    slots = _generate.cache_length(context, 1)
-    rows = min(slots if prompt is None else prompt, max(1, _generate.PIECE_TOKENS // batch))
-    tokens = batch * rows
-    # Of a layer that attends to most of them: sliding ones look at new ones beside those in slots.
-    window = min(slots, c.window)
-    in_window = window if rows == 1 else window + rows
-    keys = max(0 if all(c.sliding) else slots, in_window if any(c.sliding) else 0)
-
-    def part(smallest: int, count: int) -> int:
-        """Bytes of as many as attention looks at together."""
-        return min(smallest * count, max(smallest, _attention.PART_BYTES))
-
-    # Keys and values are copied for a key-value head of a row at least, scores computed for a token
-    # and the query heads that share it.
-    copied = part(2 * keys * c.head_dim * width, batch * c.kv_heads)
-    scores = part(4 * c.heads // c.kv_heads * keys, tokens * c.kv_heads)
-    # Scores are float32, the weights made of them are not.
-    attention = scores + scores * width // 4 + 2 * width * tokens * c.heads * c.head_dim
-    mlp = 2 * width * tokens * c.hidden
-    in_block = Temporary(
-        block=2 * sum(map(math.prod, _block_shapes(c))),
-        head=0,
-        cache_copy=copied,
-        activations=2 * width * tokens * c.dim + max(attention, mlp),
-    )
-    in_head = Temporary(
-        block=0,
-        head=2 * _table.ROWS * c.dim * _head_groups(config, devices),
-        cache_copy=0,
-        activations=width * tokens * c.dim + 2 * 4 * batch * c.vocab,
-    )
-    return max(in_block, in_head, key=lambda temporary: temporary.nbytes)
+def _known_model(path: Path, format_: str, config: models.Config) -> Model:
+    """A model whose weights the configuration tells."""
+    weights = _estimate.estimate_weights(config)
+    return Model(path, format_, config, "", _estimate.count_parameters(config), weights)
 
 
-def longest_context(config: Config, fits: Callable[[int], bool]) -> int:
-    """The longest context that fits and that the model was made for; 0 if none does."""
-    return _largest(fits, config.max_length)
-
-
-def largest_batch(fits: Callable[[int], bool]) -> int:
-    """The largest batch that fits; 0 if none does."""
-    most = 1
-    while most < MOST_SEQUENCES and fits(most):
-        most *= 2
-    return _largest(fits, most)
-
-
-def _largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to `most` that fits, where all smaller ones do."""
-    least = 0
-    while least < most:
-        middle = (least + most + 1) // 2
-        if fits(middle):
-            least = middle
-        else:
-            most = middle - 1
-    return least
-
-
-def _leaf_bytes(shape: tuple[int, ...], stack: tuple[int, ...]) -> WeightBytes:
-    """What a bfloat16 leaf takes, of which each slice along the stack is compressed by itself."""
-    size, slice_shape = math.prod(shape), shape[len(stack) :]
-    plain = 2 * size
-    # As in load_params: of stacks, only those of matrices are compressed.
-    if size < MIN_SIZE or (stack and len(slice_shape) < 2) or len(slice_shape) > _layout.MAX_DIMS:
-        return WeightBytes(plain, plain, plain, plain)
-    view = _layout.make_view(slice_shape)
-    fixed = _layout.HEADER_WORDS + _layout.CODEBOOK_WORDS + view.chunks + 1
-    fixed += view.sign_mantissa_words
-    return WeightBytes(
-        plain,
-        *(
-            min(plain, 4 * math.prod(stack) * (fixed + 4 * math.ceil(view.size * bits / 128)))
-            for bits in (EXPECTED_BITS, LEAST_BITS, MOST_BITS)
-        ),
-    )
-
-
-@functools.lru_cache(maxsize=8)
-def _block_shapes(config: Config) -> tuple[tuple[int, ...], ...]:
-    return tuple(leaf.shape for leaf in jax.tree.leaves(_decoder.block_shapes(config)))
-
-
-def _table_share(config: Config, devices: int) -> tuple[int, int, int]:
-    groups, rows, dim = table_shape(config, devices)
-    return groups // devices, rows, dim
-
-
-def _head_groups(config: Config, devices: int) -> int:
-    table = jax.ShapeDtypeStruct(_table_share(config, devices), config.dtype)
-    return _table.groups_in_piece(table)  # type: ignore[arg-type]  # its shape is enough
+def _weights(source: Source, names: set[str]) -> _estimate.WeightBytes:
+    infos = [source.tensors[name] for name in names]
+    if source.format == "plain" or all(info.nbytes == info.stored_nbytes for info in infos):
+        return _estimate.estimate_tensors((info.shape, info.dtype, info.nbytes) for info in infos)
+    plain = sum(info.nbytes for info in infos)
+    stored = sum(info.stored_nbytes for info in infos)
+    return _estimate.WeightBytes(plain, stored, stored, stored)

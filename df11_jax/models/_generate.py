@@ -1,7 +1,7 @@
 """Text generation as two jitted programs: one reads the prompts, one runs the token loop.
 
-Both go through `_decoder.forward`, so the layer scan, and with compressed weights the decoding of
-each block, sits inside the token loop: no decoded copy of the weights outlives its use.
+Both go through `_transformer.forward`, so the layer scan, and with compressed weights the decoding
+of each block, sits inside the token loop: no decoded copy of the weights outlives its use.
 """
 
 import functools
@@ -15,13 +15,13 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from df11_jax.models import _cache, _decoder
+from df11_jax.models import _cache, _transformer
 from df11_jax.models._cache import Cache
 from df11_jax.models._config import Config
-from df11_jax.models._decoder import Params
 from df11_jax.models._parallel import cache_specs, find_mesh, on_each_device
 from df11_jax.models._sampling import Sampling, choose
 from df11_jax.models._shares import share_of
+from df11_jax.models._transformer import Params
 
 # Prompts and caches of about the same length share a program.
 BUCKET = 64
@@ -109,7 +109,7 @@ def prefill(
             for array in (prompts, positions)
         )
         keep = begin(i + 1) - start
-        x, cache = _decoder.forward(params, tokens, places, start, cache, config, keep)
+        x, cache = _transformer.forward(params, tokens, places, start, cache, config, keep)
         return x[:, -1], cache
 
     last = jnp.zeros((batch, config.dim), config.dtype)
@@ -160,7 +160,7 @@ def decode(
     def next_token(loop: tuple[Array, State, Array]) -> tuple[Array, State, Array]:
         step, state, out = loop
         tokens, positions = state.tokens[:, None], state.positions[:, None]
-        x, cache = _decoder.forward(params, tokens, positions, state.slot, state.cache, config)
+        x, cache = _transformer.forward(params, tokens, positions, state.slot, state.cache, config)
         place = (state.positions + 1, state.slot + 1, cache)
         new = _next(params, x[:, 0], *place, sampling, keys, stop, config)
         out = out.at[:, step].set(jnp.where(state.done, NO_TOKEN, new.tokens))
@@ -294,7 +294,7 @@ def _next(
     config: Config,
 ) -> State:
     """Chooses the tokens at `positions`, from what the decoder made of those before."""
-    logits = _decoder.project(params, x, config)
+    logits = _transformer.project(params, x, config)
     tokens = choose(logits, sampling, jax.vmap(jax.random.fold_in)(keys, positions))
     return State(tokens, logits, positions, jnp.isin(tokens, stop), slot, cache)
 

@@ -11,16 +11,16 @@ import numpy as np
 from jaxtyping import BFloat16
 
 from df11_jax._compress import MIN_SIZE
+from df11_jax._files.source import TensorInfo, TensorSource
 from df11_jax._host_codec import available_threads
 from df11_jax._progress import ProgressBar
-from df11_jax.checkpoints._compare import first_difference
-from df11_jax.checkpoints._source import TensorInfo, TensorSource
+from df11_jax.checkpoints._differences import first_difference
 from df11_jax.models import _table
 from df11_jax.models._config import Config
-from df11_jax.models._decoder import Params
-from df11_jax.models._leaves import CompressedLeaf, Leaf, PlainLeaf, transpose
+from df11_jax.models._leaf_builders import CompressedLeaf, Leaf, PlainLeaf, transpose
 from df11_jax.models._placement import Devices, Placement
 from df11_jax.models._shares import cut, part_shape, table_shape
+from df11_jax.models._transformer import Params
 from df11_jax.models._weights import Slot, find_slots, find_tied_head, nest
 
 _BFLOAT16 = np.dtype(jnp.bfloat16)

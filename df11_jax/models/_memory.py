@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from df11_jax._report import size_report
+from df11_jax._size_report import size_report
 from df11_jax.models import _generate
 from df11_jax.models._config import Config
-from df11_jax.models._decoder import Params
 from df11_jax.models._parallel import find_mesh, on_one_device
 from df11_jax.models._sampling import Sampling
+from df11_jax.models._transformer import Params
 
 
 class Memory(NamedTuple):

@@ -13,8 +13,8 @@ from df11_jax._decode import path_name
 from df11_jax.models import _cache
 from df11_jax.models._cache import Cache
 from df11_jax.models._config import Config
-from df11_jax.models._decoder import Params
 from df11_jax.models._shares import AXIS, is_divided
+from df11_jax.models._transformer import Params
 
 
 def find_mesh(params: Params) -> Mesh | None:

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 from df11_jax._array import is_df11
 from df11_jax._decode import path_name
 from df11_jax.models._config import Config
-from df11_jax.models._decoder import Params
 from df11_jax.models._shares import AXIS, is_divided, leaf_length, share_of
+from df11_jax.models._transformer import Params
 
 Devices = int | Sequence[jax.Device]
 

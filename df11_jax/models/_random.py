@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import BFloat16
 
-from df11_jax.checkpoints._source import TensorInfo
+from df11_jax._files.source import TensorInfo
 from df11_jax.models._config import Config
 from df11_jax.models._weights import make_slots
 

@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from df11_jax._files.directory import CONFIG, read_json
 from df11_jax.checkpoints import open_checkpoint
-from df11_jax.checkpoints._directory import CONFIG, read_json
 from df11_jax.models import _generate
 from df11_jax.models._config import Config
-from df11_jax.models._decoder import Params
 from df11_jax.models._hf_config import read_config
 from df11_jax.models._load import load_params
 from df11_jax.models._placement import Devices
 from df11_jax.models._sampling import Sampling
+from df11_jax.models._transformer import Params
 
 if TYPE_CHECKING:
     import tokenizers

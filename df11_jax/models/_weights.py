@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 from jaxtyping import PyTree
 
-from df11_jax.models import _decoder
+from df11_jax.models import _transformer
 from df11_jax.models._config import Config
 
 # The last part of a parameter's path, and what Hugging Face calls it.
@@ -59,7 +59,7 @@ def make_slots(
     """
     table = (config.vocab, config.dim)
     slots = {f"{prefix}embed_tokens.weight": Slot(("embed_tokens",), None, table)}
-    block = jax.tree.leaves_with_path(_decoder.block_shapes(config))
+    block = jax.tree.leaves_with_path(_transformer.block_shapes(config))
     for layer in range(config.layers):
         for keys, leaf in block:
             *modules, kind = (key.key for key in keys)

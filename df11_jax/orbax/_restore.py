@@ -9,12 +9,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from df11_jax import _checksum, _layout
+from df11_jax import _layout
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._compress import compress, compress_params
 from df11_jax._decode import decompress_params
+from df11_jax._files import crc32
 from df11_jax._select import Selection
-from df11_jax.orbax import _leaves, _plan, _shardings, _stored
+from df11_jax.orbax import _leaf_arrays, _plan, _shardings, _stored
 from df11_jax.orbax._manifest import Keys, Leaf
 from df11_jax.orbax._plan import Form, Job
 from df11_jax.orbax._stored import Stored
@@ -86,7 +87,7 @@ def _read(stored: Stored, batch: Sequence[Job]) -> list[Any]:
         name = f"{stored.name}: {job.leaf.path}"
         parts = [arrays.pop(array.keys) for array in job.leaf.arrays]
         compressed = job.leaf.is_compressed
-        leaves.append(_leaves.from_stored(parts, job.leaf, name) if compressed else parts[0])
+        leaves.append(_leaf_arrays.from_stored(parts, job.leaf, name) if compressed else parts[0])
         _check(job.leaf, leaves[-1], name)
     return leaves
 
@@ -128,7 +129,7 @@ def _check(leaf: Leaf, value: Any, name: str) -> None:
         stack = _layout.check_payload(value.payload, leaf.slice_shape, name)
         if stack + leaf.slice_shape != leaf.shape:
             raise ValueError(f"{name}: a stack of {list(stack)} is stored, expected {leaf}")
-        _leaves.check_header(value, name)
+        _leaf_arrays.check_header(value, name)
     elif hasattr(value, "dtype"):
         found = dataclasses.replace(leaf, shape=tuple(value.shape), dtype=str(value.dtype))
         if found != leaf:
@@ -137,11 +138,11 @@ def _check(leaf: Leaf, value: Any, name: str) -> None:
 
 def _verify(stored: Stored, batch: Sequence[Job], values: Sequence[Any]) -> None:
     known = [
-        (job.leaf, _leaves.checked_arrays(value, job.leaf.dtype))
+        (job.leaf, _leaf_arrays.checked_arrays(value, job.leaf.dtype))
         for job, value in zip(batch, values, strict=True)
         if job.leaf.crc32 is not None
     ]
-    found = _checksum.leaf_checksums([arrays for _, arrays in known])
+    found = crc32.leaf_checksums([arrays for _, arrays in known])
     wrong = [
         f"{leaf.path} has {checksum:08x}, expected {leaf.crc32:08x}"
         for (leaf, _), checksum in zip(known, found, strict=True)
@@ -162,7 +163,7 @@ def _finish(job: Job, value: Any, options: Mapping[str, Any] | None) -> Any:
         placed = [
             _place(part, sharding) for part, sharding in zip(parts, _destinations(job), strict=True)
         ]
-        return _leaves.join(placed, job.leaf) if is_df11(value) else placed[0]
+        return _leaf_arrays.join(placed, job.leaf) if is_df11(value) else placed[0]
     if job.form is Form.DECOMPRESS:
         weights = decompress_params({path: value})[path]
         return weights if is_df11(job.target) else _place(weights, _sharding(job.target))

@@ -10,12 +10,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from df11_jax import _checksum, _layout
+from df11_jax import _layout
 from df11_jax._array import is_df11
 from df11_jax._compress import compress_params, cpu_device, fetch
 from df11_jax._decode import path_name
+from df11_jax._files import crc32
 from df11_jax._select import Selection
-from df11_jax.orbax import _describe, _leaves, _manifest
+from df11_jax.orbax import _describe, _leaf_arrays, _manifest
 
 
 def to_orbax(
@@ -46,18 +47,18 @@ def to_orbax(
     for leaf, value in zip(manifest.leaves, values, strict=True):
         if leaf.is_compressed:
             _layout.check_payload(value.payload, value.slice_shape, leaf.path)
-            _leaves.check_header(value, leaf.path)
+            _leaf_arrays.check_header(value, leaf.path)
     arrays = [
-        _leaves.checked_arrays(value, leaf.dtype)
+        _leaf_arrays.checked_arrays(value, leaf.dtype)
         for leaf, value in zip(manifest.leaves, values, strict=True)
     ]
     leaves = tuple(
         dataclasses.replace(leaf, crc32=checksum if leaf.dtype else None)
-        for leaf, checksum in zip(manifest.leaves, _checksum.leaf_checksums(arrays), strict=True)
+        for leaf, checksum in zip(manifest.leaves, crc32.leaf_checksums(arrays), strict=True)
     )
     entry = dataclasses.replace(manifest, leaves=leaves).to_json()
     split = jax.tree.map(
-        lambda x: _leaves.to_stored(x) if is_df11(x) else x, params, is_leaf=is_df11
+        lambda x: _leaf_arrays.to_stored(x) if is_df11(x) else x, params, is_leaf=is_df11
     )
     stored = jax.tree.map(lambda array: array if np.size(array) else None, split)
     return stored, {**(custom_metadata or {}), _manifest.KEY: entry}

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
 
-from df11_jax.orbax import _describe, _leaves, _manifest, _shardings
+from df11_jax.orbax import _describe, _leaf_arrays, _manifest, _shardings
 from df11_jax.orbax._manifest import Keys, Leaf, Manifest
 
 ON_HOST = ocp.RestoreArgs(restore_type=np.ndarray)
@@ -178,7 +178,7 @@ def _abstract(leaf: Leaf) -> Any:
         )
         for array, text in zip(leaf.arrays, leaf.shardings, strict=True)
     ]
-    return _leaves.join(arrays, leaf) if leaf.is_compressed else arrays[0]
+    return _leaf_arrays.join(arrays, leaf) if leaf.is_compressed else arrays[0]
 
 
 def _dtype(name: str) -> Any:

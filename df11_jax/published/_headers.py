@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from df11_jax.checkpoints._atomic import PARTIAL
-from df11_jax.checkpoints._directory import JOURNAL, read_index
-from df11_jax.checkpoints._safetensors import TensorFile
+from df11_jax._files.atomic import PARTIAL
+from df11_jax._files.directory import JOURNAL, read_index
+from df11_jax._files.safetensors import TensorFile
 from df11_jax.published._unit import ARRAYS, BLOCK_BYTES, BLOCK_GAP_BYTES
 
 PARTS = (*ARRAYS, "split_positions")

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from df11_jax.checkpoints._atomic import new_file
-from df11_jax.checkpoints._safetensors import DTYPES
+from df11_jax._files.atomic import new_file
+from df11_jax._files.safetensors import DTYPES
 
 # The last of these comes first in a file.
 _ORDER = (

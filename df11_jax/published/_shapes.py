@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from df11_jax.checkpoints._directory import read_index
-from df11_jax.checkpoints._safetensors import TensorFile
+from df11_jax._files.directory import read_index
+from df11_jax._files.safetensors import TensorFile
 
 Shapes = Mapping[str, Sequence[int]] | str | os.PathLike[str]
 

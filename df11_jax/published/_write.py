@@ -16,12 +16,12 @@ from jaxtyping import PyTree
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._compress import fetch
 from df11_jax._decode import decompress
+from df11_jax._files.atomic import new_file
+from df11_jax._files.directory import CONFIG, PUBLISHED_CONFIG, copy_small_files
+from df11_jax._files.journal import incomplete
+from df11_jax._files.safetensors import DTYPE_NAMES, DTYPES, TensorFile
+from df11_jax._files.source import Source, TensorInfo
 from df11_jax._progress import ProgressBar
-from df11_jax.checkpoints._atomic import new_file
-from df11_jax.checkpoints._directory import CONFIG, PUBLISHED_CONFIG, copy_small_files
-from df11_jax.checkpoints._incomplete import incomplete
-from df11_jax.checkpoints._safetensors import DTYPE_NAMES, DTYPES, TensorFile
-from df11_jax.checkpoints._source import Source, TensorInfo
 from df11_jax.published._checkpoint import GEOMETRY, Checkpoint
 from df11_jax.published._patterns import PatternDict, check_pattern_dict, match_units
 from df11_jax.published._serialize import write_file

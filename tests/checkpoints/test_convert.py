@@ -12,9 +12,9 @@ from payloads import random_weights
 from safetensors.flax import load_file
 
 from df11_jax import checkpoints
+from df11_jax._files.safetensors import DTYPES, TensorFile
 from df11_jax.checkpoints import _convert, open_checkpoint
 from df11_jax.checkpoints._convert import write_native, write_plain
-from df11_jax.checkpoints._safetensors import DTYPES, TensorFile
 
 JOURNAL = "df11_jax-incomplete.json"
 

@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from payloads import random_weights
 
 import df11_jax
-from df11_jax import _commands, checkpoints
+from df11_jax import checkpoints
+from df11_jax.cli import _commands
 from df11_jax.orbax import DF11CheckpointHandler, DF11Restore, DF11Save
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from df11_jax import DF11Array, _layout
 from df11_jax.models import Config, Params, _shares
-from df11_jax.models._decoder import block_shapes
 from df11_jax.models._placement import Placement
+from df11_jax.models._transformer import block_shapes
 
 # Of normally distributed weights; trained ones have some more.
 EXPONENT_BITS = 2.63

@@ -15,9 +15,10 @@ from click.testing import CliRunner
 from payloads import assert_same_bits
 
 import df11_jax
-from df11_jax import _commands, checkpoints, models
+from df11_jax import checkpoints, models
+from df11_jax.cli import _commands
 from df11_jax.models import _text
-from df11_jax.models._leaves import transpose
+from df11_jax.models._leaf_builders import transpose
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ import pytest
 import tokenizers
 from click.testing import CliRunner
 
-from df11_jax import _commands, models
+from df11_jax import models
+from df11_jax.cli import _commands
 
 PROMPT = "It is raining."
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny_llama import LAYER, ORIGINAL, SHARDED, copy_sharded, edit, load, save
 
 from df11_jax import checkpoints, published
-from df11_jax.checkpoints._directory import JOURNAL
+from df11_jax._files.directory import JOURNAL
 from df11_jax.published._headers import PARTS
 
 SHARD = "model_layers_0.safetensors"

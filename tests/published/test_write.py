@@ -13,8 +13,8 @@ from tiny_llama import LAYER, ORIGINAL, SHARDED, load, original, save
 
 import df11_jax
 from df11_jax import published
-from df11_jax.checkpoints._directory import JOURNAL
-from df11_jax.checkpoints._safetensors import DTYPES, TensorFile
+from df11_jax._files.directory import JOURNAL
+from df11_jax._files.safetensors import DTYPES, TensorFile
 from df11_jax.published._serialize import write_file
 
 CONFIG = json.loads((ORIGINAL / "config.json").read_text())

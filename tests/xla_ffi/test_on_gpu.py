@@ -15,7 +15,6 @@ from payloads import assert_same_bits, bits, random_weights
 from thunks import decoder_in_graph, dump_options, read_thunks
 
 from df11_jax import (
-    _commands,
     _ffi,
     compress,
     decompress,
@@ -29,6 +28,7 @@ from df11_jax.bench.measure import DECODE_KERNEL
 from df11_jax.bench.programs import Program
 from df11_jax.bench.timing import kernel_durations
 from df11_jax.bench.workload import make_workload
+from df11_jax.cli import _commands
 
 
 def has_gpu() -> bool:

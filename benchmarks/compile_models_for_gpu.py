@@ -1,0 +1,91 @@
+"""Compiles text generation for an H100, without one, and tells what it takes.
+
+    pip install "jax[cuda13]" ".[models]"
+    python benchmarks/compile_models_for_gpu.py
+
+Only shapes go in. Prints one line of JSON for each model, batch and prompt, with compressed and
+with plain weights: bytes on the device, and the shapes of all matrix products in the token loop,
+which tell whether XLA computes the same from compressed as from plain weights.
+"""
+
+import json
+import pathlib
+import re
+import sys
+
+import compile_for_gpu  # first: it sets what XLA reads once
+import jax
+from jax.experimental import topologies
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "models"))
+import shapes
+from known_configs import KNOWN
+
+from df11_jax import models
+from df11_jax.models import _table
+from df11_jax.models._parallel import on_one_device
+from df11_jax.models._shares import share_of
+
+TOKENS = 1000
+# Model, batch, tokens of the prompts, and devices. Of Qwen3-14B, five query heads share one for
+# keys: of the scores, XLA could not compile a last part that was shorter than the others.
+PROGRAMS = [
+    ("Llama-3.1-8B", 1, 1000, 1),
+    ("Llama-3.1-8B", 1, 31_000, 1),
+    ("Llama-3.1-8B", 8, 1000, 1),
+    ("Qwen3-14B", 8, 1000, 1),
+    ("gemma-3-4b", 8, 1000, 1),
+    ("gemma-3-27b", 1, 31_000, 1),
+    ("Llama-3.1-8B", 8, 1000, 2),
+    ("Llama-3.1-70B", 1, 1000, 2),
+    ("Llama-3.1-70B", 1, 1000, 4),
+]
+
+
+def describe(
+    config: models.Config, params: models.Params, batch: int, prompt: int, devices: int
+) -> dict:
+    programs = models.compile_programs(params, config, batch=batch, prompt=prompt, tokens=TOKENS)
+    text = programs.decode.as_text()
+    products = re.findall(r"= (\w+\[[\d,]*\])\S* dot\(", text)
+    targets = re.findall(r'custom_call_target="(\w+)"', text)
+    # Large arrays in the text of asynchronous operations are those that arrive.
+    moved = re.findall(r"= .*?(\w+\[[\d,]*\])\S*\)? (?:all|collective|reduce)-[a-z-]+\(", text)
+    table = on_one_device(params["embed_tokens"])
+    return {
+        **models.measure_memory(params, programs)._asdict(),
+        "estimate": models.estimate_memory(
+            config, batch=batch, context=prompt + TOKENS - 1, devices=devices
+        ).peak,
+        "block": shapes.block_nbytes(share_of(config, devices)),
+        "piece": 2 * _table.groups_in_piece(table) * _table.ROWS * config.dim,
+        "moved": sorted(set(moved)),
+        "cache_copies": [shapes.cache_copies(program) for program in programs[:2]],
+        "products": sorted(products),
+        "calls": sorted(targets),
+    }
+
+
+def main() -> None:
+    for name, batch, prompt, devices in PROGRAMS:
+        topology = topologies.get_topology_desc(
+            platform="cuda", target_config=compile_for_gpu.H100, topology=f"1x1x{devices}"
+        )
+        sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+        config = models.read_config(KNOWN[name])
+        for compress in (True, False):
+            params = shapes.param_shapes(
+                config, compress=compress, sharding=sharding, devices=topology.devices
+            )
+            program = {
+                "model": name,
+                "batch": batch,
+                "prompt": prompt,
+                "devices": devices,
+                "compressed": compress,
+            }
+            print(json.dumps(program | describe(config, params, batch, prompt, devices)))
+
+
+if __name__ == "__main__":
+    main()

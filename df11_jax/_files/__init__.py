@@ -1,0 +1,1 @@
+"""The files that tensors lie in, whatever the layout of the tensors."""

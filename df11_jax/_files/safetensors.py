@@ -1,0 +1,288 @@
+"""The safetensors container, read without copies and written as a stream.
+
+The library of that name copies every tensor that it reads, and wants all tensors of a file in
+memory before it writes any. Files are the same: 8 bytes that say how long the header is, the
+header as JSON, the tensors one after the other. Plain, native and published checkpoints are all
+read by this module.
+"""
+
+import json
+import math
+import mmap
+import os
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from df11_jax._files.untrusted_json import MAX_BYTES, parse_json, require_file
+
+DTYPES: dict[str, np.dtype] = {
+    name: np.dtype(scalar)
+    for name, scalar in {
+        "BOOL": np.bool_,
+        "U8": np.uint8,
+        "I8": np.int8,
+        "U16": np.uint16,
+        "I16": np.int16,
+        "U32": np.uint32,
+        "I32": np.int32,
+        "U64": np.uint64,
+        "I64": np.int64,
+        "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+        "F32": np.float32,
+        "F64": np.float64,
+        "C64": np.complex64,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    }.items()
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_LENGTH_BYTES = 8
+_MAX_DIMS = 64  # numpy's
+_MAX_ELEMENTS = 2**59  # numpy's, were none of the dimensions 0, of elements of 16 bytes
+# Longer than any module's; messages and nested dicts are made of names.
+_MAX_NAME = 1000
+_ALIGNMENT = 64
+
+
+class Entry(NamedTuple):
+    """One tensor of a file: `begin` and `end` count from the end of the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+
+class TensorFile:
+    """A safetensors file, open for reading: its header is read and checked, the rest mapped.
+
+    Attributes:
+        path: of the file.
+        metadata: the strings that its writer put there.
+        entries: its tensors by name, in the order in which they lie in the file.
+        header_crc32: checksum of its header, as eight hexadecimal digits.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Reads the header.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is not a safetensors file, or is truncated; the message names the file.
+        """
+        self.path = path
+        require_file(path)
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+            self._data_begin = _LENGTH_BYTES + length
+            if size < _LENGTH_BYTES or length > MAX_BYTES or self._data_begin > size:
+                raise ValueError(
+                    f"{path}: is not a safetensors file, or is truncated: it has {size:,} bytes, "
+                    f"and its header would have {length:,}"
+                )
+            header = file.read(length)
+        self.header_crc32 = f"{zlib.crc32(header):08x}"
+        try:
+            self.metadata, self.entries = _parse(header, size - self._data_begin)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def array(self, name: str) -> np.ndarray:
+        """A tensor, as a read-only view of the mapped file, which must not change meanwhile.
+
+        Raises:
+            KeyError: there is none of that name.
+            ValueError: numpy has no such dtype, or the file has become shorter.
+        """
+        entry = self.entries[name]
+        dtype = DTYPES.get(entry.dtype)
+        if dtype is None:
+            raise ValueError(f"{self.path}: {name}: cannot read the dtype {entry.dtype}")
+        if not entry.nbytes:
+            return np.empty(entry.shape, dtype)
+        begin = self._data_begin + entry.begin
+        skipped = begin % mmap.ALLOCATIONGRANULARITY
+        try:
+            # Mapped anew each time: it is unmapped when the array is gone.
+            with open(self.path, "rb") as file:
+                mapped = mmap.mmap(
+                    file.fileno(),
+                    skipped + entry.nbytes,
+                    access=mmap.ACCESS_READ,
+                    offset=begin - skipped,
+                )
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.filename:
+                raise
+            raise ValueError(f"{self.path}: {name}: cannot be read ({error})") from None
+        # Encoders read tile by tile, in which the kernel would see no order to read ahead by.
+        mapped.madvise(mmap.MADV_WILLNEED)
+        array = np.frombuffer(mapped, dtype, math.prod(entry.shape), skipped)
+        # Nothing in the format aligns tensors to their own size.
+        array = np.require(array, requirements="A").reshape(entry.shape)
+        array.flags.writeable = False
+        return array
+
+
+class TensorWriter:
+    """Writes tensors to a safetensors file as they come.
+
+    Room for the header is left in front, and filled by `finish`, with blanks at its end, which
+    the format allows: so it need not be known before how large compressed tensors will be.
+
+    Attributes:
+        metadata: strings for the header, to which some can be added as long as there is room.
+    """
+
+    def __init__(
+        self, file: BinaryIO, room: int, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Begins a file.
+
+        Args:
+            file: empty, open for writing.
+            room: bytes to leave for the header: `header_room`.
+            metadata: strings to put into the header.
+        """
+        self._file = file
+        self._data_begin = -(-(_LENGTH_BYTES + room) // _ALIGNMENT) * _ALIGNMENT
+        self.metadata = dict(metadata or {})
+        self._header: dict[str, Any] = {}
+        self._end = 0
+        file.seek(self._data_begin)
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        """Appends a tensor.
+
+        Raises:
+            ValueError: safetensors has no name for its dtype, or its own is too long.
+        """
+        _check_name(name)
+        dtype = DTYPE_NAMES.get(array.dtype)
+        if dtype is None:
+            raise ValueError(f"{name}: safetensors files cannot hold the dtype {array.dtype}")
+        # numpy exports neither bfloat16 nor arrays of no elements as buffers.
+        self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        begin, self._end = self._end, self._end + array.nbytes
+        self._header[name] = {
+            "dtype": dtype,
+            "shape": list(array.shape),
+            "data_offsets": [begin, self._end],
+        }
+
+    def finish(self) -> None:
+        """Writes the header."""
+        metadata = {"__metadata__": self.metadata} if self.metadata else {}
+        header = json.dumps(metadata | self._header, separators=(",", ":")).encode()
+        length = self._data_begin - _LENGTH_BYTES
+        assert len(header) <= length, "header_room was told of all tensors"
+        self._file.seek(0)
+        self._file.write(length.to_bytes(_LENGTH_BYTES, "little") + header.ljust(length))
+
+
+def header_room(
+    tensors: Iterable[tuple[str, int]], metadata: Mapping[str, str] | None = None
+) -> int:
+    """Bytes that suffice for the header of a file.
+
+    Args:
+        tensors: name and number of dimensions of each that there may be.
+        metadata: of the file.
+    """
+    number = 20  # digits of 2**64, and a comma
+    fields = len('"":{"dtype":"F8_E4M3","shape":[],"data_offsets":[]},')
+    room = len(json.dumps({"__metadata__": dict(metadata or {})}))
+    return room + sum(
+        len(json.dumps(name)) + fields + number * (ndim + 2) for name, ndim in tensors
+    )
+
+
+def _parse(header: bytes, data_bytes: int) -> tuple[dict[str, str], dict[str, Entry]]:
+    """Metadata and tensors from a header, of which nothing is believed before it is checked."""
+    try:
+        fields = parse_json(header, unique=True)
+    except ValueError as error:
+        raise ValueError(
+            f"is not a safetensors file: its header is not JSON ({error!s:.200})"
+        ) from None
+    if not isinstance(fields, dict):
+        raise ValueError("is not a safetensors file: its header is not a JSON object")
+    metadata = fields.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError(f"__metadata__ is {metadata!r:.80}, expected a JSON object of strings")
+    entries = {name: _parse_entry(name, entry) for name, entry in fields.items()}
+    entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
+    end = 0
+    for name, entry in entries.items():
+        if entry.begin != end:
+            raise ValueError(
+                f"{name}: data_offsets begin at {entry.begin:,}, expected {end:,}, the end of the "
+                "tensor before"
+            )
+        end = entry.end
+    if end != data_bytes:
+        raise ValueError(
+            f"the tensors have {end:,} bytes by the header, the file has {data_bytes:,} for them: "
+            "it is truncated, or was not written completely"
+        )
+    return metadata, entries
+
+
+def check_shape(shape: Sequence[int], name: str) -> None:
+    """Checks that there can be arrays of a shape.
+
+    Raises:
+        ValueError: there cannot.
+    """
+    if math.prod(max(1, n) for n in shape) >= _MAX_ELEMENTS:
+        raise ValueError(f"{name}: shape is {list(shape)!s:.80}, which no array can have")
+
+
+def _check_name(name: str) -> None:
+    if len(name) > _MAX_NAME:
+        raise ValueError(
+            f"{name:.80}...: a name of {len(name):,} characters, expected up to {_MAX_NAME:,}"
+        )
+
+
+def _parse_entry(name: str, entry: Any) -> Entry:
+    _check_name(name)
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name}: its header entry is {entry!r:.80}, expected a JSON object")
+    dtype: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
+    if not isinstance(dtype, str):
+        raise ValueError(f"{name}: dtype is {dtype!r:.80}, expected a string")
+    for key, numbers, most in (("shape", shape, _MAX_DIMS), ("data_offsets", offsets, 2)):
+        if (
+            not isinstance(numbers, list)
+            or len(numbers) > most
+            or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers)
+        ):
+            raise ValueError(
+                f"{name}: {key} is {numbers!r:.80}, expected a list of up to {most} sizes"
+            )
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"{name}: data_offsets are {offsets!r:.80}, expected [begin, end]")
+    check_shape(shape, name)
+    nbytes = offsets[1] - offsets[0]
+    if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != nbytes:
+        raise ValueError(
+            f"{name}: data_offsets span {nbytes:,} bytes, which is not what {dtype}{shape!r:.80} "
+            "needs"
+        )
+    return Entry(dtype, tuple(shape), *offsets)

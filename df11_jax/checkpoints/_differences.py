@@ -1,0 +1,102 @@
+"""Bit comparison of two checkpoints, whatever their formats."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from df11_jax._files.directory import read_config
+from df11_jax._files.source import Source
+from df11_jax._progress import ProgressBar
+
+_CHUNK = 1 << 20  # elements that are compared at a time, so that they stay in the cache
+
+
+def differences(a: Source, b: Source, *, progress: bool = False) -> Iterator[str]:
+    """Compares all tensors of two checkpoints bit by bit, holding one of each at a time.
+
+    First come names, shapes and dtypes: all that differ. If none do, bits: the first tensor that
+    differs. That one side lacks `lm_head.weight` is no difference if its config.json ties that to
+    the embedding, and the other side's is the same as this, bit for bit.
+
+    Args:
+        a: one checkpoint.
+        b: the other.
+        progress: show a progress bar.
+
+    Yields:
+        What differs, in words.
+
+    Raises:
+        ValueError: a tensor is corrupt.
+    """
+    pairs, different = _pair_up(a, b)
+    for name_a, name_b in pairs:
+        in_a, in_b = a.tensors[name_a], b.tensors[name_b]
+        if (in_a.dtype, in_a.shape) != (in_b.dtype, in_b.shape):
+            different.append(
+                f"{name_a} is {in_a.dtype}{list(in_a.shape)} in {a.path}, "
+                f"{in_b.dtype}{list(in_b.shape)} in {b.path}"
+            )
+    yield from different
+    if different:
+        return
+    total = sum(a.tensors[name].nbytes for name, _ in pairs)
+    with ProgressBar("verify", total, show=progress) as bar:
+        for name_a, name_b in pairs:
+            difference = first_difference(a.read(name_a), b.read(name_b))
+            if difference:
+                as_in_b = "" if name_a == name_b else f" ({name_b} in {b.path})"
+                yield f"{name_a}{as_in_b}{difference}"
+                return
+            bar.update(name_a, a.tensors[name_a].nbytes)
+
+
+def _pair_up(a: Source, b: Source) -> tuple[list[tuple[str, str]], list[str]]:
+    """Which tensor of `a` is to be which of `b`, and what has no counterpart."""
+    # What is decoded in units is best read in its own order.
+    names = b.tensors if b.format == "published" else a.tensors
+    pairs = [(name, name) for name in names if name in a.tensors and name in b.tensors]
+    alone = []
+    for here, there in ((a, b), (b, a)):
+        for name in here.tensors:
+            if name in there.tensors:
+                continue
+            tied = _tied_embedding(name, there)
+            if tied is None:
+                alone.append(f"{name} is in {here.path} only")
+            else:
+                pairs.append((name, tied) if here is a else (tied, name))
+    return pairs, alone
+
+
+def _tied_embedding(name: str, source: Source) -> str | None:
+    """The tensor that stands for an `lm_head` which a checkpoint rightly lacks."""
+    if name.rpartition("lm_head.weight")[1:] != ("lm_head.weight", ""):
+        return None
+    from df11_jax.published._shapes import ModelConfig  # which in turn needs this package
+
+    if not ModelConfig(read_config(source.path)).is_tied:
+        return None
+    return next((other for other in source.tensors if other.endswith("embed_tokens.weight")), None)
+
+
+def first_difference(a: np.ndarray, b: np.ndarray) -> str:
+    """Where two arrays of the same shape and dtype differ, or nothing, in words."""
+    bits = np.dtype(f"u{a.dtype.itemsize}")
+    flat_a, flat_b = (np.ascontiguousarray(array).reshape(-1).view(bits) for array in (a, b))
+    count, first = 0, -1
+    for begin in range(0, a.size, _CHUNK):
+        end = begin + _CHUNK
+        unequal = flat_a[begin:end] != flat_b[begin:end]
+        if unequal.any():
+            if not count:
+                first = begin + int(unequal.argmax())
+            count += int(unequal.sum())
+    if not count:
+        return ""
+    index = ", ".join(str(i) for i in np.unravel_index(first, a.shape))
+    digits = 2 + 2 * bits.itemsize
+    return (
+        f"[{index}] is {flat_a[first]:#0{digits}x} in the first, {flat_b[first]:#0{digits}x} in "
+        f"the second; {count:,} of {a.size:,} elements of this tensor differ"
+    )

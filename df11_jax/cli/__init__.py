@@ -1,0 +1,1 @@
+"""The command line, `df11-jax`: a module for each command."""

@@ -1,0 +1,331 @@
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import model_files
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from df11_jax.checkpoints import open_checkpoint
+from df11_jax.cli import _commands, _main
+
+FIXTURE = Path(__file__).parents[1] / "published" / "fixtures" / "tiny_llama"
+ORIGINAL, PUBLISHED = FIXTURE / "original", FIXTURE / "sharded"
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return model_files.tensors()
+
+
+@pytest.fixture
+def plain(tmp_path, weights):
+    return model_files.write_model(tmp_path / "plain", weights, shards=2)
+
+
+def run(*args, status=0):
+    result = CliRunner().invoke(_commands.commands, [str(arg) for arg in args])
+    assert result.exit_code == status, result.output
+    return result.output
+
+
+def process(program, *args, **options):
+    """A real `df11-jax`, with small shards, after the given statements."""
+    code = f"""
+import os, signal, resource
+from df11_jax.checkpoints import _convert
+_convert.SHARD_BYTES = 50_000
+{program}
+from df11_jax.cli._main import main
+main()
+"""
+    command = [sys.executable, "-P", "-c", code, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def die(function, signal_name):
+    """Statements that make the fourth call of a function end the process by a signal."""
+    module, _, name = function.rpartition(".")
+    return f"""
+import {module} as module
+original, calls = module.{name}, []
+def dying(*args, **kwargs):
+    calls.append(0)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.{signal_name})
+    return original(*args, **kwargs)
+module.{name} = dying
+"""
+
+
+def test_there_and_back(tmp_path, plain, weights):
+    output = run("compress", plain, tmp_path / "native")
+    assert "native: native, 17 tensors, " in output and "bits per weight" in output
+    assert "All 17 tensors" in run("verify", plain, tmp_path / "native")
+    run("decompress", tmp_path / "native", tmp_path / "back")
+    model_files.assert_holds(open_checkpoint(tmp_path / "back"), weights)
+    assert (tmp_path / "back" / "tokenizer.json").exists()
+    run("compress", "--no-verify", plain / "model-00001-of-00002.safetensors", tmp_path / "one")
+    assert not (tmp_path / "one" / "tokenizer.json").exists()
+
+
+def test_published_checkpoints(tmp_path):
+    assert "All 21 tensors" in run("verify", ORIGINAL, PUBLISHED)
+    run("compress", PUBLISHED, tmp_path / "native")
+    run("decompress", PUBLISHED, tmp_path / "plain")
+    assert "dfloat11_config" not in (tmp_path / "plain" / "config.json").read_text()
+    run("compress", ORIGINAL, tmp_path / "published", "--format", "published")
+    for path in ("native", "plain", "published"):
+        assert "bit-identical" in run("verify", ORIGINAL, tmp_path / path)
+        assert "bit-identical" in run("verify", tmp_path / path, PUBLISHED)
+    run("compress", tmp_path / "native", tmp_path / "again", "--format", "published")
+    for file in (tmp_path / "published").iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+
+def test_published_checkpoints_of_an_unknown_model_type(tmp_path, plain):
+    message = "no default pattern dict for the model type 'mystery'"
+    (plain / "config.json").write_text('{"model_type": "mystery"}')
+    (plain / "tokenizer.model").write_text("tokens")
+    target = tmp_path / "published"
+    command = ("compress", plain, target, "--format", "published")
+    assert message in run(*command, status=2)
+    assert not target.exists()
+
+    units = {r"model\.layers\.\d+\.mlp": ["up_proj"], r"model\.embed_tokens": []}
+    for patterns in (units, {"dfloat11_config": {"pattern_dict": units}}):
+        (tmp_path / "units.json").write_text(json.dumps(patterns))
+        target = tmp_path / f"published {len(patterns)}"
+        run(*command[:2], target, *command[3:], "--pattern-dict", tmp_path / "units.json")
+        assert (target / "tokenizer.model").read_text() == "tokens"
+        assert "its shape in the model is not known" in run("info", target, status=2)
+        assert "bit-identical" in run("verify", plain, target, "--shapes", plain)
+        native = tmp_path / f"native {len(patterns)}"
+        run("compress", target, native, "--shapes", plain)
+        assert "bit-identical" in run("verify", plain, native)
+
+    for key in ("dfloat11_config", "pattern_dict"):
+        (tmp_path / "units.json").write_text(json.dumps({key: 3}))
+        output = run(*command, "--pattern-dict", tmp_path / "units.json", status=2)
+        assert f"units.json: {key} is 3, expected a JSON object" in output
+
+
+def test_info(tmp_path, plain, weights):
+    lines = run("info", plain).splitlines()
+    assert lines[0] == f"{plain}: plain checkpoint of the model type llama"
+    (layers,) = (line for line in lines if "model.layers.*.mlp.up_proj.weight" in line)
+    assert layers.replace("│", " ").split() == (
+        "model.layers.*.mlp.up_proj.weight x 3 192x128 BF16 plain 144 KiB 144 KiB 100.0".split()
+    )
+    assert lines[-1].startswith("17 tensors, ")
+
+    run("compress", plain, tmp_path / "native")
+    summary = json.loads(run("info", tmp_path / "native", "--json"))
+    assert summary["format"] == "native" and summary["model_type"] == "llama"
+    assert summary["tensors"] == len(weights)
+    assert summary["weights"] == sum(array.size for array in weights.values())
+    assert summary["nbytes_before"] == sum(array.nbytes for array in weights.values())
+    groups = {group["pattern"]: group for group in summary["groups"]}
+    assert sum(group["nbytes"] for group in groups.values()) == summary["nbytes"]
+    layers = groups["model.layers.*.mlp.up_proj.weight"]
+    assert layers["count"] == 3 and layers["shape"] == [192, 128]
+    assert layers["format"] == "native" and layers["nbytes"] < 0.75 * layers["nbytes_before"]
+    assert groups["model.layers.*.input_layernorm.weight"]["format"] == "plain"
+
+
+def test_info_shows_names_as_they_are(tmp_path):
+    weights = {"[bold]name[/bold]": np.zeros(1, np.float32), "a/0/b": np.zeros(1, np.float32)}
+    output = run("info", model_files.write_model(tmp_path / "plain", weights))
+    assert "[bold]name[/bold]" in output and "a/*/b" in output
+
+
+def test_differences(tmp_path, plain, weights):
+    changed = weights["odd"].copy()
+    changed.view(np.uint16)[3, 4] ^= 1
+    other = model_files.write_model(tmp_path / "other", weights | {"odd": changed})
+    output = run("verify", plain, other, status=1)
+    assert "the checkpoints differ:\nodd[3, 4] is 0x" in output
+
+
+@pytest.mark.parametrize("format_", ["native", "orbax"])
+def test_nothing_to_gain(tmp_path, format_):
+    def compress(weights):
+        path = model_files.write_model(tmp_path / f"plain {len(weights)}", weights)
+        target = tmp_path / f"out {len(weights)}"
+        args = ["compress", str(path), str(target), "--format", format_]
+        result = CliRunner().invoke(_commands.commands, args)
+        assert result.exit_code == 0
+        return result.stderr
+
+    small = {"a": np.zeros(16_383, np.float32)}
+    assert compress(small).endswith("only bfloat16 tensors of 16,384 weights and more do.\n")
+    message = compress(small | {"w": np.zeros(100_000, np.float32)})
+    assert "Nothing got smaller: only bfloat16" in message
+    assert "and 1 (390.6 KiB) are float32. To round them to bfloat16" in message
+    assert not compress(model_files.tensors())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("info", "nothing"), "nothing: does not exist"),
+        (("verify", "plain", "nothing"), "nothing: does not exist"),
+        (("verify", "plain", "truncated.safetensors"), "is not a safetensors file"),
+        (("compress", "plain", "plain"), "plain: exists already, and is not empty"),
+        (("compress", "plain", "out.safetensors"), "is a name for a file"),
+        (("decompress", "plain", "out"), "plain: is not compressed"),
+        (("compress", "native", "out"), "native: is in the native format already"),
+        (("compress", "plain", "out", "--format", "nonsense"), "'nonsense' is not one of"),
+        (("compress", "plain", "out", "--pattern-dict", "p.json"), "'p.json' does not exist"),
+        (("compress", "plain"), "Missing argument 'DST'"),
+    ],
+)
+def test_wrong_use_ends_in_one_line(tmp_path, plain, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "truncated.safetensors").write_bytes(b"123")
+    if "native" in args:
+        run("compress", "plain", "native")
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+    output = run(*args, status=2)
+    assert message in output and "Traceback" not in output
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("command", "function"),
+    [
+        ("compress", "df11_jax.checkpoints._convert.encode"),
+        ("decompress", "df11_jax.checkpoints._native_format.decode"),
+        ("compress --format published", "df11_jax.published._write.encode_unit"),
+    ],
+)
+def test_killed_and_resumed(tmp_path, plain, command, function):
+    original = source = ORIGINAL if "published" in command else plain
+    if command == "decompress":
+        source = tmp_path / "native"
+        run("compress", plain, source)
+    target = tmp_path / "target"
+    args = (*command.split(), source, target)
+    killed = process(die(function, "SIGKILL"), *args)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    finished = {file: file.stat().st_ino for file in target.glob("*.safetensors")}
+    assert finished
+    assert "is incomplete" in run("verify", original, target, status=2)
+    assert "of another job" in run("decompress", PUBLISHED, target, status=2)
+
+    resumed = process("", *args)
+    assert resumed.returncode == 0, resumed.stderr
+    assert {file: file.stat().st_ino for file in finished} == finished
+    assert not list(target.glob("*.partial"))
+    assert "bit-identical" in run("verify", original, target)
+
+
+def test_interrupted_and_resumed(tmp_path, plain):
+    target = tmp_path / "target"
+    function = "df11_jax.checkpoints._convert.encode"
+    stopped = process(die(function, "SIGINT"), "compress", plain, target)
+    assert stopped.returncode == 130
+    assert stopped.stderr.splitlines() == [
+        "Error: interrupted",
+        f"{target} is not complete; the same command goes on from there.",
+    ]
+    assert list(target.glob("*.safetensors")) and not list(target.glob("*.partial"))
+    assert process("", "compress", plain, target).returncode == 0
+    assert "bit-identical" in run("verify", plain, target)
+
+
+def test_a_full_disk(tmp_path, plain):
+    target = tmp_path / "target"
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))"
+    full = process(limit, "compress", plain, target)
+    assert full.returncode == 2
+    assert "Traceback" not in full.stderr
+    assert ".safetensors.partial: File too large\n" in full.stderr
+    assert "the same command goes on from there" in full.stderr
+    assert not list(target.glob("*.partial"))
+    assert process("", "compress", plain, target).returncode == 0
+    assert "bit-identical" in run("verify", plain, target)
+
+
+def test_says_what_to_install():
+    # As where neither click nor rich is installed.
+    program = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name: None if name in ("click", "rich") else find(name)
+from df11_jax.cli._main import main
+main()
+"""
+    ended = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr == (
+        'df11-jax needs click, rich. Install with: pip install "df11_jax[cli]"\n'
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "extra"),
+    [
+        (["demo"], "demo"),
+        (["fit", "nothing", "--memory", "24GB"], "flax"),
+        (["generate", ".", "--prompt", "x"], "models"),
+        (["compare", "--memory", "24GB"], "models"),
+    ],
+)
+def test_says_what_to_install_for_models(arguments, extra):
+    program = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name: None if name == "flax" else find(name)
+sys.modules["flax"] = None  # cannot be imported
+"""
+    ended = process(program, *arguments)
+    assert ended.returncode == 2
+    assert ended.stderr == (f'df11-jax needs flax. Install with: pip install "df11_jax[{extra}]"\n')
+
+
+@pytest.mark.parametrize("module", ["linen", "nnx", "models"])
+def test_modules_say_what_to_install(module):
+    program = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name: None if name == "flax" else find(name)
+sys.modules["flax"] = None
+"""
+    code = f"{program}import df11_jax.{module}"
+    ended = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert f"ImportError: df11_jax.{module} needs flax. Install with: pip install" in ended.stderr
+
+
+def test_generate_downloads_nothing():
+    output = run("generate", "Qwen/Qwen3-0.6B", "--prompt", "x", status=2)
+    assert "hf download" in output
+
+
+def test_help(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["df11-jax", "--help"])
+    with pytest.raises(SystemExit) as end:
+        _main.main()
+    assert end.value.code == 0
+    for command in ("info", "compress", "decompress", "verify"):
+        assert "Usage" in run(command, "--help")
+
+
+def test_published_file_without_config(tmp_path):
+    shard = tmp_path / "layer.safetensors"
+    shard.write_bytes((PUBLISHED / "model_layers_0.safetensors").read_bytes())
+    assert "--pattern-dict" in run("info", shard, status=2)
+    options = ["--shapes", ORIGINAL, "--pattern-dict", PUBLISHED / "config.json"]
+    assert "model.layers.*.mlp.up_proj.weight" in run("info", shard, *options)
+    run("compress", shard, tmp_path / "native", *options)
+    assert "bit-identical" in run("verify", shard, tmp_path / "native", *options)
+
+
+def test_file_of_a_model_uses_the_config_beside_it(tmp_path):
+    file = ORIGINAL / "model.safetensors"
+    assert "model type llama" in run("info", file)
+    run("compress", file, tmp_path / "published", "--format", "published")
+    assert "bit-identical" in run("verify", ORIGINAL, tmp_path / "published")
