@@ -42,13 +42,16 @@ struct WordArray {
   }
 };
 
-View checked_view(const std::vector<int64_t>& dims, size_t size) {
-  if (dims.size() > kMaxDims) throw std::invalid_argument("more than 8 dimensions");
-  const View view = make_view(dims.data(), static_cast<int>(dims.size()));
-  if (static_cast<size_t>(view.size) != size) {
-    throw std::invalid_argument("the weights do not have the size of the given dimensions");
+using HeaderIn =
+    nb::ndarray<const uint32_t, nb::shape<kHeaderWords>, nb::c_contig, nb::device::cpu, nb::ro>;
+
+Layout checked_layout(const HeaderIn& header, size_t size) {
+  Layout layout;
+  if (!unpack_header(header.data(), layout)) throw std::invalid_argument("not a header");
+  if (static_cast<size_t>(make_view(layout).size) != size) {
+    throw std::invalid_argument("the weights do not have the size that the header says");
   }
-  return view;
+  return layout;
 }
 
 // Slices are shared out among the threads where there are enough of them, else each slice's
@@ -59,11 +62,16 @@ void for_each_slice(int64_t stack, int threads, const Body& body) {
   parallel_for(stack, across ? threads : 1, [&](int64_t i) { body(i, across ? 1 : threads); });
 }
 
-// A stack of slices of different lengths, filled up with zeros to the longest.
-WordArray pad_together(std::vector<Words> slices) {
-  if (slices.size() == 1) return WordArray(std::move(slices[0]));
+// A stack of slices of different lengths, filled up with zeros to what the longest is padded to.
+WordArray pad_together(std::vector<Words> slices, const View& view, int code_bits) {
   size_t longest = 0;
   for (const Words& slice : slices) longest = std::max(longest, slice.size());
+  longest = padded_exponents_words(view, code_bits, longest);
+  if (slices.size() == 1) {
+    const size_t missing = longest - slices[0].size();
+    std::fill_n(slices[0].extend(missing), missing, 0u);
+    return WordArray(std::move(slices[0]));
+  }
   WordArray padded(slices.size(), longest);
   for (size_t i = 0; i < slices.size(); ++i) {
     uint32_t* end = std::copy_n(slices[i].data(), slices[i].size(), padded.slice(i));
@@ -73,22 +81,40 @@ WordArray pad_together(std::vector<Words> slices) {
   return padded;
 }
 
-nb::tuple encode(WeightsIn weights, const std::vector<int64_t>& dims, int threads) {
+nb::tuple encode(WeightsIn weights, HeaderIn header, bool share_codebook, int threads) {
   const size_t stack = weights.shape(0);
-  const View view = checked_view(dims, weights.shape(1));
+  const Layout layout = checked_layout(header, weights.shape(1));
+  const View view = make_view(layout);
   WordArray headers(stack, kHeaderWords), codebooks(stack, kCodebookWords),
       chunk_offsets(stack, view.chunks() + 1), sign_mantissa(stack, view.sign_mantissa_words());
   std::vector<Words> records(stack);
   WordArray exponents(stack, 0);
   {
     nb::gil_scoped_release release;
-    const auto header = make_header(dims.data(), static_cast<int>(dims.size()));
+    const auto counts_of = [&](int64_t i, int slice_threads) {
+      return count_pairs(weights.data() + i * view.size, view, slice_threads);
+    };
+    std::vector<uint32_t> all_counts(65536);
+    for (size_t i = 0; share_codebook && i < stack; ++i) {
+      const std::vector<uint32_t> counts = counts_of(i, threads);
+      // Halved, should they become so many that they do not fit.
+      const bool halve = std::any_of(all_counts.begin(), all_counts.end(),
+                                     [](uint32_t count) { return count >> 31; });
+      for (int k = 0; k < 65536; ++k) all_counts[k] = (all_counts[k] >> halve) + counts[k];
+    }
     for_each_slice(stack, threads, [&](int64_t i, int slice_threads) {
-      std::copy(header.begin(), header.end(), headers.slice(i));
-      records[i] = encode_slice(weights.data() + i * view.size, view, slice_threads,
-                                codebooks.slice(i), chunk_offsets.slice(i), sign_mantissa.slice(i));
+      const Codebook book = choose_codebook(
+          share_codebook ? all_counts : counts_of(i, slice_threads), layout.code_bits);
+      book.pack(codebooks.slice(i));
+      const uint64_t id = codebook_id(codebooks.slice(i));
+      uint32_t* own_header =
+          std::copy_n(header.data(), kHeaderWords, headers.slice(i)) - kHeaderWords;
+      own_header[kCodebookIdWord] = static_cast<uint32_t>(id);
+      own_header[kCodebookIdWord + 1] = static_cast<uint32_t>(id >> 32);
+      records[i] = encode_slice(weights.data() + i * view.size, view, CodeTable(book),
+                                slice_threads, chunk_offsets.slice(i), sign_mantissa.slice(i));
     });
-    exponents = pad_together(std::move(records));
+    exponents = pad_together(std::move(records), view, layout.code_bits);
   }
   return nb::make_tuple(headers.release(), codebooks.release(), chunk_offsets.release(),
                         exponents.release(), sign_mantissa.release());
@@ -152,10 +178,9 @@ void for_each_chunk(const View& view, size_t stack, const WordsIn& codebook,
 }
 
 // The first element (counted over the whole stack) that does not come back, or -1.
-int64_t find_difference(WeightsIn weights, const std::vector<int64_t>& dims, WordsIn codebook,
-                        WordsIn chunk_offsets, WordsIn exponents, WordsIn sign_mantissa,
-                        int threads) {
-  const View view = checked_view(dims, weights.shape(1));
+int64_t find_difference(WeightsIn weights, HeaderIn header, WordsIn codebook, WordsIn chunk_offsets,
+                        WordsIn exponents, WordsIn sign_mantissa, int threads) {
+  const View view = make_view(checked_layout(header, weights.shape(1)));
   Smallest first;
   for_each_chunk(view, weights.shape(0), codebook, chunk_offsets, exponents, sign_mantissa, threads,
                  [&](ChunkDecoder* decoder, int64_t slice, int64_t chunk) {
@@ -167,9 +192,9 @@ int64_t find_difference(WeightsIn weights, const std::vector<int64_t>& dims, Wor
 }
 
 // Decodes into `weights`. The first chunk (counted over the whole stack) that is corrupt, or -1.
-int64_t decode(WeightsOut weights, const std::vector<int64_t>& dims, WordsIn codebook,
-               WordsIn chunk_offsets, WordsIn exponents, WordsIn sign_mantissa, int threads) {
-  const View view = checked_view(dims, weights.shape(1));
+int64_t decode(WeightsOut weights, HeaderIn header, WordsIn codebook, WordsIn chunk_offsets,
+               WordsIn exponents, WordsIn sign_mantissa, int threads) {
+  const View view = make_view(checked_layout(header, weights.shape(1)));
   Smallest first;
   for_each_chunk(view, weights.shape(0), codebook, chunk_offsets, exponents, sign_mantissa, threads,
                  [&](ChunkDecoder* decoder, int64_t slice, int64_t chunk) {
@@ -183,13 +208,23 @@ int64_t decode(WeightsOut weights, const std::vector<int64_t>& dims, WordsIn cod
 }  // namespace
 
 void add_bindings(nb::module_& m) {
-  m.def("encode", &encode, nb::arg("weights"), nb::arg("dims"), nb::arg("threads"),
+  m.def("encode", &encode, nb::arg("weights"), nb::arg("header"), nb::arg("share_codebook"),
+        nb::arg("threads"),
         "Encodes uint16[stack, size]: header, codebook, chunk_offsets, exponents, sign_mantissa.");
-  m.def("find_difference", &find_difference, nb::arg("weights"), nb::arg("dims"),
+  m.def(
+      "padded_exponents_words",
+      [](HeaderIn header, int64_t words) {
+        Layout layout;
+        if (!unpack_header(header.data(), layout)) throw std::invalid_argument("not a header");
+        return padded_exponents_words(make_view(layout), layout.code_bits, words);
+      },
+      nb::arg("header"), nb::arg("words"),
+      "The length of `exponents` for records of so many words.");
+  m.def("find_difference", &find_difference, nb::arg("weights"), nb::arg("header"),
         nb::arg("codebook"), nb::arg("chunk_offsets"), nb::arg("exponents"),
         nb::arg("sign_mantissa"), nb::arg("threads"),
         "The index of the first element that decodes to something else, or -1.");
-  m.def("decode", &decode, nb::arg("weights"), nb::arg("dims"), nb::arg("codebook"),
+  m.def("decode", &decode, nb::arg("weights"), nb::arg("header"), nb::arg("codebook"),
         nb::arg("chunk_offsets"), nb::arg("exponents"), nb::arg("sign_mantissa"),
         nb::arg("threads"),
         "Decodes into uint16[stack, size]; the index of the first chunk that is corrupt, or -1.");

@@ -53,9 +53,7 @@ class CodeTable {
   uint8_t second_exponent(int symbol) const { return book_.exponents[symbol % kCodedExponents]; }
 
   // A finite weight, positive and without mantissa, that is cheap to store.
-  uint16_t pad() const {
-    return static_cast<uint16_t>(pad_ < 0 ? 0 : first_exponent(pad_) << 7);
-  }
+  uint16_t pad() const { return static_cast<uint16_t>(pad_ < 0 ? 0 : first_exponent(pad_) << 7); }
 
   // The symbol that stands in the stream for a pair without a code: the shortest that is right in
   // one of its weights, so that only the other must be patched.

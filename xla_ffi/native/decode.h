@@ -129,8 +129,8 @@ struct Vectors<16> {
 };
 
 // Merges the exponents of one lane or two neighbouring ones of a grid row (the vector's width
-// tells) with their sign and mantissa, folds the pairs into the checksum accumulators and writes them to
-// two rows of `out`. Vectors are not passed by value: that would depend on the target.
+// tells) with their sign and mantissa, folds the pairs into the checksum accumulators and writes
+// them to two rows of `out`. Vectors are not passed by value: that would depend on the target.
 template <int kWidth>
 DF11_INLINE void merge_pairs(const uint16_t* lane, const uint16_t* next_lane,
                              const uint32_t* sign_mantissa, uint32_t* acc, uint16_t* out,

@@ -15,7 +15,7 @@ inline constexpr uint32_t kFormatVersion = 2;
 
 // A tile is cut into steps of 16 k x 64 n; pairs run along k.
 inline constexpr int kStepRows = 16;
-inline constexpr int kMaxSteps = 8;  // of a chunk
+inline constexpr int kMaxSteps = 8;                      // of a chunk
 inline constexpr int kTileRows = kStepRows * kMaxSteps;  // at most
 inline constexpr int kTileCols = 64;
 inline constexpr int kHalfStepPairs = kStepRows * kTileCols / 4;  // 256
@@ -32,8 +32,8 @@ inline constexpr int kSymbols = kCodedExponents * kCodedExponents;
 
 inline constexpr int kMaxDims = 8;
 inline constexpr int kHeaderWords = 28;
-inline constexpr int kGeometryWord = 3;     // of the header
-inline constexpr int kCodebookIdWord = 24;  // and the next
+inline constexpr int kGeometryWord = 3;                                      // of the header
+inline constexpr int kCodebookIdWord = 24;                                   // and the next
 inline constexpr int kCodebookWords = (kCodedExponents + kSymbols / 2) / 4;  // 36
 
 // A record: checksum, patch count and base length, 32 extra lengths, streams, patches.
@@ -159,9 +159,7 @@ struct View {
   DF11_HD int64_t tiles_k() const { return (k + steps * kStepRows - 1) / (steps * kStepRows); }
   DF11_HD int64_t steps_k() const { return (k + kStepRows - 1) / kStepRows; }
   DF11_HD int64_t chunks() const { return batch * tiles_k() * tiles_n(); }
-  DF11_HD int64_t sign_mantissa_words() const {
-    return batch * steps_k() * tiles_n() * kStepWords;
-  }
+  DF11_HD int64_t sign_mantissa_words() const { return batch * steps_k() * tiles_n() * kStepWords; }
   // From one k to the next, and from one n to the next, in elements.
   DF11_HD int64_t stride_k() const { return along_columns ? 1 : n; }
   DF11_HD int64_t stride_n() const { return along_columns ? k : 1; }
@@ -193,14 +191,13 @@ inline View make_view(const Layout& layout) {
   View view;
   uint64_t batch = 1, rows = 1, cols = 1;
   for (int i = 0; i < layout.ndim; ++i) {
-    (i < layout.batch_axes                      ? batch
+    (i < layout.batch_axes                     ? batch
      : i < layout.batch_axes + layout.row_axes ? rows
-                                                : cols) *= static_cast<uint64_t>(layout.dims[i]);
+                                               : cols) *= static_cast<uint64_t>(layout.dims[i]);
   }
   view.size = static_cast<int64_t>(batch * rows * cols);
   view.steps = layout.steps;
-  const bool has_both =
-      layout.row_axes > 0 && layout.batch_axes + layout.row_axes < layout.ndim;
+  const bool has_both = layout.row_axes > 0 && layout.batch_axes + layout.row_axes < layout.ndim;
   if (has_both && view.size > 0 && cols % 8 == 0) {
     view.batch = static_cast<int64_t>(batch);
     view.k = static_cast<int64_t>(layout.along_columns ? cols : rows);
@@ -221,7 +218,7 @@ inline View make_view(const Layout& layout) {
 // The length of `exponents` for records of so many words: the next of the series that
 // docs/format.md defines, in steps of 0.04 bits a weight.
 inline int64_t padded_exponents_words(const View& view, int code_bits, int64_t words) {
-  constexpr int kStep = 40;  // in 1/1000 bit
+  constexpr int kStep = 40;              // in 1/1000 bit
   const int by_code[] = {58, 25, 8, 0};  // 9 to 12 bits
   const int by_steps = view.steps == 8 ? 0 : view.steps == 4 ? 41 : 123;
   const int first = (2634 + by_code[code_bits - kMinCodeBits] + by_steps) % kStep;

@@ -2,8 +2,8 @@
 //
 // Operands: index s32[batch...], then for each tensor header, codebook, chunk_offsets,
 // exponents, sign_mantissa as u32[batch..., stack, words]; a batch axis is 1 where its operand
-// was not batched. Results: bf16[batch..., slice...]. Attribute names: the tensors' names,
-// one a line.
+// was not batched. Results: bf16[batch..., slice...]. Attributes: names, those of the tensors, one
+// a line; headers, the one that the slices of each tensor have to have, but for the codebook's id.
 #pragma once
 
 #include <string>

@@ -54,7 +54,9 @@ struct Extent {
         last_n(n) {
     if (view.is_flat && chunk.k + k == view.k) last_n = view.size - (view.k - 1) * kTileCols;
   }
-  DF11_INLINE int64_t n_of(int64_t row) const { return row < k - 1 ? n : row == k - 1 ? last_n : 0; }
+  DF11_INLINE int64_t n_of(int64_t row) const {
+    return row < k - 1 ? n : row == k - 1 ? last_n : 0;
+  }
   DF11_INLINE bool is_whole(const Chunk& chunk) const {
     return k == chunk.steps * kStepRows && n == kTileCols && last_n == kTileCols;
   }

@@ -20,12 +20,12 @@ namespace df11::native {
 
 // A problem with a slice, or none if empty: its header is to be the expected one, but for the
 // codebook's id.
-inline std::string check_header(const uint32_t* header, const Header& expected) {
+inline std::string check_header(const uint32_t* header, const uint32_t* expected) {
   if (header[0] != kFormatVersion) {
     return "has format version " + std::to_string(header[0]) + ", but this library reads version " +
            std::to_string(kFormatVersion);
   }
-  if (!std::equal(header, header + kCodebookIdWord, expected.begin())) {
+  if (!std::equal(header, header + kCodebookIdWord, expected)) {
     return "has a header that does not describe a slice of the expected shape";
   }
   return "";
@@ -73,8 +73,7 @@ inline void transpose_tile(const uint16_t* tile, int64_t rows, uint16_t* out) {
     for (int col = 0; col < kTileCols; col += 8) {
       __m128i a[8], b[8];
       for (int i = 0; i < 8; ++i) {
-        a[i] = _mm_load_si128(
-            reinterpret_cast<const __m128i*>(tile + (row + i) * kTileCols + col));
+        a[i] = _mm_load_si128(reinterpret_cast<const __m128i*>(tile + (row + i) * kTileCols + col));
       }
       for (int i = 0; i < 4; ++i) {
         b[2 * i] = _mm_unpacklo_epi16(a[2 * i], a[2 * i + 1]);
@@ -97,7 +96,8 @@ inline void transpose_tile(const uint16_t* tile, int64_t rows, uint16_t* out) {
   }
 #else
   for (int64_t row = 0; row < rows; ++row) {
-    for (int col = 0; col < kTileCols; ++col) out[col * kTileRows + row] = tile[row * kTileCols + col];
+    for (int col = 0; col < kTileCols; ++col)
+      out[col * kTileRows + row] = tile[row * kTileCols + col];
   }
 #endif
 }
@@ -189,17 +189,15 @@ class ChunkDecoder {
     };
     if (view.along_columns) transpose_tile(tile_, chunk.steps * kStepRows, transposed_);
     for (int64_t i = 0; i < (view.along_columns ? extent.n : extent.k); ++i) {
-      const int64_t at =
-          view.along_columns
-              ? differ(transposed_ + i * kTileRows, i * view.k, extent.k)
-              : differ(tile_ + i * kTileCols, i * view.n, extent.n_of(i));
+      const int64_t at = view.along_columns
+                             ? differ(transposed_ + i * kTileRows, i * view.k, extent.k)
+                             : differ(tile_ + i * kTileCols, i * view.n, extent.n_of(i));
       if (at >= 0) return at;
     }
     return -1;
   }
 
  private:
-
   decltype(&fill_pairs_table_portable) fill_pairs_table_;
   decltype(&decode_record_portable) decode_record_;
   decltype(&equals_tile_portable) equals_tile_;

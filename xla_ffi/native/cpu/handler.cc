@@ -64,6 +64,7 @@ class Worker {
     const int64_t batch = (item - call_.first_item[at]) / items_per_slice;
     const int64_t first = (item - call_.first_item[at]) % items_per_slice * kChunksPerItem;
     const int64_t slice = tensor.slice_of(batch);
+    if (slice < 0) return;
     if (tensor_ != &tensor || slice_ != slice) {
       tensor_ = &tensor;
       slice_ = slice;
@@ -89,28 +90,27 @@ class Worker {
 };
 
 ffi::Error DecodeCpuImpl(ffi::ThreadPool pool, std::string_view names_attribute,
-                         ffi::RemainingArgs args, ffi::RemainingRets results) {
+                         ffi::Span<const uint32_t> headers, ffi::RemainingArgs args,
+                         ffi::RemainingRets results) {
   const std::string names(names_attribute);
   Call call;
-  if (ffi::Error error = read_operands(args, results, names, call.tensors); error.failure()) {
+  if (ffi::Error error = read_operands(args, results, names, headers, call.tensors);
+      error.failure()) {
     return error;
   }
   call.first_item.push_back(0);
   for (size_t i = 0; i < call.tensors.size(); ++i) {
     const TensorSlices& tensor = call.tensors[i];
-    auto out = results.get<ffi::AnyBuffer>(i);
-    const auto dims = (*out)->dimensions();
-    const int batch_rank = static_cast<int>(args.get<ffi::AnyBuffer>(0)->dimensions().size());
     for (int64_t b = 0; b < tensor.batch; ++b) {
       const int64_t slice = tensor.slice_of(b);
+      if (slice < 0) continue;
       const std::string problem =
-          check_header(tensor.header + slice * kHeaderWords, dims.begin() + batch_rank,
-                       static_cast<int>(dims.size()) - batch_rank);
+          check_header(tensor.header + slice * kHeaderWords, headers.begin() + i * kHeaderWords);
       if (!problem.empty()) {
         return OperandError{names, i}("slice " + std::to_string(slice) + " " + problem);
       }
+      ++decode_counter;
     }
-    decode_counter += tensor.batch;
     expect_large_write(tensor.out, 2 * tensor.batch * tensor.view.size);
     const int64_t items = (tensor.view.chunks() + kChunksPerItem - 1) / kChunksPerItem;
     call.first_item.push_back(call.first_item.back() + tensor.batch * items);
@@ -129,6 +129,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(df11_decode_cpu, DecodeCpuImpl,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<std::string_view>("names")
+                                  .Attr<ffi::Span<const uint32_t>>("headers")
                                   .RemainingArgs()    // index, then five arrays a tensor
                                   .RemainingRets());  // the tensors
 

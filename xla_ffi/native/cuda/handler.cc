@@ -13,10 +13,11 @@
 namespace df11::native {
 namespace {
 
-ffi::Error DecodeCudaImpl(cudaStream_t stream, std::string_view names, ffi::RemainingArgs args,
+ffi::Error DecodeCudaImpl(cudaStream_t stream, std::string_view names,
+                          ffi::Span<const uint32_t> headers, ffi::RemainingArgs args,
                           ffi::RemainingRets results) {
   std::vector<TensorSlices> tensors;
-  if (ffi::Error error = read_operands(args, results, names, tensors); error.failure()) {
+  if (ffi::Error error = read_operands(args, results, names, headers, tensors); error.failure()) {
     return error;
   }
   const cudaError_t status =
@@ -33,6 +34,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(df11_decode_cuda, DecodeCudaImpl,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::PlatformStream<cudaStream_t>>()
                                   .Attr<std::string_view>("names")
+                                  .Attr<ffi::Span<const uint32_t>>("headers")
                                   .RemainingArgs()   // index, then five arrays a tensor
                                   .RemainingRets(),  // the tensors
                               {ffi::Traits::kCmdBufferCompatible});
