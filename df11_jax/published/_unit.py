@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 import jax.export
-import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, BFloat16, UInt8, UInt32
 
 from df11_jax import _ffi
+from df11_jax._host_arrays import BFLOAT16
 from df11_jax._host_codec import available_threads, native_library
 from df11_jax.published import _codebook, _xla_decoder
 
@@ -23,8 +23,6 @@ ARRAYS = ("sign_mantissa", "encoded_exponent", "luts", "output_positions", "gaps
 BLOCK_BYTES = 4096
 BLOCK_GAP_BYTES = 320
 MAX_SIZE = 2**32 - 1  # positions have 32 bits
-
-_BFLOAT16 = np.dtype(jnp.bfloat16)
 
 
 @jax.tree_util.register_dataclass
@@ -175,7 +173,7 @@ def decode_host(
         )
     except ValueError as error:
         raise ValueError(f"{_label(unit.names)}: is corrupt: {error}") from None
-    return out.view(_BFLOAT16)
+    return out.view(BFLOAT16)
 
 
 def decompress(unit: PublishedUnit) -> dict[str, BFloat16[Array, "..."]]:
@@ -251,7 +249,7 @@ def _check_arrays(unit: PublishedUnit) -> None:
 
 
 def _bits(name: str, tensor: Any) -> np.ndarray:
-    if not isinstance(tensor, np.ndarray) or tensor.dtype != _BFLOAT16:
+    if not isinstance(tensor, np.ndarray) or tensor.dtype != BFLOAT16:
         raise TypeError(
             f"{name}: a published unit is made of numpy arrays of bfloat16, got "
             f"{getattr(tensor, 'dtype', type(tensor).__name__)}"
