@@ -13,6 +13,7 @@ from jaxtyping import Array, UInt32
 
 from df11_jax import _layout
 from df11_jax._host_arrays import BFLOAT16
+from df11_jax._layout import Layout
 
 
 @jax.tree_util.register_dataclass
@@ -27,29 +28,36 @@ class DF11Array:
     all five arrays. What takes these axes away or puts new ones in front (`jax.lax.scan`,
     `jax.vmap`, `jax.tree.map(lambda x: x[i], a)`) gives the compressed slice or stack.
 
-    Invariants: all arrays are uint32; their shapes are `stack_shape + (words,)`, the number of
-    words following from `slice_shape` (but for `exponents`); docs/format.md tells what they hold.
+    Invariants: all arrays are uint32; their shapes are `stack_shape + layout.parts + (words,)`, the
+    number of words following from `layout` (but for `exponents`); docs/format.md tells what they
+    hold.
 
     Attributes:
-        header: format version and shape of each slice.
+        header: format version, shape and layout of each slice.
         codebook: the code of each slice.
-        chunk_offsets: where each chunk starts in `exponents`.
+        chunk_offsets: the place of each chunk in `exponents`.
         exponents: the coded exponents, a multiple of 4 words for each slice.
         sign_mantissa: sign and mantissa of each weight.
-        slice_shape: shape of one slice; static.
+        layout: the shape of one slice, how that is a matrix, and how it is cut; static.
     """
 
-    header: UInt32[Array, "*stack 20"]
-    codebook: UInt32[Array, "*stack 36"]
-    chunk_offsets: UInt32[Array, "*stack chunks_and_end"]
-    exponents: UInt32[Array, "*stack words"]
-    sign_mantissa: UInt32[Array, "*stack quads"]
-    slice_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    header: UInt32[Array, "*stack_and_parts 28"]
+    codebook: UInt32[Array, "*stack_and_parts 36"]
+    chunk_offsets: UInt32[Array, "*stack_and_parts chunks_and_end"]
+    exponents: UInt32[Array, "*stack_and_parts words"]
+    sign_mantissa: UInt32[Array, "*stack_and_parts quads"]
+    layout: Layout = dataclasses.field(metadata={"static": True})
+
+    @property
+    def slice_shape(self) -> tuple[int, ...]:
+        """The shape of one slice."""
+        return self.layout.shape
 
     @property
     def stack_shape(self) -> tuple[int, ...]:
         """The leading axes, which all five arrays have in common."""
-        return tuple(self.header.shape[:-1])
+        shape = tuple(self.header.shape)
+        return shape[: len(shape) - 1 - len(self.layout.parts)]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -133,14 +141,18 @@ class DF11Array:
             leaves = ", ".join(
                 f"{name}={type(getattr(self, name, None)).__name__}" for name in _layout.PAYLOAD
             )
-            return f"DF11Array({leaves}, slice_shape={self.slice_shape!r})"
+            return f"DF11Array({leaves}, layout={self.layout!r})"
+
+
+def _layout_of_json(fields: list[Any]) -> Layout:
+    return Layout(*(tuple(field) if isinstance(field, list) else field for field in fields))
 
 
 jax.export.register_pytree_node_serialization(
     DF11Array,
     serialized_name="df11_jax.DF11Array",
-    serialize_auxdata=lambda static: json.dumps(static).encode(),
-    deserialize_auxdata=lambda data: tuple(tuple(field) for field in json.loads(data)),
+    serialize_auxdata=lambda static: json.dumps(dataclasses.astuple(static[0])).encode(),
+    deserialize_auxdata=lambda data: (_layout_of_json(json.loads(data)),),
 )
 
 

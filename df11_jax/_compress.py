@@ -12,6 +12,7 @@ from df11_jax._array import DF11Array, is_df11
 from df11_jax._decode import path_name
 from df11_jax._host_arrays import BFLOAT16, to_host
 from df11_jax._host_codec import encode
+from df11_jax._layout import make_layout
 from df11_jax._progress import ProgressBar
 from df11_jax._select import MIN_SIZE, Selection, is_castable, is_worth_keeping
 
@@ -20,6 +21,9 @@ def compress(
     array: BFloat16[Array, "..."] | BFloat16[np.ndarray, "..."],
     *,
     stack_axes: int = 0,
+    batch_axes: int = 0,
+    row_axes: int | None = None,
+    along_columns: bool = False,
     verify: bool = True,
     threads: int | None = None,
 ) -> DF11Array:
@@ -29,8 +33,14 @@ def compress(
 
     Args:
         array: a bfloat16 array of any shape, without stack axes of at most 8 dimensions.
-        stack_axes: how many leading axes are a stack (of layers, say): each slice along them gets
-            its own codebook, and can be decompressed alone.
+        stack_axes: the number of leading axes that are a stack (of layers, say): each slice along
+            them gets its own codebook, and can be decompressed alone.
+        batch_axes: the number of the next axes that count matrices: a slice `[heads, d, head_dim]`
+            with one of them is `heads` matrices.
+        row_axes: the number of axes after these that are the rows of a matrix, for products with
+            the compressed weights; the others are its columns. None for all axes but the last.
+        along_columns: whether pairs of weights are coded along the columns, for products with the
+            transpose (`h @ E.T` with `E [vocab, d]`), instead of along the rows (`x @ W`).
         verify: decode the result, and compare it with `array` bit by bit.
         threads: how many threads to use; None for all that this process may run on.
 
@@ -45,7 +55,16 @@ def compress(
             than `stack_axes`.
         RuntimeError: verification failed, which means broken hardware or a bug.
     """
-    return _compress(array, "array", stack_axes, verify, threads)
+    return _compress(
+        array,
+        "array",
+        stack_axes,
+        verify,
+        threads,
+        batch_axes=batch_axes,
+        row_axes=row_axes,
+        along_columns=along_columns,
+    )
 
 
 def compress_params(
@@ -151,16 +170,19 @@ def _compress(
     threads: int | None,
     *,
     cast: bool = False,
+    **matrix: Any,
 ) -> DF11Array:
     weights, device = _as_weights(array, name, cast)
-    words = encode(weights, name, stack_axes=stack_axes, verify=verify, threads=threads)
-    header, codebook, chunk_offsets, exponents, sign_mantissa = (
-        jax.device_put(w, device) for w in words
-    )
-    slice_shape = weights.shape[stack_axes:]
-    return DF11Array(
-        header, codebook, chunk_offsets, exponents, sign_mantissa, slice_shape=slice_shape
-    )
+    if not 0 <= stack_axes <= weights.ndim:
+        raise ValueError(
+            f"{name}: cannot take {stack_axes} stack axes from an array of shape {weights.shape}"
+        )
+    try:
+        layout = make_layout(weights.shape[stack_axes:], **matrix)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    words = encode(weights, name, layout, verify=verify, threads=threads)
+    return DF11Array(*(jax.device_put(array, device) for array in words), layout=layout)
 
 
 def _as_weights(array: Any, name: str, cast: bool) -> tuple[np.ndarray, Any]:

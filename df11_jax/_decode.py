@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jax import export
 from jaxtyping import Array, BFloat16, Int32, PyTree
 
-from df11_jax import _ffi, _layout, _xla_decoder
+from df11_jax import _ffi, _layout, _parts, _xla_decoder
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._ffi_call import DecoderCall, call_decoder
+from df11_jax._layout import Layout
 
 Arrays = TypeVar("Arrays", bound=PyTree)
 
@@ -116,8 +117,9 @@ def decode_slices(
 
     Args:
         arrays: stacks with the same number of slices; several stack axes count as one.
-        index: which slice, or slices; it is clamped to the stack.
-        names: what to call the tensors in error messages.
+        index: the slice, or slices, that are wanted. It is clamped to the stack, but for -1, which
+            decodes nothing: what comes in its place is not specified.
+        names: the names of the tensors in error messages.
         after: arrays to be computed before decoding starts. In a loop, give it what the loop
             carries: XLA would otherwise move decodes whose operands do not change to the front of
             the loop, or do several at once, and hold all that they decode.
@@ -133,7 +135,7 @@ def decode_slices(
     names = tuple(names) if names is not None else tuple(f"tensor {i}" for i in range(len(arrays)))
     lengths = []
     for array, name in zip(arrays, names, strict=True):
-        stack = _layout.check_payload(array.payload, array.slice_shape, name)
+        stack = _layout.check_payload(array.payload, array.layout, name)
         if any(_is_split(leaf) for leaf in array.payload):
             raise ValueError(
                 f"{name}: is sharded over explicit axes of a mesh; decompress it in a "
@@ -145,24 +147,65 @@ def decode_slices(
                 f"{name}: a stack of {lengths[-1]} slices, expected {lengths[0]} like {names[0]}"
             )
     index = jnp.asarray(index, jnp.int32)
-    slice_shapes = tuple(array.slice_shape for array in arrays)
     if lengths[0] == 0:
-        return [jnp.zeros(index.shape + shape, jnp.bfloat16) for shape in slice_shapes]
+        return [jnp.zeros(index.shape + array.slice_shape, jnp.bfloat16) for array in arrays]
+    index = _tie(index, after)
+    weights: dict[int, Array] = {}
+    counts = [array.layout.count_parts for array in arrays]
+    for count in dict.fromkeys(counts):
+        members = [i for i in range(len(arrays)) if counts[i] == count]
+        decoded = _decode_parts(
+            [arrays[i] for i in members], [names[i] for i in members], index, lengths[0], count
+        )
+        weights |= zip(members, decoded, strict=True)
+    return [weights[i] for i in range(len(arrays))]
 
+
+def _decode_parts(
+    arrays: Sequence[DF11Array],
+    names: Sequence[str],
+    index: Array,
+    length: int,
+    count: int | None,
+) -> list[Array]:
+    """Decodes slices that are divided into as many parts, or that are not divided, by one call.
+
+    Args:
+        arrays: stacks with the same number of slices.
+        names: the name of each, for messages.
+        index: the slices that are wanted.
+        length: the number of slices in a stack.
+        count: the number of parts of a slice; None if slices are not divided.
+    """
+    if count is not None:
+        first = jnp.clip(index, 0, length - 1) * count
+        parts = first[..., None] + jnp.arange(count, dtype=jnp.int32)
+        index = jnp.where(index[..., None] == -1, -1, parts)
     ones = (1,) * index.ndim
     payloads = tuple(
-        jnp.reshape(leaf, (*ones, lengths[0], leaf.shape[-1]))
+        jnp.reshape(leaf, (*ones, length * (count or 1), leaf.shape[-1]))
         for array in arrays
         for leaf in array.payload
     )
+    layouts = tuple(array.layout for array in arrays)
     decoder = DecoderCall(
         _ffi.DECODE_TARGET,
         "expand_dims",
-        attributes=(("names", "\n".join(names)),),
+        attributes=(
+            ("names", "\n".join(names)),
+            ("headers", tuple(w for a in layouts for w in _layout.pack_header(a).tolist())),
+        ),
         xla=_decode_by_xla,
-        static=(slice_shapes,),
+        static=(layouts,),
     )
-    return list(call_decoder(decoder, _tie(index, after), *payloads))
+    weights = call_decoder(decoder, index, *payloads)
+    if count is None:
+        return list(weights)
+    batch = index.shape[:-1]
+    return [
+        _parts.join(w.reshape(*batch, *layout.parts, *layout.part_shape), layout)
+        for w, layout in zip(weights, layouts, strict=True)
+    ]
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -196,12 +239,12 @@ def _is_number(leaf: Any) -> bool:
 
 
 def _decode_by_xla(
-    slice_shapes: tuple[tuple[int, ...], ...], index: Array, *payloads: Array
+    layouts: tuple[Layout, ...], index: Array, *payloads: Array
 ) -> tuple[Array, ...]:
     # Index and headers may be tied to what is computed first: so be all that is read.
     index, payloads = jax.lax.optimization_barrier((index, payloads))
     each = len(_layout.PAYLOAD)
     return tuple(
-        _xla_decoder.decode(index, *payloads[each * i : each * (i + 1)], slice_shape=shape)
-        for i, shape in enumerate(slice_shapes)
+        _xla_decoder.decode(index, *payloads[each * i : each * (i + 1)], layout=layout)
+        for i, layout in enumerate(layouts)
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, PyTree
 
@@ -19,7 +20,7 @@ class DecoderCall:
     Attributes:
         target: the name under which the compiled decoder is registered with XLA.
         vmap_method: the way in which `jax.ffi.ffi_call` maps the compiled decoder.
-        attributes: names and values of the compiled decoder's attributes.
+        attributes: names and values of the compiled decoder's attributes: texts, or words.
         xla: the same decoder in XLA operations, a function of `static` and then the arrays. It
             also tells the types of the results.
         static: the arguments of `xla` that are no arrays.
@@ -29,7 +30,7 @@ class DecoderCall:
 
     target: str
     vmap_method: Literal["expand_dims", "sequential"]
-    attributes: tuple[tuple[str, str], ...]
+    attributes: tuple[tuple[str, str | tuple[int, ...]], ...]
     xla: Callable[..., PyTree]
     static: tuple[Hashable, ...] = ()
     falls_back: bool = True
@@ -58,7 +59,11 @@ def _decode_on_any_platform(
         # Not only shapes: in a shard_map, the types also say along which axes results differ.
         out = jax.eval_shape(xla, *arrays)
         call = jax.ffi.ffi_call(decoder.target, out, vmap_method=decoder.vmap_method)
-        return call(*arrays, **dict(decoder.attributes))
+        attributes = {
+            name: value if isinstance(value, str) else np.array(value, np.uint32)
+            for name, value in decoder.attributes
+        }
+        return call(*arrays, **attributes)
 
     compiled = dict.fromkeys(platforms, ffi)
     default = xla if decoder.falls_back else None

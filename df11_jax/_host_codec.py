@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import BFloat16, UInt32
 
-from df11_jax import _layout
+from df11_jax import _layout, _parts
 from df11_jax._host_arrays import BFLOAT16
+from df11_jax._layout import Layout
 
 Payload = Sequence[UInt32[np.ndarray, "*stack words"]]
 
@@ -16,62 +17,56 @@ Payload = Sequence[UInt32[np.ndarray, "*stack words"]]
 def encode(
     weights: BFloat16[np.ndarray, "..."],
     name: str,
+    layout: Layout,
     *,
-    stack_axes: int = 0,
+    share_codebook: bool = False,
     verify: bool = True,
     threads: int | None = None,
 ) -> Payload:
     """Encodes a tensor.
 
     Args:
-        weights: contiguous.
-        name: of the tensor, for messages.
-        stack_axes: how many leading axes are a stack.
-        verify: decode the result, and compare it with `weights` bit by bit.
-        threads: how many to use; None for all that this process may run on.
+        weights: the tensor, contiguous; its leading axes, before those of the layout, are a stack.
+        name: the name of the tensor, for messages.
+        layout: the layout of its slices.
+        share_codebook: whether all slices have one codebook.
+        verify: whether to decode the result, and compare it with `weights` bit by bit.
+        threads: the number of threads to use; None for all that this process may run on.
 
     Returns:
         The five arrays of the specification.
 
     Raises:
-        ValueError: too many dimensions, or fewer than `stack_axes`.
         RuntimeError: verification failed.
     """
-    if not 0 <= stack_axes <= weights.ndim:
-        raise ValueError(
-            f"{name}: cannot take {stack_axes} stack axes from an array of shape {weights.shape}"
-        )
-    stack_shape, slice_shape = weights.shape[:stack_axes], weights.shape[stack_axes:]
-    if len(slice_shape) > _layout.MAX_DIMS:
-        raise ValueError(
-            f"{name}: slices of shape {slice_shape} have more than {_layout.MAX_DIMS} dimensions; "
-            "reshape the array, or make leading axes stack axes"
-        )
+    stack_shape = weights.shape[: weights.ndim - len(layout.shape)]
+    header = _layout.pack_header(layout)
+    parts = np.ascontiguousarray(_parts.divide(weights, layout))
     library = cpu_library()
-    bits = _stack_of_bits(weights, stack_axes)
+    bits = _stack_of_bits(parts, parts.ndim - len(layout.shape))
     threads = threads or available_threads()
-    words = library.encode(bits, list(slice_shape), threads)
+    words = library.encode(bits, header, share_codebook, threads)
     if verify:
-        at = library.find_difference(bits, list(slice_shape), *words[1:], threads)
+        at = library.find_difference(bits, header, *words[1:], threads)
         if at >= 0:
             raise RuntimeError(
-                f"{name}: element {tuple(map(int, np.unravel_index(at, weights.shape)))} does not "
+                f"{name}: element {tuple(map(int, np.unravel_index(at, parts.shape)))} does not "
                 "come back as it was; the original is untouched. Please report this: it is a bug, "
                 "or broken hardware"
             )
-    return tuple(w.reshape(*stack_shape, w.shape[-1]) for w in words)
+    return tuple(w.reshape(*stack_shape, *layout.parts, w.shape[-1]) for w in words)
 
 
 def decode(
-    payload: Payload, slice_shape: tuple[int, ...], name: str, *, threads: int | None = None
+    payload: Payload, layout: Layout, name: str, *, threads: int | None = None
 ) -> BFloat16[np.ndarray, "..."]:
     """Decodes a tensor, or a whole stack.
 
     Args:
         payload: the five arrays.
-        slice_shape: what their header says.
-        name: of the tensor, for messages.
-        threads: how many to use; None for all that this process may run on.
+        layout: the layout that their header says.
+        name: the name of the tensor, for messages.
+        threads: the number of threads to use; None for all that this process may run on.
 
     Returns:
         The tensor.
@@ -79,18 +74,18 @@ def decode(
     Raises:
         ValueError: the arrays do not fit each other, or are corrupt.
     """
-    stack_shape = _layout.check_payload(payload, slice_shape, name)
-    header = _layout.pack_header(slice_shape)
-    if np.any(payload[0] != header):
-        raise ValueError(f"{name}: not all slices have a header of the shape {slice_shape}")
-    weights = np.empty(stack_shape + slice_shape, BFLOAT16)
-    bits = _stack_of_bits(weights, len(stack_shape))
+    stack_shape = _layout.check_payload(payload, layout, name)
+    header, known = _layout.pack_header(layout), _layout.CODEBOOK_ID
+    if np.any(payload[0][..., :known] != header[:known]):
+        raise ValueError(f"{name}: not all slices have a header of the shape {layout.shape}")
+    parts = np.empty((*stack_shape, *layout.parts, *layout.part_shape), BFLOAT16)
+    bits = _stack_of_bits(parts, parts.ndim - len(layout.shape))
     words = [np.ascontiguousarray(part).reshape(bits.shape[0], -1) for part in payload[1:]]
-    at = cpu_library().decode(bits, list(slice_shape), *words, threads or available_threads())
+    at = cpu_library().decode(bits, header, *words, threads or available_threads())
     if at >= 0:
-        index, chunk = divmod(at, _layout.make_view(slice_shape).chunks)
+        index, chunk = divmod(at, layout.view.chunks)
         raise ValueError(f"{name}: is corrupt: chunk {chunk} of slice {index}")
-    return weights
+    return _parts.join(parts, layout)
 
 
 def available_threads() -> int:

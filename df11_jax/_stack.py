@@ -11,6 +11,7 @@ from jaxtyping import UInt32
 from df11_jax import _layout
 from df11_jax._array import DF11Array
 from df11_jax._host_arrays import empty_aligned
+from df11_jax._layout import Layout
 
 
 def stack(arrays: Sequence[DF11Array]) -> DF11Array:
@@ -34,13 +35,13 @@ def stack(arrays: Sequence[DF11Array]) -> DF11Array:
     for i, array in enumerate(arrays):
         if not isinstance(array, DF11Array):
             raise TypeError(f"arrays[{i}]: expected a DF11Array, got {type(array).__name__}")
-        shapes = (array.stack_shape, array.slice_shape)
-        if shapes != (first.stack_shape, first.slice_shape):
+        if (array.stack_shape, array.layout) != (first.stack_shape, first.layout):
             raise ValueError(f"arrays[{i}]: expected a tensor like {first!r}, got {array!r}")
     longest = max(array.exponents.shape[-1] for array in arrays)
 
     def pad(array: DF11Array) -> DF11Array:
-        room = [(0, 0)] * len(array.stack_shape) + [(0, longest - array.exponents.shape[-1])]
+        *leading, words = array.exponents.shape
+        room = [(0, 0)] * len(leading) + [(0, longest - words)]
         return dataclasses.replace(array, exponents=jnp.pad(array.exponents, room))
 
     return jax.tree.map(lambda *parts: jnp.stack(parts), *map(pad, arrays))
@@ -53,16 +54,16 @@ class StackBuilder:
     padded is not known before all slices are there.
     """
 
-    def __init__(self, length: int, slice_shape: tuple[int, ...]) -> None:
+    def __init__(self, length: int, layout: Layout) -> None:
         """Makes room.
 
         Args:
-            length: how many slices there will be.
-            slice_shape: shape of each.
+            length: the number of slices that there will be.
+            layout: the layout of each; they are not divided.
         """
-        view = _layout.make_view(slice_shape)
+        view = layout.view
         words = (_layout.HEADER_WORDS, _layout.CODEBOOK_WORDS, view.chunks + 1)
-        self._slice_shape = slice_shape
+        self._layout = layout
         self._others = [
             empty_aligned((length, count), np.uint32)
             for count in (*words, view.sign_mantissa_words)
@@ -109,5 +110,5 @@ class StackBuilder:
             chunk_offsets,
             jax.device_put(exponents, device),
             sign_mantissa,
-            slice_shape=self._slice_shape,
+            layout=self._layout,
         )

@@ -160,9 +160,10 @@ def _normal(size: int) -> UInt16[np.ndarray, " size"]:
 
 
 def _encode_native(bits: Bits) -> DF11Array:
-    parts = _host_codec.encode(bits.view(ml_dtypes.bfloat16), "self-test", stack_axes=1)
+    layout = _layout.make_layout(bits.shape[1:])
+    parts = _host_codec.encode(bits.view(ml_dtypes.bfloat16), "self-test", layout)
     payload: dict[str, Any] = dict(zip(_layout.PAYLOAD, parts, strict=True))
-    return DF11Array(**payload, slice_shape=bits.shape[1:])
+    return DF11Array(**payload, layout=layout)
 
 
 def _encode_published(bits: Bits) -> published.PublishedUnit:
@@ -172,7 +173,7 @@ def _encode_published(bits: Bits) -> published.PublishedUnit:
 def _decode_native_plainly(array: DF11Array) -> jax.Array:
     index = jnp.arange(array.stack_shape[0], dtype=jnp.int32)
     payload = (leaf[None] for leaf in array.payload)
-    return _xla_decoder.decode(index, *payload, slice_shape=array.slice_shape)
+    return _xla_decoder.decode(index, *payload, layout=array.layout)
 
 
 def _decode_published(unit: published.PublishedUnit) -> jax.Array:

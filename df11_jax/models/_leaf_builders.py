@@ -12,6 +12,7 @@ from df11_jax._array import DF11Array
 from df11_jax._decode import decompress
 from df11_jax._host_arrays import BFLOAT16, empty_aligned
 from df11_jax._host_codec import encode
+from df11_jax._layout import make_layout
 from df11_jax._select import is_candidate, is_worth_keeping
 from df11_jax._stack import StackBuilder
 
@@ -60,13 +61,14 @@ class CompressedLeaf:
     """A compressed leaf with one stack axis; plain after all, if that is smaller."""
 
     def __init__(self, shape: tuple[int, ...], verify: bool, threads: int | None) -> None:
-        self._builder = StackBuilder(shape[0], shape[1:])
+        self._layout = make_layout(shape[1:])
+        self._builder = StackBuilder(shape[0], self._layout)
         self._verify = verify
         self._threads = threads
 
     def put(self, start: int, slices: BFloat16[np.ndarray, "slices ..."], name: str) -> None:
         """Compresses slices along the first axis."""
-        payload = encode(slices, name, stack_axes=1, verify=self._verify, threads=self._threads)
+        payload = encode(slices, name, self._layout, verify=self._verify, threads=self._threads)
         self._builder.put(start, payload)
 
     def build(self, place: Place) -> Array | DF11Array:
