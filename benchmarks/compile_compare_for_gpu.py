@@ -25,7 +25,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "models"))
 import shapes
 
 from df11_jax import models
-from df11_jax._size_report import parse_bytes
+from df11_jax._units import parse_bytes
 from df11_jax.bench import compare, generation, plan, ways
 from df11_jax.models._fit import read_budget
 

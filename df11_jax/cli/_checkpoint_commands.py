@@ -13,7 +13,7 @@ from rich.text import Text
 
 from df11_jax._files.directory import PUBLISHED_CONFIG, read_config, read_json
 from df11_jax._select import MIN_SIZE, is_candidate
-from df11_jax._size_report import format_bytes
+from df11_jax._units import format_bytes
 from df11_jax.checkpoints import Source, open_checkpoint
 from df11_jax.checkpoints._convert import write_native, write_plain
 from df11_jax.checkpoints._differences import differences

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from df11_jax._size_report import parse_bytes
+from df11_jax._units import parse_bytes
 from df11_jax.cli import _checkpoint_commands
 from df11_jax.cli._errors import failures
 from df11_jax.cli._main import require

@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from df11_jax._size_report import format_bytes
+from df11_jax._units import format_bytes
 from df11_jax.models import _fit
 
 DOES_NOT_FIT = 3  # exit code

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from df11_jax import models
-from df11_jax._size_report import format_bytes
+from df11_jax._units import format_bytes
 from df11_jax.checkpoints import open_checkpoint
 from df11_jax.models._generate import check_prompts
 from df11_jax.models._text import encode

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int
 
 from df11_jax._array import DF11Array
-from df11_jax._decode import decode_slices
+from df11_jax._slices import decode_slices
 
 # Chunks of the compressed layout have as many rows: with fewer, each would be worse compressed.
 ROWS = 128
