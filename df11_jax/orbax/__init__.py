@@ -9,7 +9,7 @@ needs no arguments for a pytree that contains a `DF11Array`::
     v1.save_checkpointables(path, {"params": params})
     v1.load_checkpointables(path)["params"]
 
-docs/orbax.md in the repository explains more, and specifies what is stored. The module `reading` is
+docs/orbax.md in the repository explains more, and specifies what is stored. The module `items` is
 for the other packages of df11_jax, and not public.
 """
 

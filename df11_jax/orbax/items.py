@@ -1,15 +1,18 @@
-"""Reading a stored item leaf by leaf, for the other packages of df11_jax."""
+"""A single item, saved, or read leaf by leaf: for the other packages of df11_jax."""
 
 from typing import Any
 
 import orbax.checkpoint as ocp
 from etils import epath
+from jaxtyping import PyTree
 
 from df11_jax.orbax import _restore
+from df11_jax.orbax._args import DF11Save
 from df11_jax.orbax._manifest import StoredLeaf
 from df11_jax.orbax._stored import StoredItem
+from df11_jax.orbax._v0 import DF11CheckpointHandler
 
-__all__ = ["LeafReader", "StoredLeaf"]
+__all__ = ["LeafReader", "StoredLeaf", "save_item"]
 
 
 class LeafReader:
@@ -39,3 +42,9 @@ class LeafReader:
             ValueError: its checksum is wrong, or it is not what the manifest says.
         """
         return _restore.read_leaf(self._item, self.leaves[path])
+
+
+def save_item(params: PyTree, directory: epath.PathLike) -> None:
+    """Saves parameters; the directory gets its name when it is complete."""
+    with ocp.Checkpointer(DF11CheckpointHandler()) as checkpointer:
+        checkpointer.save(directory, args=DF11Save(params))
