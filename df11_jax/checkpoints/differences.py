@@ -2,13 +2,10 @@
 
 from collections.abc import Iterator
 
-import numpy as np
-
+from df11_jax._bits import first_difference
 from df11_jax._files.directory import read_config
 from df11_jax._files.source import Source
 from df11_jax._progress import ProgressBar
-
-_CHUNK = 1 << 20  # elements that are compared at a time, so that they stay in the cache
 
 
 def differences(a: Source, b: Source, *, progress: bool = False) -> Iterator[str]:
@@ -79,25 +76,3 @@ def _tied_embedding(name: str, source: Source) -> str | None:
     if not ModelConfig(read_config(source.path)).is_tied:
         return None
     return next((other for other in source.tensors if other.endswith("embed_tokens.weight")), None)
-
-
-def first_difference(a: np.ndarray, b: np.ndarray) -> str:
-    """Where two arrays of the same shape and dtype differ, or nothing, in words."""
-    bits = np.dtype(f"u{a.dtype.itemsize}")
-    flat_a, flat_b = (np.ascontiguousarray(array).reshape(-1).view(bits) for array in (a, b))
-    count, first = 0, -1
-    for begin in range(0, a.size, _CHUNK):
-        end = begin + _CHUNK
-        unequal = flat_a[begin:end] != flat_b[begin:end]
-        if unequal.any():
-            if not count:
-                first = begin + int(unequal.argmax())
-            count += int(unequal.sum())
-    if not count:
-        return ""
-    index = ", ".join(str(i) for i in np.unravel_index(first, a.shape))
-    digits = 2 + 2 * bits.itemsize
-    return (
-        f"[{index}] is {flat_a[first]:#0{digits}x} in the first, {flat_b[first]:#0{digits}x} in "
-        f"the second; {count:,} of {a.size:,} elements of this tensor differ"
-    )

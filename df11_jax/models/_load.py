@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import BFloat16
 
+from df11_jax._bits import first_difference
 from df11_jax._compress import MIN_SIZE
 from df11_jax._files.source import TensorInfo, TensorSource
 from df11_jax._host_codec import available_threads
 from df11_jax._progress import ProgressBar
-from df11_jax.checkpoints.differences import first_difference
 from df11_jax.models import _table
 from df11_jax.models._config import Config
 from df11_jax.models._leaf_builders import CompressedLeaf, Leaf, PlainLeaf, transpose

@@ -199,7 +199,7 @@ def test_wrong_use_ends_in_one_line(tmp_path, plain, monkeypatch, args, message)
     [
         ("compress", "df11_jax.checkpoints.convert.encode"),
         ("decompress", "df11_jax.checkpoints._native_format.decode"),
-        ("compress --format published", "df11_jax.published._write.encode_unit"),
+        ("compress --format published", "df11_jax.published._unit_files.encode_unit"),
     ],
 )
 def test_killed_and_resumed(tmp_path, plain, command, function):

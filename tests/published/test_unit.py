@@ -17,8 +17,8 @@ from payloads import assert_same_bits, bits, random_weights
 
 import df11_jax
 from df11_jax import _ffi, _native
-from df11_jax.published import _unit, _xla_decoder
-from df11_jax.published._unit import decode_host, decompress, encode_unit
+from df11_jax.published import _unit, _xla_decoder, decompress, encode_unit
+from df11_jax.published._unit import decode_host
 
 FIXTURES = json.loads((pathlib.Path(__file__).parent / "fixtures" / "encoder.json").read_text())
 CASES = published_cases.cases()

@@ -12,8 +12,8 @@ import pytest
 from payloads import bits
 
 from df11_jax import _native
-from df11_jax.published import _unit, _xla_decoder
-from df11_jax.published._unit import decode_host, decompress, encode_unit
+from df11_jax.published import _unit, _xla_decoder, decompress, encode_unit
+from df11_jax.published._unit import decode_host
 
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the CPU handler's errors")
 STREAM_FIELDS = ("encoded_exponent", "output_positions", "gaps")
