@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from df11_jax._host_arrays import as_bytes
+
 _CHUNK = 1 << 20  # elements that are compared at a time, so that they stay in the cache
 
 
@@ -13,7 +15,7 @@ def have_same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 def first_difference(a: np.ndarray, b: np.ndarray) -> str:
     """Describes where two arrays of the same shape and dtype differ; empty if they do not."""
     bits = np.dtype(f"u{a.dtype.itemsize}")
-    flat_a, flat_b = (np.ascontiguousarray(array).reshape(-1).view(bits) for array in (a, b))
+    flat_a, flat_b = (as_bytes(array).view(bits) for array in (a, b))
     count, first = 0, -1
     for begin in range(0, a.size, _CHUNK):
         end = begin + _CHUNK

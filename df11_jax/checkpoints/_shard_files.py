@@ -7,11 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from df11_jax import _layout
-from df11_jax._compress import MIN_SIZE
 from df11_jax._files.atomic import new_file
 from df11_jax._files.safetensors import TensorWriter, header_room
-from df11_jax._files.source import TensorInfo
 from df11_jax.checkpoints import _native_checksums
 
 # The most bytes that the leaves of a shard have before compression, which leaves about two thirds
@@ -21,12 +18,6 @@ _SYNC_BYTES = 1 << 26
 
 Tensors = Iterable[tuple[str, np.ndarray]]
 Places = Iterable[tuple[str, int]]
-
-
-def is_worth_it(info: TensorInfo) -> bool:
-    """Whether a tensor is to be compressed if that makes it smaller: `compress_params`'s rule."""
-    size = info.nbytes // 2
-    return info.dtype == "BF16" and size >= MIN_SIZE and len(info.shape) <= _layout.MAX_DIMS
 
 
 def plan_shards(path: Path, nbytes: Mapping[str, int]) -> dict[Path, list[str]]:

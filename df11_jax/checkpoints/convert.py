@@ -7,19 +7,19 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from df11_jax._compress import cpu_device
 from df11_jax._files.directory import copy_small_files, write_index
 from df11_jax._files.journal import fingerprint, incomplete
 from df11_jax._files.safetensors import DTYPES
 from df11_jax._files.source import Source, TensorInfo
+from df11_jax._host_arrays import cpu_device
 from df11_jax._host_codec import encode
 from df11_jax._progress import ProgressBar
+from df11_jax._select import is_candidate, is_worth_keeping
 from df11_jax.checkpoints._native_format import METADATA, part_names
 from df11_jax.checkpoints._pytree import load
 from df11_jax.checkpoints._shard_files import (
     Places,
     Tensors,
-    is_worth_it,
     plan_shards,
     write_shard,
 )
@@ -141,20 +141,23 @@ class _NativeTarget(_PlainTarget):
 
     def places(self, name: str) -> Places:
         yield from super().places(name)
-        if is_worth_it(self._source.tensors[name]):
+        if self._is_candidate(self._source.tensors[name]):
             yield from ((part, 1) for part in part_names(name))
 
     def tensors(self, name: str) -> Tensors:
         array = self._source.read(name)
-        if is_worth_it(self._source.tensors[name]):
+        if self._is_candidate(self._source.tensors[name]):
             array = np.ascontiguousarray(array)
             words = encode(array, name, verify=self._verify)
-            if sum(part.nbytes for part in words) < array.nbytes:
+            if is_worth_keeping(sum(part.nbytes for part in words), array.nbytes):
                 return zip(part_names(name), words, strict=True)
         return [(name, array)]
 
     def itemsize(self, info: TensorInfo) -> int:
-        return 4 if is_worth_it(info) else super().itemsize(info)
+        return 4 if self._is_candidate(info) else super().itemsize(info)
+
+    def _is_candidate(self, info: TensorInfo) -> bool:
+        return is_candidate(info.shape, info.numpy_dtype)
 
 
 def _write(source: Source, path: Path, target: _PlainTarget, progress: bool) -> None:

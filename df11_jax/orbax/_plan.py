@@ -10,6 +10,7 @@ import numpy as np
 
 from df11_jax._array import is_df11
 from df11_jax._decode import path_name
+from df11_jax._select import is_candidate_dtype
 from df11_jax.orbax import _describe
 from df11_jax.orbax._args import DF11Restore
 from df11_jax.orbax._manifest import StoredLeaf
@@ -125,10 +126,12 @@ def _conversion(leaf: StoredLeaf, target: Any, args: DF11Restore) -> Conversion:
         return Conversion.NONE
     if is_df11(target):
         return Conversion.COMPRESS
-    if args.compress is None:
+    if args.compress is None or leaf.dtype is None or leaf.is_key:
         return Conversion.NONE
-    dtypes = ("bfloat16", "float32", "float16") if args.compress.get("cast") else ("bfloat16",)
-    return Conversion.COMPRESS if leaf.dtype in dtypes else Conversion.NONE
+    cast = args.compress.get("cast", False)
+    return (
+        Conversion.COMPRESS if is_candidate_dtype(np.dtype(leaf.dtype), cast) else Conversion.NONE
+    )
 
 
 def _disagreement(plan: LeafPlan, casts: bool) -> Iterator[str]:

@@ -44,7 +44,7 @@ def restore(stored: StoredItem, args: DF11Restore) -> PyTree:
     ordered = [values[plan.leaf.keys] for plan in plans]
     if args.compress is not None:
         paths = (plan.leaf.path for plan in plans)
-        Selection.from_options(args.compress).warn_if_futile(
+        Selection.from_options(**args.compress).warn_if_futile(
             "DF11Restore", zip(paths, ordered, strict=True), stacklevel=1
         )
     if args.item is None:

@@ -3,15 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import BFloat16
 
+from df11_jax._host_arrays import BFLOAT16
 from df11_jax._host_codec import available_threads, native_library
 from df11_jax.published import _codebook
 from df11_jax.published._unit import MAX_SIZE, PublishedUnit, unit_label
-
-_BFLOAT16 = np.dtype(jnp.bfloat16)
 
 
 def encode_unit(
@@ -69,7 +67,7 @@ def encode_unit(
 
 
 def _bits(name: str, tensor: Any) -> np.ndarray:
-    if not isinstance(tensor, np.ndarray) or tensor.dtype != _BFLOAT16:
+    if not isinstance(tensor, np.ndarray) or tensor.dtype != BFLOAT16:
         raise TypeError(
             f"{name}: a published unit is made of numpy arrays of bfloat16, got "
             f"{getattr(tensor, 'dtype', type(tensor).__name__)}"

@@ -7,10 +7,10 @@ import numpy as np
 from jaxtyping import PyTree
 
 from df11_jax._array import DF11Array, is_df11
-from df11_jax._compress import fetch
 from df11_jax._decode import decompress
 from df11_jax._files.safetensors import DTYPE_NAMES
 from df11_jax._files.source import TensorInfo
+from df11_jax._host_arrays import to_host
 
 
 class PyTreeSource:
@@ -45,4 +45,4 @@ class PyTreeSource:
         leaf = self._leaves[name]
         if isinstance(leaf, DF11Array):
             leaf = decompress(leaf)
-        return fetch(leaf) if isinstance(leaf, jax.Array) else np.asarray(leaf)
+        return to_host(leaf)
