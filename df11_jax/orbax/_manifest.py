@@ -286,7 +286,7 @@ def _parse_leaf(entry: dict[str, Any], keys: Keys, shardings: list[str]) -> Stor
     if any(type(n) is not int or n < 0 for n in sizes) or math.prod(n or 1 for n in sizes) >> 59:
         raise ValueError(f"shape {leaf.shape}")
     if (leaf.stack_axes is None) != (leaf.exponent_words is None):
-        raise ValueError(f"{leaf.path} is compressed and not")
+        raise ValueError(f"{leaf.path} has only one of stack_axes and exponent_words")
     if leaf.stack_axes is not None and leaf.stack_axes not in range(len(leaf.shape) + 1):
         raise ValueError(f"stack_axes {leaf.stack_axes!r}")
     if len(leaf.shardings) != (len(_layout.PAYLOAD) if leaf.is_compressed else 1):

@@ -1,4 +1,4 @@
-"""What a unit does not store: the shapes that its tensors have in the model."""
+"""The shapes of a unit's tensors in the model, which the unit does not store."""
 
 import math
 import operator

@@ -15,7 +15,7 @@ from df11_jax import _ffi
 from df11_jax._ffi_call import DecoderCall, call_decoder
 from df11_jax._host_arrays import BFLOAT16
 from df11_jax._host_codec import available_threads, native_library
-from df11_jax.published import _codebook, _xla_decoder
+from df11_jax.published import _codebook, xla_decoder
 
 ARRAYS = ("sign_mantissa", "encoded_exponent", "luts", "output_positions", "gaps")
 
@@ -145,8 +145,8 @@ def decompress(unit: PublishedUnit) -> dict[str, BFloat16[Array, "..."]]:
         _ffi.PUBLISHED_DECODE_TARGET,
         "sequential",
         attributes=(("name", unit_label(unit.names)),),
-        xla=_xla_decoder.decode,
-        falls_back=unit.size <= _xla_decoder.MAX_SIZE,
+        xla=xla_decoder.decode,
+        falls_back=unit.size <= xla_decoder.MAX_SIZE,
     )
     weights = call_decoder(decoder, *unit.arrays)
     return {name: weights[start:stop].reshape(shape) for name, shape, start, stop in _places(unit)}
