@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import BFloat16
 
 from df11_jax._host_arrays import BFLOAT16
-from df11_jax._host_codec import available_threads, native_library
+from df11_jax._host_codec import available_threads, cpu_library
 from df11_jax.published import _codebook
 from df11_jax.published._unit import MAX_SIZE, PublishedUnit, unit_label
 
@@ -44,7 +44,7 @@ def encode_unit(
             f"{label}: {size} elements in all, and a unit has at least 1 and at most {MAX_SIZE}"
         )
     threads = threads or available_threads()
-    piece_counts = native_library().published_histogram(parts, threads)
+    piece_counts = cpu_library().published_histogram(parts, threads)
     counts = piece_counts.sum(axis=0, dtype=np.int64)
     if counts[_codebook.FIRST_POINTER :].any():
         _refuse_large_exponents(tensors)
@@ -52,7 +52,7 @@ def encode_unit(
         code = _codebook.build_codebook(counts)
     except ValueError as error:
         raise ValueError(f"{label}: cannot be published as one unit: {error}") from None
-    encoded_exponent, sign_mantissa, output_positions, gaps = native_library().published_encode(
+    encoded_exponent, sign_mantissa, output_positions, gaps = cpu_library().published_encode(
         parts, piece_counts, code.bits, code.lengths, code.end.bits, code.end.length, threads
     )
     return PublishedUnit(

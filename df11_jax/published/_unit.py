@@ -14,7 +14,7 @@ from jaxtyping import Array, BFloat16, UInt8, UInt32
 from df11_jax import _ffi
 from df11_jax._ffi_call import DecoderCall, call_decoder
 from df11_jax._host_arrays import BFLOAT16
-from df11_jax._host_codec import available_threads, native_library
+from df11_jax._host_codec import available_threads, cpu_library
 from df11_jax.published import _codebook, xla_decoder
 
 ARRAYS = ("sign_mantissa", "encoded_exponent", "luts", "output_positions", "gaps")
@@ -112,7 +112,7 @@ def decode_host(
         np.require(array, requirements=["A", "C"]) for array in unit.arrays
     )
     try:
-        out = native_library().published_decode(
+        out = cpu_library().published_decode(
             sign_mantissa, encoded_exponent, luts, output_positions, gaps, start, stop, threads
         )
     except ValueError as error:
