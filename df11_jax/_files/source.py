@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -46,6 +46,7 @@ class TensorSource(Protocol):
         """
 
 
+@runtime_checkable
 class Source(TensorSource, Protocol):
     """A checkpoint that is read tensor by tensor, whatever its format.
 

@@ -63,7 +63,7 @@ def measure_dfloat11(weights: int, effort: Effort) -> dict[str, Any]:
     """
     import cupy
 
-    from df11_jax.published._unit import encode_unit
+    from df11_jax.published import encode_unit
 
     original = np.asarray(draw(jax.random.key(0), (weights,)))
     unit = encode_unit({"weights": original})

@@ -15,9 +15,9 @@ from df11_jax._files.directory import PUBLISHED_CONFIG, read_config, read_json
 from df11_jax._select import MIN_SIZE, is_candidate
 from df11_jax._units import format_bytes
 from df11_jax.checkpoints import Source, open_checkpoint
-from df11_jax.checkpoints._convert import write_native, write_plain
-from df11_jax.checkpoints._differences import differences
-from df11_jax.checkpoints._summary import Summary, summarize
+from df11_jax.checkpoints.convert import write_native, write_orbax, write_plain
+from df11_jax.checkpoints.differences import differences
+from df11_jax.checkpoints.summary import Summary, summarize
 from df11_jax.cli._errors import DIFFERENT, fail, failures
 
 _COMPRESS_EXAMPLES = """\b
@@ -118,8 +118,6 @@ def compress(
         if format_ == "native":
             write_native(checkpoint, target, verify=verify, progress=_progress())
         elif format_ == "orbax":
-            from df11_jax.checkpoints._orbax import write_orbax
-
             write_orbax(checkpoint, target, progress=_progress())
         else:
             _write_published(checkpoint, target, pattern_dict)

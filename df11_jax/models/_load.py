@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import BFloat16
 
+from df11_jax._bits import first_difference
 from df11_jax._files.source import TensorInfo, TensorSource
 from df11_jax._host_arrays import BFLOAT16
 from df11_jax._host_codec import available_threads
 from df11_jax._progress import ProgressBar
-from df11_jax.checkpoints._differences import first_difference
 from df11_jax.models import _table
 from df11_jax.models._config import Config
 from df11_jax.models._leaf_builders import (

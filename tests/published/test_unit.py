@@ -16,9 +16,9 @@ from jax.sharding import PartitionSpec as P
 from payloads import assert_same_bits, bits, random_weights
 
 import df11_jax
-from df11_jax import _ffi, _native
-from df11_jax.published import _unit, _xla_decoder
-from df11_jax.published._unit import decode_host, decompress, encode_unit
+from df11_jax import _cpu_library, _ffi
+from df11_jax.published import _unit, decompress, encode_unit, xla_decoder
+from df11_jax.published._unit import decode_host
 
 FIXTURES = json.loads((pathlib.Path(__file__).parent / "fixtures" / "encoder.json").read_text())
 CASES = published_cases.cases()
@@ -107,28 +107,28 @@ def test_ends_are_where_the_cases_say(place):
 def test_every_decoder(name):
     expected = np.concatenate(CASES[name]).view(jnp.bfloat16)
     unit = encode_unit(as_tensors(CASES[name]))
-    assert _native.published_check(*unit.arrays) == ""
+    assert _cpu_library.published_check(*unit.arrays) == ""
     assert_same_bits(decode_host(unit), expected)
     assert_same_tensors(decompress(unit), as_tensors(CASES[name]))
     if name != LARGE:  # which would take half a minute
-        assert_same_bits(_xla_decoder.decode(*unit.arrays), expected)
+        assert_same_bits(xla_decoder.decode(*unit.arrays), expected)
 
 
 @on_cpu
-@pytest.mark.parametrize("level", _native.simd_levels())
+@pytest.mark.parametrize("level", _cpu_library.simd_levels())
 def test_every_instruction_set(level, tensors, unit):
-    _native.use_simd(level)
+    _cpu_library.use_simd(level)
     try:
         assert_same_tensors(decompress(unit), tensors)
     finally:
-        _native.use_simd(_native.simd_levels()[-1])
+        _cpu_library.use_simd(_cpu_library.simd_levels()[-1])
 
 
 @pytest.mark.parametrize("size", [1, 9, 64, 65, 12288])
 def test_sizes(size):
     weights = {"w": published_cases.normal(size, str(size)).view(jnp.bfloat16)}
     unit = encode_unit(weights)
-    assert_same_bits(_xla_decoder.decode(*unit.arrays), weights["w"])
+    assert_same_bits(xla_decoder.decode(*unit.arrays), weights["w"])
     assert_same_tensors(decompress(unit), weights)
 
 

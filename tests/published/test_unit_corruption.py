@@ -11,9 +11,9 @@ import published_cases
 import pytest
 from payloads import bits
 
-from df11_jax import _native
-from df11_jax.published import _unit, _xla_decoder
-from df11_jax.published._unit import decode_host, decompress, encode_unit
+from df11_jax import _cpu_library
+from df11_jax.published import _unit, decompress, encode_unit, xla_decoder
+from df11_jax.published._unit import decode_host
 
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the CPU handler's errors")
 STREAM_FIELDS = ("encoded_exponent", "output_positions", "gaps")
@@ -89,7 +89,7 @@ def test_xla_decoder_agrees_with_the_host(unit):
     poisoned = 0
     for _ in range(200):
         bad = damage(unit, rng, STREAM_FIELDS)
-        out = bits(_xla_decoder.decode(*bad.arrays))
+        out = bits(xla_decoder.decode(*bad.arrays))
         # Among other positions, the host may not find a block that is good.
         same_positions = np.array_equal(bad.output_positions, unit.output_positions)
         for start, stop in itertools.pairwise(unit.output_positions):
@@ -107,7 +107,7 @@ def test_xla_decoder_agrees_with_the_host(unit):
 
 def test_xla_decoder_survives_any_tables(unit):
     rng = np.random.default_rng(0)
-    good = bits(_xla_decoder.decode(*unit.arrays))
+    good = bits(xla_decoder.decode(*unit.arrays))
     for luts in (
         np.full_like(unit.luts, 255),
         np.full_like(unit.luts, 240),
@@ -115,10 +115,10 @@ def test_xla_decoder_survives_any_tables(unit):
         rng.integers(256, size=unit.luts.shape, dtype=np.uint8),
         replace(unit, luts=(-1, 255)).luts,
     ):
-        out = bits(_xla_decoder.decode(*dataclasses.replace(unit, luts=luts).arrays))
+        out = bits(xla_decoder.decode(*dataclasses.replace(unit, luts=luts).arrays))
         assert (out == 0xFFFF).all()
     for _ in range(50):
-        out = bits(_xla_decoder.decode(*damage(unit, rng, ["luts"]).arrays))
+        out = bits(xla_decoder.decode(*damage(unit, rng, ["luts"]).arrays))
         # What does not need the entry is right.
         assert ((out == good) | (out == 0xFFFF)).mean() > 0.2
 
@@ -133,8 +133,8 @@ def test_tables_with_cycles(unit, kind):
     bad = dataclasses.replace(unit, luts=luts)
     with pytest.raises(ValueError, match="w: is corrupt: luts has "):
         decode_host(bad)
-    assert _native.published_check(*bad.arrays).startswith("luts ")
-    assert (bits(_xla_decoder.decode(*bad.arrays)) == 0xFFFF).all()
+    assert _cpu_library.published_check(*bad.arrays).startswith("luts ")
+    assert (bits(xla_decoder.decode(*bad.arrays)) == 0xFFFF).all()
 
 
 FREQUENT = 121  # an exponent of `weights` with a short code
@@ -159,7 +159,7 @@ FREQUENT = 121  # an exponent of `weights` with a short code
 )
 def test_structure_is_checked(unit, change, problem):
     bad = replace(unit, **change)
-    assert re.match(problem, _native.published_check(*bad.arrays))
+    assert re.match(problem, _cpu_library.published_check(*bad.arrays))
     if "after the end" in problem:  # where nothing is read
         np.testing.assert_array_equal(bits(decode_host(bad)), bits(decode_host(unit)))
     else:
@@ -197,7 +197,7 @@ def test_structure_is_checked(unit, change, problem):
 )
 def test_decoding_finds_what_the_structure_does_not_show(unit, change, problem):
     bad = replace(unit, **change(unit))
-    assert _native.published_check(*bad.arrays) == ""
+    assert _cpu_library.published_check(*bad.arrays) == ""
     with pytest.raises(ValueError, match=f"w: is corrupt: .*{problem}"):
         decode_host(bad, threads=1)
 
@@ -237,7 +237,7 @@ def test_arrays_that_disagree(unit, field, change, problem):
         with pytest.raises(ValueError, match=f"^w: {problem}"):
             function(bad)
     if field != "sign_mantissa" and "int" not in problem.split(" is ")[1][:3]:
-        assert _native.published_check(*bad.arrays) != ""
+        assert _cpu_library.published_check(*bad.arrays) != ""
 
 
 @on_cpu
