@@ -6,6 +6,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from df11_jax._files.safetensors import DTYPES
+
 
 class TensorInfo(NamedTuple):
     """What a checkpoint's header tells about one tensor.
@@ -21,6 +23,11 @@ class TensorInfo(NamedTuple):
     dtype: str
     nbytes: int
     stored_nbytes: int
+
+    @property
+    def numpy_dtype(self) -> np.dtype | None:
+        """The dtype as numpy knows it; None if numpy does not."""
+        return DTYPES.get(self.dtype)
 
 
 class TensorSource(Protocol):

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from df11_jax import _layout
-from df11_jax._compress import MIN_SIZE
 from df11_jax._files.atomic import new_file
 from df11_jax._files.directory import copy_small_files, write_index
 from df11_jax._files.journal import fingerprint, incomplete
@@ -17,6 +15,7 @@ from df11_jax._files.safetensors import DTYPES, TensorWriter, header_room
 from df11_jax._files.source import Source, TensorInfo
 from df11_jax._host_codec import encode
 from df11_jax._progress import ProgressBar
+from df11_jax._select import is_candidate, is_worth_keeping
 from df11_jax.checkpoints import _native_checksums
 from df11_jax.checkpoints._native_format import METADATA, part_names
 
@@ -122,26 +121,23 @@ class _Native(_Plain):
 
     def places(self, name: str) -> Places:
         yield from super().places(name)
-        if is_worth_it(self._source.tensors[name]):
+        if self._is_candidate(self._source.tensors[name]):
             yield from ((part, 1) for part in part_names(name))
 
     def tensors(self, name: str) -> Tensors:
         array = self._source.read(name)
-        if is_worth_it(self._source.tensors[name]):
+        if self._is_candidate(self._source.tensors[name]):
             array = np.ascontiguousarray(array)
             words = encode(array, name, verify=self._verify, threads=self._threads)
-            if sum(part.nbytes for part in words) < array.nbytes:
+            if is_worth_keeping(sum(part.nbytes for part in words), array.nbytes):
                 return zip(part_names(name), words, strict=True)
         return [(name, array)]
 
     def itemsize(self, info: TensorInfo) -> int:
-        return 4 if is_worth_it(info) else super().itemsize(info)
+        return 4 if self._is_candidate(info) else super().itemsize(info)
 
-
-def is_worth_it(info: TensorInfo) -> bool:
-    """Whether a tensor is to be compressed if that makes it smaller: `compress_params`'s rule."""
-    size = info.nbytes // 2
-    return info.dtype == "BF16" and size >= MIN_SIZE and len(info.shape) <= _layout.MAX_DIMS
+    def _is_candidate(self, info: TensorInfo) -> bool:
+        return is_candidate(info.shape, info.numpy_dtype)
 
 
 def plan_shards(path: Path, nbytes: Mapping[str, int]) -> dict[Path, list[str]]:

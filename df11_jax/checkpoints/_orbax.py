@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Array
 
 from df11_jax._array import DF11Array
-from df11_jax._compress import cpu_device
 from df11_jax._files.safetensors import DTYPE_NAMES
 from df11_jax._files.source import Source, TensorInfo
+from df11_jax._host_arrays import cpu_device
 from df11_jax._host_codec import decode
 from df11_jax.checkpoints._native_format import to_device
 from df11_jax.checkpoints._pytree import load

@@ -11,16 +11,17 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from df11_jax._array import DF11Array, is_df11
-from df11_jax._compress import _compress, cpu_device, fetch
+from df11_jax._compress import compress_leaf
 from df11_jax._decode import path_name
 from df11_jax._files.directory import write_index
 from df11_jax._files.journal import incomplete
 from df11_jax._files.source import Source
+from df11_jax._host_arrays import cpu_device, to_host
 from df11_jax._progress import ProgressBar
+from df11_jax._select import Selection
 from df11_jax.checkpoints._convert import (
     Places,
     Tensors,
-    is_worth_it,
     plan_shards,
     write_shard,
 )
@@ -138,11 +139,11 @@ def _write_leaves(path: Path, leaves: Mapping[str, Any]) -> None:
         for name, leaf in sorted(leaves.items(), key=lambda item: -_itemsize(item[1])):
             if isinstance(leaf, DF11Array):
                 yield [
-                    (part, _on_host(array))
+                    (part, to_host(array))
                     for part, array in zip(part_names(name), leaf.payload, strict=True)
                 ]
             else:
-                yield [(name, _on_host(leaf))]
+                yield [(name, to_host(leaf))]
 
     write_shard(path, places(), tensors(), METADATA, checksums=True)
 
@@ -169,16 +170,10 @@ def _read_leaf(source: Source, name: str) -> DF11Array | Array | np.ndarray:
     if hasattr(source, "load"):  # in the formats whose leaves are this library's
         return source.load(name)
     array = source.read(name)
-    if is_worth_it(source.tensors[name]):
-        small = _compress(array, name, 0, verify=True, threads=None)
-        if small.compressed_nbytes < array.nbytes:
-            return small
-    return to_device(array)
+    selection = Selection()
+    leaf = compress_leaf(name, array, selection) if selection.has(name, array) else array
+    return leaf if is_df11(leaf) else to_device(array)
 
 
 def _itemsize(leaf: Any) -> int:
     return 4 if is_df11(leaf) else leaf.dtype.itemsize
-
-
-def _on_host(array: Any) -> np.ndarray:
-    return fetch(array) if isinstance(array, jax.Array) else np.asarray(array)

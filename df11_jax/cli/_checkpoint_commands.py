@@ -1,7 +1,6 @@
 """The commands of `df11-jax` that work on checkpoints: info, compress, decompress, verify."""
 
 import json
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from df11_jax._files.directory import PUBLISHED_CONFIG, read_config, read_json
-from df11_jax._select import MIN_SIZE
+from df11_jax._select import MIN_SIZE, is_candidate
 from df11_jax._size_report import format_bytes
 from df11_jax.checkpoints import Source, open_checkpoint
 from df11_jax.checkpoints._convert import write_native, write_plain
@@ -218,15 +217,15 @@ def _print_outcome(source: Source, target: Path) -> None:
 def _why_not(source: Source) -> str:
     """Why nothing became smaller."""
     reason = f"Nothing got smaller: only bfloat16 tensors of {MIN_SIZE:,} weights and more do"
-    names = {"F32": "float32", "F16": "float16"}
     others = [
         info
         for info in source.tensors.values()
-        if info.dtype in names and math.prod(info.shape) >= MIN_SIZE
+        if not is_candidate(info.shape, info.numpy_dtype)
+        and is_candidate(info.shape, info.numpy_dtype, cast=True)
     ]
     if not others:
         return f"{reason}."
-    types = " or ".join(sorted({names[info.dtype] for info in others}))
+    types = " or ".join(sorted({str(info.numpy_dtype) for info in others}))
     size = format_bytes(sum(info.nbytes for info in others))
     return (
         f"{reason}, and {len(others):,} ({size}) are {types}. To round them to bfloat16, which "

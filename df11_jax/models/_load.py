@@ -6,12 +6,11 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import BFloat16
 
-from df11_jax._compress import MIN_SIZE
 from df11_jax._files.source import TensorInfo, TensorSource
+from df11_jax._host_arrays import BFLOAT16
 from df11_jax._host_codec import available_threads
 from df11_jax._progress import ProgressBar
 from df11_jax.checkpoints._differences import first_difference
@@ -22,13 +21,12 @@ from df11_jax.models._leaf_builders import (
     CompressedLeafBuilder,
     LeafBuilder,
     PlainLeafBuilder,
+    is_candidate_stack,
     transpose,
 )
 from df11_jax.models._sharding import shard_shape, split_tensor, table_shape
 from df11_jax.models._transformer import Params
 from df11_jax.models._weights import TensorPlace, find_places, find_tied_head, nest
-
-_BFLOAT16 = np.dtype(jnp.bfloat16)
 
 
 def load_params(
@@ -84,7 +82,7 @@ def load_params(
     with ProgressBar("load", total, show=progress) as bar, ThreadPoolExecutor(threads) as pool:
         for name in (name for name in source.tensors if name in places):
             place = places[name]
-            tensor = source.read(name).astype(_BFLOAT16, copy=False)
+            tensor = source.read(name).astype(BFLOAT16, copy=False)
             for start, slices in _slices(place, tensor, pool, config, target.count):
                 builders[place.path].put(start, slices, name)
             bar.update(name, tensor.nbytes)
@@ -99,8 +97,7 @@ def load_params(
 def _make_builder(
     shape: tuple[int, ...], compress: bool, verify: bool, threads: int | None
 ) -> LeafBuilder:
-    # As in compress_params; vectors are stacks of two axes.
-    if compress and len(shape) == 3 and math.prod(shape) >= MIN_SIZE:
+    if compress and is_candidate_stack(shape):
         return CompressedLeafBuilder(shape, verify, threads)
     return PlainLeafBuilder(shape)
 
@@ -133,7 +130,7 @@ def _check_tied_head(
     """
     embedding, place = next((name, place) for name, place in places.items() if place.is_table)
     _check(head, place, source.tensors[head], cast)
-    both = (source.read(name).astype(_BFLOAT16, copy=False) for name in (embedding, head))
+    both = (source.read(name).astype(BFLOAT16, copy=False) for name in (embedding, head))
     if difference := first_difference(*both):
         raise ValueError(
             f"{head} is not {embedding}, although tie_word_embeddings says so: {difference}. Set "
@@ -180,4 +177,4 @@ def _groups(
         yield whole, np.pad(table[-rest:], ((0, tables.ROWS - rest), (0, 0)))[None]
     begin = -(-vocab // tables.ROWS)
     if begin < count:
-        yield begin, np.zeros((count - begin, tables.ROWS, dim), _BFLOAT16)
+        yield begin, np.zeros((count - begin, tables.ROWS, dim), BFLOAT16)

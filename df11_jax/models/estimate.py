@@ -6,16 +6,18 @@ device, by these formulas, is found out in `fit`.
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from df11_jax import _layout
-from df11_jax._compress import MIN_SIZE
+from df11_jax._files.source import TensorInfo
+from df11_jax._select import is_candidate
 from df11_jax.models import _attention, _cache, _programs, _transformer, tables
 from df11_jax.models._config import Config
+from df11_jax.models._leaf_builders import is_candidate_stack
 from df11_jax.models._memory import Memory
 from df11_jax.models._sharding import shard_config, table_shape
 from df11_jax.models.prompts import cache_length
@@ -122,18 +124,21 @@ def estimate_weights(config: Config, devices: int = 1) -> WeightBytes:
     block, table = _block_shapes(shard_config(config, devices)), _table_shard(config, devices)
     shapes = [(config.layers, *shape) for shape in block]
     shapes += [(config.dim,), table] if config.tied else [(config.dim,), table, table]
-    return sum_weights(_leaf_bytes(shape, shape[:1]) for shape in shapes)
-
-
-def estimate_tensors(tensors: Iterable[tuple[Sequence[int], str, int]]) -> WeightBytes:
-    """The bytes of tensors that are compressed one by one.
-
-    Args:
-        tensors: the shape, the dtype as safetensors names it, and the bytes of each tensor.
-    """
     return sum_weights(
-        _leaf_bytes(tuple(shape), ()) if dtype == "BF16" else WeightBytes(*[nbytes] * 4)
-        for shape, dtype, nbytes in tensors
+        _compressed_bytes(shape, stack_axes=1)
+        if is_candidate_stack(shape)
+        else _plain_bytes(2 * math.prod(shape))
+        for shape in shapes
+    )
+
+
+def estimate_tensors(tensors: Iterable[TensorInfo]) -> WeightBytes:
+    """The bytes of tensors that are compressed one by one."""
+    return sum_weights(
+        _compressed_bytes(tensor.shape, stack_axes=0)
+        if is_candidate(tensor.shape, tensor.numpy_dtype)
+        else _plain_bytes(tensor.nbytes)
+        for tensor in tensors
     )
 
 
@@ -210,20 +215,20 @@ def estimate_temporary(
     return max(in_block, in_head, key=lambda temporary: temporary.nbytes)
 
 
-def _leaf_bytes(shape: tuple[int, ...], stack: tuple[int, ...]) -> WeightBytes:
-    """The bytes of a bfloat16 leaf whose slices along the stack are compressed one by one."""
-    size, slice_shape = math.prod(shape), shape[len(stack) :]
-    plain = 2 * size
-    # As in load_params: of stacks, only those of matrices are compressed.
-    if size < MIN_SIZE or (stack and len(slice_shape) < 2) or len(slice_shape) > _layout.MAX_DIMS:
-        return WeightBytes(plain, plain, plain, plain)
-    view = _layout.make_view(slice_shape)
+def _plain_bytes(nbytes: int) -> WeightBytes:
+    return WeightBytes(nbytes, nbytes, nbytes, nbytes)
+
+
+def _compressed_bytes(shape: tuple[int, ...], stack_axes: int) -> WeightBytes:
+    """The bytes of a leaf whose slices are compressed, or of a plain one if that is smaller."""
+    plain, slices = 2 * math.prod(shape), math.prod(shape[:stack_axes])
+    view = _layout.make_view(shape[stack_axes:])
     fixed = _layout.HEADER_WORDS + _layout.CODEBOOK_WORDS + view.chunks + 1
     fixed += view.sign_mantissa_words
     return WeightBytes(
         plain,
         *(
-            min(plain, 4 * math.prod(stack) * (fixed + 4 * math.ceil(view.size * bits / 128)))
+            min(plain, 4 * slices * (fixed + 4 * math.ceil(view.size * bits / 128)))
             for bits in (EXPECTED_BITS, LEAST_BITS, MOST_BITS)
         ),
     )

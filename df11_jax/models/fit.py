@@ -282,7 +282,7 @@ def _known_model(path: Path, format_: str, config: Config) -> Model:
 def _weights(source: Source, names: set[str]) -> estimate.WeightBytes:
     infos = [source.tensors[name] for name in names]
     if source.format == "plain" or all(info.nbytes == info.stored_nbytes for info in infos):
-        return estimate.estimate_tensors((info.shape, info.dtype, info.nbytes) for info in infos)
+        return estimate.estimate_tensors(infos)
     plain = sum(info.nbytes for info in infos)
     stored = sum(info.stored_nbytes for info in infos)
     return estimate.WeightBytes(plain, stored, stored, stored)

@@ -11,6 +11,7 @@ import numpy as np
 
 from df11_jax._array import is_df11
 from df11_jax._decode import path_name
+from df11_jax._select import is_candidate_dtype
 from df11_jax.orbax import _describe
 from df11_jax.orbax._manifest import Leaf
 from df11_jax.orbax._stored import Stored
@@ -134,10 +135,10 @@ def _form(leaf: Leaf, target: Any, args: "DF11Restore") -> Form:
         return Form.AS_STORED
     if is_df11(target):
         return Form.COMPRESS
-    if args.compress is None:
+    if args.compress is None or leaf.dtype is None or leaf.is_key:
         return Form.AS_STORED
-    dtypes = ("bfloat16", "float32", "float16") if args.compress.get("cast") else ("bfloat16",)
-    return Form.COMPRESS if leaf.dtype in dtypes else Form.AS_STORED
+    cast = args.compress.get("cast", False)
+    return Form.COMPRESS if is_candidate_dtype(np.dtype(leaf.dtype), cast) else Form.AS_STORED
 
 
 def _disagreement(job: Job, casts: bool) -> Iterator[str]:

@@ -46,7 +46,7 @@ def restore(stored: Stored, args: "DF11Restore") -> PyTree:
     ordered = [values[job.leaf.keys] for job in jobs]
     if args.compress is not None:
         paths = (job.leaf.path for job in jobs)
-        Selection.from_options(args.compress).warn_if_futile(
+        Selection.from_options(**args.compress).warn_if_futile(
             "DF11Restore", zip(paths, ordered, strict=True), stacklevel=1
         )
     if args.item is None:

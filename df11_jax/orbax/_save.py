@@ -5,16 +5,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from df11_jax import _layout
 from df11_jax._array import is_df11
-from df11_jax._compress import compress_params, cpu_device, fetch
+from df11_jax._compress import compress_params
 from df11_jax._decode import path_name
 from df11_jax._files import crc32
+from df11_jax._host_arrays import cpu_device, to_host
 from df11_jax._select import Selection
 from df11_jax.orbax import _describe, _leaf_arrays, _manifest
 
@@ -66,26 +66,28 @@ def to_orbax(
 
 def _compress_on_host(params: PyTree, options: Mapping[str, Any]) -> PyTree:
     """Compresses leaf by leaf; the compressed leaves stay on the host."""
+    selection = Selection.from_options(**options)
 
     def compress(path: tuple[Any, ...], leaf: Any) -> Any:
+        name = path_name(path)
         if not isinstance(leaf, (jax.Array, np.ndarray)):
             return leaf
-        if leaf.dtype != jnp.bfloat16 and not options.get("cast"):
+        if not selection.admits(name, leaf.shape, leaf.dtype):
             return leaf
-        name = path_name(path)
         with jax.default_device(cpu_device()):
-            small = compress_params({name: _on_host(leaf)}, **options)[name]
+            small = compress_params({name: _gather(leaf)}, **options)[name]
         return jax.tree.map(np.asarray, small) if is_df11(small) else leaf
 
     compressed = jax.tree.map_with_path(compress, params, is_leaf=is_df11)
     leaves = jax.tree.leaves_with_path(compressed, is_leaf=is_df11)
-    Selection.from_options(options).warn_if_futile(
+    selection.warn_if_futile(
         "DF11Save", ((path_name(path), leaf) for path, leaf in leaves), stacklevel=1
     )
     return compressed
 
 
-def _on_host(leaf: Any) -> np.ndarray:
+def _gather(leaf: Any) -> np.ndarray:
+    """All elements of a leaf on the host, wherever they are."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return multihost_utils.process_allgather(leaf, tiled=True)
-    return fetch(leaf) if isinstance(leaf, jax.Array) else np.asarray(leaf)
+    return to_host(leaf)

@@ -14,6 +14,7 @@ import numpy as np
 
 from df11_jax._files.atomic import new_file
 from df11_jax._files.safetensors import DTYPES
+from df11_jax._host_arrays import as_bytes
 
 # The last of these comes first in a file.
 _ORDER = (
@@ -72,5 +73,4 @@ def write_file(
                     f"{name}: was announced as {dtype}{list(shape)}, but is "
                     f"{array.dtype}{list(array.shape)}"
                 )
-            # numpy exports neither bfloat16 nor arrays of no elements as buffers.
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            file.write(as_bytes(array).data)

@@ -1,7 +1,6 @@
 """`PublishedUnit`: one unit of a published checkpoint, as it is, as a pytree."""
 
 import dataclasses
-import functools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,12 +8,12 @@ from typing import Any
 
 import jax
 import jax.export
-import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, BFloat16, UInt8, UInt32
 
 from df11_jax import _ffi
+from df11_jax._ffi_call import DecoderCall, call_decoder
+from df11_jax._host_arrays import BFLOAT16
 from df11_jax._host_codec import available_threads, cpu_library
 from df11_jax.published import _codebook, _xla_decoder
 
@@ -23,8 +22,6 @@ ARRAYS = ("sign_mantissa", "encoded_exponent", "luts", "output_positions", "gaps
 BLOCK_BYTES = 4096
 BLOCK_GAP_BYTES = 320
 MAX_SIZE = 2**32 - 1  # positions have 32 bits
-
-_BFLOAT16 = np.dtype(jnp.bfloat16)
 
 
 @jax.tree_util.register_dataclass
@@ -175,7 +172,7 @@ def decode_host(
         )
     except ValueError as error:
         raise ValueError(f"{_label(unit.names)}: is corrupt: {error}") from None
-    return out.view(_BFLOAT16)
+    return out.view(BFLOAT16)
 
 
 def decompress(unit: PublishedUnit) -> dict[str, BFloat16[Array, "..."]]:
@@ -199,7 +196,14 @@ def decompress(unit: PublishedUnit) -> dict[str, BFloat16[Array, "..."]]:
     if not isinstance(unit, PublishedUnit):
         raise TypeError(f"decompress takes a PublishedUnit, got {type(unit).__name__}")
     _check_arrays(unit)
-    weights = _decode(_label(unit.names), *unit.arrays)
+    decoder = DecoderCall(
+        _ffi.PUBLISHED_DECODE_TARGET,
+        "sequential",
+        attributes=(("name", _label(unit.names)),),
+        xla=_xla_decoder.decode,
+        falls_back=unit.size <= _xla_decoder.MAX_SIZE,
+    )
+    weights = call_decoder(decoder, *unit.arrays)
     return {name: weights[start:stop].reshape(shape) for name, shape, start, stop in _places(unit)}
 
 
@@ -251,7 +255,7 @@ def _check_arrays(unit: PublishedUnit) -> None:
 
 
 def _bits(name: str, tensor: Any) -> np.ndarray:
-    if not isinstance(tensor, np.ndarray) or tensor.dtype != _BFLOAT16:
+    if not isinstance(tensor, np.ndarray) or tensor.dtype != BFLOAT16:
         raise TypeError(
             f"{name}: a published unit is made of numpy arrays of bfloat16, got "
             f"{getattr(tensor, 'dtype', type(tensor).__name__)}"
@@ -271,38 +275,3 @@ def _refuse_large_exponents(tensors: Mapping[str, np.ndarray]) -> None:
                 f"which there are 0 to {_codebook.FIRST_POINTER - 1}). Leave this tensor as it is, "
                 "or use the native layout, which holds all"
             )
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _decode(name: str, *arrays: Array) -> BFloat16[Array, " n"]:
-    _ffi.warn_if_slow()
-    platforms = _ffi.platforms(_ffi.PUBLISHED_DECODE_TARGET)
-    with jax.numpy_rank_promotion("allow"):  # whatever the user wants of their own code
-        return _decode_on_any_platform(name, platforms, *arrays)
-
-
-# Under jit even where the caller is not: platform_dependent would otherwise go by the default
-# device, and not by where the arrays are.
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _decode_on_any_platform(
-    name: str, platforms: tuple[str, ...], *arrays: Array
-) -> BFloat16[Array, " n"]:
-    def ffi(*arrays: Array) -> BFloat16[Array, " n"]:
-        # Not only the shape: in a shard_map, the type also says along which axes results differ.
-        out = jax.eval_shape(_xla_decoder.decode, *arrays)
-        call = jax.ffi.ffi_call(_ffi.PUBLISHED_DECODE_TARGET, out, vmap_method="sequential")
-        return call(*arrays, name=name)
-
-    compiled = dict.fromkeys(platforms, ffi)
-    default = _xla_decoder.decode if arrays[0].shape[0] <= _xla_decoder.MAX_SIZE else None
-    return jax.lax.platform_dependent(*arrays, **compiled, default=default)
-
-
-@functools.partial(_decode.defjvp, symbolic_zeros=True)
-def _decode_jvp(
-    name: str, primals: tuple[Array, ...], tangents: tuple[Any, ...]
-) -> tuple[Array, Any]:
-    # A tangent's zeros are symbolic: as an array, they would be as large as the weights.
-    del tangents
-    weights = _decode(name, *primals)
-    return weights, SymbolicZero.from_primal_value(weights)

@@ -14,13 +14,13 @@ import numpy as np
 from jaxtyping import PyTree
 
 from df11_jax._array import DF11Array, is_df11
-from df11_jax._compress import fetch
 from df11_jax._decode import decompress
 from df11_jax._files.atomic import new_file
 from df11_jax._files.directory import CONFIG, PUBLISHED_CONFIG, copy_small_files
 from df11_jax._files.journal import incomplete
 from df11_jax._files.safetensors import DTYPE_NAMES, DTYPES, TensorFile
 from df11_jax._files.source import Source, TensorInfo
+from df11_jax._host_arrays import as_bytes, to_host
 from df11_jax._progress import ProgressBar
 from df11_jax.published._checkpoint import GEOMETRY, Checkpoint
 from df11_jax.published._patterns import PatternDict, check_pattern_dict, match_units
@@ -243,7 +243,7 @@ class _Tree:
         leaf = self._leaves[name]
         if isinstance(leaf, DF11Array):
             leaf = decompress(leaf)
-        return fetch(leaf) if isinstance(leaf, jax.Array) else np.asarray(leaf)
+        return to_host(leaf)
 
 
 def _without_tied(source: Source | _Tree, model: ModelConfig) -> dict[str, TensorInfo]:
@@ -321,5 +321,4 @@ def _plan(
 def _have_same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    flat_a, flat_b = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (a, b))
-    return np.array_equal(flat_a, flat_b)
+    return np.array_equal(as_bytes(a), as_bytes(b))
