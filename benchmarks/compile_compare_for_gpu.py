@@ -27,7 +27,7 @@ import shapes
 from df11_jax import models
 from df11_jax._units import parse_bytes
 from df11_jax.bench import compare, generation, plan, ways
-from df11_jax.models._fit import read_budget
+from df11_jax.models.budget import read_budget
 
 
 class Compiler:

@@ -10,7 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from df11_jax._units import format_bytes
-from df11_jax.models import _fit
+from df11_jax.models.budget import (
+    DEFAULT_FRACTION,
+    FRACTION_VARIABLES,
+    MOST_FRACTION,
+    read_budget,
+)
+from df11_jax.models.fit import Fit, fit, read_model
 
 DOES_NOT_FIT = 3  # exit code
 
@@ -37,10 +43,8 @@ def run_fit(
     Raises:
         OSError, ValueError: as `read_model`, `read_budget` and `fit`.
     """
-    model = _fit.read_model(path)
-    answer = _fit.fit(
-        model, _fit.read_budget(memory), batch=batch, context=context, devices=devices
-    )
+    model = read_model(path)
+    answer = fit(model, read_budget(memory), batch=batch, context=context, devices=devices)
     if as_json:
         click.echo(json.dumps(answer.as_json(), indent=2))
     else:
@@ -49,7 +53,7 @@ def run_fit(
         sys.exit(DOES_NOT_FIT)
 
 
-def _print(answer: _fit.Fit) -> None:
+def _print(answer: Fit) -> None:
     width = None if sys.stdout.isatty() else 160
     console = Console(width=width, highlight=False, markup=False)
     model, budget = answer.model, answer.budget
@@ -58,11 +62,11 @@ def _print(answer: _fit.Fit) -> None:
     console.print(_table(answer))
     for line in _verdicts(answer):
         console.print(line, soft_wrap=True)
-    source = "by its environment" if budget.fraction != _fit.DEFAULT_FRACTION else "by default"
+    source = "by its environment" if budget.fraction != DEFAULT_FRACTION else "by default"
     notes = [
         f"XLA allocates {format_bytes(budget.usable)}, {budget.fraction:.0%} of the "
         f"{format_bytes(budget.memory)} of {budget.device or 'a device'} ({source}; "
-        f"{_fit.FRACTION_VARIABLES[0]} changes it). The rest is left to CUDA and other programs.",
+        f"{FRACTION_VARIABLES[0]} changes it). The rest is left to CUDA and other programs.",
         _weights_note(answer),
     ]
     if model.config:
@@ -86,7 +90,7 @@ def _print(answer: _fit.Fit) -> None:
         console.print(f"- {note}", soft_wrap=True, style="dim")
 
 
-def _table(answer: _fit.Fit) -> Table:
+def _table(answer: Fit) -> Table:
     plain, small, parts = answer.plain, answer.compressed, answer.temporary
     table = Table()
     table.add_column("" if answer.devices == 1 else "of each device")
@@ -123,7 +127,7 @@ def _table(answer: _fit.Fit) -> Table:
     return table
 
 
-def _verdicts(answer: _fit.Fit) -> list[str]:
+def _verdicts(answer: Fit) -> list[str]:
     lines, alone = [], "" if answer.model.config else ", weights alone"
     for name, need in (("plain", answer.plain), ("compressed", answer.compressed)):
         line = f"{name}{alone}: {'fits' if need.fits else 'does not fit'}"
@@ -131,13 +135,13 @@ def _verdicts(answer: _fit.Fit) -> list[str]:
         fraction = math.ceil(100 * need.fraction_needed) / 100
         if need.fits and not need.fits_at_most:
             line += ", but not if weights take the most that they may"
-        elif not need.fits and fraction <= _fit.MOST_FRACTION:
-            line += f"; it does with {_fit.FRACTION_VARIABLES[0]}={fraction:.2f}"
+        elif not need.fits and fraction <= MOST_FRACTION:
+            line += f"; it does with {FRACTION_VARIABLES[0]}={fraction:.2f}"
         lines.append(line)
     return lines
 
 
-def _weights_note(answer: _fit.Fit) -> str:
+def _weights_note(answer: Fit) -> str:
     model, need = answer.model, answer.compressed
     if model.weights.exact:
         note = f"Weights are as the {model.format} checkpoint has them, by its headers."

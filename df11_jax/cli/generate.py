@@ -9,8 +9,7 @@ import click
 from df11_jax import models
 from df11_jax._units import format_bytes
 from df11_jax.checkpoints import open_checkpoint
-from df11_jax.models._generate import check_prompts
-from df11_jax.models._text import encode
+from df11_jax.models.prompts import check_prompts, encode
 
 _EVERY = 4  # tokens between looks at the screen
 
