@@ -1,5 +1,6 @@
 """The compiled encoder and decoder, of numpy arrays: no devices, no tracing."""
 
+import importlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -112,10 +113,9 @@ def cpu_library() -> Any:
         ImportError: there is no compiled library.
     """
     try:
-        from df11_jax import _cpu_library
+        return importlib.import_module("df11_jax._cpu_library")
     except ImportError as error:
         raise ImportError(
             f"df11_jax in {os.path.dirname(__file__)} has no compiled library ({error}). If that "
             "is the source tree, install it (pip install .) and start Python somewhere else"
         ) from error
-    return _cpu_library

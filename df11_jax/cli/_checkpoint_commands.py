@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from df11_jax._files.directory import PUBLISHED_CONFIG, read_config, read_json
+from df11_jax._files.directory import read_config, read_json
 from df11_jax._select import MIN_SIZE, is_candidate
 from df11_jax._units import format_bytes
 from df11_jax.checkpoints import Source, open_checkpoint
@@ -19,6 +19,7 @@ from df11_jax.checkpoints.convert import write_native, write_orbax, write_plain
 from df11_jax.checkpoints.differences import differences
 from df11_jax.checkpoints.summary import Summary, summarize
 from df11_jax.cli._errors import DIFFERENT, fail, failures
+from df11_jax.published.detect import CONFIG_KEY
 
 _COMPRESS_EXAMPLES = """\b
 Examples:
@@ -177,7 +178,7 @@ def _open(path: Path, shapes: Path | None, pattern_dict: Path | None) -> Source:
 def _read_patterns(path: Path) -> dict[str, Any]:
     patterns = read_json(path)
     # Perhaps it is the config.json of a checkpoint of that model.
-    for key in (PUBLISHED_CONFIG, "pattern_dict"):
+    for key in (CONFIG_KEY, "pattern_dict"):
         patterns = patterns.get(key, patterns)
         if not isinstance(patterns, dict):
             raise ValueError(f"{path}: {key} is {patterns!r:.80}, expected a JSON object")
