@@ -304,7 +304,7 @@ def check():
     print("checked", file=sys.stderr)
 atexit.register(check)
 sys.argv[1:] = ["fit", {str(llama)!r}, "--memory", "24GiB"]
-from df11_jax.cli._main import main
+from df11_jax.cli import main
 main()
 """
     result = subprocess.run(
