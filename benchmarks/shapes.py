@@ -5,14 +5,11 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from stack_shapes import compressed_stack
 
-from df11_jax import DF11Array, _layout
 from df11_jax.models import Config, Params, _shares
 from df11_jax.models._placement import Placement
 from df11_jax.models._transformer import block_shapes
-
-# Of normally distributed weights; trained ones have some more.
-EXPONENT_BITS = 2.63
 
 
 def block_nbytes(config: Config) -> int:
@@ -42,10 +39,10 @@ def param_shapes(
     """Shapes of what `load_params` returns, with exponents as normal weights have them.
 
     Args:
-        config: of the decoder.
+        config: the configuration of the transformer.
         compress: False for plain parameters.
-        sharding: of those on a single device.
-        devices: that they are divided over, if they are several.
+        sharding: the sharding of all parameters if they are on a single device.
+        devices: the devices that they are divided over, if they are several.
     """
     place = Placement(config, devices or None)
     share = _shares.share_of(config, place.count)
@@ -57,17 +54,7 @@ def param_shapes(
 
         if not compress or len(shape) < 3:
             return array(shape, jnp.bfloat16)
-        length, *slice_shape = shape
-        view = _layout.make_view(slice_shape)
-        words = (
-            _layout.HEADER_WORDS,
-            _layout.CODEBOOK_WORDS,
-            view.chunks + 1,
-            4 * round(view.size * EXPONENT_BITS / 128),
-            view.sign_mantissa_words,
-        )
-        payload = [array((length, count), jnp.uint32) for count in words]
-        return DF11Array(*payload, slice_shape=tuple(slice_shape))
+        return compressed_stack(shape[0], shape[1:], array)
 
     def stack(keys, x):
         path = ("layers", *(key.key for key in keys))
