@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 
-MODULE = "df11_jax._native_cuda"
+MODULE = "df11_jax._cuda_library"
 
 # CUDA major: the oldest driver that runs what is compiled for it, according to NVIDIA's table of
 # minor version compatibility (for Linux).

@@ -13,7 +13,7 @@ PUBLISHED_DECODE_TARGET = "df11_published_decode"
 
 # Platform, as jax.lax.platform_dependent names it: (module with the handlers, name for XLA).
 _LIBRARIES = {
-    "cpu": ("df11_jax._native", "cpu"),
+    "cpu": ("df11_jax._cpu_library", "cpu"),
     "cuda": (_cuda.MODULE, "CUDA"),
 }
 _registered: dict[str, frozenset[str]] = {}  # the targets of each platform

@@ -47,12 +47,12 @@ def encode(
             f"{name}: slices of shape {slice_shape} have more than {_layout.MAX_DIMS} dimensions; "
             "reshape the array, or make leading axes stack axes"
         )
-    native = native_library()
+    library = cpu_library()
     bits = _stack_of_bits(weights, stack_axes)
     threads = threads or available_threads()
-    words = native.encode(bits, list(slice_shape), threads)
+    words = library.encode(bits, list(slice_shape), threads)
     if verify:
-        at = native.find_difference(bits, list(slice_shape), *words[1:], threads)
+        at = library.find_difference(bits, list(slice_shape), *words[1:], threads)
         if at >= 0:
             raise RuntimeError(
                 f"{name}: element {tuple(map(int, np.unravel_index(at, weights.shape)))} does not "
@@ -86,7 +86,7 @@ def decode(
     weights = np.empty(stack_shape + slice_shape, ml_dtypes.bfloat16)
     bits = _stack_of_bits(weights, len(stack_shape))
     words = [np.ascontiguousarray(part).reshape(bits.shape[0], -1) for part in payload[1:]]
-    at = native_library().decode(bits, list(slice_shape), *words, threads or available_threads())
+    at = cpu_library().decode(bits, list(slice_shape), *words, threads or available_threads())
     if at >= 0:
         index, chunk = divmod(at, _layout.make_view(slice_shape).chunks)
         raise ValueError(f"{name}: is corrupt: chunk {chunk} of slice {index}")
@@ -106,17 +106,17 @@ def _stack_of_bits(weights: np.ndarray, stack_axes: int) -> np.ndarray:
     return weights.view(np.uint16).reshape(stack, slice_size)
 
 
-def native_library() -> Any:
+def cpu_library() -> Any:
     """The compiled library, for `import df11_jax` does not need it.
 
     Raises:
         ImportError: there is none.
     """
     try:
-        from df11_jax import _native
+        from df11_jax import _cpu_library
     except ImportError as error:
         raise ImportError(
             f"df11_jax in {os.path.dirname(__file__)} has no compiled library ({error}). If that "
             "is the source tree, install it (pip install .) and start Python somewhere else"
         ) from error
-    return _native
+    return _cpu_library

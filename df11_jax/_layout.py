@@ -1,6 +1,6 @@
 """The native layout, version 1: the part of docs/format.md that Python needs.
 
-The same constants and index arithmetic as `xla_ffi/df11/layout.h`.
+The same constants and index arithmetic as `xla_ffi/native/layout.h`.
 """
 
 import dataclasses

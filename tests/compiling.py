@@ -1,4 +1,4 @@
-"""Compiles C++ test drivers with the host compiler, and runs them, for several tests."""
+"""Compiles C++ tests with the host compiler, and runs them; what tests need to be there."""
 
 import pathlib
 import shutil
@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Sequence
 
 import pytest
+from count_sass import find_tool
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -17,6 +18,14 @@ FLAGS = {
 }
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++ on PATH")
+
+needs_nvcc = pytest.mark.skipif(
+    not find_tool("nvcc"), reason="nvcc is neither on PATH nor installed with pip"
+)
+needs_nvdisasm = pytest.mark.skipif(
+    not find_tool("nvdisasm"),
+    reason="nvdisasm is neither on PATH nor installed with pip",
+)
 
 
 def run_under(
@@ -40,7 +49,6 @@ def run_under(
         "-g",
         "-pthread",
         "-Ixla_ffi",
-        "-Itests",
     ]
     command += [*FLAGS[sanitizer], *arguments, "-o", str(program)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -22,7 +22,7 @@ def _package_folder() -> pathlib.Path:
         raise pytest.UsageError("df11_jax is not installed: pip install .")
     folder = pathlib.Path(spec.origin).parent
     try:
-        is_compiled = importlib.util.find_spec("df11_jax._native") is not None
+        is_compiled = importlib.util.find_spec("df11_jax._cpu_library") is not None
     except importlib.metadata.PackageNotFoundError:
         is_compiled = False
     if not is_compiled:

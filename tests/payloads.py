@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from df11_jax import _native
+from df11_jax import _cpu_library
 from df11_jax._array import DF11Array
 
 
@@ -36,6 +36,6 @@ def from_payload(payload: Any, slice_shape: tuple[int, ...]) -> DF11Array:
 def count_decodes(function: Callable[..., Any], *args: Any) -> int:
     """How many slices of tensors the CPU handler decodes during a call."""
     jax.block_until_ready(args)
-    before = _native.decode_count()
+    before = _cpu_library.decode_count()
     jax.block_until_ready(function(*args))
-    return _native.decode_count() - before
+    return _cpu_library.decode_count() - before

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from payloads import assert_same_bits, random_weights
 
 import df11_jax
-from df11_jax import _compress, _native
+from df11_jax import _compress, _cpu_library
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 RNG = np.random.default_rng(0)
@@ -28,17 +28,17 @@ def round_trip(weights, **options):
     return array
 
 
-@pytest.mark.parametrize("simd", _native.simd_levels())
+@pytest.mark.parametrize("simd", _cpu_library.simd_levels())
 def test_all_bit_patterns_on_every_instruction_set(simd):
     patterns = np.arange(65536, dtype=np.uint16).view(BF16)
     # Together with normal weights, so that some chunks are coded and some raw.
     weights = np.concatenate([normal(100_000), patterns, normal(100_000), patterns[::-1]])
     array = df11_jax.compress(weights)
     try:
-        _native.use_simd(simd)
+        _cpu_library.use_simd(simd)
         assert_same_bits(df11_jax.decompress(array), weights)
     finally:
-        _native.use_simd(_native.simd_levels()[-1])
+        _cpu_library.use_simd(_cpu_library.simd_levels()[-1])
 
 
 @pytest.mark.parametrize(
@@ -332,11 +332,11 @@ class TestCompressParams:
 def test_verification_finds_a_difference():
     weights = normal(2, 300, 64)
     bits = weights.view(np.uint16).reshape(2, -1)
-    words = list(_native.encode(bits, [300, 64], 2))
-    assert _native.find_difference(bits, [300, 64], *words[1:], 2) == -1
+    words = list(_cpu_library.encode(bits, [300, 64], 2))
+    assert _cpu_library.find_difference(bits, [300, 64], *words[1:], 2) == -1
     changed = bits.copy()
     changed[1, 12345] ^= 1
-    assert _native.find_difference(changed, [300, 64], *words[1:], 2) == 300 * 64 + 12345
+    assert _cpu_library.find_difference(changed, [300, 64], *words[1:], 2) == 300 * 64 + 12345
 
 
 def test_peak_host_memory(tmp_path):

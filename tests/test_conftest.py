@@ -12,10 +12,11 @@ import df11_jax
 def test_a_source_tree_that_is_not_compiled(tmp_path):
     # As after `pip install .`, when it is the tree that Python imports.
     package = pathlib.Path(df11_jax.__file__).parent
-    libraries = list(package.glob("_native.*.so"))
+    libraries = list(package.glob("_cpu_library.*.so"))
     if not libraries:
         pytest.skip("df11_jax is installed to be edited, and is then imported everywhere")
-    shutil.copytree(package, tmp_path / "df11_jax", ignore=shutil.ignore_patterns("_native.*.so"))
+    uncompiled = shutil.ignore_patterns("_cpu_library.*.so")
+    shutil.copytree(package, tmp_path / "df11_jax", ignore=uncompiled)
     (tmp_path / "tests").mkdir()
     shutil.copy(pathlib.Path(__file__).with_name("conftest.py"), tmp_path / "tests")
     (tmp_path / "tests" / "test_it.py").write_text("def test_it(): pass")

@@ -17,13 +17,7 @@ import subprocess
 import tempfile
 from typing import NamedTuple
 
-from count_sass import ARCHITECTURES, ROOT, count, find_tool
-
-# With its checksum: the one that is launched.
-SOURCE = """
-#include "cuda/decode_kernel.cuh"
-template __global__ void df11::decode_kernel<true>(const __grid_constant__ df11::DecodeBatch);
-"""
+from count_sass import ARCHITECTURES, ROOT, SOURCE, count, find_tool
 
 # What a multiprocessor holds: threads, blocks, bytes of shared memory (CUDA programming guide).
 # All have 65,536 registers, and take 1 KB of shared memory from each block for themselves.
@@ -141,7 +135,7 @@ def main() -> None:
     print("| T weights/s |", " | ".join(parts), "| TB/s of bf16, at most |")
     print("|---|---|---|---|---|---|")
     for name, gpu in GPUS.items():
-        ((_, instructions, weights, units),) = (row for row in count(gpu.arch) if row[0])
+        instructions, weights, units = count(gpu.arch)
         found = limits(gpu, instructions / weights, units["integer"] / weights)
         least = min(found.values())
         cells = (f"**{v:.2f}**" if v == least else f"{v:.2f}" for v in found.values())

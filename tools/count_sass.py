@@ -2,18 +2,18 @@
 
     python tools/count_sass.py
 
-The native layout: it compiles xla_ffi/cuda/decode_kernel.cuh, with and without the checksum, and
-disassembles it. Loops are found by their back edges: a branch to a label before it. Of the loops
-that have no loop in them and store to global memory 16 bytes at a time, the inner loop is the one
-that loads most from shared memory: from the look-up table and from the staged record (the kernel's
-other such loops read raw chunks, or records that are not staged). All instructions from the label
-to the branch count, predicated ones too. A lane stores 8 weights with one 16-byte store, so
-instructions / (8 * stores) is the number of instructions per weight.
+The native layout: it compiles xla_ffi/native/cuda/decode_kernel.cuh and disassembles it. Loops are
+found by their back edges: a branch to a label before it. Of the loops that have no loop in them and
+store to global memory 16 bytes at a time, the inner loop is the one that loads most from shared
+memory: from the look-up table and from the staged record (the kernel's other such loops read raw
+chunks, or records that are not staged). All instructions from the label to the branch count,
+predicated ones too. A lane stores 8 weights with one 16-byte store, so instructions / (8 * stores)
+is the number of instructions per weight.
 
 What a warp does once per chunk (find it, stage it, sum up the checksum) is outside the loop and
 not counted.
 
-The published layout: three loops of xla_ffi/cuda/published_kernel.cuh. One counts codes, one
+The published layout: three loops of xla_ffi/published/cuda/decode_kernel.cuh. One counts codes, one
 decodes them, one joins them with signs and mantissas. The first two make two look-ups in shared
 memory and load the next word of the stream; if a code is too long for the table they branch to
 something that loads bytes from global memory, which is not counted. How many codes two look-ups
@@ -40,13 +40,9 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("80", "90", "100")
 
-SOURCE = """
-#include "cuda/decode_kernel.cuh"
-template __global__ void df11::decode_kernel<true>(const __grid_constant__ df11::DecodeBatch);
-template __global__ void df11::decode_kernel<false>(const __grid_constant__ df11::DecodeBatch);
-"""
-PUBLISHED_SOURCE = '#include "cuda/published_kernel.cuh"'
-# Of a look-up there: kIndexBits and kMaxCodes in xla_ffi/cuda/published_table.cuh.
+SOURCE = '#include "native/cuda/decode_kernel.cuh"'
+PUBLISHED_SOURCE = '#include "published/cuda/decode_kernel.cuh"'
+# Of a look-up there: kIndexBits and kMaxCodes in xla_ffi/published/cuda/step_table.cuh.
 INDEX_BITS, MAX_CODES = 11, 4
 
 # Which unit an instruction keeps busy; what is not listed is "other".
@@ -159,14 +155,12 @@ def inner_loop(lines: list[str]) -> tuple[list[str], int]:
     return loop, 8 * stores(loop)
 
 
-def count(arch: str) -> list[tuple[bool, int, int, collections.Counter]]:
-    """(with checksum, instructions, weights, instructions by unit) of both kernels."""
-    rows = []
+def count(arch: str) -> tuple[int, int, collections.Counter]:
+    """(instructions, weights, instructions by unit) of the native layout's inner loop."""
     with tempfile.TemporaryDirectory() as folder:
-        for name, lines in disassemble(SOURCE, arch, pathlib.Path(folder)).items():
-            loop, weights = inner_loop(lines)
-            rows.append(("Lb1E" in name, len(loop), weights, units(loop)))
-    return sorted(rows, reverse=True)
+        (lines,) = disassemble(SOURCE, arch, pathlib.Path(folder)).values()
+    loop, weights = inner_loop(lines)
+    return len(loop), weights, units(loop)
 
 
 @functools.cache
@@ -223,11 +217,10 @@ def main() -> None:
         if not find_tool(tool):
             raise SystemExit(f"{tool} is neither on PATH nor installed with pip")
     columns = [*UNITS, "other"]
-    print("| architecture | checksum | instructions per weight | of them", ", ".join(columns), "|")
-    print("|---|---|---|---|")
+    print("| architecture | instructions per weight | of them", ", ".join(columns), "|")
+    print("|---|---|---|")
     for arch in ARCHITECTURES:
-        for checksum, instructions, weights, by_unit in count(arch):
-            print_row(f"sm_{arch} | {'yes' if checksum else 'no'}", instructions, weights, by_unit)
+        print_row(f"sm_{arch}", *count(arch))
     print(f"\nPublished layout, {codes_per_lookup():.2f} codes a look-up\n")
     print("| architecture | loop | instructions per weight | of them", ", ".join(columns), "|")
     print("|---|---|---|---|")

@@ -96,7 +96,7 @@ def _decoder_of(platform: str) -> tuple[str, str, _cuda.Obstacle | None]:
         return plain, obstacle.reason, obstacle
     if platform == "cuda":
         return "compiled, CUDA", "the CUDA library loads, and driver and GPU can run it", None
-    levels = [simd_name(level) for level in _host_codec.native_library().simd_levels()]
+    levels = [simd_name(level) for level in _host_codec.cpu_library().simd_levels()]
     why = f"the best that this processor has of {', '.join(levels)}"
     if len(levels) == 1:
         why = "this processor has neither AVX-512 nor AVX2, which would be faster"

@@ -114,7 +114,7 @@ def _decoders(
         compiled, plain = jax.jit(_decode_published), jax.jit(_decode_published_plainly)
     if platform == "cpu" and _ffi.register("cpu") is None:
         # All of them, for other processors have less than the best one here.
-        for level in _host_codec.native_library().simd_levels():
+        for level in _host_codec.cpu_library().simd_levels():
             yield simd_name(level), compiled, _use_simd(level)
     elif platform == "cuda" and _ffi.register("cuda") is None:
         yield "CUDA", compiled, contextlib.nullcontext()
@@ -128,12 +128,12 @@ def simd_name(level: str) -> str:
 
 @contextlib.contextmanager
 def _use_simd(level: str) -> Iterator[None]:
-    native = _host_codec.native_library()
-    native.use_simd(level)
+    library = _host_codec.cpu_library()
+    library.use_simd(level)
     try:
         yield
     finally:
-        native.use_simd(native.simd_levels()[-1])
+        library.use_simd(library.simd_levels()[-1])
 
 
 def _native_bits() -> Bits:

@@ -11,7 +11,7 @@ from jaxtyping import Shaped
 
 from df11_jax._files.directory import CONFIG, PUBLISHED_CONFIG, read_json
 from df11_jax._files.source import TensorInfo
-from df11_jax._host_codec import native_library
+from df11_jax._host_codec import cpu_library
 from df11_jax.published._headers import PARTS, StoredUnit, find_units, read_headers
 from df11_jax.published._patterns import PatternDict, check_pattern_dict, match_module
 from df11_jax.published._shapes import ModelConfig, Shapes, check_shape, read_shapes
@@ -162,7 +162,7 @@ class Checkpoint:
             arrays["output_positions"].view(np.uint32), requirements="A"
         )
         if unit not in self._checked:
-            problem = native_library().published_check(**arrays)
+            problem = cpu_library().published_check(**arrays)
             if problem:
                 raise _corrupt(stored, problem)
             self._checked.add(unit)

@@ -15,7 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, BFloat16, UInt8, UInt32
 
 from df11_jax import _ffi
-from df11_jax._host_codec import available_threads, native_library
+from df11_jax._host_codec import available_threads, cpu_library
 from df11_jax.published import _codebook, _xla_decoder
 
 ARRAYS = ("sign_mantissa", "encoded_exponent", "luts", "output_positions", "gaps")
@@ -124,7 +124,7 @@ def encode_unit(
             f"most {MAX_SIZE}"
         )
     threads = threads or available_threads()
-    piece_counts = native_library().published_histogram(parts, threads)
+    piece_counts = cpu_library().published_histogram(parts, threads)
     counts = piece_counts.sum(axis=0, dtype=np.int64)
     if counts[_codebook.FIRST_POINTER :].any():
         _refuse_large_exponents(tensors)
@@ -134,7 +134,7 @@ def encode_unit(
         raise ValueError(
             f"{_label(tuple(tensors))}: cannot be published as one unit: {error}"
         ) from None
-    encoded_exponent, sign_mantissa, output_positions, gaps = native_library().published_encode(
+    encoded_exponent, sign_mantissa, output_positions, gaps = cpu_library().published_encode(
         parts, piece_counts, code.bits, code.lengths, code.end.bits, code.end.length, threads
     )
     return PublishedUnit(
@@ -170,7 +170,7 @@ def decode_host(
         np.require(array, requirements=["A", "C"]) for array in unit.arrays
     )
     try:
-        out = native_library().published_decode(
+        out = cpu_library().published_decode(
             sign_mantissa, encoded_exponent, luts, output_positions, gaps, start, stop, threads
         )
     except ValueError as error:

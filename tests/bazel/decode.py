@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import df11_jax
-from df11_jax import _ffi, _native
+from df11_jax import _cpu_library, _ffi
 
 
 def weights(count: int) -> jax.Array:
@@ -31,9 +31,10 @@ def check_decoding() -> None:
 
 def main() -> None:
     built = pathlib.Path.cwd() / "df11_jax"
-    assert pathlib.Path(_native.__file__).parent == built, f"{_native.__file__} is not of {built}"
+    library = pathlib.Path(_cpu_library.__file__)
+    assert library.parent == built, f"{library} is not of {built}"
     for platform in ("cpu", "cuda"):
-        if platform == "cuda" and not (built / "_native_cuda.so").exists():
+        if platform == "cuda" and not (built / "_cuda_library.so").exists():
             continue
         problem = _ffi.register(platform)
         assert problem is None, problem

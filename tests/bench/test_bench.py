@@ -137,7 +137,7 @@ def test_kernel_durations():
         events { metadata_id: 1 duration_ps: 4000000 }
       }
       lines { name: "XLA Ops" events { metadata_id: 1 duration_ps: 9000000 } }
-      event_metadata { key: 1 value { id: 1 name: "void df11::decode_kernel<true>" } }
+      event_metadata { key: 1 value { id: 1 name: "df11::native::decode_kernel" } }
       event_metadata { key: 2 value { id: 2 name: "loop_add_fusion" } }
     }
     planes { name: "/host:CPU" lines { name: "Stream" events { metadata_id: 1 } } }

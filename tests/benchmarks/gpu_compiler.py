@@ -15,7 +15,7 @@ needs_gpu_compiler = [
         reason='needs XLA\'s compiler for CUDA: pip install "jax[cuda13]"',
     ),
     pytest.mark.skipif(
-        not importlib.util.find_spec("df11_jax._native_cuda"),
+        not importlib.util.find_spec("df11_jax._cuda_library"),
         reason="needs the CUDA decoder: install df11_jax with nvcc on PATH",
     ),
 ]

@@ -16,7 +16,7 @@ from compiling import ROOT, needs_compiler
 from packaging.requirements import Requirement
 
 import df11_jax
-from df11_jax import _cuda, _native
+from df11_jax import _cpu_library, _cuda
 from df11_jax.cli import _commands
 from df11_jax.doctor import extras
 from df11_jax.doctor.examine import examine
@@ -34,7 +34,7 @@ def test_everything_works_here(report):
     assert report.problems == []
     tests = [test for test in report.self_tests if test.platform in ("host", "cpu")]
     assert all(test.error is None for test in tests)
-    levels = map(simd_name, _native.simd_levels())
+    levels = map(simd_name, _cpu_library.simd_levels())
     assert {(test.decoder, test.layout) for test in tests} == {
         (decoder, layout)
         for decoder in ("encoder", PLAIN, *levels)
@@ -45,7 +45,7 @@ def test_everything_works_here(report):
 
 def test_backends(report):
     by_platform = {backend.platform: backend for backend in report.backends}
-    assert by_platform["cpu"].decoder == f"compiled, {simd_name(_native.simd_levels()[-1])}"
+    assert by_platform["cpu"].decoder == f"compiled, {simd_name(_cpu_library.simd_levels()[-1])}"
     assert len(by_platform["cpu"].devices) == len(jax.local_devices(backend="cpu"))
     assert [b.is_default for b in report.backends].count(True) == 1
 
@@ -97,7 +97,7 @@ def copy(tmp_path):
     shutil.copytree(
         _PACKAGE,
         tmp_path / "df11_jax",
-        ignore=shutil.ignore_patterns("__pycache__", "_native_cuda.*so", "demo"),
+        ignore=shutil.ignore_patterns("__pycache__", "_cuda_library.*so", "demo"),
     )
     return tmp_path
 
@@ -119,7 +119,7 @@ def doctor(folder, status, **environment):
 
 
 def test_without_the_compiled_library(copy):
-    (library,) = (copy / "df11_jax").glob("_native.*so")
+    (library,) = (copy / "df11_jax").glob("_cpu_library.*so")
     library.unlink()
     found = doctor(copy, 1)
     (cpu,) = found["backends"]
@@ -133,7 +133,7 @@ def test_without_the_compiled_library(copy):
 def test_cuda_library_that_does_not_load_and_a_driver_without_a_gpu(copy):
     # Neither is an error where JAX sees no GPU.
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    (copy / "df11_jax" / f"_native_cuda{suffix}").write_bytes(b"no library")
+    (copy / "df11_jax" / f"_cuda_library{suffix}").write_bytes(b"no library")
     source, driver = copy / "cuda.cc", copy / "libcuda.so.1"
     source.write_text(
         'extern "C" int cuDriverGetVersion(int* version) { *version = 12040; return 0; }'
@@ -142,7 +142,7 @@ def test_cuda_library_that_does_not_load_and_a_driver_without_a_gpu(copy):
     found = doctor(copy, 0, LD_LIBRARY_PATH=str(copy))
     assert found["cuda"]["in_build"] is True and found["cuda"]["loads"] is False
     assert "does not load" in found["cuda"]["error"]
-    assert "_native_cuda" in found["cuda"]["error"]
+    assert "_cuda_library" in found["cuda"]["error"]
     assert found["cuda"]["driver_cuda"] == "12.4"
     assert not found["problems"]
     (note,) = found["notes"]

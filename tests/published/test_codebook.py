@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from df11_jax import _native
+from df11_jax import _cpu_library
 from df11_jax.published import _codebook
 
 FIXTURES = json.loads((pathlib.Path(__file__).parent / "fixtures" / "encoder.json").read_text())
@@ -94,7 +94,7 @@ def test_code_is_complete_and_decodable(counts):
 def check_tables(luts):
     one = np.zeros(1, np.uint8)
     positions = np.array([0, 1], np.uint32)
-    return _native.published_check(one, one, luts, positions, np.zeros(320, np.uint8))
+    return _cpu_library.published_check(one, one, luts, positions, np.zeros(320, np.uint8))
 
 
 @pytest.mark.parametrize("name", ["fibonacci 40", "drawn 8", "equal", "one frequent"])

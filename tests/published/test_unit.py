@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from payloads import assert_same_bits, bits, random_weights
 
 import df11_jax
-from df11_jax import _ffi, _native
+from df11_jax import _cpu_library, _ffi
 from df11_jax.published import _unit, _xla_decoder
 from df11_jax.published._unit import decode_host, decompress, encode_unit
 
@@ -107,7 +107,7 @@ def test_ends_are_where_the_cases_say(place):
 def test_every_decoder(name):
     expected = np.concatenate(CASES[name]).view(jnp.bfloat16)
     unit = encode_unit(as_tensors(CASES[name]))
-    assert _native.published_check(*unit.arrays) == ""
+    assert _cpu_library.published_check(*unit.arrays) == ""
     assert_same_bits(decode_host(unit), expected)
     assert_same_tensors(decompress(unit), as_tensors(CASES[name]))
     if name != LARGE:  # which would take half a minute
@@ -115,13 +115,13 @@ def test_every_decoder(name):
 
 
 @on_cpu
-@pytest.mark.parametrize("level", _native.simd_levels())
+@pytest.mark.parametrize("level", _cpu_library.simd_levels())
 def test_every_instruction_set(level, tensors, unit):
-    _native.use_simd(level)
+    _cpu_library.use_simd(level)
     try:
         assert_same_tensors(decompress(unit), tensors)
     finally:
-        _native.use_simd(_native.simd_levels()[-1])
+        _cpu_library.use_simd(_cpu_library.simd_levels()[-1])
 
 
 @pytest.mark.parametrize("size", [1, 9, 64, 65, 12288])

@@ -11,7 +11,7 @@ import published_cases
 import pytest
 from payloads import bits
 
-from df11_jax import _native
+from df11_jax import _cpu_library
 from df11_jax.published import _unit, _xla_decoder
 from df11_jax.published._unit import decode_host, decompress, encode_unit
 
@@ -133,7 +133,7 @@ def test_tables_with_cycles(unit, kind):
     bad = dataclasses.replace(unit, luts=luts)
     with pytest.raises(ValueError, match="w: is corrupt: luts has "):
         decode_host(bad)
-    assert _native.published_check(*bad.arrays).startswith("luts ")
+    assert _cpu_library.published_check(*bad.arrays).startswith("luts ")
     assert (bits(_xla_decoder.decode(*bad.arrays)) == 0xFFFF).all()
 
 
@@ -159,7 +159,7 @@ FREQUENT = 121  # an exponent of `weights` with a short code
 )
 def test_structure_is_checked(unit, change, problem):
     bad = replace(unit, **change)
-    assert re.match(problem, _native.published_check(*bad.arrays))
+    assert re.match(problem, _cpu_library.published_check(*bad.arrays))
     if "after the end" in problem:  # where nothing is read
         np.testing.assert_array_equal(bits(decode_host(bad)), bits(decode_host(unit)))
     else:
@@ -197,7 +197,7 @@ def test_structure_is_checked(unit, change, problem):
 )
 def test_decoding_finds_what_the_structure_does_not_show(unit, change, problem):
     bad = replace(unit, **change(unit))
-    assert _native.published_check(*bad.arrays) == ""
+    assert _cpu_library.published_check(*bad.arrays) == ""
     with pytest.raises(ValueError, match=f"w: is corrupt: .*{problem}"):
         decode_host(bad, threads=1)
 
@@ -237,7 +237,7 @@ def test_arrays_that_disagree(unit, field, change, problem):
         with pytest.raises(ValueError, match=f"^w: {problem}"):
             function(bad)
     if field != "sign_mantissa" and "int" not in problem.split(" is ")[1][:3]:
-        assert _native.published_check(*bad.arrays) != ""
+        assert _cpu_library.published_check(*bad.arrays) != ""
 
 
 @on_cpu

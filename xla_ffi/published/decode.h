@@ -12,9 +12,10 @@
 #include <string>
 #include <vector>
 
-#include "df11/parallel.h"
-#include "df11/simd.h"
-#include "df11/words.h"
+#include "common/inline.h"
+#include "common/parallel.h"
+#include "common/simd.h"
+#include "common/words.h"
 #include "published/check.h"
 #include "published/layout.h"
 #include "published/tables.h"

@@ -9,10 +9,11 @@
 #include <string>
 #include <vector>
 
-#include "df11/pairs.h"
-#include "df11/parallel.h"
-#include "df11/simd.h"
-#include "df11/words.h"
+#include "common/bits.h"
+#include "common/inline.h"
+#include "common/parallel.h"
+#include "common/simd.h"
+#include "common/words.h"
 #include "published/layout.h"
 
 namespace df11::published {

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "df11/layout.h"
+#include "common/inline.h"
 
 namespace df11::published {
 

@@ -8,14 +8,12 @@
 #include <string>
 #include <string_view>
 
-#include "../operands.h"
+#include "common/operands.h"
 #include "published/check.h"
 #include "published/layout.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace df11::published {
-
-namespace ffi = xla::ffi;
 
 inline ffi::Error operand_error(std::string_view name, const std::string& problem) {
   return ffi::Error::InvalidArgument("df11_published_decode: '" + std::string(name) +

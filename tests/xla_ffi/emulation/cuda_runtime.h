@@ -1,0 +1,238 @@
+// Enough of CUDA to compile the kernels of xla_ffi as C++20 and run them on host
+// threads, for tests on machines without a GPU. It takes the place of the real header, by
+// its directory being first among the include directories.
+//
+// A launch runs its blocks one after the other, and each CUDA thread of a block as a host
+// thread. Warps and blocks synchronize with std::barrier, so that ThreadSanitizer sees in
+// a kernel the data races that it has. All 32 lanes must take part in warp functions.
+#pragma once
+
+#include <algorithm>
+#include <barrier>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#define __host__
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ static  // blocks do not run at the same time
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace cuda_emulation {
+
+inline constexpr int kWarpSize = 32;
+inline constexpr int kMultiprocessors = 3;
+
+inline void check(bool ok, const char* what) {
+  if (ok) return;
+  std::fprintf(stderr, "cuda emulation: %s\n", what);
+  std::abort();
+}
+
+struct Warp {
+  std::barrier<> barrier{kWarpSize};
+  // Used in turn: when a lane writes one, all lanes have read what it held before.
+  uint32_t slots[2][kWarpSize];
+};
+
+struct Block {
+  std::barrier<> barrier;
+  std::vector<std::unique_ptr<Warp>> warps;
+  std::vector<int> votes;
+
+  explicit Block(int threads) : barrier(threads), votes(threads) {
+    for (int i = 0; i < threads; i += kWarpSize) warps.push_back(std::make_unique<Warp>());
+  }
+};
+
+inline int launches = 0;  // of kernels, so far
+
+inline thread_local Block* block = nullptr;
+inline thread_local uint4* dynamic_shared = nullptr;  // in place of an extern __shared__ array
+inline thread_local unsigned exchanges = 0;
+
+inline Warp& warp() { return *block->warps[threadIdx.x / kWarpSize]; }
+inline int lane() { return static_cast<int>(threadIdx.x % kWarpSize); }
+
+// Gives every lane the values of all lanes.
+inline const uint32_t* exchange(unsigned mask, uint32_t value) {
+  check(mask == 0xffffffffu, "a warp function needs all lanes");
+  uint32_t* slots = warp().slots[exchanges++ % 2];
+  slots[lane()] = value;
+  warp().barrier.arrive_and_wait();
+  return slots;
+}
+
+}  // namespace cuda_emulation
+
+inline void __syncthreads() { cuda_emulation::block->barrier.arrive_and_wait(); }
+inline int __syncthreads_or(int predicate) {
+  cuda_emulation::Block& block = *cuda_emulation::block;
+  block.votes[threadIdx.x] = predicate != 0;
+  __syncthreads();
+  const int any = *std::max_element(block.votes.begin(), block.votes.end());
+  __syncthreads();
+  return any;
+}
+
+inline void __syncwarp() { cuda_emulation::warp().barrier.arrive_and_wait(); }
+inline uint32_t __shfl_sync(unsigned mask, uint32_t value, int source) {
+  return cuda_emulation::exchange(mask, value)[source];
+}
+inline uint32_t __shfl_up_sync(unsigned mask, uint32_t value, unsigned delta) {
+  const int lane = cuda_emulation::lane(), source = lane - static_cast<int>(delta);
+  return cuda_emulation::exchange(mask, value)[source < 0 ? lane : source];
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  const uint32_t* votes = cuda_emulation::exchange(mask, predicate != 0);
+  unsigned ballot = 0;
+  for (int i = 0; i < cuda_emulation::kWarpSize; ++i) ballot |= votes[i] << i;
+  return ballot;
+}
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
+  const uint32_t* values = cuda_emulation::exchange(mask, value);
+  unsigned sum = 0;
+  for (int i = 0; i < cuda_emulation::kWarpSize; ++i) sum += values[i];
+  return sum;
+}
+
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> (shift & 31));
+}
+inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>((uint64_t{high} << 32 | low) << (shift & 31) >> 32);
+}
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
+  const uint64_t bytes = uint64_t{y} << 32 | x;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned nibble = selector >> (4 * i) & 15;
+    cuda_emulation::check(nibble < 8, "__byte_perm does not replicate signs");
+    result |= static_cast<uint32_t>(bytes >> (8 * nibble) & 255) << (8 * i);
+  }
+  return result;
+}
+inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }
+inline uint32_t __brev(uint32_t x) {
+  uint32_t result = 0;
+  for (int i = 0; i < 32; ++i) result |= (x >> i & 1) << (31 - i);
+  return result;
+}
+
+template <typename T>
+T __ldg(const T* from) {
+  return *from;
+}
+template <typename T>
+T __ldcs(const T* from) {
+  return *from;
+}
+
+// cuda_pipeline_primitives.h
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+  const auto aligned = [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
+  cuda_emulation::check(aligned(to) && aligned(from), "an asynchronous copy is not aligned");
+  std::memcpy(to, from, bytes);
+}
+inline void __pipeline_commit() {}
+inline void __pipeline_wait_prior(size_t) {}
+
+// Host functions.
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorMisalignedAddress = 716,
+};
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+using cudaStream_t = struct CUstream_st*;
+struct cudaLaunchAttribute;
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = cuda_emulation::kMultiprocessors;
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+template <typename T>
+cudaError_t cudaMalloc(T** memory, size_t bytes) {
+  *memory = static_cast<T*>(std::malloc(bytes));
+  return cudaSuccess;
+}
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  if (bytes) std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaFree(void* memory) {
+  std::free(memory);
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+  *blocks = 1;
+  return cudaSuccess;
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  ++cuda_emulation::launches;
+  const unsigned threads = config->blockDim.x;
+  cuda_emulation::check(threads % cuda_emulation::kWarpSize == 0, "a warp is not full");
+  cuda_emulation::Block block(static_cast<int>(threads));
+  // Of exactly the size, in an allocation of its own: so that sanitizers see what leaves it.
+  const std::unique_ptr<std::byte[]> dynamic_shared(new std::byte[config->dynamicSmemBytes]);
+  const auto run = [&](unsigned thread) {
+    cuda_emulation::block = &block;
+    cuda_emulation::dynamic_shared = reinterpret_cast<uint4*>(dynamic_shared.get());
+    threadIdx = dim3(thread);
+    blockDim = config->blockDim;
+    gridDim = config->gridDim;
+    for (unsigned i = 0; i < gridDim.x; ++i) {
+      blockIdx = dim3(i);
+      kernel(arguments...);
+      __syncthreads();
+    }
+  };
+  std::vector<std::thread> pool;
+  for (unsigned i = 0; i < threads; ++i) pool.emplace_back(run, i);
+  for (std::thread& thread : pool) thread.join();
+  return cudaSuccess;
+}

@@ -1,0 +1,235 @@
+// Round trips and fuzzing of the C++ encoder and CPU decoder, to be run under sanitizers. Arrays
+// are allocated in their exact sizes, so that AddressSanitizer sees every step outside of them.
+
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <new>
+#include <random>
+#include <vector>
+
+#include "encoded_slice.h"
+#include "native/cpu/decode_slices.h"
+
+namespace df11::native {
+namespace {
+
+std::mt19937_64 random_bits(0);
+int failures = 0;
+
+void check(bool ok, const char* what, const View& view) {
+  if (ok) return;
+  ++failures;
+  std::printf("FAILED: %s at %lld x %lld\n", what, static_cast<long long>(view.rows),
+              static_cast<long long>(view.cols));
+}
+
+using Source = std::function<uint16_t(int64_t)>;
+
+uint16_t normal_weight(int64_t) {
+  static std::normal_distribution<float> normal(0, 0.02f);
+  const float value = normal(random_bits);
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return static_cast<uint16_t>(bits >> 16);
+}
+
+struct Arrays {
+  View view;
+  std::unique_ptr<uint32_t[]> codebook, chunk_offsets, exponents, sign_mantissa;
+  size_t words[4];
+
+  Arrays(const View& view, const EncodedSlice& slice) : view(view) {
+    const auto copy = [&](int i, const std::vector<uint32_t>& from) {
+      words[i] = from.size();
+      std::unique_ptr<uint32_t[]> to(new uint32_t[from.size()]);
+      std::copy(from.begin(), from.end(), to.get());
+      return to;
+    };
+    codebook = copy(0, slice.codebook);
+    chunk_offsets = copy(1, slice.chunk_offsets);
+    exponents = copy(2, slice.exponents);
+    sign_mantissa = copy(3, slice.sign_mantissa);
+  }
+
+  // Decodes into a fresh buffer; false if corruption was found.
+  bool decode(Simd simd, std::vector<uint16_t>& out) const {
+    const auto decoder = std::make_unique<ChunkDecoder>(simd);
+    if (!decoder->set_slice({view, codebook.get(), chunk_offsets.get(), exponents.get(),
+                             static_cast<int64_t>(words[2]), sign_mantissa.get()})) {
+      return false;
+    }
+    bool ok = true;
+    for (int64_t c = 0; c < view.chunks(); ++c) ok &= decoder->decode(c, out.data());
+    return ok;
+  }
+
+  // The first element, in the order of chunks, that is not as in `weights`; or -1.
+  int64_t find_difference(Simd simd, const std::vector<uint16_t>& weights) const {
+    const auto decoder = std::make_unique<ChunkDecoder>(simd);
+    decoder->set_slice({view, codebook.get(), chunk_offsets.get(), exponents.get(),
+                        static_cast<int64_t>(words[2]), sign_mantissa.get()});
+    for (int64_t c = 0; c < view.chunks(); ++c) {
+      const int64_t at = decoder->find_difference(c, weights.data());
+      if (at >= 0) return at;
+    }
+    return -1;
+  }
+};
+
+void round_trip(const std::vector<int64_t>& dims, const Source& source) {
+  const View view = make_view(dims.data(), static_cast<int>(dims.size()));
+  std::vector<uint16_t> weights(view.size);
+  for (int64_t i = 0; i < view.size; ++i) weights[i] = source(i);
+  const Arrays arrays(view, encode_slice(weights.data(), view, 2));
+  for (int simd = 0; simd <= static_cast<int>(best_simd()); ++simd) {
+    std::vector<uint16_t> out(view.size, 0x5555);
+    check(arrays.decode(static_cast<Simd>(simd), out) && out == weights, "round trip", view);
+  }
+}
+
+void fuzz(const std::vector<int64_t>& dims, const Source& source, int tries) {
+  const View view = make_view(dims.data(), static_cast<int>(dims.size()));
+  std::vector<uint16_t> weights(view.size);
+  for (int64_t i = 0; i < view.size; ++i) weights[i] = source(i);
+  const EncodedSlice good = encode_slice(weights.data(), view, 1);
+  int caught = 0;
+  for (int attempt = 0; attempt < tries; ++attempt) {
+    Arrays arrays(view, good);
+    uint32_t* parts[] = {arrays.codebook.get(), arrays.chunk_offsets.get(), arrays.exponents.get(),
+                         arrays.sign_mantissa.get()};
+    const int changes = 1 + random_bits() % 3;
+    for (int i = 0; i < changes; ++i) {
+      const int part = random_bits() % 4;
+      uint32_t& word = parts[part][random_bits() % arrays.words[part]];
+      word = random_bits() % 4 ? word ^ 1u << random_bits() % 32
+                               : static_cast<uint32_t>(random_bits());
+    }
+    std::vector<uint16_t> out(view.size);
+    const bool ok = arrays.decode(best_simd(), out);
+    caught += !ok;
+    check(!ok || out == weights, "corruption went unnoticed", view);
+  }
+  std::printf("fuzz %lld x %lld: %d of %d changes refused, the others harmless\n",
+              static_cast<long long>(view.rows), static_cast<long long>(view.cols), caught, tries);
+}
+
+// Every instruction set's loops give what the portable ones do.
+void check_encoder_loops(const Source& source) {
+  const int count = kTileRows * kTileCols / 2;
+  std::vector<uint16_t> weights(2 * count);
+  for (uint16_t& weight : weights) weight = source(&weight - weights.data());
+  const int64_t dims[] = {kTileRows, kTileCols};
+  const View view = make_view(dims, 2);
+  const CodeTable codes(choose_codebook(count_pairs(weights.data(), view, 1)));
+
+  struct Result {
+    std::vector<uint32_t> sign_mantissa, acc = std::vector<uint32_t>(kHalfStepPairs);
+    std::vector<uint16_t> entries;
+    std::vector<uint64_t> groups;
+    std::vector<uint8_t> stream;
+    std::array<int, kLanes> bits;
+    std::vector<bool> uncoded;
+  };
+  const auto run = [&](EncoderLoops loops) {
+    Result result;
+    result.sign_mantissa.resize(count / 2);
+    result.groups.resize(count / kGroupPairs);
+    result.stream.resize(count * kMaxCodeBits / 8 + 8);
+    const auto pairs = std::make_unique<HalfStep>();
+    for (int i = 0; i < 2 * kSteps; ++i) {
+      load_half_step(weights.data(), view, locate_chunk(view, 0), i, 0, pairs->row,
+                     pairs->next_row);
+      loops.split_pairs(*pairs, result.sign_mantissa.data() + i * kHalfStepPairs / 2);
+      result.uncoded.push_back(loops.look_up_codes(pairs->index, codes, pairs->entries));
+      result.entries.insert(result.entries.end(), pairs->entries, pairs->entries + kHalfStepPairs);
+      loops.fold_pairs(*pairs, result.acc.data());
+      loops.join_codes(pairs->entries, result.groups.data() + i * kHalfStepPairs / kGroupPairs);
+    }
+    loops.write_streams(result.groups.data(), 2 * kSteps, 0, result.stream.data(), result.bits);
+    return result;
+  };
+  const Result expected = run(encoder_loops(Simd::kPortable));
+  for (int simd = 1; simd <= static_cast<int>(best_simd()); ++simd) {
+    const Result result = run(encoder_loops(static_cast<Simd>(simd)));
+    check(result.sign_mantissa == expected.sign_mantissa && result.acc == expected.acc &&
+              result.entries == expected.entries && result.groups == expected.groups &&
+              result.stream == expected.stream && result.bits == expected.bits &&
+              result.uncoded == expected.uncoded,
+          "loops of an instruction set", view);
+  }
+}
+
+// What is wrong in the final arrays is found, wherever it is.
+void check_verification(const std::vector<int64_t>& dims) {
+  const View view = make_view(dims.data(), static_cast<int>(dims.size()));
+  std::vector<uint16_t> weights(view.size);
+  for (int64_t i = 0; i < view.size; ++i) weights[i] = normal_weight(i);
+  const Arrays arrays(view, encode_slice(weights.data(), view, 1));
+  for (int simd = 0; simd <= static_cast<int>(best_simd()); ++simd) {
+    check(arrays.find_difference(static_cast<Simd>(simd), weights) == -1, "verification", view);
+    for (int attempt = 0; attempt < 20; ++attempt) {
+      // As if another weight had been encoded: nothing but the comparison can see that.
+      const int64_t at = random_bits() % view.size;
+      const uint16_t bit = static_cast<uint16_t>(1u << random_bits() % 16);
+      weights[at] ^= bit;
+      check(arrays.find_difference(static_cast<Simd>(simd), weights) == at, "verification", view);
+      weights[at] ^= bit;
+    }
+  }
+}
+
+// An exception in any thread reaches the caller, who may be Python.
+void check_exceptions() {
+  for (int threads : {1, 4}) {
+    bool caught = false;
+    try {
+      parallel_for(100, threads, [](int64_t i) {
+        if (i == 37) throw std::bad_alloc();
+      });
+    } catch (const std::bad_alloc&) {
+      caught = true;
+    }
+    check(caught, "exception got lost", View());
+  }
+}
+
+int run() {
+  check_exceptions();
+  const auto pattern = [](int64_t i) { return static_cast<uint16_t>(i); };
+  const auto noise = [](int64_t) { return static_cast<uint16_t>(random_bits()); };
+  const auto constant = [](int64_t) { return uint16_t{0x3f80}; };
+  // All lanes but one compress to nearly nothing: more than 255 bits of spread.
+  const auto uneven = [&](int64_t i) { return i % 64 < 8 ? normal_weight(i) : uint16_t{0}; };
+  // Exponents that only some places of the tensor have: many patches.
+  const auto rare = [&](int64_t i) { return i % 97 ? normal_weight(i) : noise(i); };
+  const Source sources[] = {normal_weight, pattern, noise, constant, uneven, rare};
+  for (const Source& source : sources) {
+    check_encoder_loops(source);
+    for (int64_t n : {0,   1,   2,    7,    8,    9,    63,   64,   65,    127,
+                      128, 129, 1023, 1024, 1025, 8191, 8192, 8193, 16385, 65536}) {
+      round_trip({n}, source);
+    }
+    for (int64_t rows : {1, 15, 16, 17, 127, 128, 129, 144, 257}) {
+      for (int64_t cols : {8, 56, 64, 72, 100, 128, 192}) round_trip({rows, cols}, source);
+    }
+    round_trip({3, 5, 64}, source);
+    round_trip({}, source);
+  }
+  round_trip({700, 1024}, normal_weight);   // more than one batch of chunks
+  round_trip({2200, 1024}, normal_weight);  // written past the caches
+  for (int64_t rows : {1, 130, 256}) check_verification({rows, 72 * 8});
+  check_verification({100, 100});
+  fuzz({130, 72}, normal_weight, 3000);
+  fuzz({16, 64}, normal_weight, 3000);
+  fuzz({1000}, rare, 3000);
+  fuzz({100, 64}, noise, 1000);
+  std::printf("%s\n", failures ? "FAILED" : "all passed");
+  return failures != 0;
+}
+
+}  // namespace
+}  // namespace df11::native
+
+int main() { return df11::native::run(); }

@@ -1,0 +1,365 @@
+"""Runs a CUDA kernel on a CPU from its PTX, a block at a time, and checks what it does.
+
+The emulation in tests/xla_ffi/emulation compiles the kernels' source with a C++ compiler. This runs
+what nvcc made of it, inline PTX included, as "Parallel Thread Execution ISA" (NVIDIA) describes it.
+All threads of a block go on together, each operation on vectors of one element a thread; of threads
+that have diverged, those at the first instruction go on. It stops with an error where a GPU would
+fault, hang, or might give other results another time:
+
+- an access outside of an allocation, or that is not aligned;
+- a warp-wide instruction that not all of the lanes it names come to;
+- an access to shared memory, or a store to global memory, that no barrier orders after another
+  thread's access to the same byte.
+
+Memory and registers that nothing has been written to hold random numbers. Only what our kernels
+use of PTX is implemented.
+"""
+
+import re
+from typing import Any
+
+import numpy as np
+from device_memory import WARP, GlobalMemory, KernelError, Races
+from ptx_arithmetic import COMPARISONS, TYPES, compute
+from ptx_kernel import SHARED_BASE, Instruction, Kernel
+
+
+def launch(
+    kernel: Kernel,
+    memory: GlobalMemory,
+    param: bytes,
+    *,
+    blocks: int,
+    threads: int,
+    dynamic_shared: int = 0,
+    seed: int = 0,
+) -> None:
+    """Runs a kernel, block after block.
+
+    Args:
+        kernel: what to run.
+        memory: the device's.
+        param: its only parameter.
+        blocks: of the grid.
+        threads: of a block.
+        dynamic_shared: bytes.
+        seed: of what is in registers and in shared memory.
+
+    Raises:
+        KernelError: see the top.
+    """
+    assert len(param) == kernel.param_bytes, (len(param), kernel.param_bytes)
+    shared = kernel.static_shared + dynamic_shared
+    for block in range(blocks):
+        _Block(kernel, memory, param, block, blocks, threads, shared, seed + block).run()
+
+
+class _Block:
+    def __init__(
+        self,
+        kernel: Kernel,
+        memory: GlobalMemory,
+        param: bytes,
+        block: int,
+        blocks: int,
+        threads: int,
+        shared: int,
+        seed: int,
+    ) -> None:
+        self.kernel, self.memory, self.size = kernel, memory, threads
+        self.rng = np.random.default_rng(seed)
+        self.shared = self.rng.integers(0, 256, shared, np.uint8)
+        self.races = Races(shared)
+        self.param = np.frombuffer(param, np.uint8)
+        self.registers: dict[str, np.ndarray] = {}
+        every = np.ones(threads, np.uint32)
+        self.special = {
+            "%tid.x": np.arange(threads, dtype=np.uint32),
+            "%ctaid.x": every * block,
+            "%nctaid.x": every * blocks,
+            "%ntid.x": every * threads,
+        }
+        self.thread = np.arange(threads) + block * threads
+        self.time = np.zeros((threads, 2), np.int64)
+        self.pc = np.zeros(threads, np.int64)
+        self.waiting = np.zeros(threads, bool)
+        self.exited = np.zeros(threads, bool)
+        self.copies: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # under way
+
+    def run(self) -> None:
+        while not self.exited.all():
+            ready = ~self.exited & ~self.waiting
+            if not ready.any():
+                stuck = sorted({self.kernel.code[pc].line for pc in self.pc[~self.exited]})
+                raise KernelError(f"all threads wait, at lines {stuck}")
+            pc = self.pc[ready].min()
+            group = (self.pc == pc) & ~self.exited
+            self.waiting[group] = False
+            later = self.pc[ready & ~group]
+            stop = int(later.min()) if later.size else len(self.kernel.code)
+            try:
+                self.go_on(group, int(pc), stop)
+            except KernelError as error:
+                raise KernelError(f"line {self.kernel.code[self.now].line}: {error}") from None
+
+    def go_on(self, group: np.ndarray, pc: int, stop: int) -> None:
+        """Runs a group of threads until it branches, waits, or meets others."""
+        code = self.kernel.code
+        lanes = np.flatnonzero(group)
+        every = len(lanes) == self.size
+        while True:
+            self.now, step = pc, code[pc]
+            active = lanes
+            if step.guard:
+                taken = self.get(step.guard, lanes) ^ step.negated
+                active = lanes[taken]
+            kind = step.name[0]
+            pc += 1
+            if kind == "bra":
+                self.pc[lanes] = pc
+                self.pc[active] = self.kernel.labels[step.operands[0]]
+                return
+            if kind in ("ret", "exit"):
+                self.pc[lanes] = pc
+                self.exited[active] = True
+                return
+            if kind in ("bar", "barrier", "shfl", "vote", "redux"):
+                self.synchronize(step, active, pc)
+                return
+            if len(active):
+                whole = every and len(active) == self.size
+                self.execute(step, slice(None) if whole else active, active)
+            if pc >= stop:
+                self.pc[lanes] = pc
+                return
+
+    # Operands.
+
+    def register(self, name: str) -> np.ndarray:
+        if name not in self.registers:
+            prefix = re.match(r"%?([a-z]+)", name)[1]
+            kind = {"rs": np.uint16, "r": np.uint32, "rd": np.uint64}.get(prefix, np.bool_)
+            self.registers[name] = self.rng.integers(2**63, size=self.size).astype(kind)
+        return self.registers[name]
+
+    def get(self, name: str, where: Any, kind: np.dtype | None = None) -> Any:
+        """The operand's values, read as `kind`."""
+        if name in self.special:
+            return self.special[name][where]
+        if name.startswith("%") or name == "crossed":
+            value = self.register(name)[where]
+            if kind is None or kind == value.dtype:
+                return value
+            if kind.itemsize == value.itemsize:
+                return value.view(kind)
+            return value.astype(np.dtype(f"u{kind.itemsize}")).view(kind)
+        number = self.kernel.symbols[name] if name in self.kernel.symbols else int(name, 0)
+        if kind is None:
+            return np.bool_(number)
+        return np.array(
+            number & (2 ** (8 * kind.itemsize) - 1), np.dtype(f"u{kind.itemsize}")
+        ).view(kind)
+
+    def put(self, name: str, where: Any, value: Any) -> None:
+        if name != "_":
+            register = self.register(name)
+            value = np.asarray(value)
+            if value.dtype.kind == "i":
+                value = value.astype(np.int64).astype(np.uint64)
+            register[where] = value.astype(register.dtype)
+
+    # Memory.
+
+    def access(self, step: Instruction, active: np.ndarray) -> None:
+        load = step.name[0] == "ld"
+        space = next((s for s in step.name if s in ("param", "shared", "global")), "global")
+        kind = TYPES[step.name[-1]]
+        count = next((int(s[1:]) for s in step.name if s in ("v2", "v4")), 1)
+        values, address = step.operands if load else step.operands[::-1]
+        registers = re.findall(r"[%\w]+", values)
+        places = self.bytes_of(address, active, space, kind.itemsize * count)
+        if load:
+            data = self.read_bytes(space, places, active).view(kind).reshape(len(active), count)
+            for i, name in enumerate(registers):
+                self.put(name, active, data[:, i])
+        else:
+            columns = [
+                np.broadcast_to(self.get(name, active, kind), len(active)) for name in registers
+            ]
+            data = np.ascontiguousarray(np.stack(columns, axis=1)).view(np.uint8)
+            self.write_bytes(space, places, active, data.reshape(len(active), -1))
+
+    def bytes_of(self, operand: str, active: np.ndarray, space: str, size: int) -> np.ndarray:
+        """Addresses of all bytes of an access, [active, size]; places, outside of global memory."""
+        match = re.fullmatch(r"\[\s*([%$\w]+)\s*(?:\+\s*(-?\d+))?\s*\]", operand)
+        kind = np.dtype(np.uint64)
+        base = (
+            self.get(match[1], active, None)
+            if match[1].startswith("%")
+            else np.uint64(self.kernel.symbols[match[1]])
+        )
+        base = np.broadcast_to(base, len(active)).astype(np.uint64)
+        offset = int(match[2] or 0)
+        address = base + np.array(offset, np.int64).view(kind)
+        if (address % np.uint64(size)).any():
+            raise KernelError(f"access of {size} bytes at {address[0]:#x} is not aligned")
+        if space == "global":
+            return address[:, None] + np.arange(size, dtype=np.uint64)
+        place = address.astype(np.int64) - (SHARED_BASE if space == "shared" else 0)
+        limit = len(self.shared) if space == "shared" else len(self.param)
+        if (place < 0).any() or (place + size > limit).any():
+            raise KernelError(f"access out of bounds of {space} memory")
+        return place[:, None] + np.arange(size)
+
+    def read_bytes(self, space: str, places: np.ndarray, active: np.ndarray) -> np.ndarray:
+        if space == "param":
+            return self.param[places]
+        if space == "shared":
+            if self.races.read(places, self.thread[active], self.time[active]).any():
+                raise KernelError("race: reads shared memory that another thread has written")
+            return self.shared[places]
+        out = np.empty(places.shape, np.uint8)
+        for inside, (part, _, found) in self.memory.find(places):
+            out[inside] = part[found]
+        return out
+
+    def write_bytes(
+        self, space: str, places: np.ndarray, active: np.ndarray, data: np.ndarray
+    ) -> None:
+        if space == "shared":
+            if self.races.write(places, self.thread[active], self.time[active]).any():
+                raise KernelError("race: writes shared memory that another thread has accessed")
+            self.shared[places] = data
+            return
+        for inside, (part, races, found) in self.memory.find(places):
+            if races is None:
+                raise KernelError("writes memory that is only to be read")
+            threads = active[inside]
+            time = self.time[threads] * [1, 0]  # strict: not even block barriers allow it
+            if races.write(found, self.thread[threads], time).any():
+                raise KernelError("race: writes global memory that another thread has written")
+            part[found] = data[inside]
+
+    # Instructions.
+
+    def execute(self, step: Instruction, where: Any, active: np.ndarray) -> None:
+        name, ops = step.name, step.operands
+        kind = name[0]
+        if kind in ("ld", "st"):
+            self.access(step, active)
+        elif kind == "cp":
+            self.copy_async(step, active)
+        elif kind == "setp":
+            a, b = (self.get(o, where, TYPES[name[2]]) for o in ops[1:3])
+            self.put(ops[0], where, COMPARISONS[name[1]](a, b))
+        elif kind == "selp":
+            a, b = (self.get(o, where, TYPES[name[1]]) for o in ops[1:3])
+            self.put(ops[0], where, np.where(self.get(ops[3], where), a, b))
+        elif kind == "mov" and ops[0].startswith("{"):
+            value = self.get(ops[1], where, np.dtype(np.uint64))
+            low, high = re.findall(r"[%\w]+", ops[0])
+            self.put(low, where, value & np.uint64(2**32 - 1))
+            self.put(high, where, value >> np.uint64(32))
+        elif kind == "mov" and ops[1].startswith("{"):
+            low, high = (
+                self.get(o, where, np.dtype(np.uint32)).astype(np.uint64)
+                for o in re.findall(r"[%\w]+", ops[1])
+            )
+            self.put(ops[0], where, low | high << np.uint64(32))
+        elif kind == "cvta":
+            self.put(ops[0], where, self.get(ops[1], where, TYPES["u64"]))
+        elif kind == "cvt":
+            self.put(ops[0], where, self.get(ops[1], where, TYPES[name[2]]).astype(TYPES[name[1]]))
+        else:
+            self.put(ops[0], where, self.arithmetic(name, ops[1:], where))
+
+    def arithmetic(self, name: list[str], ops: list[str], where: Any) -> Any:
+        kinds = [TYPES[name[-1]]] * len(ops)
+        if name[0] in ("shl", "shr"):
+            kinds[1] = TYPES["u32"]
+        elif name[0] == "bfi":
+            kinds[2:] = [TYPES["u32"]] * 2
+        values = [self.get(op, where, kind) for op, kind in zip(ops, kinds, strict=True)]
+        return compute(name, values)
+
+    def copy_async(self, step: Instruction, active: np.ndarray) -> None:
+        if step.name[1] == "async" and step.name[2] not in ("commit_group", "wait_group"):
+            size = int(step.operands[2])
+            to = self.bytes_of(step.operands[0], active, "shared", size)
+            data = self.read_bytes(
+                "global", self.bytes_of(step.operands[1], active, "global", size), active
+            )
+            # Until it is waited for, nobody may count on what is there, nor on what was.
+            self.shared[to] = self.rng.integers(0, 256, to.shape, np.uint8)
+            self.copies.append((active, to, data))
+        elif step.name[2] == "wait_group":
+            left = []
+            for threads, to, data in self.copies:
+                arrived = np.isin(threads, active)
+                mine = threads[arrived]
+                if len(mine):
+                    self.write_bytes("shared", to[arrived], mine, data[arrived])
+                if not arrived.all():
+                    left.append((threads[~arrived], to[~arrived], data[~arrived]))
+            self.copies = left
+
+    def synchronize(self, step: Instruction, active: np.ndarray, after: int) -> None:
+        """Barriers and warp-wide instructions: those who come too early wait."""
+        kind, ops = step.name[0], step.operands
+        if kind in ("bar", "barrier") and step.name[1] != "warp":
+            self.pc[active] = after - 1
+            if len(active) < (~self.exited).sum():
+                self.waiting[active] = True
+                return
+            if step.name[1] == "red":
+                value = self.get(ops[2], active).any()
+                self.put(ops[0], active, np.full(len(active), value))
+            self.time[active] += 1
+            self.pc[active] = after
+            return
+        mask = self.get(ops[-1] if kind != "bar" else ops[0], active, TYPES["u32"])
+        mask = np.broadcast_to(mask, len(active))
+        for warp in np.unique(active // WARP):
+            lanes = active[active // WARP == warp]
+            named = np.unique(mask[active // WARP == warp])
+            here = np.bitwise_or.reduce(1 << (lanes % WARP))
+            if len(named) > 1 or not all(int(named[0]) >> int(lane % WARP) & 1 for lane in lanes):
+                raise KernelError(f"lanes {here:#010x} name lanes {[hex(m) for m in named]}")
+            if here != named[0]:
+                self.pc[lanes], self.waiting[lanes] = after - 1, True
+                continue
+            self.warp_wide(step, lanes)
+            self.pc[lanes] = after
+
+    def warp_wide(self, step: Instruction, lanes: np.ndarray) -> None:
+        kind, ops = step.name[0], step.operands
+        if kind == "bar":
+            self.time[lanes, 0] += 1
+        elif kind == "vote":
+            ballot = np.bitwise_or.reduce(
+                self.get(ops[1], lanes).astype(np.uint32) << (lanes % WARP).astype(np.uint32)
+            )
+            self.put(ops[0], lanes, np.full(len(lanes), ballot, np.uint32))
+        elif kind == "redux":
+            total = self.get(ops[1], lanes, TYPES["u32"]).sum(dtype=np.uint32)
+            self.put(ops[0], lanes, np.full(len(lanes), total, np.uint32))
+        else:
+            if len(lanes) != WARP:
+                raise KernelError("shuffles between a part of a warp are not implemented")
+            value = self.get(ops[2], lanes, TYPES["u32"])
+            b, c = (
+                np.broadcast_to(self.get(o, lanes, TYPES["u32"]), WARP).astype(np.int64)
+                for o in ops[3:5]
+            )
+            lane, segment, clamp = np.arange(WARP), c >> 8 & 31, c & 31
+            least = lane & segment
+            most = least | (clamp & ~segment)
+            if step.name[2] == "up":
+                source = lane - (b & 31)
+                valid = source >= most
+            else:
+                source = lane ^ b if step.name[2] == "bfly" else least | (b & 31 & ~segment)
+                valid = source <= most
+            source = np.where(valid, source, lane)
+            self.put(ops[0], lanes, value[source])
+            self.put(ops[1], lanes, valid)

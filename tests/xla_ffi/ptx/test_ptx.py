@@ -1,0 +1,266 @@
+"""Runs the kernels as nvcc compiles them, on a simulated device that finds races; needs no GPU."""
+
+import ctypes
+import dataclasses
+import math
+import re
+import subprocess
+
+import count_sass
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compiling import ROOT, needs_nvcc
+from device_memory import GlobalMemory, KernelError
+from payloads import random_weights
+from ptx_kernel import Kernel
+from ptx_machine import launch
+
+import df11_jax
+from df11_jax import _layout, _xla_decoder, published
+
+pytestmark = needs_nvcc
+
+THREADS = 256
+UNWRITTEN = 0x5A5A
+RNG = np.random.default_rng(0)
+
+
+class View(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("size", "rows", "cols")]
+
+
+class BatchAxis(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("size", "payload_stride", "index_stride")]
+
+
+class TensorSlices(ctypes.Structure):
+    _fields_ = [
+        ("view", View),
+        *((name, ctypes.c_int64) for name in ("stack", "batch", "exponents_words")),
+        *((name, ctypes.c_uint64) for name in ("index", *_layout.PAYLOAD, "out")),
+        ("batch_axes", ctypes.c_int),
+        ("axes", BatchAxis * 4),
+    ]
+
+
+class DecodeBatch(ctypes.Structure):
+    _fields_ = [
+        ("count", ctypes.c_int),
+        ("first_chunk", ctypes.c_int64 * 19),
+        ("tensors", TensorSlices * 18),
+    ]
+
+
+class Unit(ctypes.Structure):
+    ARRAYS = ("sign_mantissa", "encoded_exponent", "luts", "output_positions", "gaps")
+    _fields_ = [
+        *((name, ctypes.c_uint64) for name in (*ARRAYS, "out")),
+        *((name, ctypes.c_int64) for name in ("size", "encoded_bytes", "blocks", "positions")),
+        ("rows", ctypes.c_int),
+    ]
+
+
+def compile_ptx(folder, text, arch="90"):
+    source, ptx = folder / "kernel.cu", folder / "kernel.ptx"
+    source.write_text(text)
+    include = f"-I{ROOT / 'xla_ffi'}"
+    command = [count_sass.find_tool("nvcc"), "-std=c++17", include, f"-arch=compute_{arch}", "-ptx"]
+    subprocess.run([*command, "-o", ptx, source], check=True)
+    return ptx.read_text()
+
+
+# Before 8.0, copies are not asynchronous, and sums over a warp are made of shuffles.
+@pytest.fixture(scope="module", params=["75", "90"])
+def native_ptx(tmp_path_factory, request):
+    return compile_ptx(tmp_path_factory.mktemp("native"), count_sass.SOURCE, request.param)
+
+
+@pytest.fixture(scope="module")
+def published_ptx(tmp_path_factory):
+    size = "__constant__ unsigned kBlockStateBytes = sizeof(df11::published::BlockState);"
+    return compile_ptx(
+        tmp_path_factory.mktemp("published"), f"{count_sass.PUBLISHED_SOURCE}\n{size}\n"
+    )
+
+
+def decode_native(ptx, arrays, indices, *, blocks=2, moved=None, seed=0):
+    """The weights of slices `indices[i]` of each of the arrays, by one launch.
+
+    `moved` has by how many bytes some of the buffers are not aligned.
+    """
+    moved = moved or {}
+    memory, batch = GlobalMemory(), DecodeBatch()
+    for array, index in zip(arrays, indices, strict=True):
+        view = _layout.make_view(array.slice_shape)
+        tensor = batch.tensors[batch.count]
+        tensor.view = View(view.size, view.rows, view.cols)
+        tensor.stack, tensor.batch = (array.stack_shape or (1,))[0], len(index)
+        tensor.exponents_words = array.exponents.shape[-1]
+        tensor.index = memory.allocate(np.array(index, np.int32))
+        for name in _layout.PAYLOAD:
+            part = np.asarray(getattr(array, name))
+            setattr(tensor, name, memory.allocate(part, moved.get(name, 0)))
+        out = np.full(len(index) * view.size, UNWRITTEN, np.uint16)
+        tensor.out = memory.allocate(out, moved.get("out", 0), writable=True)
+        tensor.batch_axes, tensor.axes[0] = 1, BatchAxis(len(index), 0, 1)
+        batch.count += 1
+        chunks = len(index) * view.chunks
+        batch.first_chunk[batch.count] = batch.first_chunk[batch.count - 1] + chunks
+    kernel = Kernel(ptx, "decode_kernel")
+    launch(kernel, memory, bytes(batch), blocks=blocks, threads=THREADS, seed=seed)
+    return [memory.read_back(tensor.out).view(np.uint16) for tensor in batch.tensors[: batch.count]]
+
+
+def decode_published(ptx, unit, *, blocks=2):
+    memory, param = GlobalMemory(), Unit()
+    for name in Unit.ARRAYS:
+        setattr(param, name, memory.allocate(np.asarray(getattr(unit, name))))
+    param.out = memory.allocate(np.full(unit.size, UNWRITTEN, np.uint16), writable=True)
+    param.size, param.encoded_bytes = unit.size, unit.encoded_exponent.size
+    param.blocks = -(-param.encoded_bytes // 4096)
+    param.positions, param.rows = unit.output_positions.size, len(unit.luts) - 1
+    (dynamic,) = re.findall(r"kBlockStateBytes = (\d+);", ptx)
+    launch(
+        Kernel(ptx, "decode_kernel"),
+        memory,
+        bytes(param),
+        blocks=blocks,
+        threads=THREADS,
+        dynamic_shared=int(dynamic),
+    )
+    return memory.read_back(param.out).view(np.uint16)
+
+
+def to_bits(weights):
+    return np.asarray(weights).reshape(-1).view(np.uint16)
+
+
+def sprinkled(shape, count):
+    """Normal weights, some of which are any bits."""
+    weights = np.array(random_weights(shape))
+    bits = weights.reshape(-1).view(np.uint16)
+    bits[RNG.integers(0, bits.size, count)] = RNG.integers(0, 2**16, count)
+    return weights
+
+
+def every_pattern():
+    return RNG.permutation(2**16).astype(np.uint16).reshape(256, 256).view(jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1,), (63,), (8191,), (8193,), (130, 72), (100, 100), (256, 192)],
+    ids=lambda shape: "x".join(map(str, shape)),
+)
+@pytest.mark.parametrize("moved", [{}, {"out": 2}, {"exponents": 4}], ids=["", "out", "exponents"])
+def test_native(native_ptx, shape, moved):
+    weights = sprinkled(shape, math.prod(shape) // 100)
+    small = df11_jax.compress(weights)
+    # What nobody has written to shared memory and registers must not matter.
+    for seed in range(2):
+        (out,) = decode_native(native_ptx, [small], [[0]], moved=moved, seed=seed)
+        np.testing.assert_array_equal(out, to_bits(weights))
+
+
+def test_native_every_pattern(native_ptx):
+    weights = every_pattern()
+    (out,) = decode_native(native_ptx, [df11_jax.compress(weights)], [[0]])
+    np.testing.assert_array_equal(out, to_bits(weights))
+
+
+def test_native_launch_of_many(native_ptx):
+    stack = sprinkled((3, 144, 128), 100)
+    weights = [stack, *(sprinkled((16 * i + 1, 64), 5) for i in range(17))]
+    small = [df11_jax.compress(w, stack_axes=int(w is stack)) for w in weights]
+    indices = [[2, 0, -4, 9], *([0] for _ in weights[1:])]
+    outs = decode_native(native_ptx, small, indices, blocks=3)
+    np.testing.assert_array_equal(outs[0], to_bits(stack[[2, 0, 0, 2]]))
+    for out, expected in zip(outs[1:], weights[1:], strict=True):
+        np.testing.assert_array_equal(out, to_bits(expected))
+
+
+def test_corrupt_native(native_ptx):
+    """It is poisoned as the decoder in plain XLA poisons it, and nothing else is touched."""
+    good = df11_jax.compress(sprinkled((200, 128), 200))
+    poisoned = 0
+    for i in range(40):
+        parts = {name: np.array(getattr(good, name)) for name in _layout.PAYLOAD}
+        words = parts[_layout.PAYLOAD[i % 5]]
+        if i % 5 == 0:  # the kernel does not look at dimensions that there are not
+            words = words[:6]
+        words[RNG.integers(len(words))] ^= np.uint32(1) << np.uint32(RNG.integers(32))
+        bad = dataclasses.replace(good, **{k: jnp.asarray(v) for k, v in parts.items()})
+        (out,) = decode_native(native_ptx, [bad], [[0]])
+        payload = [part[None] for part in bad.payload]
+        expected = _xla_decoder.decode(jnp.int32(0), *payload, slice_shape=bad.slice_shape)
+        np.testing.assert_array_equal(out, to_bits(expected))
+        poisoned += np.any(out == 0xFFFF)
+    assert poisoned > 30
+
+
+@pytest.mark.parametrize("count", [1, 7, 4097, 40_001])
+def test_published(published_ptx, count):
+    weights = random_weights((count,))
+    unit = published.encode_unit({"w": np.asarray(weights)})
+    np.testing.assert_array_equal(decode_published(published_ptx, unit), to_bits(weights))
+
+
+def test_published_long_codes(published_ptx):
+    weights = np.array(random_weights((50_000,)))
+    bits = weights.view(np.uint16)
+    bits[::700] = RNG.integers(0, 240 << 7, bits[::700].size)
+    unit = published.encode_unit({"w": weights})
+    np.testing.assert_array_equal(decode_published(published_ptx, unit, blocks=3), bits)
+
+
+def test_corrupt_published(published_ptx):
+    good = published.encode_unit({"w": np.asarray(random_weights((8_000,)))})
+    for i in range(20):
+        name = Unit.ARRAYS[i % 5]
+        words = np.array(getattr(good, name))
+        flat = words.reshape(-1).view(np.uint8)
+        flat[RNG.integers(flat.size)] ^= 1 << RNG.integers(8)
+        # Any bits will do, since the layout has no checksum; but no faults and no races.
+        out = decode_published(published_ptx, dataclasses.replace(good, **{name: words}))
+        if name == "sign_mantissa":
+            assert np.all(out & 0x7F80 == to_bits(random_weights((8_000,))) & 0x7F80)
+
+
+def barriers(ptx):
+    """Lines with barriers, and with waits for asynchronous copies."""
+    instruction = re.compile(r"\s*(bar\.(warp\.)?sync|cp\.async\.wait_group)\b")
+    return [i for i, line in enumerate(ptx.splitlines()) if instruction.match(line)]
+
+
+def without(ptx, line):
+    lines = ptx.splitlines()
+    return "\n".join([*lines[:line], "", *lines[line + 1 :]])
+
+
+def test_every_native_barrier_is_needed(native_ptx):
+    """Or else the simulated device would not find races either."""
+    weights = [sprinkled((1536, 128), 400), every_pattern(), sprinkled((130, 72), 5)]
+    small = [df11_jax.compress(w) for w in weights]
+    unnoticed = []
+    for line in barriers(native_ptx):
+        try:
+            outs = decode_native(without(native_ptx, line), small, [[0], [0, 0], [0]])
+        except KernelError:
+            continue
+        if all(
+            np.array_equal(out[: w.size], to_bits(w)) for out, w in zip(outs, weights, strict=True)
+        ):
+            unnoticed.append(line)
+    # The last of build_table_in_block, which another follows at once.
+    assert len(unnoticed) == 1
+
+
+def test_misaligned_and_out_of_bounds(native_ptx):
+    small = df11_jax.compress(random_weights((128, 64)))
+    # The launcher refuses this; the kernel relies on it.
+    with pytest.raises(KernelError, match="not aligned"):
+        decode_native(native_ptx, [small], [[0]], moved={"sign_mantissa": 4})
+    cut = dataclasses.replace(small, sign_mantissa=small.sign_mantissa[:-4])
+    with pytest.raises(KernelError, match="out of bounds"):
+        decode_native(native_ptx, [cut], [[0]])

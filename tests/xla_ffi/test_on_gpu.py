@@ -1,0 +1,238 @@
+"""The CUDA decoders on a GPU, through XLA and alone: `pytest -m gpu`."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from compiling import ROOT
+from payloads import assert_same_bits, bits, random_weights
+from thunks import decoder_in_graph, dump_options, read_thunks
+
+from df11_jax import (
+    _ffi,
+    compress,
+    decompress,
+    decompress_params,
+    published,
+    scan_blocks,
+)
+from df11_jax._decode import decode_slices
+from df11_jax.bench.blocks import BLOCKS
+from df11_jax.bench.measure import DECODE_KERNEL
+from df11_jax.bench.programs import Program
+from df11_jax.bench.timing import kernel_durations
+from df11_jax.bench.workload import make_workload
+from df11_jax.cli import _commands
+
+
+def has_gpu() -> bool:
+    try:
+        return bool(jax.devices("cuda"))
+    except RuntimeError:
+        return False
+
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not has_gpu(), reason="needs a CUDA device that JAX sees"),
+]
+
+
+@pytest.fixture(autouse=True)
+def on_gpu():
+    assert _ffi.register("cuda") is None, "df11_jax was built without its CUDA decoder"
+    with jax.default_device(jax.devices("cuda")[0]):
+        yield
+
+
+def noise(shape):
+    values = np.random.default_rng(0).integers(0, 65536, shape, dtype=np.uint16)
+    return values.view(jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(), (0,), (1,), (63,), (8193,), (127, 64), (129, 72), (144, 448), (3, 5, 64), (4096, 4096)],
+)
+@pytest.mark.parametrize("make", [random_weights, noise])
+def test_shapes(shape, make):
+    weights = np.asarray(make(shape))
+    assert_same_bits(decompress(compress(weights)), weights)
+
+
+def test_all_bit_patterns():
+    patterns = np.arange(65536, dtype=np.uint16).view(jnp.bfloat16)
+    weights = np.concatenate([np.asarray(random_weights((100_000,))), patterns])
+    assert_same_bits(decompress(compress(weights)), weights)
+
+
+def test_scan_blocks():
+    stacks = {f"w{i}": random_weights((4, 256, 256), i) for i in range(20)}
+    small = {name: compress(stack, stack_axes=1) for name, stack in stacks.items()}
+
+    def block(x, params, _):
+        return x, params
+
+    _, out = jax.jit(lambda p: scan_blocks(block, jnp.zeros(()), p))(small)
+    for name, stack in stacks.items():
+        assert_same_bits(out[name], stack)
+
+
+def test_same_bits_as_the_xla_decoder(monkeypatch):
+    stack = compress(random_weights((3, 200, 128)), stack_axes=1)
+    compiled = decompress(stack)
+    monkeypatch.setattr(_ffi, "platforms", lambda: ())
+    assert_same_bits(jax.jit(lambda a: decompress(a))(stack), compiled)
+
+
+def test_corrupt_chunks_are_poisoned():
+    weights = random_weights((256, 64))
+    array = compress(weights)
+    bad = dataclasses.replace(array, sign_mantissa=array.sign_mantissa.at[2100].add(1))
+    out = bits(decompress(bad))
+    np.testing.assert_array_equal(out[:128], bits(weights)[:128])
+    assert (out[128:] == 0xFFFF).all()
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 100, 12_345, 3_000_001])
+@pytest.mark.parametrize("scale", [0.02, 1e30])
+def test_published_sizes(size, scale):
+    weights = np.asarray(random_weights((size,), scale=scale))
+    unit = published.encode_unit({"w": weights})
+    assert_same_bits(published.decompress(unit)["w"], weights)
+
+
+def test_published_tensors_in_jit():
+    tensors = {f"w{i}": np.asarray(random_weights((64, 33 + i), i)) for i in range(3)}
+    unit = jax.device_put(published.encode_unit(tensors))
+    out = jax.jit(published.decompress)(unit)
+    for name, weights in tensors.items():
+        assert_same_bits(out[name], weights)
+
+
+def test_corrupt_published_blocks_are_poisoned():
+    weights = np.asarray(random_weights((60_000,)))
+    unit = published.encode_unit({"w": weights})
+    gaps = unit.gaps.copy()
+    gaps[320:640] ^= 0xFF  # of the second block: where its first code starts, too
+    out = bits(published.decompress(dataclasses.replace(unit, gaps=gaps))["w"])
+    third_block = unit.output_positions[2]
+    # The first block does not end where the second should begin.
+    assert (out[:third_block] == 0xFFFF).all()
+    np.testing.assert_array_equal(out[third_block:], bits(weights)[third_block:])
+
+
+@pytest.mark.parametrize("model", BLOCKS)
+def test_block_shapes(model):
+    # Fails unless every bit comes back, through jit and one call for all seven matrices.
+    assert make_workload(model, BLOCKS[model].matrices, 1).weights == BLOCKS[model].size
+
+
+@pytest.mark.parametrize("in_loop", [False, True])
+def test_in_a_cuda_graph(in_loop, tmp_path):
+    """XLA captures the call, and what it replays reads index and payload anew."""
+    stacks = {f"w{i}": random_weights((3, 256, 64 + 64 * i), i) for i in range(7)}
+    small = {name: compress(stack, stack_axes=1) for name, stack in stacks.items()}
+    reversed_stacks = {name: stack[::-1] for name, stack in stacks.items()}
+    reversed_small = {name: compress(s, stack_axes=1) for name, s in reversed_stacks.items()}
+
+    def decode(arrays, index):
+        if not in_loop:
+            return dict(zip(arrays, decode_slices(list(arrays.values()), index), strict=True))
+        return scan_blocks(lambda _, weights, __: (index, weights), index, arrays)[1]
+
+    jitted = jax.jit(decode, compiler_options=dump_options(tmp_path, min_graph_size=1))
+    for _ in range(3):
+        for expected, arrays in ((stacks, small), (reversed_stacks, reversed_small)):
+            for index in range(3):
+                out = jitted(arrays, jnp.int32(index))
+                for name, weights in out.items():
+                    stack = expected[name]
+                    assert_same_bits(weights, stack if in_loop else stack[index])
+    assert decoder_in_graph(read_thunks(tmp_path)), read_thunks(tmp_path)
+
+
+@pytest.mark.parametrize(("tensors", "launches"), [(1, 1), (18, 1), (19, 2)])
+def test_small_tensors_take_one_launch(tensors, launches):
+    small = {f"w{i}": compress(random_weights((64, 64), i)) for i in range(tensors)}
+    decode = jax.jit(decompress_params)
+    try:
+        durations = kernel_durations(Program(lambda: decode(small), 1), DECODE_KERNEL)
+    except RuntimeError as error:
+        if "CUPTI" not in str(error):
+            raise
+        pytest.skip(str(error))
+    assert len(durations) == launches
+
+
+def test_bench():
+    result = CliRunner().invoke(_commands.commands, ["bench", "--quick", "--json"])
+    assert result.exit_code == 0, result.output
+    print(result.stdout)
+    report = json.loads(result.stdout)
+    assert report["device"]["platform"] == "gpu"
+    assert report["device"]["decoder"] == "compiled"
+    for decoding in report["decodings"]:
+        assert 10.5 < decoding["bits_per_weight"] < 10.9
+        assert 0 < decoding["share_of_limit"] < 1.5
+    assert report["scan"]["blocks"] == 8
+
+
+def test_doctor():
+    result = CliRunner().invoke(_commands.commands, ["doctor", "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    (gpu,) = (backend for backend in found["backends"] if backend["platform"] == "cuda")
+    assert gpu["decoder"] == "compiled, CUDA"
+    tested = {(test["platform"], test["decoder"], test["layout"]) for test in found["self_tests"]}
+    assert {("cuda", "CUDA", layout) for layout in ("native", "published")} < tested
+    assert all(test["error"] is None for test in found["self_tests"])
+
+
+def test_compare(tmp_path):
+    """Plain, compressed and partly offloaded weights generate the same."""
+    file = tmp_path / "config.json"
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2}
+    file.write_text(json.dumps({"model_type": "llama", "vocab_size": 8192, **sizes, **heads}))
+    options = ["--batch", "1", "--batch", "8", "--memory", "800MB", "--json"]
+    result = CliRunner().invoke(_commands.commands, ["compare", str(file), *options])
+    assert result.exit_code == 0, result.output
+    print(result.stdout)
+    report = json.loads(result.stdout)
+    assert report["device"]["platform"] == "gpu"
+    names = ["compressed", "offloaded", "plain"]
+    assert report["equal"] == {"1": names, "8": names}
+    for compressed, offloaded, plain in zip(*3 * [iter(report["rows"])], strict=True):
+        assert compressed["decompress_seconds"]
+        for row in (compressed, offloaded):
+            assert row["plan"]["peak"] < plain["plan"]["peak"]
+    assert report["longest"]["plain"] == 2048
+
+
+@pytest.mark.parametrize("tool", ["", "memcheck", "racecheck", "initcheck", "synccheck"])
+@pytest.mark.parametrize("layout", ["native", "published"])
+def test_driver(layout, tool, tmp_path):
+    """The drivers that the emulation runs, with the real kernels, also under compute-sanitizer."""
+    for needed in ("nvcc", *(["compute-sanitizer"] if tool else [])):
+        if not shutil.which(needed):
+            pytest.skip(f"needs {needed} on PATH")
+    program = tmp_path / "driver"
+    command = ["nvcc", "-std=c++17", "-arch=native", "-Ixla_ffi"]
+    command += ["-diag-suppress=1675", "-x", "cu", "-o", program]
+    command += [f"tests/xla_ffi/{layout}/kernel_test.cc", f"xla_ffi/{layout}/cuda/decode.cu"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    check = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"] if tool else []
+    # Under a tool, damage is tried less often: it takes a hundred times as long.
+    command = [*check, program, "10" if tool else "100"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    print(result.stdout)
+    if tool and "Device not supported" in result.stdout + result.stderr:
+        pytest.skip("compute-sanitizer does not support this device")
+    assert result.returncode == 0, result.stdout + result.stderr

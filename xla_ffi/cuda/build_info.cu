@@ -1,9 +1,0 @@
-#include <cuda_runtime.h>
-
-#include "build_info.h"
-
-namespace df11 {
-
-CudaBuild cuda_build() { return {CUDART_VERSION, {__CUDA_ARCH_LIST__}}; }
-
-}  // namespace df11

@@ -1,0 +1,172 @@
+// Decodes whole slices on the CPU: checks, work items, edges of tiles. Knows nothing of
+// XLA; handler.cc runs it on XLA's thread pool, the encoder's verification on its own.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
+#include "native/decode.h"
+#include "native/pairs.h"
+#include "native/tensor_slices.h"
+
+namespace df11::native {
+
+// A problem with a slice, or none if empty.
+inline std::string check_header(const uint32_t* header, const int64_t* dims, int ndim) {
+  if (header[0] != kFormatVersion) {
+    return "has format version " + std::to_string(header[0]) + ", but this library reads version " +
+           std::to_string(kFormatVersion);
+  }
+  const auto expected = make_header(dims, ndim);
+  if (!std::equal(expected.begin(), expected.end(), header)) {
+    return "has a header that does not describe a slice of the expected shape";
+  }
+  return "";
+}
+
+// From this size on a slice will have left the caches before it is used, and is written past
+// them. A tile's rows lie far apart, often by a power of two, so that they would compete for
+// the same places in the caches.
+inline constexpr int64_t kStreamingBytes = 4 << 20;
+
+// Copies a tile of full rows past the caches; `out` must be aligned to 16 bytes in every row.
+inline void stream_tile(const uint16_t* tile, int64_t rows, uint16_t* out, int64_t stride) {
+  for (int64_t row = 0; row < rows; ++row) {
+#ifdef __SSE2__
+    const __m128i* from = reinterpret_cast<const __m128i*>(tile + row * kTileCols);
+    __m128i* to = reinterpret_cast<__m128i*>(out + row * stride);
+    for (int i = 0; i < kTileCols / 8; ++i) _mm_stream_si128(to + i, _mm_load_si128(from + i));
+#else
+    std::memcpy(out + row * stride, tile + row * kTileCols, 2 * kTileCols);
+#endif
+  }
+}
+
+// Whether a tile of full rows is bit for bit the one at `weights`, whose rows are `stride` apart.
+template <Simd>
+DF11_INLINE bool equals_tile(const uint16_t* tile, int64_t rows, const uint16_t* weights,
+                             int64_t stride) {
+  uint16_t difference[kTileCols] = {};
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int i = 0; i < kTileCols; ++i) {
+      difference[i] |= tile[row * kTileCols + i] ^ weights[row * stride + i];
+    }
+  }
+  return std::all_of(difference, difference + kTileCols, [](uint16_t bits) { return bits == 0; });
+}
+
+DF11_FOR_EACH_SIMD(bool, equals_tile,
+                   (const uint16_t* tile, int64_t rows, const uint16_t* weights, int64_t stride),
+                   (tile, rows, weights, stride))
+
+// Decodes chunk after chunk of one slice after the other with one table.
+class ChunkDecoder {
+ public:
+  explicit ChunkDecoder(Simd simd)
+      : fill_pairs_table_(DF11_SELECT(simd, fill_pairs_table)),
+        decode_record_(DF11_SELECT(simd, decode_record)),
+        equals_tile_(DF11_SELECT(simd, equals_tile)) {}
+
+  // Must be called before chunks of this slice are decoded; false if the codebook is corrupt.
+  bool set_slice(const SlicePayload& slice) {
+    slice_ = slice;
+    uint32_t entries[kTableSize];
+    if (!build_table(slice.codebook, entries)) return false;
+    fill_pairs_table_(entries, table_);
+    return true;
+  }
+
+  // Decodes into a tile of chunk.steps * 16 rows; false if the chunk is corrupt.
+  bool decode_tile(int64_t index, const Chunk& chunk, uint16_t* tile, int64_t stride) {
+    const uint32_t begin = slice_.chunk_offsets[index], end = slice_.chunk_offsets[index + 1];
+    if (begin > end || end > slice_.exponents_words || end - begin > kMostRecordWords) return false;
+    const uint32_t* record = slice_.exponents + begin;
+    if (end + kOverreadWords > slice_.exponents_words) {
+      // Near the end of the buffer the record is read from a copy with room behind it.
+      copy_.resize(kMostRecordWords + kOverreadWords);
+      std::memcpy(copy_.data(), record, 4 * size_t{end - begin});
+      record = copy_.data();
+    }
+    return decode_record_(record, end - begin, chunk, index,
+                          slice_.sign_mantissa + chunk.sign_mantissa_word, table_, tile, stride);
+  }
+
+  // Makes what was streamed visible to other threads; to be called once, after the last chunk.
+  static void finish() {
+#ifdef __SSE2__
+    _mm_sfence();
+#endif
+  }
+
+  // Decodes to where the chunk lies in `out`, the whole slice.
+  bool decode(int64_t index, uint16_t* out) {
+    const View& view = slice_.view;
+    const Chunk chunk = locate_chunk(view, index);
+    const int64_t rows = chunk.steps * kStepRows;
+    const bool inside = is_inside(chunk);
+    uint16_t* place = out + chunk.row * view.cols + chunk.col;
+    // The columns of a view are a multiple of 8, so every row is aligned like the first.
+    const bool stream =
+        2 * view.size >= kStreamingBytes && reinterpret_cast<uintptr_t>(out) % 16 == 0;
+    if (inside && !stream) return decode_tile(index, chunk, place, view.cols);
+    if (!decode_tile(index, chunk, tile_, kTileCols)) return false;
+    if (inside) {
+      stream_tile(tile_, rows, place, view.cols);
+      return true;
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t count = valid_weights(chunk, row);
+      if (count <= 0) break;
+      std::memcpy(place + row * view.cols, tile_ + row * kTileCols, 2 * count);
+    }
+    return true;
+  }
+
+  // The first element at which the chunk does not decode to `weights`, or -1.
+  int64_t find_difference(int64_t index, const uint16_t* weights) {
+    const View& view = slice_.view;
+    const Chunk chunk = locate_chunk(view, index), next = locate_chunk(view, index + 1);
+    if (!decode_tile(index, chunk, tile_, kTileCols)) return chunk.row * view.cols + chunk.col;
+    for (int i = 0; i < 2 * next.steps; ++i) prefetch_half_step(weights, view, next, i);
+    const int64_t rows = chunk.steps * kStepRows;
+    const uint16_t* place = weights + chunk.row * view.cols + chunk.col;
+    if (is_inside(chunk) && equals_tile_(tile_, rows, place, view.cols)) return -1;
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t i = 0; i < valid_weights(chunk, row); ++i) {
+        const int64_t at = row * view.cols + i;
+        if (place[at] != tile_[row * kTileCols + i]) return place - weights + at;
+      }
+    }
+    return -1;
+  }
+
+ private:
+  // Whether a chunk is free of padding.
+  bool is_inside(const Chunk& chunk) const {
+    return are_inside(slice_.view, chunk.row + chunk.steps * kStepRows - 2, chunk.col);
+  }
+
+  // Weights in a row of the tile that are not padding; not positive if there are none.
+  int64_t valid_weights(const Chunk& chunk, int64_t row) const {
+    const View& view = slice_.view;
+    const int64_t at = (chunk.row + row) * view.cols + chunk.col;
+    return std::min({int64_t{kTileCols}, view.cols - chunk.col, view.size - at});
+  }
+
+  decltype(&fill_pairs_table_portable) fill_pairs_table_;
+  decltype(&decode_record_portable) decode_record_;
+  decltype(&equals_tile_portable) equals_tile_;
+  SlicePayload slice_{};
+  std::vector<uint32_t> copy_;
+  alignas(64) PairsTable table_;
+  alignas(64) uint16_t tile_[kTileRows * kTileCols];
+};
+
+}  // namespace df11::native

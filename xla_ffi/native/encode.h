@@ -1,0 +1,335 @@
+// The encoder: from one slice of bf16 weights to the native layout. Host only.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <vector>
+
+#include "common/parallel.h"
+#include "common/simd.h"
+#include "common/words.h"
+#include "native/code_table.h"
+#include "native/codebook.h"
+#include "native/layout.h"
+#include "native/pairs.h"
+
+namespace df11::native {
+
+// Words to reserve for a chunk's record: 2.6 bits a weight, and a little more.
+inline constexpr int64_t kTypicalRecordWords = 700;
+
+// Pairs whose codes are joined before they are written to a stream.
+inline constexpr int kGroupPairs = 4;
+
+// A half-step's pairs, by grid places: their weights in rows k and k + 1, and what is made of them.
+struct HalfStep {
+  alignas(64) uint16_t row[kHalfStepPairs];
+  alignas(64) uint16_t next_row[kHalfStepPairs];
+  alignas(64) uint16_t index[kHalfStepPairs];    // the pairs' exponents
+  alignas(64) uint16_t entries[kHalfStepPairs];  // of CodeTable
+};
+
+// Two neighbours in a row, as one word. The loops over them vectorize without shuffles.
+DF11_INLINE uint32_t load_two(const uint16_t* two) {
+  uint32_t word;
+  std::memcpy(&word, two, 4);
+  return word;
+}
+
+// Splits the pairs into what is stored as it is, and exponents.
+template <Simd>
+DF11_INLINE void split_pairs(HalfStep& half_step, uint32_t* __restrict sign_mantissa) {
+  for (int i = 0; i < kHalfStepPairs / 2; ++i) {
+    const uint32_t row = load_two(half_step.row + 2 * i);
+    const uint32_t next_row = load_two(half_step.next_row + 2 * i);
+    const uint32_t a = (row & 0xffff) | next_row << 16, b = row >> 16 | (next_row & 0xffff0000);
+    sign_mantissa[i] = (a & kSignMantissa) | rotl(b & kSignMantissa, -8);
+  }
+  for (int i = 0; i < kHalfStepPairs; ++i) {
+    half_step.index[i] = exponent_index(half_step.row[i], half_step.next_row[i]);
+  }
+}
+
+// Folds the pairs into the checksum's accumulators: those of even grid places, then of odd ones.
+template <Simd>
+DF11_INLINE void fold_pairs(const HalfStep& half_step, uint32_t* __restrict acc) {
+  for (int i = 0; i < kHalfStepPairs / 2; ++i) {
+    const uint32_t row = load_two(half_step.row + 2 * i);
+    const uint32_t next_row = load_two(half_step.next_row + 2 * i);
+    uint32_t& odd = acc[kHalfStepPairs / 2 + i];
+    acc[i] = checksum_step(acc[i], (row & 0xffff) | next_row << 16);
+    odd = checksum_step(odd, row >> 16 | (next_row & 0xffff0000));
+  }
+}
+
+// Joins the codes of kGroupPairs neighbours in a lane: up to 48 bits of codes, and their number in
+// the highest byte. Joining before the stream is written halves the encoder's work.
+template <Simd>
+DF11_INLINE void join_codes(const uint16_t* __restrict entries, uint64_t* __restrict groups) {
+  uint32_t twos[kHalfStepPairs / 2];
+  for (int i = 0; i < kHalfStepPairs / 2; ++i) {
+    const uint32_t two = load_two(entries + 2 * i), length = two >> 12 & 15;
+    twos[i] = (two & 0xfff) | (two >> 16 & 0xfff) << length | (length + (two >> 28)) << 24;
+  }
+  for (int i = 0; i < kHalfStepPairs / 4; ++i) {
+    uint64_t two;
+    std::memcpy(&two, twos + 2 * i, 8);
+    const uint64_t length = two >> 24 & 255;
+    groups[i] = (two & 0xffffff) | (two >> 32 & 0xffffff) << length | (length + (two >> 56)) << 56;
+  }
+}
+
+// Writes every lane's stream, of at least min_bits, and up to eight bytes more; returns the number
+// of bits in all.
+template <Simd>
+DF11_INLINE int64_t write_streams(const uint64_t* groups, int half_steps, int min_bits,
+                                  uint8_t* const stream, std::array<int, kLanes>& bits) {
+  constexpr uint64_t kCodes = (uint64_t{1} << 56) - 1;
+  uint8_t* out = stream;
+  uint64_t window = 0;
+  int fill = 0;
+  const auto append = [&](uint64_t codes, int count) {
+    window |= codes << fill;
+    fill += count;
+    std::memcpy(out, &window, 8);
+    out += fill >> 3;
+    window >>= fill & ~7;
+    fill &= 7;
+  };
+  int64_t written = 0;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const uint64_t* group = groups + (lane % 4 * kTileCols + lane / 4 * kLanePairs) / kGroupPairs;
+    for (int half_step = 0; half_step < half_steps; ++half_step) {
+      static_assert(kLanePairs == 2 * kGroupPairs);
+      const uint64_t codes = group[0] & kCodes, next_codes = group[1] & kCodes;
+      const int length = static_cast<int>(group[0] >> 56);
+      const int both = length + static_cast<int>(group[1] >> 56);
+      if (both <= 56) {  // nearly always
+        append(codes | next_codes << length, both);
+      } else {
+        append(codes, length);
+        append(next_codes, both - length);
+      }
+      group += kHalfStepPairs / kGroupPairs;
+    }
+    const auto position = [&] { return (out - stream) * 8 + fill; };
+    for (int64_t missing; (missing = written + min_bits - position()) > 0;) {
+      append(0, static_cast<int>(std::min<int64_t>(missing, 48)));
+    }
+    bits[lane] = static_cast<int>(position() - written);
+    written = position();
+  }
+  std::memcpy(out, &window, 8);
+  return written;
+}
+
+// Those loops, compiled for an instruction set.
+struct EncoderLoops {
+  void (*split_pairs)(HalfStep&, uint32_t*);
+  LookUpCodes look_up_codes;
+  void (*fold_pairs)(const HalfStep&, uint32_t*);
+  void (*join_codes)(const uint16_t*, uint64_t*);
+  int64_t (*write_streams)(const uint64_t*, int, int, uint8_t*, std::array<int, kLanes>&);
+};
+
+DF11_FOR_EACH_SIMD(void, split_pairs, (HalfStep & half_step, uint32_t* sign_mantissa),
+                   (half_step, sign_mantissa))
+DF11_FOR_EACH_SIMD(void, fold_pairs, (const HalfStep& half_step, uint32_t* acc), (half_step, acc))
+DF11_FOR_EACH_SIMD(void, join_codes, (const uint16_t* entries, uint64_t* groups), (entries, groups))
+DF11_FOR_EACH_SIMD(int64_t, write_streams,
+                   (const uint64_t* groups, int half_steps, int min_bits, uint8_t* stream,
+                    std::array<int, kLanes>& bits),
+                   (groups, half_steps, min_bits, stream, bits))
+
+inline EncoderLoops encoder_loops(Simd simd) {
+  return {DF11_SELECT(simd, split_pairs), best_look_up_codes(simd), DF11_SELECT(simd, fold_pairs),
+          DF11_SELECT(simd, join_codes), DF11_SELECT(simd, write_streams)};
+}
+
+// Encodes chunks of one slice one after the other; holds the buffers they share.
+class ChunkEncoder {
+ public:
+  ChunkEncoder(const uint16_t* weights, const View& view, const CodeTable& codes)
+      : weights_(weights),
+        view_(view),
+        codes_(codes),
+        loops_(encoder_loops(best_simd())),
+        stream_(kMaxStreamBytes) {}
+
+  // Appends the chunk's record and writes its part of sign_mantissa.
+  void encode(int64_t index, Words& records, uint32_t* sign_mantissa) {
+    const Chunk chunk = locate_chunk(view_, index), next = locate_chunk(view_, index + 1);
+    half_steps_ = 2 * chunk.steps;
+    sign_mantissa += chunk.sign_mantissa_word;
+    patches_.clear();
+    std::fill_n(acc_, kHalfStepPairs, 0u);
+    for (int i = 0; i < half_steps_; ++i) {
+      const int ahead = i + kPrefetchHalfSteps;
+      if (ahead < half_steps_) {
+        prefetch_half_step(weights_, view_, chunk, ahead);
+      } else {
+        prefetch_half_step(weights_, view_, next, ahead - half_steps_);
+      }
+      load_half_step(weights_, view_, chunk, i, codes_.pad(), pairs_.row, pairs_.next_row);
+      loops_.split_pairs(pairs_, sign_mantissa + i * kHalfStepPairs / 2);
+      const bool uncoded = loops_.look_up_codes(pairs_.index, codes_, pairs_.entries);
+      if (uncoded) patch_uncoded(i);
+      loops_.fold_pairs(pairs_, acc_);
+      loops_.join_codes(pairs_.entries, groups_ + i * kHalfStepPairs / kGroupPairs);
+    }
+
+    std::array<int, kLanes> bits;
+    int64_t total = loops_.write_streams(groups_, half_steps_, 0, stream_.data(), bits);
+    int longest = *std::max_element(bits.begin(), bits.end());
+    int base = *std::min_element(bits.begin(), bits.end());
+    if (longest - base > 255) {
+      base = longest - 255;
+      total = loops_.write_streams(groups_, half_steps_, base, stream_.data(), bits);
+    }
+    const size_t stream_words = (total + 31) / 32;
+    if (kRecordHeaderWords + stream_words + patches_.size() >=
+        size_t(kRawRecordHeaderWords + chunk.steps * kStepWords)) {
+      append_raw(index, chunk, records);
+      return;
+    }
+    uint32_t sum = checksum(index);
+    for (uint32_t patch : patches_) sum += checksum_patch(patch);
+    records.push_back(sum);
+    records.push_back(static_cast<uint32_t>(patches_.size()) | uint32_t(base) << 16);
+    for (int word = 0; word < kLanes / 4; ++word) {
+      uint32_t extra = 0;
+      for (int i = 0; i < 4; ++i) extra |= uint32_t(bits[4 * word + i] - base) << (8 * i);
+      records.push_back(extra);
+    }
+    std::memcpy(records.extend(stream_words), stream_.data(), 4 * stream_words);
+    records.append(patches_.data(), patches_.size());
+  }
+
+ private:
+  static constexpr int kPrefetchHalfSteps = kSteps;
+  // All codes at their longest, and the eight bytes that the last store may write.
+  static constexpr int kMaxStreamBytes = kTileRows * kTileCols / 2 * kMaxCodeBits / 8 + 8;
+
+  // Puts substitutes in place of pairs without a code, and patches them.
+  void patch_uncoded(int half_step) {
+    const auto patch = [&](int row, int col, uint16_t& weight, uint8_t exponent) {
+      if ((weight >> 7 & 255) == exponent) return;
+      patches_.push_back(static_cast<uint32_t>(row * kTileCols + col) << 16 | weight);
+      weight = static_cast<uint16_t>((weight & kSignMantissa) | exponent << 7);
+    };
+    for (int i = 0; i < kHalfStepPairs; ++i) {
+      if (pairs_.entries[i]) continue;
+      const int symbol = codes_.substitute(pairs_.index[i] >> 8, pairs_.index[i] & 255);
+      const int row = pair_row(half_step, i / kTileCols), col = i % kTileCols;
+      patch(row, col, pairs_.row[i], codes_.first_exponent(symbol));
+      patch(row + 1, col, pairs_.next_row[i], codes_.second_exponent(symbol));
+      pairs_.entries[i] = codes_.by_symbol()[symbol];
+    }
+  }
+
+  void append_raw(int64_t index, const Chunk& chunk, Words& records) {
+    const size_t start = records.size();
+    records.extend(kRawRecordHeaderWords);
+    std::fill_n(acc_, kHalfStepPairs, 0u);
+    for (int i = 0; i < half_steps_; ++i) {
+      // Again, without the substitutes.
+      load_half_step(weights_, view_, chunk, i, codes_.pad(), pairs_.row, pairs_.next_row);
+      loops_.fold_pairs(pairs_, acc_);
+      uint32_t* words = records.extend(kHalfStepPairs / 2);
+      for (int k = 0; k < kHalfStepPairs / 2; ++k) {
+        const auto bytes = [&](int at) {
+          return (pairs_.row[at] >> 7 & 255u) | (pairs_.next_row[at] >> 7 & 255u) << 8;
+        };
+        words[k] = bytes(2 * k) | bytes(2 * k + 1) << 16;
+      }
+    }
+    records.data()[start] = checksum(index);
+    records.data()[start + 1] = kRawChunk;
+  }
+
+  uint32_t checksum(int64_t index) const {
+    uint32_t sum = checksum_chunk(index);
+    for (int i = 0; i < kHalfStepPairs / 2; ++i) {
+      sum += checksum_place(acc_[i], 2 * i);
+      sum += checksum_place(acc_[kHalfStepPairs / 2 + i], 2 * i + 1);
+    }
+    return sum;
+  }
+
+  const uint16_t* weights_;
+  const View& view_;
+  const CodeTable& codes_;
+  const EncoderLoops loops_;
+  int half_steps_ = 0;
+  HalfStep pairs_;
+  alignas(64) uint32_t acc_[kHalfStepPairs];
+  alignas(64) uint64_t groups_[kTileRows * kTileCols / 2 / kGroupPairs];
+  std::vector<uint8_t> stream_;
+  std::vector<uint32_t> patches_;
+};
+
+// Encodes one slice of view.size weights. The caller provides kCodebookWords,
+// chunks() + 1 and sign_mantissa_words() words; the records come back.
+inline Words encode_slice(const uint16_t* weights, const View& view, int threads,
+                          uint32_t* codebook, uint32_t* chunk_offsets, uint32_t* sign_mantissa) {
+  const Codebook book = choose_codebook(count_pairs(weights, view, threads));
+  book.pack(codebook);
+  const CodeTable codes(book);
+  const int64_t chunks = view.chunks(), batches = (chunks + kEncodeBatch - 1) / kEncodeBatch;
+  Words records;
+  records.reserve(chunks * kTypicalRecordWords);
+  // Batches are encoded by any thread, but appended in order.
+  std::atomic<int64_t> next{0};
+  int64_t appended = 0;
+  bool failed = false;
+  std::mutex mutex;
+  std::condition_variable turn;
+  const auto encode_batches = [&] {
+    const auto encoder = std::make_unique<ChunkEncoder>(weights, view, codes);
+    Words part;
+    for (int64_t batch; (batch = next.fetch_add(1)) < batches;) {
+      const int64_t first = batch * kEncodeBatch, end = std::min(first + kEncodeBatch, chunks);
+      part.clear();
+      for (int64_t c = first; c < end; ++c) {
+        chunk_offsets[c] = static_cast<uint32_t>(part.size());
+        encoder->encode(c, part, sign_mantissa);
+      }
+      std::unique_lock<std::mutex> lock(mutex);
+      turn.wait(lock, [&] { return appended == batch || failed; });
+      if (failed) return;
+      for (int64_t c = first; c < end; ++c) {
+        chunk_offsets[c] += static_cast<uint32_t>(records.size());
+      }
+      records.append(part.data(), part.size());
+      ++appended;
+      turn.notify_all();
+    }
+  };
+  parallel_for(std::min<int64_t>(threads, batches), threads, [&](int64_t) {
+    try {
+      encode_batches();
+    } catch (...) {
+      // Whoever waits for its turn must not wait for this thread.
+      {
+        const std::lock_guard<std::mutex> lock(mutex);
+        failed = true;
+      }
+      turn.notify_all();
+      throw;
+    }
+  });
+  if (records.size() > UINT32_MAX) {
+    throw std::length_error("the compressed exponents of one slice exceed 2^32 words");
+  }
+  chunk_offsets[chunks] = static_cast<uint32_t>(records.size());
+  while (records.size() % 4) records.push_back(0);
+  return records;
+}
+
+}  // namespace df11::native
