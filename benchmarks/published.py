@@ -59,18 +59,19 @@ def encode_and_decode(size: int, repeats: int) -> None:
     import jax
     import numpy as np
 
-    from df11_jax.published import _unit
+    from df11_jax import published
+    from df11_jax.published._unit import decode_host
 
     weights = normal(size)
     bits = weights.view(np.uint16)
     timings = Timings(weights.nbytes)
-    decompress = jax.jit(lambda unit: _unit.decompress(unit)["w"])
+    decompress = jax.jit(lambda unit: published.decompress(unit)["w"])
     # The first round compiles.
     for _ in range(repeats + 1):
         out = None
-        unit = timings.time("encode_unit", lambda: _unit.encode_unit({"w": weights}, threads=1))
+        unit = timings.time("encode_unit", lambda: published.encode_unit({"w": weights}, threads=1))
         on_device = jax.block_until_ready(jax.tree.map(jax.numpy.asarray, unit))
-        out = timings.time("decode_host", lambda u=unit: _unit.decode_host(u, threads=1))
+        out = timings.time("decode_host", lambda u=unit: decode_host(u, threads=1))
         np.testing.assert_array_equal(out.view(np.uint16), bits)
         out = None  # so that the next finds its memory
         out = timings.time(

@@ -8,7 +8,7 @@ import click
 from df11_jax._files.directory import PUBLISHED_CONFIG, read_json
 from df11_jax._size_report import format_bytes
 from df11_jax.checkpoints import Source, open_checkpoint
-from df11_jax.checkpoints._summary import Summary, summarize
+from df11_jax.checkpoints.summary import Summary, summarize
 
 
 def open_source(path: Path, shapes: Path | None, pattern_dict: Path | None) -> Source:

@@ -1,16 +1,15 @@
 """The command `df11-jax compress`."""
 
-import math
 from pathlib import Path
 
 import click
 
 from df11_jax._files.directory import read_config
 from df11_jax._progress import say
-from df11_jax._select import MIN_SIZE
+from df11_jax._select import MIN_SIZE, is_candidate
 from df11_jax._size_report import format_bytes
 from df11_jax.checkpoints import Source
-from df11_jax.checkpoints._convert import write_native
+from df11_jax.checkpoints.convert import write_native, write_orbax
 from df11_jax.cli._checkpoints import open_source, print_outcome, read_patterns, require_directory
 from df11_jax.cli._errors import failures
 from df11_jax.cli._options import PATH, examples, published_options
@@ -72,8 +71,6 @@ def compress(
         if format_ == "native":
             write_native(checkpoint, target, verify=verify, progress=show_progress())
         elif format_ == "orbax":
-            from df11_jax.checkpoints._orbax import write_orbax
-
             write_orbax(checkpoint, target, progress=show_progress())
         else:
             _write_published(checkpoint, target, pattern_dict)
@@ -96,15 +93,15 @@ def _write_published(source: Source, target: Path, pattern_dict: Path | None) ->
 def _why_not(source: Source) -> str:
     """Why nothing became smaller."""
     reason = f"Nothing got smaller: only bfloat16 tensors of {MIN_SIZE:,} weights and more do"
-    names = {"F32": "float32", "F16": "float16"}
     others = [
         info
         for info in source.tensors.values()
-        if info.dtype in names and math.prod(info.shape) >= MIN_SIZE
+        if not is_candidate(info.shape, info.numpy_dtype)
+        and is_candidate(info.shape, info.numpy_dtype, cast=True)
     ]
     if not others:
         return f"{reason}."
-    types = " or ".join(sorted({names[info.dtype] for info in others}))
+    types = " or ".join(sorted({str(info.numpy_dtype) for info in others}))
     size = format_bytes(sum(info.nbytes for info in others))
     return (
         f"{reason}, and {len(others):,} ({size}) are {types}. To round them to bfloat16, which "

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from df11_jax.checkpoints._convert import write_plain
+from df11_jax.checkpoints.convert import write_plain
 from df11_jax.cli._checkpoints import open_source, print_outcome, require_directory
 from df11_jax.cli._errors import failures
 from df11_jax.cli._options import PATH, examples, published_options

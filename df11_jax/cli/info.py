@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from df11_jax._size_report import format_bytes
-from df11_jax.checkpoints._summary import Summary, summarize
+from df11_jax.checkpoints.summary import Summary, summarize
 from df11_jax.cli._checkpoints import describe_totals, open_source
 from df11_jax.cli._errors import failures
 from df11_jax.cli._options import PATH, examples, json_option, published_options

@@ -15,7 +15,7 @@ from jaxtyping import UInt16
 from df11_jax import _ffi, _host_codec, _layout, _xla_decoder, published
 from df11_jax._array import DF11Array
 from df11_jax._decode import decompress
-from df11_jax.published import _xla_decoder as _published_xla_decoder
+from df11_jax.published import xla_decoder as _published_xla_decoder
 
 PLAIN = "plain XLA"
 

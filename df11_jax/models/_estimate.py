@@ -2,16 +2,18 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from df11_jax import _layout
-from df11_jax._compress import MIN_SIZE
+from df11_jax._files.source import TensorInfo
+from df11_jax._select import is_candidate
 from df11_jax.models import _attention, _cache, _generate, _table, _transformer
 from df11_jax.models._config import Config
+from df11_jax.models._leaf_builders import is_candidate_stack
 from df11_jax.models._memory import Memory
 from df11_jax.models._shares import share_of, table_shape
 
@@ -114,18 +116,21 @@ def estimate_weights(config: Config, devices: int = 1) -> WeightBytes:
     block, table = _block_shapes(share_of(config, devices)), _table_share(config, devices)
     shapes = [(config.layers, *shape) for shape in block]
     shapes += [(config.dim,), table] if config.tied else [(config.dim,), table, table]
-    return sum_weights(_leaf_bytes(shape, shape[:1]) for shape in shapes)
-
-
-def estimate_tensors(tensors: Iterable[tuple[Sequence[int], str, int]]) -> WeightBytes:
-    """What tensors take that are compressed one by one.
-
-    Args:
-        tensors: shape, dtype as safetensors names it, and bytes of each.
-    """
     return sum_weights(
-        _leaf_bytes(tuple(shape), ()) if dtype == "BF16" else WeightBytes(*[nbytes] * 4)
-        for shape, dtype, nbytes in tensors
+        _compressed_bytes(shape, stack_axes=1)
+        if is_candidate_stack(shape)
+        else _plain_bytes(2 * math.prod(shape))
+        for shape in shapes
+    )
+
+
+def estimate_tensors(tensors: Iterable[TensorInfo]) -> WeightBytes:
+    """What tensors take that are compressed one by one."""
+    return sum_weights(
+        _compressed_bytes(tensor.shape, stack_axes=0)
+        if is_candidate(tensor.shape, tensor.numpy_dtype)
+        else _plain_bytes(tensor.nbytes)
+        for tensor in tensors
     )
 
 
@@ -225,20 +230,20 @@ def _largest(fits: Callable[[int], bool], most: int) -> int:
     return least
 
 
-def _leaf_bytes(shape: tuple[int, ...], stack: tuple[int, ...]) -> WeightBytes:
-    """What a bfloat16 leaf takes, of which each slice along the stack is compressed by itself."""
-    size, slice_shape = math.prod(shape), shape[len(stack) :]
-    plain = 2 * size
-    # As in load_params: of stacks, only those of matrices are compressed.
-    if size < MIN_SIZE or (stack and len(slice_shape) < 2) or len(slice_shape) > _layout.MAX_DIMS:
-        return WeightBytes(plain, plain, plain, plain)
-    view = _layout.make_view(slice_shape)
+def _plain_bytes(nbytes: int) -> WeightBytes:
+    return WeightBytes(nbytes, nbytes, nbytes, nbytes)
+
+
+def _compressed_bytes(shape: tuple[int, ...], stack_axes: int) -> WeightBytes:
+    """What a leaf takes of which each slice is compressed, unless that would be more than plain."""
+    plain, slices = 2 * math.prod(shape), math.prod(shape[:stack_axes])
+    view = _layout.make_view(shape[stack_axes:])
     fixed = _layout.HEADER_WORDS + _layout.CODEBOOK_WORDS + view.chunks + 1
     fixed += view.sign_mantissa_words
     return WeightBytes(
         plain,
         *(
-            min(plain, 4 * math.prod(stack) * (fixed + 4 * math.ceil(view.size * bits / 128)))
+            min(plain, 4 * slices * (fixed + 4 * math.ceil(view.size * bits / 128)))
             for bits in (EXPECTED_BITS, LEAST_BITS, MOST_BITS)
         ),
     )

@@ -310,7 +310,7 @@ def _known_model(path: Path, format_: str, config: models.Config) -> Model:
 def _weights(source: Source, names: set[str]) -> _estimate.WeightBytes:
     infos = [source.tensors[name] for name in names]
     if source.format == "plain" or all(info.nbytes == info.stored_nbytes for info in infos):
-        return _estimate.estimate_tensors((info.shape, info.dtype, info.nbytes) for info in infos)
+        return _estimate.estimate_tensors(infos)
     plain = sum(info.nbytes for info in infos)
     stored = sum(info.stored_nbytes for info in infos)
     return _estimate.WeightBytes(plain, stored, stored, stored)

@@ -4,21 +4,29 @@ from concurrent.futures import Executor
 from typing import Protocol, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, BFloat16, Shaped
 
 from df11_jax._array import DF11Array
 from df11_jax._decode import decompress
+from df11_jax._host_arrays import BFLOAT16, empty_aligned
 from df11_jax._host_codec import encode
-from df11_jax._stack import StackBuilder, empty_aligned
+from df11_jax._select import is_candidate, is_worth_keeping
+from df11_jax._stack import StackBuilder
 
-_BFLOAT16 = np.dtype(jnp.bfloat16)
 _BAND = 64  # rows that are transposed at a time: two cache lines of each row of the result
 
 # Where `jax.device_put` puts arrays; None for the default device.
 Place: TypeAlias = jax.Device | jax.sharding.Sharding | None
+
+
+def is_candidate_stack(shape: tuple[int, ...]) -> bool:
+    """Whether a leaf with one stack axis is to be compressed, if that makes it smaller.
+
+    Only matrices are: vectors, of which a block has few, stay plain.
+    """
+    return len(shape) > 2 and is_candidate(shape, BFLOAT16, stack_axes=1)
 
 
 class Leaf(Protocol):
@@ -35,7 +43,7 @@ class PlainLeaf:
     """A leaf that is not compressed."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        self._array = empty_aligned(shape, _BFLOAT16)
+        self._array = empty_aligned(shape, BFLOAT16)
 
     def put(self, start: int, slices: BFloat16[np.ndarray, "slices ..."], name: str) -> None:
         """Adds slices along the first axis."""
@@ -64,7 +72,7 @@ class CompressedLeaf:
     def build(self, place: Place) -> Array | DF11Array:
         """The leaf, on its devices."""
         array = self._builder.build(place)
-        if array.compressed_nbytes < array.nbytes:
+        if is_worth_keeping(array.compressed_nbytes, array.nbytes):
             return array
         if isinstance(place, NamedSharding):
             # Else each device would gather and decompress all of it.

@@ -6,24 +6,27 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import BFloat16
 
-from df11_jax._compress import MIN_SIZE
+from df11_jax._bits import first_difference
 from df11_jax._files.source import TensorInfo, TensorSource
+from df11_jax._host_arrays import BFLOAT16
 from df11_jax._host_codec import available_threads
 from df11_jax._progress import ProgressBar
-from df11_jax.checkpoints._differences import first_difference
 from df11_jax.models import _table
 from df11_jax.models._config import Config
-from df11_jax.models._leaf_builders import CompressedLeaf, Leaf, PlainLeaf, transpose
+from df11_jax.models._leaf_builders import (
+    CompressedLeaf,
+    Leaf,
+    PlainLeaf,
+    is_candidate_stack,
+    transpose,
+)
 from df11_jax.models._placement import Devices, Placement
 from df11_jax.models._shares import cut, part_shape, table_shape
 from df11_jax.models._transformer import Params
 from df11_jax.models._weights import Slot, find_slots, find_tied_head, nest
-
-_BFLOAT16 = np.dtype(jnp.bfloat16)
 
 
 def load_params(
@@ -72,8 +75,7 @@ def load_params(
     for path, shape in {
         slot.path: _leaf_shape(slot, config, place.count) for slot in slots.values()
     }.items():
-        # As in compress_params; vectors are stacks of two axes.
-        if compress and len(shape) == 3 and math.prod(shape) >= MIN_SIZE:
+        if compress and is_candidate_stack(shape):
             leaves[path] = CompressedLeaf(shape, verify, threads)
         else:
             leaves[path] = PlainLeaf(shape)
@@ -84,7 +86,7 @@ def load_params(
     with ProgressBar("load", total, show=progress) as bar, ThreadPoolExecutor(threads) as pool:
         for name in (name for name in source.tensors if name in slots):
             slot = slots[name]
-            tensor = source.read(name).astype(_BFLOAT16, copy=False)
+            tensor = source.read(name).astype(BFLOAT16, copy=False)
             for start, slices in _slices(slot, tensor, pool, config, place.count):
                 leaves[slot.path].put(start, slices, name)
             bar.update(name, tensor.nbytes)
@@ -111,7 +113,7 @@ def _check_tied_head(
     """Versions of transformers disagree about a tied head that is not the embedding: refuse it."""
     embedding, slot = next((name, slot) for name, slot in slots.items() if slot.is_table)
     _check(head, slot, source.tensors[head], cast)
-    both = (source.read(name).astype(_BFLOAT16, copy=False) for name in (embedding, head))
+    both = (source.read(name).astype(BFLOAT16, copy=False) for name in (embedding, head))
     if difference := first_difference(*both):
         raise ValueError(
             f"{head} is not {embedding}, although tie_word_embeddings says so: {difference}. Set "
@@ -144,7 +146,7 @@ def _slices(
         begin = -(-len(tensor) // _table.ROWS)
         groups = table_shape(config, devices)[0]
         if begin < groups:
-            yield begin, np.zeros((groups - begin, _table.ROWS, tensor.shape[1]), _BFLOAT16)
+            yield begin, np.zeros((groups - begin, _table.ROWS, tensor.shape[1]), BFLOAT16)
     elif slot.layer is None:
         yield 0, tensor
     else:

@@ -36,8 +36,8 @@ def process(program, *args, **options):
     """A real `df11-jax`, with small shards, after the given statements."""
     code = f"""
 import os, signal, resource
-from df11_jax.checkpoints import _convert
-_convert.SHARD_BYTES = 50_000
+from df11_jax.checkpoints import _shard_files
+_shard_files.SHARD_BYTES = 50_000
 {program}
 from df11_jax.cli import main
 main()
@@ -197,9 +197,9 @@ def test_wrong_use_ends_in_one_line(tmp_path, plain, monkeypatch, args, message)
 @pytest.mark.parametrize(
     ("command", "function"),
     [
-        ("compress", "df11_jax.checkpoints._convert.encode"),
+        ("compress", "df11_jax.checkpoints.convert.encode"),
         ("decompress", "df11_jax.checkpoints._native_format.decode"),
-        ("compress --format published", "df11_jax.published._write.encode_unit"),
+        ("compress --format published", "df11_jax.published._unit_files.encode_unit"),
     ],
 )
 def test_killed_and_resumed(tmp_path, plain, command, function):
@@ -225,7 +225,7 @@ def test_killed_and_resumed(tmp_path, plain, command, function):
 
 def test_interrupted_and_resumed(tmp_path, plain):
     target = tmp_path / "target"
-    function = "df11_jax.checkpoints._convert.encode"
+    function = "df11_jax.checkpoints.convert.encode"
     stopped = process(die(function, "SIGINT"), "compress", plain, target)
     assert stopped.returncode == 130
     assert stopped.stderr.splitlines() == [

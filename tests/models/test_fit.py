@@ -9,6 +9,7 @@ import shapes
 from known_configs import KNOWN
 
 from df11_jax import models, size_report
+from df11_jax._files.source import TensorInfo
 from df11_jax.models import _estimate
 
 # As the models' cards have them; of Gemma, without what it sees with.
@@ -232,7 +233,10 @@ def test_single_tensors():
         ((0, 5), "BF16", 0),
         ((1,) * 8 + (1 << 15,), "BF16", 1 << 16),  # too many dimensions
     ]
-    small, large, floats, *rest = (_estimate.estimate_tensors([tensor]) for tensor in tensors)
+    small, large, floats, *rest = (
+        _estimate.estimate_tensors([TensorInfo(*tensor, stored_nbytes=tensor[-1])])
+        for tensor in tensors
+    )
     for weights in (small, floats, *rest):
         assert weights.exact and weights.compressed == weights.plain
     assert large.least < large.compressed < large.most < large.plain

@@ -1,7 +1,8 @@
 """Safetensors files byte for byte as the library of that name writes them.
 
-Files of published checkpoints can so be compared with others by their hashes. What is written here
-is known before, unlike what `checkpoints._safetensors.TensorWriter` is for.
+Files of published checkpoints can so be compared with others by their hashes. The types and shapes
+of all tensors have to be known before the first is written; `safetensors.TensorWriter` writes files
+for which they are not.
 """
 
 import json
@@ -14,8 +15,9 @@ import numpy as np
 
 from df11_jax._files.atomic import new_file
 from df11_jax._files.safetensors import DTYPES
+from df11_jax._host_arrays import as_bytes
 
-# The last of these comes first in a file.
+# Tensors of the last of these types come first in a file.
 _ORDER = (
     "BOOL",
     "U8",
@@ -46,13 +48,13 @@ def write_file(
     """Writes a file, holding one tensor at a time, byte for byte as `safetensors` would.
 
     Args:
-        path: of the file; it gets this name when it is complete.
-        tensors: safetensors type and shape of each.
-        read: gives a tensor by its name.
-        metadata: strings for the header.
+        path: the path of the file, which it gets when it is complete.
+        tensors: the safetensors type and the shape of each tensor, by name.
+        read: a function that returns a tensor by its name.
+        metadata: the strings for the header.
 
     Raises:
-        ValueError: what `read` gives is of another type or shape.
+        ValueError: `read` returns a tensor of another type or shape.
     """
     order = sorted(tensors, key=lambda name: (-_ORDER.index(tensors[name][0]), name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -72,5 +74,4 @@ def write_file(
                     f"{name}: was announced as {dtype}{list(shape)}, but is "
                     f"{array.dtype}{list(array.shape)}"
                 )
-            # numpy exports neither bfloat16 nor arrays of no elements as buffers.
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            file.write(as_bytes(array).data)

@@ -1,9 +1,10 @@
 """The decoder of published units in plain XLA operations.
 
-It is for backends without a kernel, and it is the tests' oracle.
+It is for backends without a kernel, and tests compare the other decoders with it.
 
-Shapes below: B blocks of the stream, W = 512 B windows. All windows are followed at once, code by
-code: first to count, then, when it is known where each one's elements are, to write.
+Below, the stream has B blocks and W = 512 B windows. All windows are decoded at once, code by code,
+twice: first to count their elements, and then, when the place of each window's elements is known,
+to write them.
 
 A traced program cannot raise, so a block that fails a check becomes NaNs (all bits set).
 """
@@ -23,7 +24,7 @@ _U32 = jnp.uint32
 _BLOCK_WINDOWS = 512
 _WINDOW_BITS = 64
 _MAX_BLOCK_ELEMENTS = _BLOCK_WINDOWS * _WINDOW_BITS
-_NOT_WRITTEN = 256  # in the place of an exponent
+_NOT_WRITTEN = 256  # in place of an exponent
 
 
 @jax.jit
@@ -37,15 +38,15 @@ def decode(
     """Decodes a unit: the same contract as the FFI call.
 
     Args:
-        sign_mantissa: of each element.
+        sign_mantissa: the sign and mantissa of each element.
         encoded_exponent: the stream of codes.
         luts: the look-up tables, and the codes' lengths.
         output_positions: the first element of each block.
-        gaps: where in each window the first code starts.
+        gaps: the bit of each window at which the first code starts.
 
     Returns:
-        The elements. Those of blocks that are corrupt, or all if the first gap or an end of
-        `output_positions` is, have all bits set, which is a NaN.
+        The elements. In a corrupt block, all elements have all bits set, which is a NaN; so have
+        all elements of the unit if the first gap or an end of `output_positions` is corrupt.
     """
     size, stream_bytes = sign_mantissa.shape[0], encoded_exponent.shape[0]
     last = len(output_positions) - 1
@@ -86,7 +87,7 @@ def decode(
 
 
 class _Windows(NamedTuple):
-    """What codes are looked up in."""
+    """The look-up tables, and the words of each window in which codes are looked up."""
 
     luts: UInt8[Array, "rows_and_lengths 256"]
     words: tuple[UInt32[Array, " W"], UInt32[Array, " W"], UInt32[Array, " W"]]
@@ -94,7 +95,7 @@ class _Windows(NamedTuple):
     def look_up(
         self, offset: UInt32[Array, " W"]
     ) -> tuple[UInt32[Array, " W"], UInt32[Array, " W"]]:
-        """The exponents whose codes are at these bits, and the codes' lengths; 0 for no code."""
+        """The exponents whose codes start at these bits, and the codes' lengths; 0 if invalid."""
         first, second, third = self.words
         high = jnp.where(offset < 32, first, second)
         low = jnp.where(offset < 32, second, third)
@@ -143,7 +144,7 @@ def _write(
     place: UInt32[Array, " W"],
     sign_mantissa: UInt8[Array, " n"],
 ) -> tuple[Array, UInt32[Array, " W"]]:
-    """Exponents, _NOT_WRITTEN where none belongs, and where each window's last wanted code ends."""
+    """The exponents, or _NOT_WRITTEN, and the bit at which each window's last wanted code ends."""
 
     def step(
         state: tuple[UInt32[Array, " W"], UInt32[Array, " W"], Array],
@@ -151,7 +152,7 @@ def _write(
         done, offset, exponents = state
         active = done < wanted
         exponent, length = windows.look_up(offset)
-        # What is not to be written goes out of bounds, where scatters drop it.
+        # Exponents that are not to be written go out of bounds, where scatters drop them.
         at = jnp.where(active, place + done, len(exponents)).astype(jnp.int32)
         exponents = exponents.at[at].set(exponent.astype(jnp.uint16), mode="drop")
         return done + active, offset + jnp.where(active, length, 0), exponents
@@ -165,7 +166,7 @@ def _write(
 def _stream_words(
     encoded_exponent: UInt8[Array, " bytes"], blocks: int
 ) -> tuple[UInt32[Array, " W"], UInt32[Array, " W"], UInt32[Array, " W"]]:
-    """The two words of each window, and the one that follows."""
+    """The two words of each window, and the word that follows."""
     count = 2 * _BLOCK_WINDOWS * blocks + 2
     padded = jnp.pad(encoded_exponent, (0, 4 * count - encoded_exponent.shape[0])).astype(_U32)
     words = jnp.sum(padded.reshape(-1, 4) << jnp.arange(24, -8, -8, dtype=_U32), axis=1, dtype=_U32)
@@ -173,7 +174,7 @@ def _stream_words(
 
 
 def _unpack_gaps(gaps: UInt8[Array, " gap_bytes"]) -> UInt32[Array, " W"]:
-    """Eight gaps are in five bytes."""
+    """Unpacks the gaps, of which eight are in five bytes."""
     groups = jnp.pad(gaps.reshape(-1, 5), ((0, 0), (0, 1))).astype(_U32)
     first_bit = 5 * jnp.arange(8)
     two_bytes = groups[:, first_bit // 8] << 8 | groups[:, first_bit // 8 + 1]

@@ -1,4 +1,4 @@
-"""What `df11-jax info` tells of a checkpoint, from its headers alone."""
+"""The summary of a checkpoint that `df11-jax info` shows, from its headers alone."""
 
 import dataclasses
 import math
@@ -13,16 +13,16 @@ _NUMBER = re.compile(r"(?<![^./])\d+(?![^./])")
 
 @dataclasses.dataclass
 class Group:
-    """Tensors that differ in the number of their layer only.
+    """Tensors whose names differ only in the number of their layer.
 
     Attributes:
         pattern: their names, with `*` for the number.
-        shape: of each.
-        dtype: of each, as safetensors names it.
-        format: `"plain"` or that of the checkpoint.
-        count: how many they are.
-        nbytes_before: bytes of all of them, not compressed.
-        nbytes: bytes that they take.
+        shape: the shape of each.
+        dtype: the dtype of each, as safetensors names it.
+        format: `"plain"`, or the format of the checkpoint.
+        count: the number of tensors.
+        nbytes_before: the bytes of all of them without compression.
+        nbytes: the bytes that they take in the checkpoint.
     """
 
     pattern: str
@@ -39,10 +39,10 @@ class Summary:
     """A checkpoint's sizes.
 
     Attributes:
-        path: as it was given.
-        format: that of the checkpoint, such as `"native"`.
-        model_type: from its config.json, if there is one.
-        groups: its tensors, in the order in which they come.
+        path: the path of the checkpoint, as it was given.
+        format: the format of the checkpoint, such as `"native"`.
+        model_type: the model type that its config.json has, or None.
+        groups: its tensors, in their order.
     """
 
     path: str
@@ -52,22 +52,27 @@ class Summary:
 
     @property
     def tensors(self) -> int:
+        """The number of tensors."""
         return sum(group.count for group in self.groups)
 
     @property
     def weights(self) -> int:
+        """The number of elements of all tensors."""
         return sum(group.count * math.prod(group.shape) for group in self.groups)
 
     @property
     def nbytes_before(self) -> int:
+        """The bytes of all tensors without compression."""
         return sum(group.nbytes_before for group in self.groups)
 
     @property
     def nbytes(self) -> int:
+        """The bytes that they take in the checkpoint."""
         return sum(group.nbytes for group in self.groups)
 
     @property
     def bits_per_weight(self) -> float:
+        """The bits in the checkpoint for each element."""
         return 8 * self.nbytes / max(1, self.weights)
 
     def as_json(self) -> dict[str, Any]:
@@ -79,7 +84,7 @@ class Summary:
 
 
 def summarize(source: Source) -> Summary:
-    """Adds up what the headers say.
+    """Adds up the sizes in the headers.
 
     Args:
         source: the checkpoint.

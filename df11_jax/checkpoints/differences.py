@@ -2,29 +2,27 @@
 
 from collections.abc import Iterator
 
-import numpy as np
-
+from df11_jax._bits import first_difference
 from df11_jax._files.directory import read_config
 from df11_jax._files.source import Source
 from df11_jax._progress import ProgressBar
-
-_CHUNK = 1 << 20  # elements that are compared at a time, so that they stay in the cache
 
 
 def differences(a: Source, b: Source, *, progress: bool = False) -> Iterator[str]:
     """Compares all tensors of two checkpoints bit by bit, holding one of each at a time.
 
-    First come names, shapes and dtypes: all that differ. If none do, bits: the first tensor that
-    differs. That one side lacks `lm_head.weight` is no difference if its config.json ties that to
-    the embedding, and the other side's is the same as this, bit for bit.
+    It first yields all names, shapes and dtypes that differ. If there are none, it compares bits,
+    and yields the first tensor that differs. It is no difference if one checkpoint lacks
+    `lm_head.weight`, its config.json ties that to the embedding, and the other checkpoint's
+    `lm_head.weight` is the same as the embedding, bit for bit.
 
     Args:
         a: one checkpoint.
-        b: the other.
-        progress: show a progress bar.
+        b: the other checkpoint.
+        progress: whether to show a progress bar.
 
     Yields:
-        What differs, in words.
+        Descriptions of the differences.
 
     Raises:
         ValueError: a tensor is corrupt.
@@ -52,8 +50,8 @@ def differences(a: Source, b: Source, *, progress: bool = False) -> Iterator[str
 
 
 def _pair_up(a: Source, b: Source) -> tuple[list[tuple[str, str]], list[str]]:
-    """Which tensor of `a` is to be which of `b`, and what has no counterpart."""
-    # What is decoded in units is best read in its own order.
+    """Pairs of names, in `a` and `b`, of tensors to compare, and what has no counterpart."""
+    # Published checkpoints are decoded unit by unit, so they are best read in their own order.
     names = b.tensors if b.format == "published" else a.tensors
     pairs = [(name, name) for name in names if name in a.tensors and name in b.tensors]
     alone = []
@@ -70,7 +68,7 @@ def _pair_up(a: Source, b: Source) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def _tied_embedding(name: str, source: Source) -> str | None:
-    """The tensor that stands for an `lm_head` which a checkpoint rightly lacks."""
+    """The embedding that stands for an `lm_head` if a checkpoint rightly lacks that."""
     if name.rpartition("lm_head.weight")[1:] != ("lm_head.weight", ""):
         return None
     from df11_jax.published._shapes import ModelConfig  # which in turn needs this package
@@ -78,25 +76,3 @@ def _tied_embedding(name: str, source: Source) -> str | None:
     if not ModelConfig(read_config(source.path)).is_tied:
         return None
     return next((other for other in source.tensors if other.endswith("embed_tokens.weight")), None)
-
-
-def first_difference(a: np.ndarray, b: np.ndarray) -> str:
-    """Where two arrays of the same shape and dtype differ, or nothing, in words."""
-    bits = np.dtype(f"u{a.dtype.itemsize}")
-    flat_a, flat_b = (np.ascontiguousarray(array).reshape(-1).view(bits) for array in (a, b))
-    count, first = 0, -1
-    for begin in range(0, a.size, _CHUNK):
-        end = begin + _CHUNK
-        unequal = flat_a[begin:end] != flat_b[begin:end]
-        if unequal.any():
-            if not count:
-                first = begin + int(unequal.argmax())
-            count += int(unequal.sum())
-    if not count:
-        return ""
-    index = ", ".join(str(i) for i in np.unravel_index(first, a.shape))
-    digits = 2 + 2 * bits.itemsize
-    return (
-        f"[{index}] is {flat_a[first]:#0{digits}x} in the first, {flat_b[first]:#0{digits}x} in "
-        f"the second; {count:,} of {a.size:,} elements of this tensor differ"
-    )
