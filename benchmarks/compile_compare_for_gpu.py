@@ -26,7 +26,7 @@ from df11_jax.bench.compare import LLAMA_3_1_8B
 from df11_jax.bench.placements import PlacedWeights, make_placements
 from df11_jax.bench.plan import find_longest, make_plan, request_of_length
 from df11_jax.bench.request import Request, trace
-from df11_jax.models._fit import read_budget
+from df11_jax.models.budget import read_budget
 
 
 class Compiler:

@@ -17,9 +17,6 @@ import shapes
 from known_configs import KNOWN
 
 from df11_jax import models
-from df11_jax.models import _table
-from df11_jax.models._parallel import on_one_device
-from df11_jax.models._shares import share_of
 
 TOKENS = 1000
 # Model, batch, tokens of the prompts, and devices. Of Qwen3-14B, five query heads share one for
@@ -46,14 +43,13 @@ def describe(
     targets = re.findall(r'custom_call_target="(\w+)"', text)
     # Large arrays in the text of asynchronous operations are those that arrive.
     moved = re.findall(r"= .*?(\w+\[[\d,]*\])\S*\)? (?:all|collective|reduce)-[a-z-]+\(", text)
-    table = on_one_device(params["embed_tokens"])
     return {
         **models.measure_memory(params, programs)._asdict(),
         "estimate": models.estimate_memory(
             config, batch=batch, context=prompt + TOKENS - 1, devices=devices
         ).peak,
-        "block": shapes.block_nbytes(share_of(config, devices)),
-        "piece": 2 * _table.groups_in_piece(table) * _table.ROWS * config.dim,
+        "block": shapes.block_nbytes(config, devices),
+        "piece": shapes.piece_nbytes(params),
         "moved": sorted(set(moved)),
         "cache_copies": [shapes.cache_copies(program) for program in programs[:2]],
         "products": sorted(products),

@@ -7,14 +7,22 @@ import jax
 import jax.numpy as jnp
 from stack_shapes import compressed_stack
 
-from df11_jax.models import Config, Params, _shares
-from df11_jax.models._placement import Placement
+from df11_jax.models import Config, Params, _sharding, tables
+from df11_jax.models._devices import ParamDevices
+from df11_jax.models._parallel import on_one_device
 from df11_jax.models._transformer import block_shapes
 
 
-def block_nbytes(config: Config) -> int:
-    """Bytes of the weights of one block, not compressed."""
-    return sum(2 * leaf.size for leaf in jax.tree.leaves(block_shapes(config)))
+def block_nbytes(config: Config, devices: int = 1) -> int:
+    """Bytes of the weights of one block on each device, not compressed."""
+    shard = _sharding.shard_config(config, devices)
+    return sum(2 * leaf.size for leaf in jax.tree.leaves(block_shapes(shard)))
+
+
+def piece_nbytes(params: Params) -> int:
+    """Bytes of the piece of a table that each device decompresses at a time."""
+    table = on_one_device(params["embed_tokens"])
+    return 2 * tables.groups_in_piece(table) * tables.ROWS * table.shape[-1]
 
 
 def cache_copies(program: jax.stages.Compiled) -> list[str]:
@@ -41,15 +49,15 @@ def param_shapes(
     Args:
         config: the configuration of the transformer.
         compress: False for plain parameters.
-        sharding: the sharding of all parameters if they are on a single device.
-        devices: the devices that they are divided over, if they are several.
+        sharding: the sharding of all leaves, if there are not several devices.
+        devices: the devices that they are divided over, if there are several.
     """
-    place = Placement(config, devices or None)
-    share = _shares.share_of(config, place.count)
+    target = ParamDevices(config, devices or None)
+    shard = _sharding.shard_config(config, target.count)
 
     def leaf(path, shape):
         def array(shape, dtype):
-            where = place.of(path) if place.count > 1 else sharding
+            where = target.of(path) if target.count > 1 else sharding
             return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
         if not compress or len(shape) < 3:
@@ -58,9 +66,9 @@ def param_shapes(
 
     def stack(keys, x):
         path = ("layers", *(key.key for key in keys))
-        return leaf(path, (_shares.leaf_length(path, config, place.count), *x.shape))
+        return leaf(path, (_sharding.leaf_length(path, config, target.count), *x.shape))
 
-    table = leaf(("embed_tokens",), _shares.table_shape(config, place.count))
-    layers = jax.tree.map_with_path(stack, block_shapes(share))
+    table = leaf(("embed_tokens",), _sharding.table_shape(config, target.count))
+    layers = jax.tree.map_with_path(stack, block_shapes(shard))
     params = {"embed_tokens": table, "layers": layers, "norm": leaf(("norm",), (config.dim,))}
     return params if config.tied else params | {"lm_head": table}

@@ -19,8 +19,8 @@ from df11_jax.bench.request import Request, Result, compile_request, decompress_
 from df11_jax.bench.timing import Effort, time_in_turn
 from df11_jax.checkpoints import TensorSource, open_checkpoint
 from df11_jax.models import Config, Params, RandomSource, read_config
-from df11_jax.models._estimate import estimate_weights
-from df11_jax.models._fit import read_budget
+from df11_jax.models.budget import read_budget
+from df11_jax.models.estimate import estimate_weights
 
 LLAMA_3_1_8B: Mapping[str, Any] = {
     "model_type": "llama",

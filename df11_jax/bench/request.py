@@ -10,9 +10,10 @@ import numpy as np
 from jaxtyping import Array, Int, UInt
 
 from df11_jax._scan import scan_blocks
-from df11_jax.models import Config, Params, Sampling, _generate, _table
+from df11_jax.models import Config, Params, Sampling, decode, prefill, tables
+from df11_jax.models.prompts import BUCKET
 
-STEP = _generate.BUCKET  # caches are multiples of it, as those that `generate` makes
+STEP = BUCKET  # caches are multiples of it, as those that `generate` makes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +94,9 @@ def trace(shapes: Params, config: Config, request: Request) -> RequestPrograms:
     """The programs of a request, for parameters of these shapes."""
     # Of inputs, too: what does not fit is found out without drawing them.
     inputs, step_inputs = jax.eval_shape(lambda: (request.inputs(config), request.step_inputs()))
-    prefill = _generate.prefill.trace(shapes, *inputs, request.length, config)
-    state = prefill.out_info
-    decode = _generate.decode.trace(shapes, state, *step_inputs, request.steps, config)
-    return RequestPrograms(prefill, decode)
+    first = prefill.trace(shapes, *inputs, request.length, config)
+    second = decode.trace(shapes, first.out_info, *step_inputs, request.steps, config)
+    return RequestPrograms(first, second)
 
 
 def compile_request(shapes: Params, config: Config, request: Request) -> RequestPrograms:
@@ -145,9 +145,9 @@ def decompress_as_a_step(params: Params, tokens: Int[Array, " batch"]) -> Array:
         picked = [leaf.ravel()[0].astype(jnp.float32) for leaf in jax.tree.leaves(block)]
         return sum(picked, carry), None
 
-    carry = _table.look_up(params["embed_tokens"], tokens).astype(jnp.float32).sum()
+    carry = tables.look_up(params["embed_tokens"], tokens).astype(jnp.float32).sum()
     carry, _ = scan_blocks(add, carry, params["layers"])
     head = params["lm_head" if "lm_head" in params else "embed_tokens"]
-    return _table.scan_pieces(
+    return tables.scan_pieces(
         head, carry, lambda carry, first, piece: carry + piece[0, 0].astype(jnp.float32)
     )

@@ -22,7 +22,7 @@ from df11_jax.cli._output import make_table, open_console, print_json
 from df11_jax.cli._require import require
 
 if TYPE_CHECKING:  # it needs Flax
-    from df11_jax.models._fit import Fit
+    from df11_jax.models.fit import Fit
 
 
 @click.command(
@@ -57,12 +57,14 @@ def fit(
     as for JAX.
     """
     require("flax", "flax")
-    from df11_jax.models import _fit
+    from df11_jax.models.budget import read_budget
+    from df11_jax.models.fit import fit as fit_model
+    from df11_jax.models.fit import read_model
 
     with failures():
-        weights = _fit.read_model(model)
-        budget = _fit.read_budget(memory)
-        answer = _fit.fit(weights, budget, batch=batch, context=context, devices=devices)
+        weights = read_model(model)
+        budget = read_budget(memory)
+        answer = fit_model(weights, budget, batch=batch, context=context, devices=devices)
         if as_json:
             print_json(answer.as_json())
         else:
@@ -84,7 +86,7 @@ def _print(answer: "Fit") -> None:
 
 
 def _notes(answer: "Fit") -> list[str]:
-    from df11_jax.models._fit import DEFAULT_FRACTION, FRACTION_VARIABLES
+    from df11_jax.models.budget import DEFAULT_FRACTION, FRACTION_VARIABLES
 
     model, budget = answer.model, answer.budget
     source = "by its environment" if budget.fraction != DEFAULT_FRACTION else "by default"
@@ -150,7 +152,7 @@ def _table(answer: "Fit") -> Table:
 
 
 def _verdicts(answer: "Fit") -> list[str]:
-    from df11_jax.models._fit import FRACTION_VARIABLES, MOST_FRACTION
+    from df11_jax.models.budget import FRACTION_VARIABLES, MOST_FRACTION
 
     lines, alone = [], "" if answer.model.config else ", weights alone"
     for name, need in (("plain", answer.plain), ("compressed", answer.compressed)):

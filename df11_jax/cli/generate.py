@@ -87,8 +87,7 @@ def generate(
         raise click.UsageError("--top-k and --top-p say what to draw from: give a --temperature")
     require("models", "flax", "tokenizers")
     from df11_jax import models
-    from df11_jax.models._generate import check_prompts
-    from df11_jax.models._text import encode
+    from df11_jax.models.prompts import check_prompts, encode
 
     with failures():
         config, tokenizer, stop = models.read_directory(model)

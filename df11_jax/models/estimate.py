@@ -1,8 +1,12 @@
-"""What generation takes on a device, estimated from a configuration: nothing is compiled."""
+"""Formulas for the memory that generation takes on each device.
+
+They need a configuration only: nothing is read from files or compiled. Whether a model fits on a
+device, by these formulas, is found out in `fit`.
+"""
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -11,27 +15,27 @@ import numpy as np
 from df11_jax import _layout
 from df11_jax._files.source import TensorInfo
 from df11_jax._select import is_candidate
-from df11_jax.models import _attention, _cache, _generate, _table, _transformer
+from df11_jax.models import _attention, _cache, _programs, _transformer, tables
 from df11_jax.models._config import Config
 from df11_jax.models._leaf_builders import is_candidate_stack
 from df11_jax.models._memory import Memory
-from df11_jax.models._shares import share_of, table_shape
+from df11_jax.models._sharding import shard_config, table_shape
+from df11_jax.models.prompts import cache_length
 
-# Of the coded exponents, per weight; the rest of a compressed tensor follows from its shape.
+# Bits of the coded exponent of a weight; the rest of a compressed tensor follows from its shape.
 # Normally distributed weights take the least, the matrices of trained models what is expected, and
 # word embeddings in groups that are padded to the longest the most.
 LEAST_BITS, EXPECTED_BITS, MOST_BITS = 2.62, 2.70, 2.82
 
-MOST_SEQUENCES = 2**20
-
 
 class WeightBytes(NamedTuple):
-    """What weights take.
+    """The bytes that weights take.
 
     Attributes:
-        plain: not compressed.
-        compressed: as it is known, or expected.
-        least, most: where what is expected may lie; the same as `compressed` if that is known.
+        plain: their bytes without compression.
+        compressed: their bytes when compressed, known exactly or as expected.
+        least, most: the limits within which the expected bytes may lie; equal to `compressed` if
+            these are known exactly.
     """
 
     plain: int
@@ -41,16 +45,18 @@ class WeightBytes(NamedTuple):
 
     @property
     def exact(self) -> bool:
+        """Whether the bytes of the compressed weights are known exactly."""
         return self.least == self.most
 
 
 class Temporary(NamedTuple):
-    """What comes beside weights and cache, at the peak: in a block, or in the output head.
+    """The bytes beside weights and cache at the peak, which is in a block or in the output head.
 
     Attributes:
-        block: the weights of a transformer block, decompressed; 0 if the peak is in the head.
-        head: the piece of the output head that is decompressed at a time; 0 if it is in a block.
-        cache_copy: what XLA copies of the cache.
+        block: the decompressed weights of a block; 0 if the peak is in the head.
+        head: the piece of the output head that is decompressed at a time; 0 if the peak is in a
+            block.
+        cache_copy: the part of the cache that XLA copies.
         activations: everything else.
     """
 
@@ -61,24 +67,26 @@ class Temporary(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """All of these bytes."""
         return sum(self)
 
 
 def estimate_memory(
     config: Config, *, batch: int, context: int, compress: bool = True, devices: int = 1
 ) -> Memory:
-    """Estimates what `measure_memory` would say, without compiling anything.
+    """Estimates the result of `measure_memory`, without compiling anything.
 
     Weights are expected to compress like those of trained models. Temporary memory is that of the
-    programs as XLA plans them for a GPU, rather more than less; plain weights are taken to need as
-    much as compressed ones, since XLA copies them out of their stacks, often a block at a time.
+    programs as XLA plans them for a GPU, rather too high than too low. Plain weights are assumed to
+    need as much of it as compressed ones, since XLA copies them out of their stacks, often a block
+    at a time.
 
     Args:
-        config: of the decoder.
-        batch: how many sequences.
-        context: how many tokens of each there are in the cache, read or generated.
+        config: the configuration of the transformer.
+        batch: the number of sequences.
+        context: the number of tokens of each sequence in the cache, read or generated.
         compress: False for plain weights.
-        devices: how many the model is divided over.
+        devices: the number of devices that the model is divided over.
 
     Returns:
         Bytes on each device.
@@ -99,7 +107,7 @@ def estimate_memory(
 
 
 def check_sizes(config: Config, batch: int, context: int, devices: int = 1) -> None:
-    """Raises ValueError for what no model, or this one, can be asked."""
+    """Raises ValueError if the model cannot run with these sizes."""
     for name, value in (("batch", batch), ("context", context), ("devices", devices)):
         if value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1")
@@ -107,13 +115,13 @@ def check_sizes(config: Config, batch: int, context: int, devices: int = 1) -> N
         raise ValueError(
             f"context is {context}, but the model was made for {config.max_length} positions"
         )
-    share_of(config, devices)
+    shard_config(config, devices)
 
 
 @functools.lru_cache(maxsize=8)
 def estimate_weights(config: Config, devices: int = 1) -> WeightBytes:
-    """What the parameters that `load_params` returns take on each device."""
-    block, table = _block_shapes(share_of(config, devices)), _table_share(config, devices)
+    """The bytes on each device of the parameters that `load_params` returns."""
+    block, table = _block_shapes(shard_config(config, devices)), _table_shard(config, devices)
     shapes = [(config.layers, *shape) for shape in block]
     shapes += [(config.dim,), table] if config.tied else [(config.dim,), table, table]
     return sum_weights(
@@ -125,7 +133,7 @@ def estimate_weights(config: Config, devices: int = 1) -> WeightBytes:
 
 
 def estimate_tensors(tensors: Iterable[TensorInfo]) -> WeightBytes:
-    """What tensors take that are compressed one by one."""
+    """The bytes of tensors that are compressed one by one."""
     return sum_weights(
         _compressed_bytes(tensor.shape, stack_axes=0)
         if is_candidate(tensor.shape, tensor.numpy_dtype)
@@ -135,59 +143,61 @@ def estimate_tensors(tensors: Iterable[TensorInfo]) -> WeightBytes:
 
 
 def sum_weights(parts: Iterable[WeightBytes]) -> WeightBytes:
-    """All of them together."""
+    """The sum of the bytes of several weights."""
     return WeightBytes(*map(sum, zip(WeightBytes(0, 0, 0, 0), *parts, strict=True)))
 
 
 def count_parameters(config: Config) -> int:
-    """How many weights the model has."""
-    tables = (1 if config.tied else 2) * config.vocab * config.dim
-    return config.layers * sum(map(math.prod, _block_shapes(config))) + config.dim + tables
+    """The number of weights of the model."""
+    in_tables = (1 if config.tied else 2) * config.vocab * config.dim
+    return config.layers * sum(map(math.prod, _block_shapes(config))) + config.dim + in_tables
 
 
-def share_weights(config: Config, weights: WeightBytes, devices: int) -> WeightBytes:
-    """What known weights of a decoder take on each device, as estimated ones would."""
-    share, whole = estimate_weights(config, devices).plain, estimate_weights(config).plain
-    return WeightBytes(*(-(-nbytes * share // whole) for nbytes in weights))
+def shard_weights(config: Config, weights: WeightBytes, devices: int) -> WeightBytes:
+    """The bytes on each device of known weights, in proportion to the estimated plain weights."""
+    shard, whole = estimate_weights(config, devices).plain, estimate_weights(config).plain
+    return WeightBytes(*(-(-nbytes * shard // whole) for nbytes in weights))
 
 
 def cache_nbytes(config: Config, batch: int, context: int, devices: int = 1) -> int:
     """Bytes of keys, values and positions on each device."""
-    share, slots = share_of(config, devices), _generate.cache_length(context, 1)
-    cache = jax.eval_shape(functools.partial(_cache.init_cache, share, batch, slots))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    shard, slots = shard_config(config, devices), cache_length(context, 1)
+    return _cache.count_bytes(
+        jax.eval_shape(functools.partial(_cache.init_cache, shard, batch, slots))
+    )
 
 
 def estimate_temporary(
     config: Config, batch: int, context: int, prompt: int | None = None, devices: int = 1
 ) -> Temporary:
-    """What a program takes beside weights and cache, as XLA plans it for a GPU.
+    """The memory of a program beside weights and cache, as XLA plans it for a GPU.
 
     Args:
-        config: of the decoder.
-        batch: how many sequences.
-        context: how many tokens the cache has room for.
-        prompt: how many are read at once, at most; None for as many as `prefill` does.
-        devices: how many the model is divided over.
+        config: the configuration of the transformer.
+        batch: the number of sequences.
+        context: the number of tokens that the cache has room for.
+        prompt: the most tokens of a sequence that are read at once; None for as many as `prefill`
+            reads.
+        devices: the number of devices that the model is divided over.
     """
-    c, width = share_of(config, devices), np.dtype(config.dtype).itemsize
-    slots = _generate.cache_length(context, 1)
-    rows = min(slots if prompt is None else prompt, max(1, _generate.PIECE_TOKENS // batch))
-    tokens = batch * rows
-    # Of a layer that attends to most of them: sliding ones look at new ones beside those in slots.
+    c, width = shard_config(config, devices), np.dtype(config.dtype).itemsize
+    slots = cache_length(context, 1)
+    seq = min(slots if prompt is None else prompt, max(1, _programs.PIECE_TOKENS // batch))
+    tokens = batch * seq
+    # The most keys that a layer attends to: in sliding layers, those of the slots and the new ones.
     window = min(slots, c.window)
-    in_window = window if rows == 1 else window + rows
+    in_window = window if seq == 1 else window + seq
     keys = max(0 if all(c.sliding) else slots, in_window if any(c.sliding) else 0)
 
     def part(smallest: int, count: int) -> int:
-        """Bytes of as many as attention looks at together."""
+        """The bytes that attention handles at a time, of a number of smallest parts."""
         return min(smallest * count, max(smallest, _attention.PART_BYTES))
 
-    # Keys and values are copied for a key-value head of a row at least, scores computed for a token
-    # and the query heads that share it.
+    # The smallest part of keys and values is that of a key-value head of a row; the smallest part
+    # of the scores is that of a token and the query heads that share a key-value head.
     copied = part(2 * keys * c.head_dim * width, batch * c.kv_heads)
     scores = part(4 * c.heads // c.kv_heads * keys, tokens * c.kv_heads)
-    # Scores are float32, the weights made of them are not.
+    # Scores are float32; the attention weights computed from them have the dtype of activations.
     attention = scores + scores * width // 4 + 2 * width * tokens * c.heads * c.head_dim
     mlp = 2 * width * tokens * c.hidden
     in_block = Temporary(
@@ -198,36 +208,11 @@ def estimate_temporary(
     )
     in_head = Temporary(
         block=0,
-        head=2 * _table.ROWS * c.dim * _head_groups(config, devices),
+        head=2 * tables.ROWS * c.dim * _head_groups(config, devices),
         cache_copy=0,
         activations=width * tokens * c.dim + 2 * 4 * batch * c.vocab,
     )
     return max(in_block, in_head, key=lambda temporary: temporary.nbytes)
-
-
-def longest_context(config: Config, fits: Callable[[int], bool]) -> int:
-    """The longest context that fits and that the model was made for; 0 if none does."""
-    return _largest(fits, config.max_length)
-
-
-def largest_batch(fits: Callable[[int], bool]) -> int:
-    """The largest batch that fits; 0 if none does."""
-    most = 1
-    while most < MOST_SEQUENCES and fits(most):
-        most *= 2
-    return _largest(fits, most)
-
-
-def _largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to `most` that fits, where all smaller ones do."""
-    least = 0
-    while least < most:
-        middle = (least + most + 1) // 2
-        if fits(middle):
-            least = middle
-        else:
-            most = middle - 1
-    return least
 
 
 def _plain_bytes(nbytes: int) -> WeightBytes:
@@ -235,7 +220,7 @@ def _plain_bytes(nbytes: int) -> WeightBytes:
 
 
 def _compressed_bytes(shape: tuple[int, ...], stack_axes: int) -> WeightBytes:
-    """What a leaf takes of which each slice is compressed, unless that would be more than plain."""
+    """The bytes of a leaf whose slices are compressed, or of a plain one if that is smaller."""
     plain, slices = 2 * math.prod(shape), math.prod(shape[:stack_axes])
     view = _layout.make_view(shape[stack_axes:])
     fixed = _layout.HEADER_WORDS + _layout.CODEBOOK_WORDS + view.chunks + 1
@@ -254,11 +239,11 @@ def _block_shapes(config: Config) -> tuple[tuple[int, ...], ...]:
     return tuple(leaf.shape for leaf in jax.tree.leaves(_transformer.block_shapes(config)))
 
 
-def _table_share(config: Config, devices: int) -> tuple[int, int, int]:
+def _table_shard(config: Config, devices: int) -> tuple[int, int, int]:
     groups, rows, dim = table_shape(config, devices)
     return groups // devices, rows, dim
 
 
 def _head_groups(config: Config, devices: int) -> int:
-    table = jax.ShapeDtypeStruct(_table_share(config, devices), config.dtype)
-    return _table.groups_in_piece(table)  # type: ignore[arg-type]  # its shape is enough
+    table = jax.ShapeDtypeStruct(_table_shard(config, devices), config.dtype)
+    return tables.groups_in_piece(table)  # type: ignore[arg-type]  # its shape is enough

@@ -1,8 +1,8 @@
 """Embeddings and output heads as stacks of row groups, of which few are decompressed at a time.
 
-A table [vocab, dim] is kept as [groups, ROWS, dim], the last group filled up with zeros. If it is
-compressed, each group is a slice of the stack, and can be decompressed alone: a token costs its
-group, and the output head goes through the table in pieces.
+A table [vocab, dim] is kept as [groups, ROWS, dim], its last group padded with zeros. If it is
+compressed, each group is a slice of the stack, and can be decompressed alone: to look up a token,
+its group is decompressed, and the output head goes through the table in pieces.
 """
 
 from collections.abc import Callable
@@ -15,11 +15,11 @@ from jaxtyping import Array, BFloat16, Float, Int
 from df11_jax._array import DF11Array
 from df11_jax._decode import decode_slices
 
-# Chunks of the compressed layout have as many rows: with fewer, each would be worse compressed.
+# The rows of a chunk of the compressed layout; smaller groups would be compressed less well.
 ROWS = 128
 
-# Of decompressed weights at a time. Products of that size are efficient on any device, and it is
-# less than a block of all but the smallest models.
+# Bytes of decompressed weights at a time. Products of that size are efficient on any device, and
+# it is less than a block of all but the smallest models.
 PIECE_BYTES = 64 * 2**20
 
 Table = BFloat16[Array, "groups rows dim"] | DF11Array
@@ -33,8 +33,8 @@ def table_shape(vocab: int, dim: int) -> tuple[int, int, int]:
 def look_up(table: Table, tokens: Int[Array, "*batch"]) -> BFloat16[Array, "*batch dim"]:
     """The rows of some tokens.
 
-    Of a compressed table, the groups of the tokens are decompressed, in pieces if they are many;
-    or if it has no more groups than there are tokens, all of it, piece by piece.
+    If the table is compressed, the groups of the tokens are decompressed, in pieces if they are
+    many. If it has no more groups than there are tokens, all of it is decompressed, piece by piece.
     """
     groups, _, dim = table.shape
     if not isinstance(table, DF11Array):
@@ -45,7 +45,7 @@ def look_up(table: Table, tokens: Int[Array, "*batch"]) -> BFloat16[Array, "*bat
     else:
 
         def choose(out: Array, first: Array, piece: Array) -> Array:
-            # As integers: XLA on a CPU chooses between float32 copies, which changes some NaNs.
+            # As integers: XLA on a CPU would select from float32 copies, which changes some NaNs.
             rows = jax.lax.bitcast_convert_type(piece, jnp.uint16)
             is_here = (flat >= first) & (flat < first + len(rows))
             found = rows[jnp.clip(flat - first, 0, len(rows) - 1)]
@@ -57,7 +57,7 @@ def look_up(table: Table, tokens: Int[Array, "*batch"]) -> BFloat16[Array, "*bat
 
 
 def project(table: Table, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch rows_of_all"]:
-    """Float32 products of `x` and all rows, those that fill up the last group included."""
+    """Float32 products of `x` and all rows, those that pad the last group included."""
     groups, rows, _ = table.shape
 
     def add(logits: Array, first: Int[Array, ""], piece: Array) -> Array:
@@ -71,7 +71,7 @@ def project(table: Table, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch
 
 
 def groups_in_piece(table: Table) -> int:
-    """How many groups are decompressed at a time; pieces are as equal as they can be."""
+    """The number of groups that are decompressed at a time; pieces are as equal as possible."""
     groups, rows, dim = table.shape
     most = max(1, PIECE_BYTES // (2 * rows * dim))
     return -(-groups // -(-groups // most))
@@ -85,7 +85,7 @@ def scan_pieces(
 ) -> Array:
     """`carry = step(carry, first_row, rows)` over all rows, a piece at a time.
 
-    The last piece begins early enough to be as large as the others.
+    The last piece begins early enough to be as large as the others, so some rows may come twice.
     """
     groups, rows, dim = table.shape
     size = groups_in_piece(table)
@@ -110,7 +110,7 @@ def _decode_rows(table: DF11Array, tokens: Int[Array, " n"]) -> BFloat16[Array, 
 
 
 def _in_pieces(function: Callable[[Array], Array], x: Int[Array, " n"], size: int) -> Array:
-    """`function(x)`, of no more than `size` elements at once."""
+    """`function(x)`, computed from at most `size` elements at once."""
     if x.size <= size:
         return function(x)
     padded = jnp.pad(x, (0, -x.size % size)).reshape(-1, size)
