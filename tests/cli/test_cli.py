@@ -43,7 +43,7 @@ from df11_jax.cli import main
 main()
 """
     command = [sys.executable, "-P", "-c", code, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, **options)
 
 
 def die(function, signal_name):

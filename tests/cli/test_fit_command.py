@@ -311,7 +311,7 @@ main()
         [sys.executable, "-P", "-c", code],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env=os.environ,
     )
     assert result.returncode == FITS, result.stderr

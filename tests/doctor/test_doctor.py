@@ -110,7 +110,7 @@ def doctor(folder, status, **environment):
         env=os.environ | {"PYTHONPATH": str(folder), "JAX_PLATFORMS": "cpu"} | environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert result.returncode == status, result.stdout + result.stderr
     found = json.loads(result.stdout)
