@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 import jax.export
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt32
 
 from df11_jax import _layout
+from df11_jax._host_arrays import BFLOAT16
 
 
 @jax.tree_util.register_dataclass
@@ -64,7 +64,7 @@ class DF11Array:
     @property
     def dtype(self) -> np.dtype:
         """bfloat16."""
-        return np.dtype(jnp.bfloat16)
+        return BFLOAT16
 
     @property
     def size(self) -> int:

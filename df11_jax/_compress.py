@@ -1,6 +1,5 @@
 """Compression on the host: one tensor, or a pytree leaf by leaf."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,16 +10,10 @@ from jaxtyping import Array, BFloat16, PyTree
 
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._decode import path_name
+from df11_jax._host_arrays import BFLOAT16, to_host
 from df11_jax._host_codec import encode
 from df11_jax._progress import ProgressBar
-from df11_jax._select import (
-    BFLOAT16,
-    CASTABLE,
-    MIN_SIZE,
-    Selection,
-    compile_pattern,
-    native_dtype,
-)
+from df11_jax._select import MIN_SIZE, Selection, is_castable, is_worth_keeping
 
 
 def compress(
@@ -48,7 +41,8 @@ def compress(
 
     Raises:
         TypeError: `array` is traced, or not bfloat16.
-        ValueError: too many dimensions, or fewer than `stack_axes`.
+        ValueError: `array` has more than 8 dimensions besides its stack axes, or fewer dimensions
+            than `stack_axes`.
         RuntimeError: verification failed, which means broken hardware or a bug.
     """
     return _compress(array, "array", stack_axes, verify, threads)
@@ -69,9 +63,11 @@ def compress_params(
     """Compresses the leaves of a pytree for which it is worth it.
 
     A leaf stays as it is if it is not bfloat16 (but see `cast`), is left out by one of the
-    arguments, is compressed already, or would not get smaller. Leaves are compressed one by one,
-    so beside `params` and the result the host holds what one leaf needs. `params` itself is never
-    changed: if this is interrupted, nothing is lost.
+    arguments, is compressed already, would not get smaller, or has more than 8 dimensions besides
+    its stack axis, which the format cannot hold (`compress` of such an array raises).
+
+    Leaves are compressed one by one, so beside `params` and the result the host holds what one
+    leaf needs. `params` itself is never changed: if this is interrupted, nothing is lost.
 
     Args:
         params: a pytree of arrays, such as Flax parameters.
@@ -100,8 +96,9 @@ def compress_params(
         UserWarning: no leaf is compressed, and some would have been if they were not float32 or
             float16, which Flax makes by default.
     """
-    selection = Selection(compile_pattern("include", include), predicate, min_size, cast)
-    stacks = compile_pattern("stacked", stacked)
+    selection = Selection.from_options(
+        include=include, stacked=stacked, predicate=predicate, min_size=min_size, cast=cast
+    )
     with_paths, treedef = jax.tree.flatten_with_path(params, is_leaf=is_df11)
     named = [(path_name(path), leaf) for path, leaf in with_paths]
     wanted = [selection.has(path, leaf) for path, leaf in named]
@@ -111,7 +108,7 @@ def compress_params(
         for (path, leaf), want in zip(named, wanted, strict=True):
             if want:
                 nbytes = leaf.nbytes
-                leaf = compress_leaf(path, leaf, stacks, verify=verify, threads=threads, cast=cast)
+                leaf = compress_leaf(path, leaf, selection, verify=verify, threads=threads)
                 bar.update(path, nbytes)
             leaves.append((path, leaf))
     selection.warn_if_futile("compress_params", leaves, stacklevel=2)
@@ -121,30 +118,29 @@ def compress_params(
 def compress_leaf(
     path: str,
     leaf: Any,
-    stacks: re.Pattern[str] | None,
+    selection: Selection,
     *,
-    verify: bool,
-    threads: int | None,
-    cast: bool,
+    verify: bool = True,
+    threads: int | None = None,
 ) -> Any:
     """A leaf compressed, or as it is if that would not make it smaller.
 
     Args:
-        path: its name; errors have it.
-        leaf: an array.
-        stacks: found in the paths of leaves that are stacks along their first axis.
-        verify: as for `compress_params`, like all that follow.
-        threads: how many threads to use.
-        cast: round float32 and float16 to bfloat16 first.
+        path: the name of the leaf; errors have it.
+        leaf: an array that is one of the selection.
+        selection: tells whether the leaf is a stack, and whether to round it to bfloat16.
+        verify: see `compress_params`.
+        threads: see `compress_params`.
     """
-    stack_axes = 1 if stacks is not None and stacks.search(path) else 0
     try:
-        small = _compress(leaf, path, stack_axes, verify, threads, cast=cast)
+        small = _compress(
+            leaf, path, selection.stack_axes(path), verify, threads, cast=selection.cast
+        )
     except Exception as error:
         # What numpy and jax raise (for deleted arrays, say) does not name the leaf.
         error.add_note(f"df11_jax: while compressing the leaf {path}")
         raise
-    return small if small.compressed_nbytes < leaf.nbytes else leaf
+    return small if is_worth_keeping(small.compressed_nbytes, leaf.nbytes) else leaf
 
 
 def _compress(
@@ -156,7 +152,7 @@ def _compress(
     *,
     cast: bool = False,
 ) -> DF11Array:
-    weights, device = _on_host(array, name, cast)
+    weights, device = _as_weights(array, name, cast)
     words = encode(weights, name, stack_axes=stack_axes, verify=verify, threads=threads)
     header, codebook, chunk_offsets, exponents, sign_mantissa = (
         jax.device_put(w, device) for w in words
@@ -167,7 +163,7 @@ def _compress(
     )
 
 
-def _on_host(array: Any, name: str, cast: bool) -> tuple[np.ndarray, Any]:
+def _as_weights(array: Any, name: str, cast: bool) -> tuple[np.ndarray, Any]:
     """The array as contiguous bfloat16 on the host, and where the result is to go."""
     if isinstance(array, jax.core.Tracer):
         raise TypeError(
@@ -180,9 +176,8 @@ def _on_host(array: Any, name: str, cast: bool) -> tuple[np.ndarray, Any]:
     if isinstance(array, jax.Array):
         if len(array.devices()) == 1 and (array.committed or array.devices() != _default_device()):
             (device,) = array.devices()
-        array = fetch(array)
-    weights = np.asarray(array)
-    if cast and native_dtype(weights) in CASTABLE:
+    weights = to_host(array)
+    if cast and is_castable(weights.dtype):
         weights = weights.astype(BFLOAT16)
     if weights.dtype != BFLOAT16:
         if not hasattr(array, "dtype"):
@@ -195,22 +190,6 @@ def _on_host(array: Any, name: str, cast: bool) -> tuple[np.ndarray, Any]:
             "Cast it first, if rounding is acceptable: array.astype(jax.numpy.bfloat16)"
         )
     return np.ascontiguousarray(weights).reshape(weights.shape), device
-
-
-def fetch(array: jax.Array) -> np.ndarray:
-    """An array's elements on the host, which are gone when the caller drops them."""
-    # From a new array of the same buffers: what comes to the host from another device is cached
-    # with the array that was asked for it, and would stay as long as that does.
-    shards = [shard.data for shard in array.addressable_shards]
-    return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards))
-
-
-def cpu_device() -> jax.Device | None:
-    """A CPU that JAX can use, if there is one."""
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX was told to use accelerators only
-        return None
 
 
 def _default_device() -> set[jax.Device]:

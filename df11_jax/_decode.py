@@ -5,19 +5,18 @@ index of the slice: handing it slices would make XLA copy them first.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import export
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, BFloat16, Int32, PyTree
 
 from df11_jax import _ffi, _layout, _xla_decoder
 from df11_jax._array import DF11Array, is_df11
+from df11_jax._ffi_call import DecoderCall, call_decoder
 
 Arrays = TypeVar("Arrays", bound=PyTree)
 
@@ -27,13 +26,6 @@ EXPORT_SAFETY_CHECKS = tuple(
     export.DisabledSafetyCheck.custom_call(target)
     for target in (_ffi.DECODE_TARGET, _ffi.PUBLISHED_DECODE_TARGET)
 )
-
-
-class _Tensors(NamedTuple):
-    """What is static about the tensors of one call."""
-
-    names: tuple[str, ...]
-    slice_shapes: tuple[tuple[int, ...], ...]
 
 
 def decompress(a: DF11Array) -> BFloat16[Array, "..."]:
@@ -163,7 +155,14 @@ def decode_slices(
         for array in arrays
         for leaf in array.payload
     )
-    return list(_decode(_Tensors(names, slice_shapes), _tie(index, after), *payloads))
+    decoder = DecoderCall(
+        _ffi.DECODE_TARGET,
+        "expand_dims",
+        attributes=(("names", "\n".join(names)),),
+        xla=_decode_by_xla,
+        static=(slice_shapes,),
+    )
+    return list(call_decoder(decoder, _tie(index, after), *payloads))
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -196,43 +195,13 @@ def _is_number(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _decode(tensors: _Tensors, index: Array, *payloads: Array) -> tuple[Array, ...]:
-    _ffi.warn_if_slow()
-    with jax.numpy_rank_promotion("allow"):  # whatever the user wants of their own code
-        return _decode_on_any_platform(tensors, _ffi.platforms(), index, *payloads)
-
-
-# Under jit even where the caller is not: platform_dependent would otherwise go by the default
-# device, and not by where the arrays are.
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _decode_on_any_platform(
-    tensors: _Tensors, platforms: tuple[str, ...], index: Array, *payloads: Array
+def _decode_by_xla(
+    slice_shapes: tuple[tuple[int, ...], ...], index: Array, *payloads: Array
 ) -> tuple[Array, ...]:
-    def xla(index: Array, *payloads: Array) -> tuple[Array, ...]:
-        # Index and headers may be tied to what is computed first: so be all that is read.
-        index, payloads = jax.lax.optimization_barrier((index, payloads))
-        each = len(_layout.PAYLOAD)
-        return tuple(
-            _xla_decoder.decode(index, *payloads[each * i : each * (i + 1)], slice_shape=shape)
-            for i, shape in enumerate(tensors.slice_shapes)
-        )
-
-    def ffi(index: Array, *payloads: Array) -> tuple[Array, ...]:
-        # Not only shapes: in a shard_map, the types also say along which axes results differ.
-        out = jax.eval_shape(xla, index, *payloads)
-        call = jax.ffi.ffi_call(_ffi.DECODE_TARGET, out, vmap_method="expand_dims")
-        return call(index, *payloads, names="\n".join(tensors.names))
-
-    compiled = dict.fromkeys(platforms, ffi)
-    return jax.lax.platform_dependent(index, *payloads, **compiled, default=xla)
-
-
-@functools.partial(_decode.defjvp, symbolic_zeros=True)
-def _decode_jvp(
-    tensors: _Tensors, primals: tuple[Array, ...], tangents: tuple[Any, ...]
-) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
-    # The tangents' zeros are symbolic: as arrays, they would be as large as the weights.
-    del tangents
-    weights = _decode(tensors, *primals)
-    return weights, tuple(SymbolicZero.from_primal_value(weight) for weight in weights)
+    # Index and headers may be tied to what is computed first: so be all that is read.
+    index, payloads = jax.lax.optimization_barrier((index, payloads))
+    each = len(_layout.PAYLOAD)
+    return tuple(
+        _xla_decoder.decode(index, *payloads[each * i : each * (i + 1)], slice_shape=shape)
+        for i, shape in enumerate(slice_shapes)
+    )

@@ -4,11 +4,11 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from jaxtyping import BFloat16, UInt32
 
 from df11_jax import _layout
+from df11_jax._host_arrays import BFLOAT16
 
 Payload = Sequence[UInt32[np.ndarray, "*stack words"]]
 
@@ -83,7 +83,7 @@ def decode(
     header = _layout.pack_header(slice_shape)
     if np.any(payload[0] != header):
         raise ValueError(f"{name}: not all slices have a header of the shape {slice_shape}")
-    weights = np.empty(stack_shape + slice_shape, ml_dtypes.bfloat16)
+    weights = np.empty(stack_shape + slice_shape, BFLOAT16)
     bits = _stack_of_bits(weights, len(stack_shape))
     words = [np.ascontiguousarray(part).reshape(bits.shape[0], -1) for part in payload[1:]]
     at = cpu_library().decode(bits, list(slice_shape), *words, threads or available_threads())

@@ -7,12 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt32
-from numpy.typing import DTypeLike
 
 from df11_jax import _layout
 from df11_jax._array import DF11Array
-
-_ALIGNMENT = 64  # jax on a CPU takes aligned memory over instead of copying it
+from df11_jax._host_arrays import empty_aligned
 
 
 def stack(arrays: Sequence[DF11Array]) -> DF11Array:
@@ -113,11 +111,3 @@ class StackBuilder:
             sign_mantissa,
             slice_shape=self._slice_shape,
         )
-
-
-def empty_aligned(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    """`numpy.empty`, of memory that jax on a CPU takes over instead of copying it."""
-    nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    begin = -memory.ctypes.data % _ALIGNMENT
-    return memory[begin : begin + nbytes].view(dtype).reshape(shape)

@@ -22,7 +22,7 @@ from flax import nnx
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._compress import compress_leaf
 from df11_jax._decode import decompress
-from df11_jax._select import MIN_SIZE, Selection, compile_pattern
+from df11_jax._select import MIN_SIZE, Selection
 
 __all__ = ["CompressedParam", "compress"]
 
@@ -131,8 +131,9 @@ def compress(
         UserWarning: no parameter is compressed, and some would have been if they were not float32
             or float16, which Flax makes by default.
     """
-    selection = Selection(compile_pattern("include", include), predicate, min_size, cast)
-    stacks = compile_pattern("stacked", stacked)
+    selection = Selection.from_options(
+        include=include, stacked=stacked, predicate=predicate, min_size=min_size, cast=cast
+    )
     has_params = False
     seen: list[tuple[str, nnx.Param[Any]]] = []
     for path, param in nnx.iter_graph(model, graph=True):
@@ -144,7 +145,7 @@ def compress(
         name, value = "/".join(map(str, path)), param.get_raw_value()
         is_adapter = isinstance(param, nnx.LoRAParam)  # which is there to be trained
         if selection.has(name, value) and not is_adapter:
-            value = compress_leaf(name, value, stacks, verify=verify, threads=threads, cast=cast)
+            value = compress_leaf(name, value, selection, verify=verify, threads=threads)
         if is_df11(value):
             # Other modules may refer to the same parameter, so it has to remain the same object.
             param.__class__ = _compressed_type(type(param))

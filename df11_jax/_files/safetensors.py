@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from df11_jax._files.untrusted_json import MAX_BYTES, parse_json, require_file
+from df11_jax._host_arrays import as_bytes
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(scalar)
@@ -174,8 +175,7 @@ class TensorWriter:
         dtype = DTYPE_NAMES.get(array.dtype)
         if dtype is None:
             raise ValueError(f"{name}: safetensors files cannot hold the dtype {array.dtype}")
-        # numpy exports neither bfloat16 nor arrays of no elements as buffers.
-        self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        self._file.write(as_bytes(array).data)
         begin, self._end = self._end, self._end + array.nbytes
         self._header[name] = {
             "dtype": dtype,

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+
+from df11_jax._files.safetensors import DTYPES
 
 
 class TensorInfo(NamedTuple):
@@ -21,6 +23,11 @@ class TensorInfo(NamedTuple):
     dtype: str
     nbytes: int
     stored_nbytes: int
+
+    @property
+    def numpy_dtype(self) -> np.dtype | None:
+        """The dtype as numpy knows it; None if numpy does not."""
+        return DTYPES.get(self.dtype)
 
 
 class TensorSource(Protocol):
@@ -39,6 +46,7 @@ class TensorSource(Protocol):
         """
 
 
+@runtime_checkable
 class Source(TensorSource, Protocol):
     """A checkpoint that is read tensor by tensor, whatever its format.
 

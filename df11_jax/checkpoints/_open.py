@@ -1,4 +1,4 @@
-"""Which format a checkpoint has."""
+"""Opens checkpoints of any format."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,23 +26,26 @@ def open_checkpoint(
     shapes: Shapes | None = None,
     pattern_dict: Mapping[str, Sequence[str]] | None = None,
 ) -> Source:
-    """Opens a checkpoint of any format, which its content tells.
+    """Opens a checkpoint, whose content determines its format.
 
     Plain and native checkpoints are one safetensors file, or a directory of a model as Hugging
     Face lays it out: `model.safetensors`, or shards with their index. An Orbax checkpoint is the
     folder of one item, which has the file `_METADATA`.
 
     Args:
-        path: of the directory or file.
-        shapes: for published checkpoints, the model's shapes: see `df11_jax.published.Checkpoint`.
-        pattern_dict: for published checkpoints, what their units consist of: see there.
+        path: the path of the directory or file.
+        shapes: the model's shapes, which only published checkpoints may need; see
+            `df11_jax.published.Checkpoint`.
+        pattern_dict: the tensors that units consist of, which only published checkpoints may need;
+            see there.
 
     Returns:
         A reader, which has read headers only.
 
     Raises:
         FileNotFoundError: nothing is there, or a shard is missing.
-        ValueError: it is none of the formats, or damaged; the message says what was found.
+        ValueError: the checkpoint has none of the formats, or is damaged; the message says what
+            was found.
     """
     path = Path(path)
     if (path / ORBAX_METADATA).is_file():
@@ -76,7 +79,7 @@ def _is_published(path: Path) -> bool:
         except ValueError:
             if index is None:
                 raise
-            # Beside what an index lists, there may be anything.
+            # Beside the files that an index lists, there may be anything.
     return False
 
 

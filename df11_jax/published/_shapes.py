@@ -1,4 +1,4 @@
-"""What a unit does not store: the shapes that its tensors have in the model."""
+"""The shapes of a unit's tensors in the model, which the unit does not store."""
 
 import math
 import operator
@@ -152,15 +152,15 @@ class ModelConfig:
 
 
 def read_shapes(shapes: Shapes | None) -> dict[str, tuple[int, ...]]:
-    """Shapes by tensor name.
+    """Reads shapes by tensor name.
 
     Args:
-        shapes: these, or the original model: its safetensors file, index, or directory; only
+        shapes: the shapes, or the original model: its safetensors file, index, or directory. Only
             headers are read.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a file is not what it should be; or a shape is not one.
+        ValueError: a file is invalid, or a shape is invalid.
     """
     if shapes is None:
         return {}
@@ -190,10 +190,10 @@ def _as_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def check_shape(shape: Sequence[int], size: int, where: str) -> None:
-    """Checks that a shape holds as many elements as a unit has for it.
+    """Checks that a shape has as many elements as the unit has for the tensor.
 
     Raises:
-        ValueError: it does not.
+        ValueError: the shape has another number of elements.
     """
     if math.prod(shape) != size:
         raise ValueError(
