@@ -1,4 +1,4 @@
-"""Compiles text generation for an H100, without one, and tells what it takes.
+"""What does text generation take on H100s? Compiles it for them, without one.
 
     pip install "jax[cuda13]" ".[models]"
     python benchmarks/compile_models_for_gpu.py
@@ -9,15 +9,10 @@ which tell whether XLA computes the same from compressed as from plain weights.
 """
 
 import json
-import pathlib
 import re
-import sys
 
-import compile_for_gpu  # first: it sets what XLA reads once
+import h100  # first: it sets what XLA reads once
 import jax
-from jax.experimental import topologies
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "models"))
 import shapes
 from known_configs import KNOWN
 
@@ -64,15 +59,11 @@ def describe(
 
 def main() -> None:
     for name, batch, prompt, devices in PROGRAMS:
-        topology = topologies.get_topology_desc(
-            platform="cuda", target_config=compile_for_gpu.H100, topology=f"1x1x{devices}"
-        )
-        sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+        gpus = h100.devices(devices)
+        sharding = jax.sharding.SingleDeviceSharding(gpus[0])
         config = models.read_config(KNOWN[name])
         for compress in (True, False):
-            params = shapes.param_shapes(
-                config, compress=compress, sharding=sharding, devices=topology.devices
-            )
+            params = shapes.param_shapes(config, compress=compress, sharding=sharding, devices=gpus)
             program = {
                 "model": name,
                 "batch": batch,

@@ -1,6 +1,12 @@
-"""Progress bars that count bytes."""
+"""Progress, on the standard error: lines, and bars that count bytes."""
 
+import sys
 from typing import Any
+
+
+def say(line: str) -> None:
+    """Prints a line at once."""
+    print(line, file=sys.stderr, flush=True)
 
 
 class ProgressBar:

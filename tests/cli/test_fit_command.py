@@ -285,14 +285,14 @@ def check():
     print("checked", file=sys.stderr)
 atexit.register(check)
 sys.argv[1:] = ["fit", {str(llama)!r}, "--memory", "24GiB"]
-from df11_jax.cli._main import main
+from df11_jax.cli import main
 main()
 """
     result = subprocess.run(
         [sys.executable, "-P", "-c", code],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env=os.environ,
     )
     assert result.returncode == FITS, result.stderr

@@ -15,7 +15,7 @@ import shapes
 from click.testing import CliRunner
 
 from df11_jax import models
-from df11_jax.bench import compare, generation, plan, ways
+from df11_jax.bench import compare, placements, plan, request
 from df11_jax.cli import _commands
 
 SIZES = {
@@ -54,7 +54,7 @@ def report(folder):
     return json.loads(result.stdout)
 
 
-def test_weights_are_held_in_three_ways(report):
+def test_weights_in_three_placements(report):
     weights = report["weights"]
     assert list(weights) == NAMES
     compressed, offloaded, plain = weights.values()
@@ -83,7 +83,7 @@ def test_rows(report):
         assert row["prompt_tokens_per_second"] == pytest.approx(rate)
 
 
-def test_all_ways_generate_the_same(report):
+def test_all_placements_generate_the_same(report):
     assert report["equal"] == {"1": NAMES, "3": NAMES}
     assert report["differences"] == []
 
@@ -118,13 +118,13 @@ def test_a_directory_of_a_tied_model_that_does_not_fit(tmp_path):
 
 
 def test_different_tokens_end_with_status_1(folder, monkeypatch):
-    decompress_params = ways.decompress_params
+    decompress_params = placements.decompress_params
 
     def wrong(params):
         plain = decompress_params(params)
         return plain | {"norm": -plain["norm"]}
 
-    monkeypatch.setattr(ways, "decompress_params", wrong)
+    monkeypatch.setattr(placements, "decompress_params", wrong)
     result = invoke(folder / "config.json", *SHORT, "--memory", "1GB")
     assert result.exit_code == 1
     assert "DIFFERENT: batch 1: tokens, first logits, last logits of plain and" in result.stdout
@@ -174,26 +174,26 @@ def test_a_model_that_is_not_supported(tmp_path):
 
 def test_no_run_holds_the_cache_of_the_run_before():
     """Device memory would be more than planned, by a cache."""
-    job = generation.Job(batch=2, prompt=8, tokens=4)
+    asked = request.Request(batch=2, prompt=8, tokens=4)
     config = models.read_config(SIZES)
     params = models.load_params(models.RandomSource(config), config, compress=False)
-    programs = generation.compile_job(params, config, job)
-    shape = (config.layers, job.batch, config.kv_heads, job.length, config.head_dim)
+    programs = request.compile_request(params, config, asked)
+    shape = (config.layers, asked.batch, config.kv_heads, asked.length, config.head_dim)
     caches = []
 
     def prefill(*inputs):
         caches.append(sum(array.shape == shape for array in jax.live_arrays()))
         return programs.prefill(*inputs)
 
-    generation.run(programs._replace(prefill=prefill), params, config, job, repeats=2)
+    request.run(programs._replace(prefill=prefill), params, config, asked, repeats=2)
     assert caches == [0, 0, 0]
 
 
 @pytest.mark.parametrize("most", [11, 100])
 def test_longest_context_of_a_model_made_for_few_tokens(most):
     config = models.read_config(SIZES | {"max_position_embeddings": most})
-    way = ways.Way("plain", shapes.param_shapes(config, compress=False))
-    assert compare._find_longest(way, config, 10**9) == most
+    weights = placements.PlacedWeights("plain", shapes.param_shapes(config, compress=False))
+    assert compare._find_longest(weights, config, 10**9) == most
 
 
 @pytest.mark.parametrize(

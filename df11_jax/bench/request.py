@@ -1,4 +1,4 @@
-"""A generation to measure: its two programs, and what comes of running them."""
+"""A request to generate text, its two programs, and the result of running them."""
 
 import dataclasses
 import time
@@ -17,13 +17,14 @@ STEP = BUCKET  # caches are multiples of it, as those that `generate` makes
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """What is generated: the likeliest tokens after random prompts, none of which ends early.
+class Request:
+    """A request for the likeliest tokens after random prompts, none of which ends early.
 
     Attributes:
-        batch: how many prompts.
-        prompt: tokens of each.
-        tokens: to choose for each, at least 2: the first by the program that reads the prompts.
+        batch: the number of prompts.
+        prompt: the number of tokens of each prompt.
+        tokens: the number of tokens to choose for each prompt, at least 2. The program that reads
+            the prompts chooses the first.
     """
 
     batch: int
@@ -32,23 +33,23 @@ class Job:
 
     @property
     def steps(self) -> int:
-        """Of the token loop."""
+        """The steps of the token loop."""
         return self.tokens - 1
 
     @property
     def length(self) -> int:
-        """Of the cache. The token chosen last is not read any more."""
+        """The length of the cache. The token chosen last is not read any more."""
         return -(-(self.prompt + self.steps) // STEP) * STEP
 
     def inputs(self, config: Config) -> tuple[Any, ...]:
-        """What `prefill` takes beside the parameters."""
+        """The inputs of `prefill` beside the parameters."""
         key, shape = jax.random.key(self.batch), (self.batch, self.prompt)
         prompts = jax.random.randint(key, shape, 0, config.vocab, jnp.int32)
         lengths = jnp.full(self.batch, self.prompt, jnp.int32)
         return prompts, lengths, *self._rest()
 
     def step_inputs(self) -> tuple[Any, ...]:
-        """What `decode` takes beside parameters and state."""
+        """The inputs of `decode` beside parameters and state."""
         return jnp.int32(self.steps), *self._rest()
 
     def _rest(self) -> tuple[Any, ...]:
@@ -56,21 +57,21 @@ class Job:
         return Sampling(), keys, jnp.zeros(0, jnp.int32)
 
 
-class Programs(NamedTuple):
-    """The programs of a job: traced, or compiled."""
+class RequestPrograms(NamedTuple):
+    """The programs of a request: traced, or compiled."""
 
     prefill: Any
     decode: Any
 
 
 class Result(NamedTuple):
-    """What came of a job, and how long it took.
+    """What came of a request, and how long it took.
 
     Attributes:
-        prefill_seconds: each time.
-        decode_seconds: each time, of all steps of the token loop.
-        tokens: all that were chosen.
-        first_logits, last_logits: their bits, for the first and for the last token.
+        prefill_seconds: the seconds of reading the prompts, each time.
+        decode_seconds: the seconds of all steps of the token loop, each time.
+        tokens: all tokens that were chosen.
+        first_logits, last_logits: the bits of the logits of the first and of the last token.
     """
 
     prefill_seconds: list[float]
@@ -80,7 +81,7 @@ class Result(NamedTuple):
     last_logits: UInt[np.ndarray, "batch vocab"]
 
     def differences(self, other: "Result") -> list[str]:
-        """In what it differs from another, bit by bit."""
+        """The names of the parts that differ from another result, bit by bit."""
         kinds = ("tokens", "first_logits", "last_logits")
         return [
             kind.replace("_", " ")
@@ -89,22 +90,26 @@ class Result(NamedTuple):
         ]
 
 
-def trace(shapes: Params, config: Config, job: Job) -> Programs:
-    """The programs of a job, for parameters of these shapes."""
+def trace(shapes: Params, config: Config, request: Request) -> RequestPrograms:
+    """The programs of a request, for parameters of these shapes."""
     # Of inputs, too: what does not fit is found out without drawing them.
-    inputs, step_inputs = jax.eval_shape(lambda: (job.inputs(config), job.step_inputs()))
-    first = prefill.trace(shapes, *inputs, job.length, config)
-    return Programs(first, decode.trace(shapes, first.out_info, *step_inputs, job.steps, config))
+    inputs, step_inputs = jax.eval_shape(lambda: (request.inputs(config), request.step_inputs()))
+    first = prefill.trace(shapes, *inputs, request.length, config)
+    second = decode.trace(shapes, first.out_info, *step_inputs, request.steps, config)
+    return RequestPrograms(first, second)
 
 
-def compile_job(shapes: Params, config: Config, job: Job) -> Programs:
-    """The same, compiled for where the parameters are to be."""
-    return Programs(*(traced.lower().compile() for traced in trace(shapes, config, job)))
+def compile_request(shapes: Params, config: Config, request: Request) -> RequestPrograms:
+    """The programs of a request, compiled for where the parameters are to be."""
+    traced = trace(shapes, config, request)
+    return RequestPrograms(*(program.lower().compile() for program in traced))
 
 
-def run(programs: Programs, params: Params, config: Config, job: Job, repeats: int) -> Result:
-    """Runs compiled programs once to warm up, then so many times by the clock."""
-    inputs, step_inputs = job.inputs(config), job.step_inputs()
+def run(
+    programs: RequestPrograms, params: Params, config: Config, request: Request, repeats: int
+) -> Result:
+    """Runs compiled programs once to warm up, then `repeats` times by the clock."""
+    inputs, step_inputs = request.inputs(config), request.step_inputs()
     prefill_seconds, decode_seconds = [], []
     for _ in range(1 + repeats):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Three ways to hold a model's weights: plain, compressed, and plain but partly in host memory."""
+"""Three placements of a model's weights: compressed, plain, and plain but partly in host memory."""
 
 import math
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from df11_jax.checkpoints import TensorSource
 from df11_jax.models import Config, Params, load_params
 
 
-class Way(NamedTuple):
-    """A model's weights, held in one of the ways.
+class PlacedWeights(NamedTuple):
+    """A model's weights in one of the placements.
 
     Attributes:
-        name: "compressed", "offloaded" or "plain".
-        params: what is to be on the device, and under "host_layers" what is to be in host memory:
-            numpy arrays, or shapes.
+        name: the name of the placement: "compressed", "offloaded" or "plain".
+        params: the parameters, numpy arrays or shapes; those under "host_layers" are to be in host
+            memory, all others on the device.
     """
 
     name: str
@@ -27,21 +27,21 @@ class Way(NamedTuple):
 
     @property
     def device_bytes(self) -> int:
-        """Of weights on the device."""
+        """The bytes of the weights on the device."""
         return size_report({k: v for k, v in self.params.items() if k != "host_layers"}).nbytes
 
     @property
     def host_bytes(self) -> int:
-        """Of weights in host memory."""
+        """The bytes of the weights in host memory."""
         return size_report(self.params.get("host_layers", {})).nbytes
 
     @property
     def host_layers(self) -> int:
-        """How many layers are in host memory."""
+        """The number of layers in host memory."""
         return count_layers(self.params["host_layers"]) if "host_layers" in self.params else 0
 
     def shapes(self, device: jax.Device) -> Params:
-        """Shapes of the parameters on a device, for compiling."""
+        """The shapes of the parameters on a device, for compiling."""
         return self._place(
             device, lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
         )
@@ -59,45 +59,49 @@ class Way(NamedTuple):
         return {name: place_part(name, part) for name, part in self.params.items()}
 
 
-def load_ways(source: TensorSource, config: Config, *, progress: bool) -> list[Way]:
-    """Compresses a model on the host, verifies it, and decompresses it there for the plain ways.
+def load_placements(source: TensorSource, config: Config, *, progress: bool) -> list[PlacedWeights]:
+    """Compresses a model on the host, verifies it, and decompresses it there for the plain ones.
 
     So each tensor is read, or drawn, only once.
 
     Args:
-        source: of the tensors.
-        config: of the decoder.
-        progress: show a progress bar.
+        source: the tensors of the model.
+        config: the configuration of the transformer.
+        progress: True for a progress bar.
 
     Returns:
-        As `make_ways`, with numpy arrays.
+        The placements in the order of `make_placements`, with numpy arrays.
 
     Raises:
-        ValueError: as `load_params`.
+        ValueError: `load_params` refuses a tensor.
         RuntimeError: JAX may not use the CPU.
     """
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         compressed = load_params(source, config, progress=progress)
         plain = decompress_params(compressed)
-    return make_ways(*(jax.tree.map(np.asarray, params) for params in (compressed, plain)))
+    return make_placements(*(jax.tree.map(np.asarray, params) for params in (compressed, plain)))
 
 
-def make_ways(compressed: Params, plain: Params) -> list[Way]:
-    """The ways to hold a model, those that take less of the device first.
+def make_placements(compressed: Params, plain: Params) -> list[PlacedWeights]:
+    """The placements of a model, those that take less of the device first.
 
     Offloaded are the last layers, as few as leave no more on the device than the compressed model
     has there: both then have the same memory for the rest. If all layers are too few, because of
     large embeddings, all are.
 
     Args:
-        compressed: parameters of the decoder: numpy arrays, or shapes.
-        plain: the same, not compressed.
+        compressed: the compressed parameters: numpy arrays, or shapes.
+        plain: the same parameters, not compressed.
     """
     too_much = size_report(plain).nbytes - size_report(compressed).nbytes
     layers = count_layers(plain["layers"])
     layer_bytes = size_report(plain["layers"]).nbytes // layers
     offloaded = offload(plain, min(layers, math.ceil(too_much / layer_bytes)))
-    return [Way("compressed", compressed), Way("offloaded", offloaded), Way("plain", plain)]
+    return [
+        PlacedWeights("compressed", compressed),
+        PlacedWeights("offloaded", offloaded),
+        PlacedWeights("plain", plain),
+    ]
 
 
 def offload(plain: Params, count: int) -> Params:
@@ -117,5 +121,5 @@ def offload(plain: Params, count: int) -> Params:
 
 
 def count_layers(stack: Params) -> int:
-    """How many layers a stack of plain layers has."""
+    """The number of layers in a stack of plain layers."""
     return jax.tree.leaves(stack)[0].shape[0]

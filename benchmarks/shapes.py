@@ -5,15 +5,12 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from stack_shapes import compressed_stack
 
-from df11_jax import DF11Array, _layout
 from df11_jax.models import Config, Params, _sharding, tables
 from df11_jax.models._devices import ParamDevices
 from df11_jax.models._parallel import on_one_device
 from df11_jax.models._transformer import block_shapes
-
-# Of normally distributed weights; trained ones have some more.
-EXPONENT_BITS = 2.63
 
 
 def block_nbytes(config: Config, devices: int = 1) -> int:
@@ -65,17 +62,7 @@ def param_shapes(
 
         if not compress or len(shape) < 3:
             return array(shape, jnp.bfloat16)
-        length, *slice_shape = shape
-        view = _layout.make_view(slice_shape)
-        words = (
-            _layout.HEADER_WORDS,
-            _layout.CODEBOOK_WORDS,
-            view.chunks + 1,
-            4 * round(view.size * EXPONENT_BITS / 128),
-            view.sign_mantissa_words,
-        )
-        payload = [array((length, count), jnp.uint32) for count in words]
-        return DF11Array(*payload, slice_shape=tuple(slice_shape))
+        return compressed_stack(shape[0], shape[1:], array)
 
     def stack(keys, x):
         path = ("layers", *(key.key for key in keys))

@@ -1,47 +1,21 @@
-"""`df11-jax doctor`: what is looked at, and what is made of it."""
+"""The examination of a machine by `df11-jax doctor`."""
 
-import json
-import os
 import platform
-import sys
 import warnings
-
-import click
-from rich.console import Console
 
 import df11_jax
 from df11_jax import _cuda
 from df11_jax.doctor.extras import GIVES, installed_version, required
-from df11_jax.doctor.findings import Finding, Report
+from df11_jax.doctor.findings import Diagnosis, Finding
 from df11_jax.doctor.machine import describe_cuda, environment, list_backends, local_devices
 from df11_jax.doctor.self_test import Outcome, check_device, encode_samples
 
 
-def run_doctor(*, as_json: bool) -> bool:
-    """Looks at this machine, and prints what it found.
-
-    Args:
-        as_json: print JSON, not tables.
-
-    Returns:
-        Whether all that should work works.
-    """
-    # Whoever has the GPU keeps its memory; JAX would take most of what is left.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    report = examine()
-    if as_json:
-        click.echo(json.dumps(report.as_json(), indent=2))
-    else:
-        # What is not a terminal has no width to keep to.
-        report.print(Console(width=None if sys.stdout.isatty() else 160, highlight=False))
-    return not report.problems
-
-
-def examine() -> Report:
+def examine() -> Diagnosis:
     """Looks at this machine: versions, backends, decoders, optional packages."""
     needed = required()
     versions = {"df11_jax": df11_jax.__version__, "python": platform.python_version()}
-    report = Report(
+    diagnosis = Diagnosis(
         versions | {"jaxlib": installed_version("jaxlib")} | {p.name: p.installed for p in needed},
         f"{platform.system()} {platform.machine()}",
         environment(),
@@ -50,41 +24,41 @@ def examine() -> Report:
     )
     for package in needed:
         if not package.will_do:
-            report.problems.append(
+            diagnosis.problems.append(
                 Finding(
-                    f"df11_jax needs {package.name} {package.oldest} or newer, and "
+                    f"df11_jax needs {package.requirement}, and "
                     f"{package.installed or 'none'} is installed",
-                    f'pip install "{package.name}>={package.oldest}"',
+                    f'pip install "{package.requirement}"',
                 )
             )
-    _examine_backends(report)
-    _examine_driver(report)
-    return report
+    _examine_backends(diagnosis)
+    _examine_driver(diagnosis)
+    return diagnosis
 
 
-def _examine_backends(report: Report) -> None:
+def _examine_backends(diagnosis: Diagnosis) -> None:
     try:
-        report.backends = list_backends()
+        diagnosis.backends = list_backends()
     except RuntimeError as error:
-        report.problems.append(
+        diagnosis.problems.append(
             Finding(
                 f"JAX does not start: {str(error).strip()}",
                 "Unset JAX_PLATFORMS, or set it to backends that are there",
             )
         )
         return
-    for backend in report.backends:
+    for backend in diagnosis.backends:
         if backend.obstacle is not None:
             what = f"{backend.platform} decodes by {backend.decoder}, for {backend.why}"
-            report.problems.append(Finding(what, backend.obstacle.remedy))
+            diagnosis.problems.append(Finding(what, backend.obstacle.remedy))
     samples, outcomes = encode_samples()
-    report.self_tests += outcomes
+    diagnosis.self_tests += outcomes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # it names this command
-        for backend in report.backends:
+        for backend in diagnosis.backends:
             for device in local_devices(backend.platform):
-                report.self_tests += check_device(device, backend.platform, samples)
-    report.problems += map(_failure, filter(_has_failed, report.self_tests))
+                diagnosis.self_tests += check_device(device, backend.platform, samples)
+    diagnosis.problems += map(_failure, filter(_has_failed, diagnosis.self_tests))
 
 
 def _has_failed(test: Outcome) -> bool:
@@ -99,16 +73,16 @@ def _failure(test: Outcome) -> Finding:
     )
 
 
-def _examine_driver(report: Report) -> None:
-    has_gpu = any(backend.platform == "cuda" for backend in report.backends)
+def _examine_driver(diagnosis: Diagnosis) -> None:
+    has_gpu = any(backend.platform == "cuda" for backend in diagnosis.backends)
     driver = _cuda.driver_version()
     if driver is None or has_gpu:
         return
     what = f"There is an NVIDIA driver for CUDA {_cuda.version_name(driver)}, but JAX has no GPU"
-    if "JAX_PLATFORMS" in report.environment:
+    if "JAX_PLATFORMS" in diagnosis.environment:
         remedy = "If that is not on purpose, unset JAX_PLATFORMS"
-    elif report.cuda.jax_plugins:
+    elif diagnosis.cuda.jax_plugins:
         remedy = "What JAX wrote to the standard error says why it does not use the driver"
     else:
         remedy = f'If that is not on purpose: pip install "jax[cuda{driver[0]}]"'
-    report.notes.append(Finding(what, remedy))
+    diagnosis.notes.append(Finding(what, remedy))

@@ -1,15 +1,7 @@
-"""The command line, `df11-jax`."""
+"""The check that an extra of df11_jax is installed; click itself may be missing."""
 
 import importlib.util
 import sys
-
-
-def main() -> None:
-    """Runs the command line; says what to install if that is missing."""
-    require("cli", "click", "rich")
-    from df11_jax.cli._commands import commands
-
-    commands(prog_name="df11-jax")
 
 
 def require(extra: str, *modules: str) -> None:

@@ -48,14 +48,16 @@ def decode(
     """Chooses `steps` tokens, one after the other.
 
     Args:
-      params: plain or compressed parameters.
-      logits: after the last token so far, from `prefill`.
-      cache: of the `start` tokens so far, from `prefill`, with room for `steps - 1` more.
-      start: the number of tokens so far.
-      key: for sampling; unused at temperature 0.
-      temperature: 0 takes the likeliest token; a traced value, so changing it costs no compile.
-      steps: the number of tokens to choose, static.
-      config: of the model, static.
+        params: plain or compressed parameters.
+        logits: the logits after the last token so far, from `prefill`.
+        cache: the cache of the `start` tokens so far, from `prefill`, with room for `steps - 1`
+            more.
+        start: the number of tokens so far.
+        key: the key for sampling; unused at temperature 0.
+        temperature: the temperature of sampling; 0 takes the likeliest token. It is traced, so that
+            changing it compiles nothing.
+        steps: the number of tokens to choose, static.
+        config: the configuration of the model, static.
     """
 
     def choose(logits: Array, step: Array | int) -> Array:

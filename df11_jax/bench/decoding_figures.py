@@ -1,4 +1,4 @@
-"""What `df11-jax bench` has measured: as text, as JSON, as a plot."""
+"""The figures of `df11-jax bench`: as text, as JSON, as a plot."""
 
 import dataclasses
 import statistics
@@ -6,24 +6,25 @@ from collections.abc import Sequence
 from typing import Any
 
 from df11_jax.bench.measure import Decoding, Scan
+from df11_jax.bench.tables import format_device, format_table
 from df11_jax.bench.workload import SIGMA
 
 
 @dataclasses.dataclass
-class Report:
+class DecodingFigures:
     """The figures of one run; `print` shows them, `plot` draws the roofline share.
 
     Attributes:
-        version: of df11_jax.
-        jax_version: of jax.
-        device: what was measured on.
-        clocks: before, under load, after; None where nobody knows.
-        decodings: of single tensors, then of blocks.
-        scan: over blocks.
-        peers: figures of other decoders.
-        missing_peers: what to install for others.
-        skipped: what was not measured, and why.
-        errors: what failed, and how.
+        version: the version of df11_jax.
+        jax_version: the version of jax.
+        device: the device that was measured.
+        clocks: the clocks before, under load and after; None where nothing tells them.
+        decodings: the decoding of single tensors, then that of blocks.
+        scan: the scan over blocks; None if it was not measured.
+        peers: the figures of other decoders.
+        missing_peers: the command that installs each other decoder that is not here.
+        skipped: the reason for each figure that was not measured.
+        errors: the error of each measurement that failed.
     """
 
     version: str
@@ -38,7 +39,7 @@ class Report:
     errors: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, in types that JSON knows. Times are in seconds, rates in bytes per second."""
+        """All figures, in types that JSON knows: seconds, and bytes per second."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return fields | {
             "weights": f"normal(0, {SIGMA})",
@@ -47,9 +48,8 @@ class Report:
         }
 
     def __str__(self) -> str:
-        device = ", ".join(f"{key} {value}" for key, value in self.device.items() if key != "name")
         lines = [
-            f"{self.device['name']} ({device})",
+            format_device(self.device),
             f"df11_jax {self.version}, jax {self.jax_version}; weights: normal(0, {SIGMA})",
             *(
                 f"clocks {when}: {_clocks(clocks)}"
@@ -71,22 +71,19 @@ class Report:
         lines += [f"FAILED: {name}: {how}" for name, how in self.errors.items()]
         return "\n".join(lines)
 
-    def plot(self, ax: Any = None) -> Any:
+    def plot(self) -> Any:
         """Draws the share of the limit against the number of weights.
 
-        Args:
-            ax: matplotlib axes to draw on; None for new ones.
-
         Returns:
-            The axes.
+            The matplotlib figure.
 
         Raises:
             ImportError: matplotlib is not installed (`pip install "df11_jax[plot]"`).
         """
         import matplotlib.pyplot as plt
 
-        if ax is None:
-            _, ax = plt.subplots(figsize=(8, 5), layout="constrained")
+        ax: Any
+        figure, ax = plt.subplots(figsize=(8, 5), layout="constrained")
         single = [d for d in self.decodings if d.matrices == 1]
         ax.plot(
             [d.weights for d in single], [d.share_of_limit for d in single], "o-", label="tensor"
@@ -106,7 +103,7 @@ class Report:
         ax.set_ylabel("share of the limit set by the copy bandwidth")
         ax.set_title(self.device["name"])
         ax.legend()
-        return ax
+        return figure
 
     def _decoding_table(self) -> list[str]:
         head = ["decoded in one call", "weights", "bits/weight", "ms", "GB/s out", "spread"]
@@ -126,8 +123,6 @@ class Report:
             ]
             for d in self.decodings
         ]
-        if not any(row[-1] for row in rows):
-            head, rows = head[:-1], [row[:-1] for row in rows]
         return format_table(head, rows)
 
     def _scan_lines(self, scan: Scan) -> list[str]:
@@ -176,13 +171,3 @@ def _spread(seconds: Sequence[float]) -> str:
 
 def _clocks(clocks: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in clocks.items())
-
-
-def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = [
-        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(cells)).rstrip()
-        for cells in (zip(row, widths, strict=True) for row in (head, *rows))
-    ]
-    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]

@@ -1,23 +1,21 @@
-"""`df11-jax bench`: what is measured, in which order."""
+"""The measurements of `df11-jax bench`, and their order."""
 
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import click
 import jax
 
 import df11_jax
+from df11_jax._progress import say
 from df11_jax.bench import peers
 from df11_jax.bench.blocks import BLOCKS, Block
+from df11_jax.bench.decoding_figures import DecodingFigures
 from df11_jax.bench.device import describe_device, free_bytes, read_clocks, read_clocks_under
-from df11_jax.bench.figures import Report
 from df11_jax.bench.measure import measure_decoding, measure_scan
-from df11_jax.bench.plotting import check_plot
 from df11_jax.bench.programs import decode_program, memory_needed
 from df11_jax.bench.timing import Effort
 from df11_jax.bench.workload import make_workload, slices_beyond_cache
@@ -32,7 +30,7 @@ _MOST_ON_CPU = 64 * MEGA
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class _Case:
     """Matrices to be decoded by one call."""
 
     name: str
@@ -43,20 +41,17 @@ class _Plan:
         return sum(rows * cols for rows, cols in self.matrices.values())
 
 
-def run_bench(*, quick: bool, max_weights: int | None, as_json: bool, plot: str | None) -> None:
-    """Measures, and prints what it measured.
+def run_bench(*, quick: bool, max_weights: int | None) -> DecodingFigures:
+    """Measures how fast the default device decodes; tells its progress on the standard error.
 
     Args:
-        quick: fewer sizes, less time.
-        max_weights: of a tensor or a block; None for what suits the device.
-        as_json: print JSON, not tables.
-        plot: file for a plot of the share of the limit against size; None for none.
+        quick: fewer sizes, in less time.
+        max_weights: the most weights of a tensor or a block; None for as many as suit the device.
 
-    Raises:
-        click.ClickException: something could not be measured, above all because the device does
-            not decode what was compressed. What was measured is printed before.
+    Returns:
+        The figures. Their errors say what failed, above all if the device does not decode what was
+        compressed.
     """
-    check_plot(plot)
     on_cpu = jax.default_backend() == "cpu"
     if max_weights is None:
         max_weights = _MOST_ON_CPU if on_cpu else max(SIZES)
@@ -65,68 +60,73 @@ def run_bench(*, quick: bool, max_weights: int | None, as_json: bool, plot: str 
     else:
         effort = Effort(repeats=7, seconds=0.3 if on_cpu else 0.1, warm_up=0.3)
 
-    report = Report(df11_jax.__version__, jax.__version__, describe_device())
-    report.clocks["before"] = read_clocks()
-    for plan in _plans(quick, max_weights):
-        with _collected(report, plan.name):
-            _measure_decoding(report, plan, effort)
-    with _collected(report, "scan"):
-        _measure_scan(report, quick, max_weights, effort)
-    report.clocks["after"] = read_clocks()
-    _measure_peers(report, quick, max_weights, effort)
-
-    click.echo(json.dumps(report.as_json(), indent=1) if as_json else str(report))
-    if plot is not None:
-        report.plot().figure.savefig(plot)
-    if report.errors:
-        raise click.ClickException("; ".join(report.errors.values()))
+    figures = DecodingFigures(df11_jax.__version__, jax.__version__, describe_device())
+    figures.clocks["before"] = read_clocks()
+    for case in _cases(quick, max_weights):
+        with _collected(figures, case.name):
+            _measure_decoding(figures, case, effort)
+    with _collected(figures, "scan"):
+        _measure_scan(figures, quick, max_weights, effort)
+    figures.clocks["after"] = read_clocks()
+    _measure_peers(figures, quick, max_weights, effort)
+    return figures
 
 
 @contextlib.contextmanager
-def _collected(report: Report, name: str) -> Iterator[None]:
+def _collected(figures: DecodingFigures, name: str) -> Iterator[None]:
     """Collects what fails, so that the other figures are not lost."""
     try:
         yield
     except RuntimeError as error:  # XLA's, too
-        kind = report.skipped if "RESOURCE_EXHAUSTED" in str(error) else report.errors
+        kind = figures.skipped if "RESOURCE_EXHAUSTED" in str(error) else figures.errors
         kind[name] = str(error)
 
 
-def _plans(quick: bool, max_weights: int) -> Iterator[_Plan]:
+def _cases(quick: bool, max_weights: int) -> Iterator[_Case]:
     sizes = [size for size in (QUICK_SIZES if quick else SIZES) if size <= max_weights]
     for size in sizes or [max_weights]:
         name = f"{size // MEGA} M" if size >= MEGA else f"{size // 1024} K"
-        yield _Plan(name, {name: _square(size)})
+        yield _Case(name, {name: _square(size)})
     for model in [SCANNED] if quick else BLOCKS:
         name, block = _fitting(model, max_weights)
-        yield _Plan(name, block.matrices)
+        yield _Case(name, block.matrices)
 
 
-def _measure_decoding(report: Report, plan: _Plan, effort: Effort) -> None:
-    slices = slices_beyond_cache(plan.weights)
-    if not _fits(report, plan.name, memory_needed(plan.weights, slices)):
+def _measure_decoding(figures: DecodingFigures, case: _Case, effort: Effort) -> None:
+    slices = slices_beyond_cache(case.weights)
+    if not _fits(figures, case.name, memory_needed(case.weights, slices)):
         return
-    _say(f"{plan.name} ...")
-    workload = make_workload(plan.name, plan.matrices, slices)
+    say(f"{case.name} ...")
+    workload = make_workload(case.name, case.matrices, slices)
     decoding = measure_decoding(workload, effort)
-    report.decodings.append(decoding)
-    _say(f"  {decoding.output_bytes_per_second / 1e9:.1f} GB/s out")
-    if plan.name == SCANNED:
-        report.clocks["under load"] = read_clocks_under(decode_program(workload))
+    figures.decodings.append(decoding)
+    say(f"  {decoding.output_bytes_per_second / 1e9:.1f} GB/s out")
+    if case.name == SCANNED:
+        figures.clocks["under load"] = read_clocks_under(decode_program(workload))
 
 
-def _measure_scan(report: Report, quick: bool, max_weights: int, effort: Effort) -> None:
+def _measure_scan(
+    figures: DecodingFigures,
+    quick: bool,
+    max_weights: int,
+    effort: Effort,
+) -> None:
     blocks = 8 if quick else BLOCKS[SCANNED].layers
     distinct = min(4, blocks)
     name, block = _fitting(SCANNED, max_weights, blocks if jax.default_backend() == "cpu" else 1)
-    if _fits(report, f"scan over {name}", memory_needed(block.size, distinct, blocks)):
-        _say(f"scan over {blocks} blocks of {name} ...")
+    if _fits(figures, f"scan over {name}", memory_needed(block.size, distinct, blocks)):
+        say(f"scan over {blocks} blocks of {name} ...")
         workload = make_workload(name, block.matrices, distinct)
-        report.scan = measure_scan(workload, blocks, effort)
+        figures.scan = measure_scan(workload, blocks, effort)
 
 
-def _measure_peers(report: Report, quick: bool, max_weights: int, effort: Effort) -> None:
-    report.missing_peers = peers.missing_peers()
+def _measure_peers(
+    figures: DecodingFigures,
+    quick: bool,
+    max_weights: int,
+    effort: Effort,
+) -> None:
+    figures.missing_peers = peers.missing_peers()
     size = min(max_weights, 64 * MEGA)
     block = _fitting(SCANNED, max_weights)[1].size
     zipnn, dfloat11 = peers.measure_zipnn, functools.partial(peers.measure_dfloat11, effort=effort)
@@ -135,14 +135,14 @@ def _measure_peers(report: Report, quick: bool, max_weights: int, effort: Effort
         "gpu": [("DFloat11 kernel", functools.partial(dfloat11, n)) for n in (size, block)],
     }
     for name, measure in wanted.get(jax.default_backend(), []):
-        if name in report.missing_peers:
+        if name in figures.missing_peers:
             continue
-        _say(f"{name} ...")
+        say(f"{name} ...")
         try:
-            report.peers.append(measure())
+            figures.peers.append(measure())
         except Exception as error:
             # Whatever goes wrong in somebody else's library, our figures stand.
-            report.skipped[name] = f"{type(error).__name__}: {error}"
+            figures.skipped[name] = f"{type(error).__name__}: {error}"
 
 
 def _fitting(model: str, max_weights: int, blocks: int = 1) -> tuple[str, Block]:
@@ -153,18 +153,14 @@ def _fitting(model: str, max_weights: int, blocks: int = 1) -> tuple[str, Block]
     return (f"{model} / {divisor}" if divisor > 1 else model), block.divided(divisor)
 
 
-def _fits(report: Report, name: str, needed: int) -> bool:
+def _fits(figures: DecodingFigures, name: str, needed: int) -> bool:
     free = free_bytes()
     if free is None or needed <= free:
         return True
-    report.skipped[name] = f"takes {needed / 2**30:.1f} GiB, free are {free / 2**30:.1f}"
+    figures.skipped[name] = f"takes {needed / 2**30:.1f} GiB, free are {free / 2**30:.1f}"
     return False
 
 
 def _square(size: int) -> tuple[int, int]:
     cols = 2 ** math.ceil(math.log2(size) / 2)
     return max(1, size // cols), cols
-
-
-def _say(text: str) -> None:
-    click.echo(text, err=True)

@@ -1,30 +1,30 @@
-"""What `df11-jax compare` has measured: as text, as JSON, as a plot."""
+"""The figures of `df11-jax compare`: as text, as JSON, as a plot."""
 
 import dataclasses
 import statistics
 from typing import Any
 
-from df11_jax.bench.figures import format_table
 from df11_jax.bench.plan import Plan
+from df11_jax.bench.tables import format_device, format_table
 
 
 @dataclasses.dataclass
 class Row:
-    """One way to hold the weights, with one batch.
+    """The figures of one placement of the weights with one batch.
 
     Attributes:
-        way: its name.
-        batch: how many prompts.
-        plan: of its memory; None if XLA could not compile it.
-        device_peak: bytes in use on the device at most, since the process began and as the device
-            counts them; None if that does not say so, or an earlier row used more.
-        prefill_seconds: each time, for all prompts.
-        decode_seconds: each time, for all steps of the token loop.
-        decompress_seconds: each time, for what one step decompresses.
-        not_run: why it was not, else None.
+        placement: the name of the placement.
+        batch: the number of prompts.
+        plan: the planned memory; None if XLA could not compile the programs.
+        device_peak: the most bytes in use on the device since the process began, as the device
+            counts them; None if it does not tell them, or an earlier row used more.
+        prefill_seconds: the seconds that all prompts took, each time.
+        decode_seconds: the seconds that all steps of the token loop took, each time.
+        decompress_seconds: the seconds that the decompression of one step took, each time.
+        not_run: the reason why it was not run; None if it was.
     """
 
-    way: str
+    placement: str
     batch: int
     plan: Plan | None = None
     device_peak: int | None = None
@@ -35,23 +35,25 @@ class Row:
 
 
 @dataclasses.dataclass
-class Comparison:
-    """The figures of one run; `print` shows them.
+class GenerationFigures:
+    """The figures of one run; `print` shows them, `plot` draws them.
 
     Attributes:
-        version: of df11_jax.
-        jax_version: of jax.
-        device: what was measured on.
-        model: its name, or where it is.
-        layers: how many it has.
-        max_length: positions that it was made for.
-        prompt, tokens: of each row of a batch, read and chosen.
-        budget: bytes of device memory that may be used; None for no limit.
-        weights: for each way bytes on the device and in host memory, and layers in host memory.
-        rows: in the order in which they were run.
-        longest: tokens of the longest context that fits the budget with a batch of 1, by way.
-        equal: for each batch, the ways whose tokens and logits were found to be the same.
-        differences: what was found to differ.
+        version: the version of df11_jax.
+        jax_version: the version of jax.
+        device: the device that was measured.
+        model: the name of the model, or its path.
+        layers: the number of its layers.
+        max_length: the number of positions that it was made for.
+        prompt, tokens: the number of tokens that are read, and chosen, for each row of a batch.
+        budget: the bytes of device memory that may be used; None for no limit.
+        weights: the bytes on the device and in host memory, and the layers in host memory, by
+            placement.
+        rows: one row for each batch and placement, as they were run.
+        longest: the tokens of the longest context that fits the budget with a batch of 1, by
+            placement.
+        equal: the placements whose tokens and logits were found to be the same, by batch.
+        differences: a sentence for each difference that was found.
     """
 
     version: str
@@ -70,23 +72,24 @@ class Comparison:
     differences: list[str] = dataclasses.field(default_factory=list)
 
     def prompt_rate(self, row: Row) -> float:
-        """Tokens of all prompts that are read in a second."""
+        """The tokens of all prompts that are read in a second."""
         return row.batch * self.prompt / statistics.median(row.prefill_seconds)
 
     def token_rate(self, row: Row) -> float:
-        """Tokens of all rows that are chosen in a second, once the prompts are read."""
+        """The tokens of all rows that are chosen in a second, once the prompts are read."""
         return row.batch / self.step_seconds(row)
 
     def step_seconds(self, row: Row) -> float:
-        """Time of one step of the token loop, which chooses a token of each row."""
+        """The time of one step of the token loop, which chooses a token of each row."""
         return statistics.median(row.decode_seconds) / (self.tokens - 1)
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, in types that JSON knows: seconds, bytes, tokens a second."""
+        """All figures, in types that JSON knows: seconds, bytes, tokens a second."""
         return dataclasses.asdict(self) | {"rows": [self._row_as_json(row) for row in self.rows]}
 
     def _row_as_json(self, row: Row) -> dict[str, Any]:
         fields = dataclasses.asdict(row)
+        fields = {"way": fields.pop("placement")} | fields
         fields["plan"] = row.plan and row.plan._asdict() | {"peak": row.plan.peak}
         rates: dict[str, float | None] = {
             "prompt_tokens_per_second": None,
@@ -100,9 +103,8 @@ class Comparison:
         return fields | rates
 
     def __str__(self) -> str:
-        device = ", ".join(f"{key} {value}" for key, value in self.device.items() if key != "name")
         lines = [
-            f"{self.device['name']} ({device})",
+            format_device(self.device),
             f"df11_jax {self.version}, jax {self.jax_version}",
             f"{self.model}; prompts of {self.prompt} tokens, {self.tokens} chosen after each",
             "",
@@ -119,6 +121,51 @@ class Comparison:
         lines += ["", *self._agreement()]
         return "\n".join(lines)
 
+    def plot(self) -> Any:
+        """Draws tokens a second and planned memory by batch, and the longest contexts.
+
+        Returns:
+            The matplotlib figure.
+
+        Raises:
+            ImportError: matplotlib is not installed (`pip install "df11_jax[plot]"`).
+        """
+        import matplotlib.pyplot as plt
+
+        figure, (speed, memory, context) = plt.subplots(
+            1, 3, figsize=(14, 4.5), layout="constrained"
+        )
+        batches = sorted({row.batch for row in self.rows})
+        for name in self.weights:
+            rows = [row for row in self.rows if row.placement == name]
+            run = [row for row in rows if row.not_run is None]
+            rates = [self.token_rate(row) for row in run]
+            speed.plot([row.batch for row in run], rates, "o-", label=name)
+            planned = [(row.batch, row.plan.peak / 1e9) for row in rows if row.plan is not None]
+            memory.plot(
+                [batch for batch, _ in planned], [peak for _, peak in planned], "o-", label=name
+            )
+        for ax, what in (
+            (speed, "tokens a second, all rows together"),
+            (memory, "GB, planned peak"),
+        ):
+            ax.set_xscale("log")
+            ax.set_xticks(batches, map(str, batches))
+            ax.minorticks_off()
+            ax.set_xlabel("batch")
+            ax.set_ylabel(what)
+        if any(row.not_run is None for row in self.rows):
+            speed.set_yscale("log")
+        memory.set_ylim(bottom=0)
+        if any(row.not_run for row in self.rows) and self.budget is not None:
+            memory.axhline(self.budget / 1e9, color="gray", linewidth=0.8, label="limit")
+        speed.legend()
+        memory.legend()
+        context.bar(list(self.longest), list(self.longest.values()))
+        context.set_ylabel("tokens of the longest context, batch 1")
+        figure.suptitle(f"{self.model}; {self.device['name']}")
+        return figure
+
     def _weights_line(self, name: str) -> str:
         weights = self.weights[name]
         line = f"{name}: weights of {_bytes(weights['device_bytes'])} on the device"
@@ -134,7 +181,7 @@ class Comparison:
         head += ["planned peak", "measured peak"]
         rows = []
         for row in self.rows:
-            cells = [str(row.batch), row.way]
+            cells = [str(row.batch), row.placement]
             if row.not_run is None:
                 cells += [
                     f"{self.prompt_rate(row):.1f}",
@@ -149,8 +196,6 @@ class Comparison:
             cells.append("" if row.plan is None else _bytes(row.plan.peak))
             cells.append("" if row.device_peak is None else _bytes(row.device_peak))
             rows.append(cells)
-        if not any(row[-1] for row in rows):
-            head, rows = head[:-1], [row[:-1] for row in rows]
         return format_table(head, rows)
 
     def _notes(self) -> list[str]:
@@ -176,13 +221,13 @@ class Comparison:
 
     def _agreement(self) -> list[str]:
         lines = [f"DIFFERENT: {difference}" for difference in self.differences]
-        for batch, ways in self.equal.items():
-            if len(ways) > 1:
-                what = f"{', '.join(ways[:-1])} and {ways[-1]}"
+        for batch, names in self.equal.items():
+            if len(names) > 1:
+                what = f"{', '.join(names[:-1])} and {names[-1]}"
                 lines.append(
                     f"Batch {batch}: tokens and logits of {what} are the same, bit by bit."
                 )
-        return lines or ["Nothing was compared: fewer than two ways could be run."]
+        return lines or ["Nothing was compared: fewer than two placements could be run."]
 
 
 def _bytes(n: int) -> str:
