@@ -1,5 +1,6 @@
-"""The compiled encoder and decoder, from numpy to numpy: no devices, no tracing."""
+"""The compiled encoder and decoder, of numpy arrays: no devices, no tracing."""
 
+import importlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -24,17 +25,17 @@ def encode(
     """Encodes a tensor.
 
     Args:
-        weights: contiguous.
-        name: of the tensor, for messages.
-        stack_axes: how many leading axes are a stack.
+        weights: the tensor, in a contiguous array.
+        name: the name of the tensor, for messages.
+        stack_axes: the number of leading axes that are a stack.
         verify: decode the result, and compare it with `weights` bit by bit.
-        threads: how many to use; None for all that this process may run on.
+        threads: the number of threads; None for all that this process may run on.
 
     Returns:
         The five arrays of the specification.
 
     Raises:
-        ValueError: too many dimensions, or fewer than `stack_axes`.
+        ValueError: the slices have too many dimensions, or the tensor has fewer than `stack_axes`.
         RuntimeError: verification failed.
     """
     if not 0 <= stack_axes <= weights.ndim:
@@ -63,15 +64,14 @@ def encode(
 
 
 def decode(
-    payload: Payload, slice_shape: tuple[int, ...], name: str, *, threads: int | None = None
+    payload: Payload, slice_shape: tuple[int, ...], name: str
 ) -> BFloat16[np.ndarray, "..."]:
     """Decodes a tensor, or a whole stack.
 
     Args:
         payload: the five arrays.
-        slice_shape: what their header says.
-        name: of the tensor, for messages.
-        threads: how many to use; None for all that this process may run on.
+        slice_shape: the shape of a slice, as their header states it.
+        name: the name of the tensor, for messages.
 
     Returns:
         The tensor.
@@ -86,7 +86,7 @@ def decode(
     weights = np.empty(stack_shape + slice_shape, BFLOAT16)
     bits = _stack_of_bits(weights, len(stack_shape))
     words = [np.ascontiguousarray(part).reshape(bits.shape[0], -1) for part in payload[1:]]
-    at = cpu_library().decode(bits, list(slice_shape), *words, threads or available_threads())
+    at = cpu_library().decode(bits, list(slice_shape), *words, available_threads())
     if at >= 0:
         index, chunk = divmod(at, _layout.make_view(slice_shape).chunks)
         raise ValueError(f"{name}: is corrupt: chunk {chunk} of slice {index}")
@@ -94,7 +94,7 @@ def decode(
 
 
 def available_threads() -> int:
-    """How many threads this process may run at a time."""
+    """The number of threads that this process may run at a time."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -107,16 +107,15 @@ def _stack_of_bits(weights: np.ndarray, stack_axes: int) -> np.ndarray:
 
 
 def cpu_library() -> Any:
-    """The compiled library, for `import df11_jax` does not need it.
+    """The compiled library, which is imported here since `import df11_jax` does not need it.
 
     Raises:
-        ImportError: there is none.
+        ImportError: there is no compiled library.
     """
     try:
-        from df11_jax import _cpu_library
+        return importlib.import_module("df11_jax._cpu_library")
     except ImportError as error:
         raise ImportError(
             f"df11_jax in {os.path.dirname(__file__)} has no compiled library ({error}). If that "
             "is the source tree, install it (pip install .) and start Python somewhere else"
         ) from error
-    return _cpu_library

@@ -48,8 +48,8 @@ class View:
     """One slice seen as a row-major matrix, which is cut into chunks of 128 x 64 weights.
 
     Attributes:
-        size: number of weights.
-        rows, cols: shape of the matrix; its last row may be incomplete in a flat view.
+        size: the number of weights.
+        rows, cols: the shape of the matrix; its last row may be incomplete in a flat view.
     """
 
     size: int
@@ -94,7 +94,7 @@ def pack_header(shape: Sequence[int]) -> UInt32[np.ndarray, "20"]:
     """The header of a slice of the given shape.
 
     Raises:
-        ValueError: the shape has more dimensions than the format can say.
+        ValueError: the shape has more dimensions than the format can hold.
     """
     if len(shape) > MAX_DIMS:
         raise ValueError(
@@ -109,13 +109,13 @@ def pack_header(shape: Sequence[int]) -> UInt32[np.ndarray, "20"]:
 
 
 def unpack_header(header: UInt32[np.ndarray, "20"]) -> tuple[int, ...]:
-    """The slice shape that a header names.
+    """The slice shape that a header states.
 
     Args:
         header: the header of one slice, on the host.
 
     Raises:
-        ValueError: not a header, or of a format version that this library does not know.
+        ValueError: `header` is not one, or has a format version that this library does not know.
     """
     header = np.asarray(header)
     if header.shape != (HEADER_WORDS,) or header.dtype != np.uint32:
@@ -139,14 +139,14 @@ def check_payload(payload: Sequence[Any], slice_shape: Sequence[int], name: str)
 
     Args:
         payload: the arrays, or anything with their dtypes and shapes, in the order of `PAYLOAD`.
-        slice_shape: shape of one slice.
-        name: of the tensor, for messages.
+        slice_shape: the shape of one slice.
+        name: the name of the tensor, for messages.
 
     Returns:
         The stack axes, which all five have in common.
 
     Raises:
-        ValueError: naming the tensor, the array, what was expected and what was found.
+        ValueError: an array has another dtype or shape; the message names it and the tensor.
     """
     view = make_view(slice_shape)
     words = (HEADER_WORDS, CODEBOOK_WORDS, view.chunks + 1, None, view.sign_mantissa_words)

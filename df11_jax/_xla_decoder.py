@@ -37,17 +37,18 @@ def decode(
     """Decodes slices of a stack: the same contract as the FFI call.
 
     Args:
-        index: the slices wanted, clamped to the stack.
-        header: of the compressed stack, with an axis of size 1 for each axis of `index`.
-        codebook: likewise.
-        chunk_offsets: likewise.
-        exponents: likewise.
-        sign_mantissa: likewise.
-        slice_shape: shape of a slice.
+        index: the indices of the slices, which are clamped to the stack.
+        header: the headers of the stack. Like all its arrays, it has an axis of size 1 for each
+            axis of `index` in front.
+        codebook: the codebooks of the stack.
+        chunk_offsets: the chunk offsets of the stack.
+        exponents: the coded exponents of the stack.
+        sign_mantissa: the signs and mantissas of the stack.
+        slice_shape: the shape of a slice.
 
     Returns:
-        The slices. Chunks that are corrupt, or all of a slice whose header or codebook is, have
-        all bits set, which is a NaN.
+        The slices. The weights of a corrupt chunk, or of all chunks of a slice whose header or
+        codebook is corrupt, are NaNs with all bits set.
     """
     view = _layout.make_view(slice_shape)
     shape = index.shape + slice_shape

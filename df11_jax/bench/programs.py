@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from df11_jax._decode import decode_slices
 from df11_jax._host_codec import available_threads
 from df11_jax._scan import scan_blocks
+from df11_jax._slices import decode_slices
 from df11_jax.bench.workload import Workload
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, BFloat16, Bool
 
 from df11_jax._array import DF11Array
 from df11_jax._compress import compress
-from df11_jax._decode import decode_slices
+from df11_jax._slices import decode_slices
 
 SIGMA = 0.02
 

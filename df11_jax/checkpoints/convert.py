@@ -17,12 +17,8 @@ from df11_jax._progress import ProgressBar
 from df11_jax._select import is_candidate, is_worth_keeping
 from df11_jax.checkpoints._native_format import METADATA, part_names
 from df11_jax.checkpoints._pytree import load
-from df11_jax.checkpoints._shard_files import (
-    Places,
-    Tensors,
-    plan_shards,
-    write_shard,
-)
+from df11_jax.checkpoints._shard_files import Places, Tensors, plan_shards, write_shard
+from df11_jax.published.detect import CONFIG_KEY
 
 
 def write_native(
@@ -187,5 +183,5 @@ def _write(source: Source, path: Path, target: _PlainTarget, progress: bool) -> 
             write_shard(
                 file, places, leaves(names), target.metadata, checksums=target.has_checksums
             )
-        copy_small_files(source.path, path)
+        copy_small_files(source.path, path, without=CONFIG_KEY)
         write_index(path, shards, checksums=target.has_checksums)

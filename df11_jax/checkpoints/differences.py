@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from df11_jax._bits import first_difference
 from df11_jax._files.directory import read_config
+from df11_jax._files.model_config import ModelConfig
 from df11_jax._files.source import Source
 from df11_jax._progress import ProgressBar
 
@@ -71,8 +72,6 @@ def _tied_embedding(name: str, source: Source) -> str | None:
     """The embedding that stands for an `lm_head` if a checkpoint rightly lacks that."""
     if name.rpartition("lm_head.weight")[1:] != ("lm_head.weight", ""):
         return None
-    from df11_jax.published._shapes import ModelConfig  # which in turn needs this package
-
     if not ModelConfig(read_config(source.path)).is_tied:
         return None
     return next((other for other in source.tensors if other.endswith("embed_tokens.weight")), None)

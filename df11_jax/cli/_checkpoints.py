@@ -5,10 +5,11 @@ from typing import Any
 
 import click
 
-from df11_jax._files.directory import PUBLISHED_CONFIG, read_json
-from df11_jax._size_report import format_bytes
+from df11_jax._files.directory import read_json
+from df11_jax._units import format_bytes
 from df11_jax.checkpoints import Source, open_checkpoint
 from df11_jax.checkpoints.summary import Summary, summarize
+from df11_jax.published.detect import CONFIG_KEY
 
 
 def open_source(path: Path, shapes: Path | None, pattern_dict: Path | None) -> Source:
@@ -26,7 +27,7 @@ def read_patterns(path: Path) -> dict[str, Any]:
     """
     patterns = read_json(path)
     # Perhaps it is the config.json of a checkpoint of that model.
-    for key in (PUBLISHED_CONFIG, "pattern_dict"):
+    for key in (CONFIG_KEY, "pattern_dict"):
         patterns = patterns.get(key, patterns)
         if not isinstance(patterns, dict):
             raise ValueError(f"{path}: {key} is {patterns!r:.80}, expected a JSON object")

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from df11_jax._size_report import parse_bytes
+from df11_jax._units import parse_bytes
 from df11_jax.cli._errors import FAILED, fail
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]

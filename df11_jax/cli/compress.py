@@ -7,7 +7,7 @@ import click
 from df11_jax._files.directory import read_config
 from df11_jax._progress import say
 from df11_jax._select import MIN_SIZE, is_candidate
-from df11_jax._size_report import format_bytes
+from df11_jax._units import format_bytes
 from df11_jax.checkpoints import Source
 from df11_jax.checkpoints.convert import write_native, write_orbax
 from df11_jax.cli._checkpoints import open_source, print_outcome, read_patterns, require_directory

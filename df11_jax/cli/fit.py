@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
-from df11_jax._size_report import format_bytes
+from df11_jax._units import format_bytes
 from df11_jax.cli._errors import DOES_NOT_FIT, failures
 from df11_jax.cli._options import (
     COUNT,

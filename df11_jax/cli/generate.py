@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from df11_jax._progress import say
-from df11_jax._size_report import format_bytes
+from df11_jax._units import format_bytes
 from df11_jax.checkpoints import open_checkpoint
 from df11_jax.cli._errors import failures
 from df11_jax.cli._options import (

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from df11_jax._size_report import format_bytes
+from df11_jax._units import format_bytes
 from df11_jax.checkpoints.summary import Summary, summarize
 from df11_jax.cli._checkpoints import describe_totals, open_source
 from df11_jax.cli._errors import failures

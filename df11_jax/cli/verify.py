@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from df11_jax._size_report import format_bytes
+from df11_jax._units import format_bytes
 from df11_jax.checkpoints.differences import differences
 from df11_jax.cli._checkpoints import open_source
 from df11_jax.cli._errors import DIFFERENT, fail, failures

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from df11_jax._files.model_config import DEFAULTS
 from df11_jax.models._config import Config, Rope
 
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -11,27 +12,8 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 # Larger sizes are mistakes, which would otherwise come to light only after much time and memory.
 _MOST, _MOST_LAYERS = 2**24, 10_000
 
-# The values that transformers assumes for fields that a file leaves out; those of Gemma 3 leave
-# out many.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"hidden_act": "silu", "max_position_embeddings": 2048},
-    "qwen2": {"hidden_act": "silu", "max_position_embeddings": 32768},
-    "qwen3": {"hidden_act": "silu", "max_position_embeddings": 32768, "head_dim": 128},
-    "gemma3_text": {
-        "hidden_activation": "gelu_pytorch_tanh",
-        "max_position_embeddings": 131_072,
-        "vocab_size": 262_208,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 4096,
-        "sliding_window_pattern": 6,
-        "rope_theta": 1_000_000.0,
-        "rope_local_base_freq": 10_000.0,
-        "tie_word_embeddings": True,
-    },
-}
+_FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
+
 # Fields that change what is computed, with the values under which they do not.
 _NOT_IMPLEMENTED = {
     "quantization_config": (None,),
@@ -62,12 +44,12 @@ def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config
     if fields.get("model_type") == "gemma3":
         fields, where = _gemma3_text(fields, where), f"{where}: text_config"
     family = fields.get("model_type")
-    if not isinstance(family, str) or family not in _DEFAULTS:
+    if not isinstance(family, str) or family not in _FAMILIES:
         raise UnsupportedModelError(
             f"{where}: the model_type {family!r:.80} is not supported, only "
-            f"{', '.join(_DEFAULTS)} and gemma3 are"
+            f"{', '.join(_FAMILIES)} and gemma3 are"
         )
-    f = _Fields(_DEFAULTS[family] | {k: v for k, v in fields.items() if v is not None}, where)
+    f = _Fields(DEFAULTS[family] | {k: v for k, v in fields.items() if v is not None}, where)
     for name, harmless in _NOT_IMPLEMENTED.items():
         if f.get(name) not in harmless:
             raise UnsupportedModelError(f"{where}: {name} {f.get(name)!r:.80} is not supported")

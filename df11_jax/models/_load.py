@@ -14,6 +14,7 @@ from df11_jax._files.source import TensorInfo, TensorSource
 from df11_jax._host_arrays import BFLOAT16
 from df11_jax._host_codec import available_threads
 from df11_jax._progress import ProgressBar
+from df11_jax._select import is_candidate_dtype, is_castable
 from df11_jax.models import tables
 from df11_jax.models._config import Config
 from df11_jax.models._devices import Devices, ParamDevices
@@ -115,8 +116,8 @@ def _check_tensors(
 def _check(name: str, place: TensorPlace, info: TensorInfo, cast: bool) -> None:
     if tuple(info.shape) != place.shape:
         raise ValueError(f"{name}: expected shape {list(place.shape)}, got {list(info.shape)}")
-    castable = info.dtype in ("F32", "F16")
-    if info.dtype != "BF16" and not (cast and castable):
+    if not is_candidate_dtype(info.numpy_dtype, cast):
+        castable = is_castable(info.numpy_dtype)
         hint = ": ask for cast=True (--cast) if rounding is acceptable" if castable else ""
         raise ValueError(f"{name}: expected BF16, got {info.dtype}{hint}")
 

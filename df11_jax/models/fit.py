@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from df11_jax._files.directory import CONFIG, ORBAX_METADATA, read_json
+from df11_jax._files.directory import CONFIG, read_json
 from df11_jax.checkpoints import Source, open_checkpoint
+from df11_jax.checkpoints.detect import has_weights
 from df11_jax.models import estimate
 from df11_jax.models._config import Config
 from df11_jax.models._hf_config import UnsupportedModelError, read_config
@@ -239,13 +240,9 @@ def read_model(path: Path) -> Model:
         return _read_config_alone(path, read_json(path))
     config_path = (path if path.is_dir() else path.parent) / CONFIG
     fields = read_json(config_path) if config_path.is_file() else None
-    if path.is_dir() and fields is not None and not _has_weights(path):
+    if path.is_dir() and fields is not None and not has_weights(path):
         return _read_config_alone(config_path, fields)
     return _read_checkpoint(path, fields, str(config_path))
-
-
-def _has_weights(path: Path) -> bool:
-    return (path / ORBAX_METADATA).exists() or any(path.glob("*.safetensors"))
 
 
 def _read_config_alone(path: Path, fields: Mapping[str, Any]) -> Model:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int
 
 from df11_jax._array import DF11Array
-from df11_jax._decode import decode_slices
+from df11_jax._slices import decode_slices
 
 # The rows of a chunk of the compressed layout; smaller groups would be compressed less well.
 ROWS = 128

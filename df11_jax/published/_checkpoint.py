@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from df11_jax._files.directory import CONFIG, PUBLISHED_CONFIG, read_json
+from df11_jax._files.directory import CONFIG, read_json
+from df11_jax._files.model_config import ModelConfig
 from df11_jax._files.source import TensorInfo
 from df11_jax._host_codec import cpu_library
 from df11_jax.published._headers import PARTS, StoredUnit, find_units, read_headers
 from df11_jax.published._patterns import PatternDict, check_pattern_dict, match_module
-from df11_jax.published._shapes import ModelConfig, Shapes, check_shape, read_shapes
+from df11_jax.published._shapes import Shapes, check_shape, read_shapes
 from df11_jax.published._unit import ARRAYS, PublishedUnit, decode_host
+from df11_jax.published.detect import CONFIG_KEY
 
 # These fields are the same in all published checkpoints; the layout cannot hold others.
 GEOMETRY = {"threads_per_block": [512], "bytes_per_thread": 8}
@@ -89,8 +91,8 @@ class Checkpoint:
         config = (self.path if self.path.is_dir() else self.path.parent) / CONFIG
         self.config: dict[str, Any] | None = read_json(config) if config.is_file() else None
         self._patterns = check_pattern_dict(pattern_dict, "Checkpoint") if pattern_dict else None
-        if pattern_dict is None and self.config is not None and PUBLISHED_CONFIG in self.config:
-            self._patterns = _published_patterns(self.config[PUBLISHED_CONFIG], str(config))
+        if pattern_dict is None and self.config is not None and CONFIG_KEY in self.config:
+            self._patterns = _published_patterns(self.config[CONFIG_KEY], str(config))
         self._model = ModelConfig(self.config, str(config))
         self._shapes = read_shapes(shapes)
         self.units = {name: self._unit_info(unit) for name, unit in self._stored_units.items()}
@@ -194,7 +196,7 @@ class Checkpoint:
         if names is None:
             raise ValueError(
                 f"{unit}: which {count} tensors it consists of is not known: no pattern of "
-                f"{PUBLISHED_CONFIG} in config.json matches it. Put the checkpoint's "
+                f"{CONFIG_KEY} in config.json matches it. Put the checkpoint's "
                 "config.json beside the file, or pass pattern_dict=... (--pattern-dict), such as "
                 "df11_jax.published.default_pattern_dict(config)"
             )
@@ -238,7 +240,7 @@ class Checkpoint:
 
 
 def _published_patterns(config: Any, path: str) -> dict[str, list[str]]:
-    where = f"{path}: {PUBLISHED_CONFIG}"
+    where = f"{path}: {CONFIG_KEY}"
     if not isinstance(config, dict):
         raise ValueError(f"{where}: is {config!r:.80}, expected an object")
     for field, expected in GEOMETRY.items():

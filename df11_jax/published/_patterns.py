@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from df11_jax._files.model_config import DEFAULTS, ModelConfig
 from df11_jax.published import _expressions
-from df11_jax.published._shapes import FAMILIES, ModelConfig
 
 PatternDict = Mapping[str, Sequence[str]]
 
@@ -137,7 +137,7 @@ def default_pattern_dict(config: Mapping[str, Any] | None) -> dict[str, list[str
     if not model.is_known:
         raise ValueError(
             f"there is no default pattern dict for the model type {model.family!r}, only for "
-            f"{', '.join(FAMILIES)}; pass one (--pattern-dict)"
+            f"{', '.join(DEFAULTS)}; pass one (--pattern-dict)"
         )
     inner = r"(?:language_model\.model|model\.language_model)" if model.is_nested else "model"
     patterns: dict[str, list[str]] = {}

@@ -11,16 +11,17 @@ from jaxtyping import PyTree
 
 from df11_jax._bits import have_same_bits
 from df11_jax._files.atomic import new_file
-from df11_jax._files.directory import CONFIG, PUBLISHED_CONFIG, copy_small_files
+from df11_jax._files.directory import CONFIG, copy_small_files
 from df11_jax._files.journal import incomplete
+from df11_jax._files.model_config import ModelConfig
 from df11_jax._files.safetensors import DTYPES
 from df11_jax._files.source import Source, TensorInfo, TensorSource
 from df11_jax._progress import ProgressBar
 from df11_jax.published._checkpoint import GEOMETRY
 from df11_jax.published._patterns import PatternDict, check_pattern_dict, match_units
 from df11_jax.published._pytree_source import PyTreeSource
-from df11_jax.published._shapes import ModelConfig
 from df11_jax.published._unit_files import ShardWriter, plan_shards
+from df11_jax.published.detect import CONFIG_KEY
 
 _DFLOAT11_VERSION = "0.5.0"  # which readers ignore
 
@@ -97,7 +98,7 @@ def write(
             "pattern_dict": patterns,
         }
         with new_file(path / CONFIG) as file:
-            text = json.dumps({**(config or {}), PUBLISHED_CONFIG: published}, indent=2)
+            text = json.dumps({**(config or {}), CONFIG_KEY: published}, indent=2)
             file.write(text.encode() + b"\n")
         if isinstance(source, Source):
             copy_small_files(source.path, path)

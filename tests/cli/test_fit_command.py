@@ -16,7 +16,6 @@ from known_configs import KNOWN
 
 import df11_jax
 from df11_jax import checkpoints, models
-from df11_jax._size_report import parse_bytes
 from df11_jax.cli import _commands
 from df11_jax.models.budget import FRACTION_VARIABLES
 
@@ -128,24 +127,6 @@ def test_fits_only_if_weights_compress_as_expected(llama):
     total = ask(llama, "--memory", "24GiB")["compressed"]["total"]
     memory = -(-(total + 1000) * 4 // 3)
     assert "fits, but not if weights take the most that they may" in run(llama, "--memory", memory)
-
-
-@pytest.mark.parametrize(
-    ("text", "nbytes"),
-    [
-        ("24GB", 24 * 10**9),
-        ("24 gb", 24 * 10**9),
-        ("24GiB", 24 * 2**30),
-        ("80G", 80 * 2**30),
-        ("1.5T", 3 * 2**39),
-        (".5gib", 2**29),
-        ("512MiB", 2**29),
-        ("1000", 1000),
-        ("7B", 7),
-    ],
-)
-def test_sizes_of_memory(text, nbytes):
-    assert parse_bytes(text) == nbytes
 
 
 @pytest.mark.parametrize(
