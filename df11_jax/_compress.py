@@ -1,4 +1,4 @@
-"""Compression on the host: one tensor, or a pytree leaf by leaf."""
+"""Compression on the host, of one tensor or of a pytree leaf by leaf."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,12 +29,12 @@ def compress(
 ) -> DF11Array:
     """Compresses one bfloat16 tensor, on the host.
 
-    A numpy array, or a JAX array on the CPU, is read where it lies, if it is contiguous.
+    A contiguous numpy array, or JAX array on the CPU, is read without a copy.
 
     Args:
-        array: a bfloat16 array of any shape, without stack axes of at most 8 dimensions.
-        stack_axes: the number of leading axes that are a stack (of layers, say): each slice along
-            them gets its own codebook, and can be decompressed alone.
+        array: a bfloat16 array of any shape, with at most 8 dimensions besides its stack axes.
+        stack_axes: the number of leading axes that are a stack (of layers, say). Each slice along
+            them gets a codebook of its own, and can be decompressed alone.
         batch_axes: the number of the next axes that count matrices: a slice `[heads, d, head_dim]`
             with one of them is `heads` matrices.
         row_axes: the number of axes after these that are the rows of a matrix, for products with
@@ -42,12 +42,12 @@ def compress(
         along_columns: whether pairs of weights are coded along the columns, for products with the
             transpose (`h @ E.T` with `E [vocab, d]`), instead of along the rows (`x @ W`).
         verify: decode the result, and compare it with `array` bit by bit.
-        threads: how many threads to use; None for all that this process may run on.
+        threads: the number of threads; None for all that this process may run on.
 
     Returns:
-        The compressed tensor, on the device that `array` is on; on the default device if that is
-        a numpy array, or is spread over several devices (`jax.device_put` places the result, like
-        any pytree). `decompress` of it is bit for bit `array`.
+        The compressed tensor, on the device of `array`, or on the default device if that is a
+        numpy array or is spread over several devices. (`jax.device_put` places the result, like
+        any pytree.) `decompress` of it is `array`, bit for bit.
 
     Raises:
         TypeError: `array` is traced, or not bfloat16.
@@ -90,24 +90,27 @@ def compress_params(
 
     Args:
         params: a pytree of arrays, such as Flax parameters.
-        include: regular expression; only leaves whose path (`layers/attention/query`) it is found
-            in are compressed. None for all.
-        stacked: regular expression; leaves whose path it is found in are stacks along their first
-            axis, as `flax.linen.scan` makes them, and get a stack axis. `scan_blocks` needs it.
-        predicate: `predicate(path, leaf)` has the last word on leaves that the rest lets through.
+        include: a regular expression; only leaves in whose path (`layers/attention/query`) it is
+            found are compressed. None for all.
+        stacked: a regular expression; leaves in whose path it is found are stacks along their
+            first axis, as `flax.linen.scan` makes them, and get a stack axis. `scan_blocks` needs
+            it.
+        predicate: a function of a path and a leaf, which may refuse leaves that all other
+            arguments admit.
         min_size: leaves with fewer weights stay as they are (a stack counts as a whole).
         cast: round float32 and float16 leaves to bfloat16 first, which is not lossless. Those
             that are then not compressed keep their type.
         verify: decode each leaf and compare it bit by bit before going on.
         progress: show a progress bar, in bytes.
-        threads: how many threads to use; None for all that this process may run on.
+        threads: the number of threads; None for all that this process may run on.
 
     Returns:
-        The same pytree with `DF11Array` leaves.
+        The same pytree, with `DF11Array`s for the leaves that are compressed.
 
     Raises:
-        TypeError: a leaf to be compressed is traced; `include` or `stacked` is no text.
-        ValueError: a leaf to be stacked has no axes; a regular expression is not one.
+        TypeError: a leaf to be compressed is traced; `include` or `stacked` is not a string.
+        ValueError: a leaf to be stacked has no axes; `include` or `stacked` is not a regular
+            expression.
         RuntimeError: verification failed, or an array was deleted. All errors name the leaf's
             path, in their message or in a note.
 

@@ -1,5 +1,6 @@
-"""The compiled encoder and decoder, from numpy to numpy: no devices, no tracing."""
+"""The compiled encoder and decoder, of numpy arrays: no devices, no tracing."""
 
+import importlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -26,12 +27,12 @@ def encode(
     """Encodes a tensor.
 
     Args:
-        weights: the tensor, contiguous; its leading axes, before those of the layout, are a stack.
+        weights: the tensor, in a contiguous array; its axes before those of the layout are a stack.
         name: the name of the tensor, for messages.
         layout: the layout of its slices.
-        share_codebook: whether all slices have one codebook.
-        verify: whether to decode the result, and compare it with `weights` bit by bit.
-        threads: the number of threads to use; None for all that this process may run on.
+        share_codebook: use one codebook for all slices.
+        verify: decode the result, and compare it with `weights` bit by bit.
+        threads: the number of threads; None for all that this process may run on.
 
     Returns:
         The five arrays of the specification.
@@ -57,16 +58,13 @@ def encode(
     return tuple(w.reshape(*stack_shape, *layout.parts, w.shape[-1]) for w in words)
 
 
-def decode(
-    payload: Payload, layout: Layout, name: str, *, threads: int | None = None
-) -> BFloat16[np.ndarray, "..."]:
+def decode(payload: Payload, layout: Layout, name: str) -> BFloat16[np.ndarray, "..."]:
     """Decodes a tensor, or a whole stack.
 
     Args:
         payload: the five arrays.
-        layout: the layout that their header says.
+        layout: the layout of a slice, as their header states it.
         name: the name of the tensor, for messages.
-        threads: the number of threads to use; None for all that this process may run on.
 
     Returns:
         The tensor.
@@ -81,7 +79,7 @@ def decode(
     parts = np.empty((*stack_shape, *layout.parts, *layout.part_shape), BFLOAT16)
     bits = _stack_of_bits(parts, parts.ndim - len(layout.shape))
     words = [np.ascontiguousarray(part).reshape(bits.shape[0], -1) for part in payload[1:]]
-    at = cpu_library().decode(bits, header, *words, threads or available_threads())
+    at = cpu_library().decode(bits, header, *words, available_threads())
     if at >= 0:
         index, chunk = divmod(at, layout.view.chunks)
         raise ValueError(f"{name}: is corrupt: chunk {chunk} of slice {index}")
@@ -89,7 +87,7 @@ def decode(
 
 
 def available_threads() -> int:
-    """How many threads this process may run at a time."""
+    """The number of threads that this process may run at a time."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -102,16 +100,15 @@ def _stack_of_bits(weights: np.ndarray, stack_axes: int) -> np.ndarray:
 
 
 def cpu_library() -> Any:
-    """The compiled library, for `import df11_jax` does not need it.
+    """The compiled library, which is imported here since `import df11_jax` does not need it.
 
     Raises:
-        ImportError: there is none.
+        ImportError: there is no compiled library.
     """
     try:
-        from df11_jax import _cpu_library
+        return importlib.import_module("df11_jax._cpu_library")
     except ImportError as error:
         raise ImportError(
             f"df11_jax in {os.path.dirname(__file__)} has no compiled library ({error}). If that "
             "is the source tree, install it (pip install .) and start Python somewhere else"
         ) from error
-    return _cpu_library

@@ -44,8 +44,8 @@ SIGN_MANTISSA = 0x807F807F  # sign and mantissa of both weights of a pair
 PAYLOAD = ("header", "codebook", "chunk_offsets", "exponents", "sign_mantissa")
 
 # A chunk of 8 steps keeps a GPU's warp busy for about 4 us, so that tensors of a few hundred of
-# them would leave most of the GPU idle; half as many steps cost 0.04 bits a weight. Tensors that are
-# smaller still take no longer than one chunk does, and those that are larger have chunks enough.
+# them would leave most of the GPU idle; half as many steps cost 0.04 bits a weight. Tensors that
+# are smaller still take no longer than one chunk does, and those that are larger have chunks enough.
 _HALF_CHUNK_SIZES = range(1 << 20, 1 << 23)
 
 

@@ -14,11 +14,11 @@ import numpy as np
 from df11_jax import _layout
 from df11_jax._array import is_df11
 from df11_jax._host_arrays import BFLOAT16
-from df11_jax._size_report import format_bytes
+from df11_jax._units import format_bytes
 
 _CASTABLE = (np.dtype(np.float32), np.dtype(np.float16))
 
-# Below this size what a leaf could save does not pay for its table.
+# Below this size, a leaf saves less than its table takes.
 MIN_SIZE = 16384
 
 
@@ -70,7 +70,8 @@ class Selection:
     Attributes:
         include: a pattern to be found in their paths; None for all.
         stacked: a pattern that is found in the paths of stacks; None if there are none.
-        predicate: has the last word on leaves that the rest lets through; None for none.
+        predicate: a function of path and leaf, which may refuse leaves that the rest admits; None
+            for none.
         min_size: the number of weights that they have at least.
         cast: whether float32 and float16 leaves are among them.
     """
@@ -95,8 +96,8 @@ class Selection:
         """The leaves that `compress_params` compresses if it is called with these options.
 
         Raises:
-            TypeError: `include` or `stacked` is no text.
-            ValueError: one of them is no regular expression.
+            TypeError: `include` or `stacked` is not a string.
+            ValueError: one of them is not a regular expression.
         """
         patterns = _compile_pattern("include", include), _compile_pattern("stacked", stacked)
         return cls(*patterns, predicate, min_size, cast)

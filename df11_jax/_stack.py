@@ -26,8 +26,8 @@ def stack(arrays: Sequence[DF11Array]) -> DF11Array:
         The stack, of shape `(len(arrays),) + arrays[0].shape`.
 
     Raises:
-        TypeError: something else than a `DF11Array` is among them.
-        ValueError: there are none, or their shapes differ.
+        TypeError: one of them is not a `DF11Array`.
+        ValueError: `arrays` is empty, or their shapes differ.
     """
     if not arrays:
         raise ValueError("stack needs at least one DF11Array")
@@ -50,16 +50,16 @@ def stack(arrays: Sequence[DF11Array]) -> DF11Array:
 class StackBuilder:
     """Assembles a stack on the host, from slices that come in any order.
 
-    Beside the stack, the host holds the exponents a second time for a moment: how long they are
-    padded is not known before all slices are there.
+    Beside the stack, the host holds the exponents a second time for a moment: the length to which
+    they are padded is not known before all slices are there.
     """
 
     def __init__(self, length: int, layout: Layout) -> None:
         """Makes room.
 
         Args:
-            length: the number of slices that there will be.
-            layout: the layout of each; they are not divided.
+            length: the number of slices.
+            layout: the layout of each slice; it is not divided.
         """
         view = layout.view
         words = (_layout.HEADER_WORDS, _layout.CODEBOOK_WORDS, view.chunks + 1)
@@ -74,7 +74,7 @@ class StackBuilder:
         """Adds slices `start, start + 1, ...`.
 
         Args:
-            start: the place of the first in the stack.
+            start: the index of the first one in the stack.
             payload: the five arrays of a stack with one axis.
         """
         *words, exponents, sign_mantissa = payload
@@ -87,7 +87,7 @@ class StackBuilder:
         """The stack. This empties the builder.
 
         Args:
-            device: for `jax.device_put`; None for the default device.
+            device: a device or sharding for `jax.device_put`; None for the default device.
 
         Raises:
             ValueError: a slice is missing.

@@ -37,17 +37,18 @@ def decode(
     """Decodes slices of a stack: the same contract as the FFI call.
 
     Args:
-        index: the slices wanted, clamped to the stack.
-        header: the headers of the stack, with an axis of size 1 for each axis of `index`.
-        codebook: the codebooks, with the same leading axes.
-        chunk_offsets: the places of the records, with the same leading axes.
-        exponents: the records, with the same leading axes.
-        sign_mantissa: signs and mantissas, with the same leading axes.
-        layout: the layout of the slices, or of their parts.
+        index: the indices of the slices, which are clamped to the stack.
+        header: the headers of the stack. Like all its arrays, it has an axis of size 1 for each
+            axis of `index` in front.
+        codebook: the codebooks of the stack.
+        chunk_offsets: the chunk offsets of the stack.
+        exponents: the coded exponents of the stack.
+        sign_mantissa: the signs and mantissas of the stack.
+        layout: the layout of a slice; of a divided one, each part counts as a slice.
 
     Returns:
-        The slices, of the shape `index.shape + layout.part_shape`. Chunks that are corrupt, or all
-        of a slice whose header or codebook is, have all bits set, which is a NaN.
+        The slices. The weights of a corrupt chunk, or of all chunks of a slice whose header or
+        codebook is corrupt, are NaNs with all bits set.
     """
     view = layout.view
     shape = index.shape + layout.part_shape

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from payloads import assert_same_bits, count_decodes, random_weights
 
 from df11_jax import EXPORT_SAFETY_CHECKS, compress, decompress, decompress_params
-from df11_jax._decode import decode_slices
+from df11_jax._slices import decode_slices
 
 on_cpu = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="counts decodes of the CPU handler"

@@ -1,9 +1,9 @@
 """CRC-32 of leaves, wherever their parts are.
 
 The checksum of a leaf is `zlib.crc32` over the bytes of its arrays, one array after the other, each
-in row-major order: how the arrays were sharded does not show in it, and anyone can recompute it.
-Each part is read where it is, for CRCs of parts of a message add up: as polynomials modulo 2,
-crc(a + b) = crc(a) * x^(8 * len(b)) + crc(b).
+in row-major order: it does not depend on how the arrays are sharded, and anyone can recompute it.
+Each part is read on its own device, since the CRCs of parts of a message add up: as polynomials
+modulo 2, crc(a + b) = crc(a) * x^(8 * len(b)) + crc(b).
 """
 
 import functools
@@ -28,13 +28,13 @@ _X_TO_8 = 1 << 23
 def leaf_checksums(leaves: Sequence[Sequence[Any]]) -> list[int]:
     """The checksums of leaves.
 
-    Where leaves are spread over processes, all of these have to call this, with the same leaves.
+    If leaves are spread over several processes, all of these must call this with the same leaves.
 
     Args:
-        leaves: for each leaf its arrays, on devices or on the host.
+        leaves: the arrays of each leaf, on devices or on the host.
 
     Returns:
-        A CRC-32 for each leaf.
+        The CRC-32 of each leaf.
     """
     spread = [array for leaf in leaves for array in leaf if not _is_local(array)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -69,7 +69,7 @@ def _whole(array: Any) -> np.ndarray | None:
 
 
 def _own_part(array: jax.Array) -> int:
-    """What the shards that this process answers for contribute to the array's checksum."""
+    """The part of an array's checksum that comes from the first replicas on this process."""
     part = 0
     for shard in array.addressable_shards:
         if shard.replica_id == 0:
@@ -78,7 +78,7 @@ def _own_part(array: jax.Array) -> int:
 
 
 def _checksum_within(block: np.ndarray, index: tuple[slice, ...], shape: tuple[int, ...]) -> int:
-    """What a block contributes to the checksum of the array of which it is `index`."""
+    """The part of an array's checksum that comes from its block at `index`."""
     if not block.size:
         return 0
     if block.shape[1:] == shape[1:]:
@@ -95,7 +95,7 @@ def _checksum_within(block: np.ndarray, index: tuple[slice, ...], shape: tuple[i
 
 
 def _followed_by(checksum: int, nbytes: int) -> int:
-    """What a checksum contributes when so many bytes come after what it covers."""
+    """The part of a message's checksum that comes from its start, `nbytes` before its end."""
     return _product(checksum, _power_of_x(nbytes)) if checksum and nbytes else checksum
 
 
@@ -126,7 +126,7 @@ def _square_chain(n: int) -> int:
 
 
 def _sum_over_processes(arrays: Sequence[Any], parts: Sequence[int]) -> list[int]:
-    """The sums of what all processes that hold shards of the arrays have found."""
+    """The sums of the parts that all processes with shards of the arrays have found."""
     devices: dict[int, Any] = {
         device.process_index: device
         for array in arrays

@@ -1,7 +1,7 @@
-"""Native checkpoints: how pytrees with compressed leaves lie in safetensors files.
+"""Native checkpoints: safetensors files that hold pytrees with compressed leaves.
 
 A compressed leaf at path `a/b` is five tensors, `a/b:header` to `a/b:sign_mantissa`; its header
-holds its shape, so a file describes itself. Other leaves are tensors under their paths.
+holds its shape, so a file describes itself. Every other leaf is one tensor, named by its path.
 """
 
 import math
@@ -24,14 +24,14 @@ METADATA = {"format": "df11_jax", "version": str(_layout.FORMAT_VERSION)}
 
 
 def part_names(name: str) -> tuple[str, ...]:
-    """Names of the five tensors of a compressed leaf."""
+    """The names of the five tensors of a compressed leaf."""
     return tuple(f"{name}:{part}" for part in _layout.PAYLOAD)
 
 
 def is_native(files: Iterable[TensorFile]) -> bool:
     """Whether files are a native checkpoint, of any version: they say so, or look like one.
 
-    What does so and does not say so is damaged, and is not to pass for a plain checkpoint.
+    Files that look like one and do not say so are damaged, and must not pass as plain ones.
     """
     return any(
         file.metadata.get("format") == METADATA["format"]
@@ -45,14 +45,14 @@ class NativeCheckpoint:
     """Leaves from one or several files.
 
     Attributes:
-        path: of the directory or file.
-        tensors: all leaves by path, compressed ones as the tensors that they stand for.
+        path: the path of the directory or file.
+        tensors: all leaves by path, as they are without compression.
     """
 
     format = "native"
 
     def __init__(self, path: Path, files: Mapping[str, TensorFile]) -> None:
-        """Takes the files that hold the tensors, and checks what the headers say of the leaves.
+        """Takes the files that hold the tensors, and checks the leaves that the headers describe.
 
         Raises:
             ValueError: a file is not native or of another version; parts of a leaf are missing or
@@ -126,7 +126,7 @@ class NativeCheckpoint:
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         entries = [self._files[part].entries[part] for part in part_names(name)]
-        # Not the arrays: they would be read from the disk.
+        # Shapes stand for the arrays, which would be read from the disk.
         payload = [jax.ShapeDtypeStruct(e.shape, DTYPES.get(e.dtype, object)) for e in entries]
         stack_shape = _layout.check_payload(payload, slice_shape, where)
         self._slice_shapes[name] = slice_shape
@@ -146,6 +146,6 @@ def to_device(array: np.ndarray) -> Array | np.ndarray:
     """
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         return array.copy()
-    # This copies. `device_put` would take the file for the array's memory, if that happens to be
-    # aligned, on a CPU, and with `may_alias=False`, too.
+    # This copies. On a CPU, `device_put` would use the file as the array's memory if that happens
+    # to be aligned, even with `may_alias=False`.
     return jnp.array(array)

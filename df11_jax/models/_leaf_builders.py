@@ -1,7 +1,7 @@
-"""Leaves of the parameters, filled tensor by tensor on the host, then moved to the device."""
+"""Builders of leaves, which are filled tensor by tensor on the host, then moved to the device."""
 
 from concurrent.futures import Executor
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -15,11 +15,9 @@ from df11_jax._host_codec import encode
 from df11_jax._layout import make_layout
 from df11_jax._select import is_candidate, is_worth_keeping
 from df11_jax._stack import StackBuilder
+from df11_jax.models._sharding import DeviceOrSharding
 
 _BAND = 64  # rows that are transposed at a time: two cache lines of each row of the result
-
-# Where `jax.device_put` puts arrays; None for the default device.
-Place: TypeAlias = jax.Device | jax.sharding.Sharding | None
 
 
 def is_candidate_stack(shape: tuple[int, ...]) -> bool:
@@ -30,18 +28,18 @@ def is_candidate_stack(shape: tuple[int, ...]) -> bool:
     return len(shape) > 2 and is_candidate(shape, BFLOAT16, stack_axes=1)
 
 
-class Leaf(Protocol):
-    """A leaf to be."""
+class LeafBuilder(Protocol):
+    """A builder of a leaf."""
 
     def put(self, start: int, slices: BFloat16[np.ndarray, "slices ..."], name: str) -> None:
         """Adds slices `start, start + 1, ...` along the first axis; `name` is for messages."""
 
-    def build(self, place: Place) -> Array | DF11Array:
-        """The leaf, on its devices; what was put is used up."""
+    def build(self, where: DeviceOrSharding) -> Array | DF11Array:
+        """The leaf, on its devices; the builder is of no use afterwards."""
 
 
-class PlainLeaf:
-    """A leaf that is not compressed."""
+class PlainLeafBuilder:
+    """A builder of a leaf that is not compressed."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self._array = empty_aligned(shape, BFLOAT16)
@@ -50,15 +48,15 @@ class PlainLeaf:
         """Adds slices along the first axis."""
         self._array[start : start + len(slices)] = slices
 
-    def build(self, place: Place) -> Array:
+    def build(self, where: DeviceOrSharding) -> Array:
         """The leaf, on its devices."""
         array = self._array
         del self._array
-        return jax.device_put(array, place)
+        return jax.device_put(array, where)
 
 
-class CompressedLeaf:
-    """A compressed leaf with one stack axis; plain after all, if that is smaller."""
+class CompressedLeafBuilder:
+    """A builder of a compressed leaf with one stack axis, or of a plain one if that is smaller."""
 
     def __init__(self, shape: tuple[int, ...], verify: bool, threads: int | None) -> None:
         self._layout = make_layout(shape[1:])
@@ -71,15 +69,15 @@ class CompressedLeaf:
         payload = encode(slices, name, self._layout, verify=self._verify, threads=self._threads)
         self._builder.put(start, payload)
 
-    def build(self, place: Place) -> Array | DF11Array:
+    def build(self, where: DeviceOrSharding) -> Array | DF11Array:
         """The leaf, on its devices."""
-        array = self._builder.build(place)
+        array = self._builder.build(where)
         if is_worth_keeping(array.compressed_nbytes, array.nbytes):
             return array
-        if isinstance(place, NamedSharding):
-            # Else each device would gather and decompress all of it.
-            spec = place.spec
-            here = jax.shard_map(decompress, mesh=place.mesh, in_specs=spec, out_specs=spec)
+        if isinstance(where, NamedSharding):
+            # Otherwise each device would gather and decompress all of it.
+            spec = where.spec
+            here = jax.shard_map(decompress, mesh=where.mesh, in_specs=spec, out_specs=spec)
             return jax.jit(here)(array)
         return decompress(array)
 
@@ -89,8 +87,8 @@ def transpose(
 ) -> Shaped[np.ndarray, "cols rows"]:
     """The transpose of a matrix of 2-byte elements, contiguous, in the threads of a pool.
 
-    numpy moves element by element, in strides that miss every cache. Here four rows are zipped
-    into 8-byte elements first, which are then moved, a band of rows at a time.
+    numpy copies element by element, in strides that miss every cache. Here four rows are zipped
+    into 8-byte elements first, and these are copied, a band of rows at a time.
     """
     rows, cols = matrix.shape
     if rows % 4:

@@ -1,4 +1,4 @@
-"""From parameters to what Orbax is given to save."""
+"""From parameters to the tree and the metadata that Orbax saves."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,22 +22,22 @@ from df11_jax.orbax import _describe, _leaf_arrays, _manifest
 def to_orbax(
     params: PyTree, compress: Mapping[str, Any] | None, custom_metadata: Mapping[str, Any] | None
 ) -> tuple[PyTree, dict[str, Any]]:
-    """What Orbax is to save, and the metadata that goes with it.
+    """Makes the tree that Orbax is to save, and the metadata that goes with it.
 
     Args:
         params: parameters, compressed or not.
         compress: arguments of `compress_params`; None to save all leaves as they are.
-        custom_metadata: what the user wants to have in Orbax's metadata of the item.
+        custom_metadata: entries that the user adds to Orbax's metadata of the item.
 
     Returns:
         The tree, and the user's metadata together with the manifest. The tree has a dict of
-        arrays for each compressed leaf, and none of the arrays of no elements, which Orbax cannot
+        arrays for each compressed leaf. It has no arrays without elements, which Orbax cannot
         save.
 
     Raises:
         TypeError: a leaf is neither an array nor a number nor a text.
-        ValueError: a leaf's arrays do not fit its shape; two leaves have the same name in Orbax;
-            the user's metadata has an entry of the same name as ours.
+        ValueError: a leaf's arrays do not fit its shape, two leaves have the same name in Orbax,
+            or the user's metadata has an entry of the same name as the manifest.
     """
     if custom_metadata is not None and _manifest.KEY in custom_metadata:
         raise ValueError(f"custom_metadata has the key {_manifest.KEY!r}, which df11_jax uses")

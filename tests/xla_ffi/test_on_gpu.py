@@ -22,7 +22,7 @@ from df11_jax import (
     published,
     scan_blocks,
 )
-from df11_jax._decode import decode_slices
+from df11_jax._slices import decode_slices
 from df11_jax.bench.blocks import BLOCKS
 from df11_jax.bench.measure import DECODE_KERNEL
 from df11_jax.bench.programs import Program
