@@ -1,5 +1,6 @@
 """The shapes of compressed stacks of any size, to compile programs without weights."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
@@ -12,13 +13,14 @@ EXPONENT_BITS = 2.63
 
 def compressed_stack(length: int, slice_shape: Sequence[int], make_shape: Callable) -> DF11Array:
     """The shapes of a compressed stack, each made by `make_shape(shape, dtype)`."""
-    view = _layout.make_view(slice_shape)
+    layout = _layout.make_layout(slice_shape)
+    view = layout.view
     words = (
         _layout.HEADER_WORDS,
         _layout.CODEBOOK_WORDS,
         view.chunks + 1,
-        4 * round(view.size * EXPONENT_BITS / 128),
+        4 * math.ceil(view.size * EXPONENT_BITS / 128),
         view.sign_mantissa_words,
     )
     payload = [make_shape((length, count), jnp.uint32) for count in words]
-    return DF11Array(*payload, slice_shape=tuple(slice_shape))
+    return DF11Array.from_payload(payload, layout)

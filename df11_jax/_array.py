@@ -4,8 +4,8 @@ import dataclasses
 import json
 import math
 import operator
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
 
 import jax
 import jax.export
@@ -50,6 +50,12 @@ class DF11Array:
     exponents: UInt32[Array, "*stack_and_parts words"]
     sign_mantissa: UInt32[Array, "*stack_and_parts quads"]
     layout: Layout = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def from_payload(cls, payload: Iterable[Any], layout: Layout) -> Self:
+        """Makes one of its five arrays, in the order of `payload`."""
+        header, codebook, chunk_offsets, exponents, sign_mantissa = payload
+        return cls(header, codebook, chunk_offsets, exponents, sign_mantissa, layout)
 
     @property
     def slice_shape(self) -> tuple[int, ...]:
@@ -176,15 +182,11 @@ class DF11Array:
             return f"DF11Array({leaves}, layout={self.layout!r})"
 
 
-def _layout_of_json(fields: list[Any]) -> Layout:
-    return Layout(*(tuple(field) if isinstance(field, list) else field for field in fields))
-
-
 jax.export.register_pytree_node_serialization(
     DF11Array,
     serialized_name="df11_jax.DF11Array",
-    serialize_auxdata=lambda static: json.dumps(dataclasses.astuple(static[0])).encode(),
-    deserialize_auxdata=lambda data: (_layout_of_json(json.loads(data)),),
+    serialize_auxdata=lambda static: json.dumps(static[0].to_json()).encode(),
+    deserialize_auxdata=lambda data: (Layout.from_json(json.loads(data)),),
 )
 
 

@@ -12,7 +12,7 @@ from df11_jax._array import DF11Array, is_df11
 from df11_jax._decode import path_name
 from df11_jax._host_arrays import BFLOAT16, to_host
 from df11_jax._host_codec import encode
-from df11_jax._layout import make_layout
+from df11_jax._layout import Layout, make_layout
 from df11_jax._progress import ProgressBar
 from df11_jax._select import MIN_SIZE, Selection, is_castable, is_worth_keeping
 
@@ -184,8 +184,26 @@ def _compress(
         layout = make_layout(weights.shape[stack_axes:], **matrix)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    words = encode(weights, name, layout, verify=verify, threads=threads)
-    return DF11Array(*(jax.device_put(array, device) for array in words), layout=layout)
+    return _encode(weights, name, layout, device, verify=verify, threads=threads)
+
+
+def compress_as(array: Any, layout: Layout, name: str) -> DF11Array:
+    """Compresses a tensor as another one was: with the same layout.
+
+    Args:
+        array: a bfloat16 array; its axes before those of the layout are a stack.
+        layout: the layout of its slices.
+        name: the name of the tensor; errors have it.
+    """
+    weights, device = _as_weights(array, name, cast=False)
+    return _encode(weights, name, layout, device)
+
+
+def _encode(
+    weights: np.ndarray, name: str, layout: Layout, device: jax.Device | None, **options: Any
+) -> DF11Array:
+    words = encode(weights, name, layout, **options)
+    return DF11Array.from_payload((jax.device_put(array, device) for array in words), layout)
 
 
 def _as_weights(array: Any, name: str, cast: bool) -> tuple[np.ndarray, Any]:

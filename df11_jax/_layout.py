@@ -6,7 +6,7 @@ The same constants and index arithmetic as `xla_ffi/native/layout.h`.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from jaxtyping import UInt32
@@ -45,7 +45,7 @@ PAYLOAD = ("header", "codebook", "chunk_offsets", "exponents", "sign_mantissa")
 
 # A chunk of 8 steps keeps a GPU's warp busy for about 4 us, so that tensors of a few hundred of
 # them would leave most of the GPU idle; half as many steps cost 0.04 bits a weight. Tensors that
-# are smaller still take no longer than one chunk does, and those that are larger have chunks enough.
+# are smaller still take no longer than one chunk does; those that are larger have chunks enough.
 _HALF_CHUNK_SIZES = range(1 << 20, 1 << 23)
 
 
@@ -73,6 +73,23 @@ class Layout:
     steps: int = MAX_STEPS
     code_bits: int = MAX_CODE_BITS
     parts: tuple[int, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, in types that JSON knows."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Self:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            TypeError: the fields are others, or of other types.
+            ValueError: there is no such layout.
+        """
+        shape, parts = tuple(fields["shape"]), tuple(fields["parts"])
+        layout = cls(**fields | {"shape": shape, "parts": parts})
+        unpack_header(pack_header(layout))
+        return layout
 
     @property
     def part_shape(self) -> tuple[int, ...]:

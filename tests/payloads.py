@@ -39,7 +39,7 @@ def from_payload(payload: Any, slice_shape: tuple[int, ...], **cut: Any) -> DF11
         steps=cut.get("steps", _layout.MAX_STEPS),
         code_bits=cut.get("code_bits", _layout.MAX_CODE_BITS),
     )
-    return DF11Array(*map(jnp.asarray, payload), layout=layout)
+    return DF11Array.from_payload(map(jnp.asarray, payload), layout)
 
 
 def count_decodes(function: Callable[..., Any], *args: Any) -> int:

@@ -18,6 +18,7 @@ from df11_jax._array import DF11Array
 from df11_jax._files.safetensors import DTYPES, TensorFile, check_shape
 from df11_jax._files.source import TensorInfo
 from df11_jax._host_codec import decode
+from df11_jax._layout import Layout
 from df11_jax.checkpoints import _native_checksums
 
 METADATA = {"format": "df11_jax", "version": str(_layout.FORMAT_VERSION)}
@@ -61,7 +62,7 @@ class NativeCheckpoint:
         self.path = path
         self.tensors: dict[str, TensorInfo] = {}
         self._files = files
-        self._slice_shapes: dict[str, tuple[int, ...]] = {}
+        self._layouts: dict[str, Layout] = {}
         self._checksums: dict[Path, dict[str, str]] = {}
         for file in dict.fromkeys(files.values()):
             metadata, self._checksums[file.path] = _native_checksums.split_metadata(file)
@@ -84,18 +85,17 @@ class NativeCheckpoint:
 
     def read(self, name: str) -> np.ndarray:
         """One leaf, decoded, on the host."""
-        if name not in self._slice_shapes:
+        if name not in self._layouts:
             return self._array(name)
         payload = [self._array(part) for part in part_names(name)]
-        return decode(payload, self._slice_shapes[name], self._where(name))
+        return decode(payload, self._layouts[name], self._where(name))
 
     def load(self, name: str) -> DF11Array | Array | np.ndarray:
         """One leaf as it is stored, on the default device."""
-        if name not in self._slice_shapes:
+        if name not in self._layouts:
             return to_device(self._array(name))
-        parts = zip(_layout.PAYLOAD, part_names(name), strict=True)
-        payload = {part: jnp.asarray(to_device(self._array(stored))) for part, stored in parts}
-        return DF11Array(**payload, slice_shape=self._slice_shapes[name])
+        payload = [jnp.asarray(to_device(self._array(part))) for part in part_names(name)]
+        return DF11Array.from_payload(payload, self._layouts[name])
 
     def _array(self, name: str) -> np.ndarray:
         file = self._files[name]
@@ -122,15 +122,14 @@ class NativeCheckpoint:
                 f"uint32[..., {_layout.HEADER_WORDS}] of one slice or more"
             )
         try:
-            slice_shape = _layout.unpack_header(headers.reshape(-1, _layout.HEADER_WORDS)[0])
+            layout = _layout.unpack_header(headers.reshape(-1, _layout.HEADER_WORDS)[0])
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         entries = [self._files[part].entries[part] for part in part_names(name)]
         # Shapes stand for the arrays, which would be read from the disk.
         payload = [jax.ShapeDtypeStruct(e.shape, DTYPES.get(e.dtype, object)) for e in entries]
-        stack_shape = _layout.check_payload(payload, slice_shape, where)
-        self._slice_shapes[name] = slice_shape
-        shape = stack_shape + slice_shape
+        self._layouts[name] = layout
+        shape = _layout.check_payload(payload, layout, where) + layout.shape
         check_shape(shape, where)
         stored_nbytes = sum(entry.nbytes for entry in entries)
         return TensorInfo(shape, "BF16", 2 * math.prod(shape), stored_nbytes)

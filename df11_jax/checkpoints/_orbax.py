@@ -42,7 +42,7 @@ class OrbaxCheckpoint:
         if not isinstance(value, DF11Array):
             return np.asarray(value)
         payload = [np.asarray(part) for part in value.payload]
-        return decode(payload, value.slice_shape, f"{self.path}: {name}")
+        return decode(payload, value.layout, f"{self.path}: {name}")
 
     def load(self, name: str) -> DF11Array | Array | np.ndarray:
         """One leaf as it is stored, on the default device."""

@@ -13,6 +13,7 @@ from df11_jax._files.safetensors import DTYPES
 from df11_jax._files.source import Source, TensorInfo
 from df11_jax._host_arrays import cpu_device
 from df11_jax._host_codec import encode
+from df11_jax._layout import make_layout
 from df11_jax._progress import ProgressBar
 from df11_jax._select import is_candidate, is_worth_keeping
 from df11_jax.checkpoints._native_format import METADATA, part_names
@@ -144,7 +145,7 @@ class _NativeTarget(_PlainTarget):
         array = self._source.read(name)
         if self._is_candidate(self._source.tensors[name]):
             array = np.ascontiguousarray(array)
-            words = encode(array, name, verify=self._verify)
+            words = encode(array, name, make_layout(array.shape), verify=self._verify)
             if is_worth_keeping(sum(part.nbytes for part in words), array.nbytes):
                 return zip(part_names(name), words, strict=True)
         return [(name, array)]

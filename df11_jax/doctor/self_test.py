@@ -162,8 +162,7 @@ def _normal(size: int) -> UInt16[np.ndarray, " size"]:
 def _encode_native(bits: Bits) -> DF11Array:
     layout = _layout.make_layout(bits.shape[1:])
     parts = _host_codec.encode(bits.view(ml_dtypes.bfloat16), "self-test", layout)
-    payload: dict[str, Any] = dict(zip(_layout.PAYLOAD, parts, strict=True))
-    return DF11Array(**payload, layout=layout)
+    return DF11Array.from_payload(parts, layout)
 
 
 def _encode_published(bits: Bits) -> published.PublishedUnit:

@@ -222,7 +222,7 @@ def _plain_bytes(nbytes: int) -> WeightBytes:
 def _compressed_bytes(shape: tuple[int, ...], stack_axes: int) -> WeightBytes:
     """The bytes of a leaf whose slices are compressed, or of a plain one if that is smaller."""
     plain, slices = 2 * math.prod(shape), math.prod(shape[:stack_axes])
-    view = _layout.make_view(shape[stack_axes:])
+    view = _layout.make_layout(shape[stack_axes:]).view
     fixed = _layout.HEADER_WORDS + _layout.CODEBOOK_WORDS + view.chunks + 1
     fixed += view.sign_mantissa_words
     return WeightBytes(

@@ -41,7 +41,7 @@ def describe(params: PyTree) -> tuple[Manifest, list[Any]]:
                 value.shape,
                 str(value.dtype),
                 shardings,
-                len(value.stack_shape),
+                value.layout,
                 value.exponents.shape[-1],
             )
         if isinstance(value, str):
@@ -81,19 +81,19 @@ def infer(stored: PyTree, headers: Mapping[Keys, np.ndarray], where: str) -> Man
         rows = headers[*keys, "header"]
         arrays = [node[part] for part in _layout.PAYLOAD]
         try:
-            shape = _layout.unpack_header(rows.reshape(-1, rows.shape[-1])[0])
+            layout = _layout.unpack_header(rows.reshape(-1, rows.shape[-1])[0])
         except (IndexError, ValueError) as error:
             raise ValueError(f"{where}: {path}: {error}") from None
-        stack = _layout.check_payload(arrays, shape, f"{where}: {path}")
+        stack = _layout.check_payload(arrays, layout, f"{where}: {path}")
         shardings = tuple(_sharding(array) for array in arrays)
         words = node["exponents"].shape[-1]
         return StoredLeaf(
             path,
             keys,
-            stack + shape,
+            stack + layout.shape,
             "bfloat16",
             shardings,
-            len(stack),
+            layout,
             words,
             has_tables=False,
         )

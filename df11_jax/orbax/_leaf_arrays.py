@@ -10,7 +10,7 @@ import numpy as np
 
 from df11_jax import _layout
 from df11_jax._array import DF11Array
-from df11_jax.orbax._manifest import TABLES, StoredLeaf
+from df11_jax.orbax._manifest import TABLES, StoredLeaf, table_words
 
 
 def join(arrays: Iterable[Any], leaf: StoredLeaf) -> DF11Array:
@@ -20,8 +20,8 @@ def join(arrays: Iterable[Any], leaf: StoredLeaf) -> DF11Array:
         arrays: the five arrays, in the order of the payload.
         leaf: the description of the leaf.
     """
-    parts = dict(zip(_layout.PAYLOAD, arrays, strict=True))
-    return DF11Array(**parts, slice_shape=leaf.slice_shape)
+    assert leaf.layout is not None, "the leaf is compressed"
+    return DF11Array.from_payload(arrays, leaf.layout)
 
 
 def to_stored(array: DF11Array) -> dict[str, Any]:
@@ -48,12 +48,13 @@ def from_stored(arrays: Sequence[Any], leaf: StoredLeaf, name: str) -> DF11Array
     """
     if not leaf.has_tables:
         return join(arrays, leaf)
+    assert leaf.layout is not None, "the leaf is compressed"
     tables, exponents, sign_mantissa = arrays
-    words = leaf.table_words
+    words = table_words(leaf.layout)
     if tables.shape[-1:] != (sum(words),):
         raise ValueError(
             f"{name}: {TABLES} has the shape {list(tables.shape)}, expected "
-            f"[..., {sum(words)}] for slices of shape {list(leaf.slice_shape)}"
+            f"[..., {sum(words)}] for slices of shape {list(leaf.layout.shape)}"
         )
     ends = list(itertools.accumulate(words, initial=0))
     short = [tables[..., start:end] for start, end in itertools.pairwise(ends)]
@@ -80,7 +81,7 @@ def checked_arrays(value: Any, dtype: str | None) -> tuple[Any, ...]:
 
 
 def check_header(array: DF11Array, name: str) -> None:
-    """Checks that those rows of the header which this process has agree with the static shape.
+    """Checks that those rows of the header which this process has agree with the static layout.
 
     Args:
         array: a compressed leaf.
@@ -89,15 +90,17 @@ def check_header(array: DF11Array, name: str) -> None:
     Raises:
         ValueError: the header disagrees; the message names the leaf.
     """
-    expected = _layout.pack_header(array.slice_shape)
+    expected, known = _layout.pack_header(array.layout), _layout.CODEBOOK_ID
     for rows in _local_rows(array.header):
-        for row in rows[(rows != expected).any(axis=-1)][:1]:
+        for row in rows[(rows[:, :known] != expected[:known]).any(axis=-1)][:1]:
             try:
-                shape = _layout.unpack_header(row)
+                found = _layout.unpack_header(row)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
+            if found.shape == array.slice_shape:
+                raise ValueError(f"{name}: its header says {found}, expected {array.layout}")
             raise ValueError(
-                f"{name}: its header says that slices have the shape {list(shape)}, expected "
+                f"{name}: its header says that slices have the shape {list(found.shape)}, expected "
                 f"{list(array.slice_shape)}"
             )
 

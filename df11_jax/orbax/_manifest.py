@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from df11_jax import _layout
+from df11_jax._layout import Layout
 
 KEY = "df11_jax"
 FORMAT = "df11_jax.orbax"
@@ -60,7 +61,7 @@ class StoredLeaf:
         shape: its logical shape.
         dtype: its dtype; bfloat16 if it is compressed, None if it is a text.
         shardings: the shardings of its arrays, as text; None for what was no `jax.Array`.
-        stack_axes: the number of leading axes that are a stack; None if it is not compressed.
+        layout: the layout of its slices; None if it is not compressed.
         exponent_words: the length of its coded exponents; None if it is not compressed.
         crc32: its checksum; None if none is known.
         has_tables: whether its short arrays are stored as one; plain Orbax does not do that.
@@ -71,14 +72,14 @@ class StoredLeaf:
     shape: tuple[int, ...]
     dtype: str | None
     shardings: tuple[str | None, ...]
-    stack_axes: int | None = None
+    layout: Layout | None = None
     exponent_words: int | None = None
     crc32: int | None = None
     has_tables: bool = True
 
     @property
     def is_compressed(self) -> bool:
-        return self.stack_axes is not None
+        return self.layout is not None
 
     @property
     def is_key(self) -> bool:
@@ -96,36 +97,34 @@ class StoredLeaf:
         return sum(array.nbytes for array in self.arrays)
 
     @property
-    def slice_shape(self) -> tuple[int, ...]:
-        """The shape of a slice of a compressed leaf."""
-        return self.shape[self.stack_axes :]
-
-    @property
-    def table_words(self) -> tuple[int, ...]:
-        """The lengths of the short arrays of a slice of a compressed leaf."""
-        chunks = _layout.make_view(self.slice_shape).chunks
-        return (_layout.HEADER_WORDS, _layout.CODEBOOK_WORDS, chunks + 1)
-
-    @property
     def arrays(self) -> tuple[StoredArray, ...]:
         """The arrays that are stored for it."""
-        if self.exponent_words is None:
+        if self.layout is None or self.exponent_words is None:
             return (StoredArray(self.keys, self.shape, self.dtype, 0),)
-        sign_mantissa_words = _layout.make_view(self.slice_shape).sign_mantissa_words
-        words = (*self.table_words, self.exponent_words, sign_mantissa_words)
+        tables = table_words(self.layout)
+        words = (*tables, self.exponent_words, self.layout.view.sign_mantissa_words)
         arrays = list(zip(_layout.PAYLOAD, words, range(len(words)), strict=True))
         if self.has_tables:
-            arrays[: len(self.table_words)] = [(TABLES, sum(self.table_words), 0)]
-        stack = self.shape[: self.stack_axes]
+            arrays[: len(tables)] = [(TABLES, sum(tables), 0)]
+        leading = self.shape[: len(self.shape) - len(self.layout.shape)] + self.layout.parts
         return tuple(
-            StoredArray((*self.keys, name), (*stack, n), "uint32", part) for name, n, part in arrays
+            StoredArray((*self.keys, name), (*leading, n), "uint32", part)
+            for name, n, part in arrays
         )
 
     def __str__(self) -> str:
         shape = f"{self.dtype}[{','.join(map(str, self.shape))}]"
-        if not self.is_compressed:
+        if self.layout is None:
             return shape
-        return f"{shape}, compressed in slices of {list(self.slice_shape)}"
+        text = f"{shape}, compressed in slices of {list(self.layout.shape)}"
+        if self.layout.parts:
+            text += f", divided into {list(self.layout.parts)}"
+        return text
+
+
+def table_words(layout: Layout) -> tuple[int, ...]:
+    """The lengths of the short arrays of a slice of a compressed leaf."""
+    return (_layout.HEADER_WORDS, _layout.CODEBOOK_WORDS, layout.view.chunks + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,8 +191,8 @@ class Manifest:
                     for text in leaf.shardings
                 ],
             }
-            if leaf.is_compressed:
-                entry["stack_axes"] = leaf.stack_axes
+            if leaf.layout is not None:
+                entry["layout"] = leaf.layout.to_json()
                 entry["exponent_words"] = leaf.exponent_words
             if leaf.crc32 is not None:
                 entry["crc32"] = f"{leaf.crc32:08x}"
@@ -276,7 +275,7 @@ def _parse_leaf(entry: dict[str, Any], keys: Keys, shardings: list[str]) -> Stor
         shape=tuple(entry["shape"]),
         dtype=entry["dtype"],
         shardings=tuple(None if i is None else shardings[i] for i in entry["shardings"]),
-        stack_axes=entry.get("stack_axes"),
+        layout=Layout.from_json(entry["layout"]) if "layout" in entry else None,
         exponent_words=entry.get("exponent_words"),
         crc32=int(entry["crc32"], 16) if "crc32" in entry else None,
     )
@@ -285,10 +284,12 @@ def _parse_leaf(entry: dict[str, Any], keys: Keys, shardings: list[str]) -> Stor
     sizes = (*leaf.shape, leaf.exponent_words or 0)
     if any(type(n) is not int or n < 0 for n in sizes) or math.prod(n or 1 for n in sizes) >> 59:
         raise ValueError(f"shape {leaf.shape}")
-    if (leaf.stack_axes is None) != (leaf.exponent_words is None):
-        raise ValueError(f"{leaf.path} has only one of stack_axes and exponent_words")
-    if leaf.stack_axes is not None and leaf.stack_axes not in range(len(leaf.shape) + 1):
-        raise ValueError(f"stack_axes {leaf.stack_axes!r}")
+    if (leaf.layout is None) != (leaf.exponent_words is None):
+        raise ValueError(f"{leaf.path} has only one of layout and exponent_words")
+    if leaf.layout is not None:
+        slice_shape = leaf.shape[max(0, len(leaf.shape) - len(leaf.layout.shape)) :]
+        if leaf.layout.shape != slice_shape:
+            raise ValueError(f"{leaf.path} has the shape {leaf.shape}, and {leaf.layout}")
     if len(leaf.shardings) != (len(_layout.PAYLOAD) if leaf.is_compressed else 1):
         raise ValueError(f"{leaf.path} has {len(leaf.shardings)} shardings")
     return leaf

@@ -142,11 +142,11 @@ def _disagreement(plan: LeafPlan, casts: bool) -> Iterator[str]:
     if hasattr(target, "dtype") and not casts:
         agrees = agrees and str(target.dtype) == leaf.dtype
     if is_df11(target) and leaf.is_compressed:
-        agrees = agrees and target.slice_shape == leaf.slice_shape
+        agrees = agrees and target.layout == leaf.layout
     if not agrees:
         dtype = str(getattr(target, "dtype", type(target).__name__))
-        stack_axes = len(target.stack_shape) if is_df11(target) else None
-        shown = StoredLeaf("", (), tuple(np.shape(target)), dtype, (), stack_axes)
+        layout = target.layout if is_df11(target) else None
+        shown = StoredLeaf("", (), tuple(np.shape(target)), dtype, (), layout)
         yield f"{leaf.path}: the target has {shown}, stored is {leaf}"
 
 

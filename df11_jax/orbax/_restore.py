@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from df11_jax import _layout
 from df11_jax._array import DF11Array, is_df11
-from df11_jax._compress import compress, compress_params
+from df11_jax._compress import compress_as, compress_params
 from df11_jax._decode import decompress_params
 from df11_jax._files import crc32
 from df11_jax._select import Selection
@@ -124,8 +124,8 @@ def _restore_args(leaf: StoredLeaf, sharding: jax.sharding.Sharding | None) -> A
 def _check(leaf: StoredLeaf, value: Any, name: str) -> None:
     """Checks that a leaf is what its description says."""
     if isinstance(value, DF11Array):
-        stack = _layout.check_payload(value.payload, leaf.slice_shape, name)
-        if stack + leaf.slice_shape != leaf.shape:
+        stack = _layout.check_payload(value.payload, value.layout, name)
+        if stack + value.slice_shape != leaf.shape:
             raise ValueError(f"{name}: a stack of {list(stack)} is stored, expected {leaf}")
         _leaf_arrays.check_header(value, name)
     elif hasattr(value, "dtype"):
@@ -167,7 +167,7 @@ def _convert_and_place(plan: LeafPlan, value: Any, options: Mapping[str, Any] | 
         weights = decompress_params({path: value})[path]
         return weights if is_df11(plan.target) else _place(weights, _sharding(plan.target))
     if is_df11(plan.target):
-        small = compress(value, stack_axes=len(plan.target.stack_shape))
+        small = compress_as(value, plan.target.layout, plan.leaf.path)
         return jax.tree.map(lambda a, like: _place(a, _sharding(like)), small, plan.target)
     small = compress_params({path: value}, **(options or {}))[path]
     if is_df11(small):

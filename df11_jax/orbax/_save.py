@@ -46,7 +46,7 @@ def to_orbax(
     manifest, values = _describe.describe(params)
     for leaf, value in zip(manifest.leaves, values, strict=True):
         if leaf.is_compressed:
-            _layout.check_payload(value.payload, value.slice_shape, leaf.path)
+            _layout.check_payload(value.payload, value.layout, leaf.path)
             _leaf_arrays.check_header(value, leaf.path)
     arrays = [
         _leaf_arrays.checked_arrays(value, leaf.dtype)
