@@ -189,7 +189,8 @@ class SharedMemory {
     if (r.kind == kNone) return;
     const bool same_block_time = r.block == (now.block & 0xffff);
     check(is_ordered(r) && !((read & kByWarps) && same_block_time) &&
-              !((read & kByLanes) && r.warp == (now.warp & 0xfffff)),
+              !((read & kByLanes) && r.thread / 32 == this_thread / 32 &&
+                r.warp == (now.warp & 0xfffff)),
           "race: shared memory that another thread reads is overwritten");
   }
 
