@@ -20,9 +20,10 @@ __device__ __forceinline__ uint32_t to_bfloat16x2(float first, float second) {
   return both;
 }
 
-// sums += a b, with `a` of 16 rows and 16 columns and `b` of 16 rows and 8 columns. Lane 4 g + t holds of `a`
-// rows g and g + 8 of columns 2 t, 2 t + 1 (a[0], a[1]) and 2 t + 8, 2 t + 9 (a[2], a[3]); of `b`
-// column g of the same rows; of the sums rows g (sums[0], sums[1]) and g + 8, columns 2 t and 2 t + 1.
+// sums += a b, with `a` of 16 rows and 16 columns and `b` of 16 rows and 8 columns. Lane 4 g + t
+// holds of `a` rows g and g + 8 of columns 2 t, 2 t + 1 (a[0], a[1]) and 2 t + 8, 2 t + 9 (a[2],
+// a[3]); of `b` column g of the same rows; of the sums rows g (sums[0], sums[1]) and g + 8, columns
+// 2 t and 2 t + 1.
 __device__ __forceinline__ void multiply_add(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0,
                                              uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "

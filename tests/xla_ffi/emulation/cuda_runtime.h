@@ -40,6 +40,13 @@ struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace cuda_emulation {
@@ -147,14 +154,40 @@ inline uint32_t __brev(uint32_t x) {
   return result;
 }
 
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+using std::max;
+using std::min;
+
 template <typename T>
 T __ldg(const T* from) {
   return *from;
 }
 template <typename T>
+T __ldcg(const T* from) {
+  return *from;
+}
+template <typename T>
+void __stcg(T* to, const T& value) {
+  *to = value;
+}
+template <typename T>
 T __ldcs(const T* from) {
   return *from;
 }
+
+inline uint32_t atomicAdd(uint32_t* to, uint32_t value) {
+  return __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
+}
+inline void __threadfence() {}  // blocks do not run at the same time
 
 #include "asynchronous.h"
 
@@ -162,6 +195,7 @@ T __ldcs(const T* from) {
 
 enum cudaError_t {
   cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
   cudaErrorNotSupported = 801,
   cudaErrorMisalignedAddress = 716,
 };
@@ -204,6 +238,10 @@ cudaError_t cudaMalloc(T** memory, size_t bytes) {
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
 inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
   if (bytes) std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  std::memset(memory, value, bytes);
   return cudaSuccess;
 }
 inline cudaError_t cudaFree(void* memory) {

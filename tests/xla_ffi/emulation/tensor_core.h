@@ -8,20 +8,9 @@
 
 namespace cuda_emulation {
 
-inline float as_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-inline uint32_t as_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
 // Rounded to the nearest, ties to even; a NaN stays one.
 inline uint32_t to_bfloat16(float value) {
-  const uint32_t bits = as_bits(value);
+  const uint32_t bits = __float_as_uint(value);
   if (value != value) return 0x7fff;
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
@@ -29,8 +18,8 @@ inline uint32_t to_bfloat16x2(float first, float second) {
   return to_bfloat16(first) | to_bfloat16(second) << 16;
 }
 
-// What the lanes of each warp hold. Used in turn: when a lane writes one, all lanes have read what it
-// held before.
+// What the lanes of each warp hold. Used in turn: when a lane writes one, all lanes have read what
+// it held before.
 struct Fragments {
   uint32_t a[4][4];
   uint2 b[8];
@@ -38,17 +27,18 @@ struct Fragments {
 inline Fragments fragments[2][kWarpSize][kWarpSize];
 inline thread_local unsigned products = 0;
 
-// The sums of 16 products are added up in the order of their index, which differs from what hardware does:
-// it adds them in an order, and with roundings, of its own.
+// The sums of 16 products are added up in the order of their index, which differs from what
+// hardware does: it adds them in an order, and with roundings, of its own.
 template <int kTiles>
-void multiply_add(float (&sums)[kTiles][4][4], const uint32_t (&a)[4][4], const uint2 (&b)[kTiles]) {
+void multiply_add(float (&sums)[kTiles][4][4], const uint32_t (&a)[4][4],
+                  const uint2 (&b)[kTiles]) {
   Fragments* all = fragments[products++ % 2][threadIdx.x / kWarpSize];
   std::memcpy(all[lane()].a, a, sizeof a);
   std::memcpy(all[lane()].b, b, sizeof b);
   warp().barrier.arrive_and_wait();
   const int g = lane() / 4, t = lane() % 4;
-  const auto low = [](uint32_t pair) { return as_float(pair << 16); };
-  const auto high = [](uint32_t pair) { return as_float(pair & 0xffff0000u); };
+  const auto low = [](uint32_t pair) { return __uint_as_float(pair << 16); };
+  const auto high = [](uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); };
   for (int tile = 0; tile < kTiles; ++tile) {
     for (int i = 0; i < 4; ++i) {
       for (int c = 0; c < 4; ++c) {

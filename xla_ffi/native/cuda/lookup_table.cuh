@@ -1,5 +1,5 @@
-// A look-up table in shared memory with as many bits as a matrix's longest code has, and copies of each
-// entry in neighbouring banks: docs/format.md, section "codebook".
+// A look-up table in shared memory with as many bits as a matrix's longest code has, and copies of
+// each entry in neighbouring banks: docs/format.md, section "codebook".
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,13 +12,13 @@
 
 namespace df11::native {
 
-// The table takes 1 << log2_bytes bytes, and lies at a multiple of that: so a masked window and the table's
-// address are joined by the one instruction that masks.
+// The table takes 1 << log2_bytes bytes, and lies at a multiple of that: so a masked window and the
+// table's address are joined by the one instruction that masks.
 struct LookupTable {
   uint32_t address, log2_bytes, code_bits;
 
-  // A window begins this many bits before the code, so that the code is where an offset has the number
-  // of an entry.
+  // A window begins this many bits before the code, so that the code is where an offset has the
+  // number of an entry.
   DF11_HD uint32_t lead() const { return log2_bytes - code_bits; }
   DF11_HD uint32_t copies() const { return 1u << (lead() - 2); }
   DF11_HD uint32_t mask() const { return ((1u << code_bits) - 1) << lead(); }
@@ -54,8 +54,8 @@ __device__ inline void count_lengths(const uint32_t* codebook, LookupScratch& sc
   }
 }
 
-// A prefix sum over lengths and blocks by one warp; returns, in its last lane, how many of 2^12 codes are
-// taken.
+// A prefix sum over lengths and blocks by one warp; returns, in its last lane, how many of 2^12
+// codes are taken.
 __device__ inline uint32_t add_up_lengths(LookupScratch& scratch) {
   constexpr int kCells = kMaxCodeBits * kSymbolBlocks / kLanes;  // of a lane
   const int lane = threadIdx.x % kLanes;
@@ -92,10 +92,10 @@ __device__ inline void store_copies(const LookupTable& table, uint32_t index, ui
   }
 }
 
-// Fills the table; returns false, in all threads alike, if the code is not complete or is longer than the
-// table's. All threads of the block take part. Ends with a barrier.
+// Fills the table; returns false, in all threads alike, if the code is not complete or is longer
+// than the table's. All threads of the block take part. Ends with a barrier.
 __device__ inline bool fill_lookup_table(const uint32_t* codebook, const LookupTable& table,
-                                       LookupScratch& scratch) {
+                                         LookupScratch& scratch) {
   constexpr uint32_t kCountMask = 511;
   bool too_long = false;
   count_lengths(codebook, scratch, too_long, table.code_bits);
@@ -112,13 +112,13 @@ __device__ inline bool fill_lookup_table(const uint32_t* codebook, const LookupT
       return __ldg(codebook + number / 4) >> (8 * (number % 4)) & 255;
     };
     const uint32_t before = scratch.preceding[(length - 1) * kSymbolBlocks + symbol / kLanes];
-    scratch.sorted[(before & kCountMask) + rank] = table_entry(
-        exponent(symbol / kCodedExponents), exponent(symbol % kCodedExponents), length);
+    scratch.sorted[(before & kCountMask) + rank] =
+        table_entry(exponent(symbol / kCodedExponents), exponent(symbol % kCodedExponents), length);
   }
   __syncthreads();
 
-  // The table's index is the code bit-reversed. A thread fills the entries of four successive codes, which lie a
-  // quarter of the table apart, so that a warp's stores do not collide.
+  // The table's index is the code bit-reversed. A thread fills the entries of four successive
+  // codes, which lie a quarter of the table apart, so that a warp's stores do not collide.
   const uint32_t bits = table.code_bits, columns = 1u << (bits - 2);
   for (uint32_t column = threadIdx.x; column < columns; column += blockDim.x) {
     const uint32_t code = __brev(column) >> (34 - bits) << (kMaxCodeBits + 2 - bits);

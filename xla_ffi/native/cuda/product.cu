@@ -1,9 +1,8 @@
 // The launch of the CUDA product.
 
-#include "native/cuda/product.h"
-
 #include <cstdint>
 
+#include "native/cuda/product.h"
 #include "native/cuda/product_kernel.cuh"
 #include "native/cuda/product_work.h"
 
@@ -11,29 +10,52 @@ namespace df11::native {
 namespace {
 
 template <int kTiles>
-cudaError_t launch(cudaStream_t stream, const Product& product) {
-  int device = 0, blocks = 0, shared_bytes = 0;
-  if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  cudaError_t error = cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device);
+cudaError_t launch(cudaStream_t stream, const ProductWork& work) {
+  const uint32_t bytes = work.memory.end(kMostSharedBase);
+  const cudaError_t error = cudaFuncSetAttribute(
+      product_kernel<kTiles>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error != cudaSuccess) return error;
-  ProductWork work;
-  if (!plan_product(product, blocks, kProductWarps<kTiles>, shared_bytes, work)) {
-    return cudaErrorInvalidValue;
-  }
-  return launch_work<kTiles>(stream, work);
+  const MatrixWork& last = work.matrices[work.count - 1];
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(last.first_block + last.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(work.memory.warps * kLanes));
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, product_kernel<kTiles>, work);
 }
 
 }  // namespace
 
+cudaError_t launch_product_work(cudaStream_t stream, const ProductWork& work) {
+  switch (product_tiles(work.rows)) {
+    case 1:
+      return launch<1>(stream, work);
+    case 2:
+      return launch<2>(stream, work);
+    default:
+      return launch<4>(stream, work);
+  }
+}
+
 cudaError_t launch_product(cudaStream_t stream, const Product& product) {
-  const cudaError_t error = cudaMemsetAsync(product.workspace, 0,
-                                            4 * product_counter_words(product), stream);
+  int device = 0, major = 0, blocks = 0, shared_bytes = 0;
+  if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const auto ask = [&](int* value, cudaDeviceAttr attribute) {
+    return cudaDeviceGetAttribute(value, attribute, device);
+  };
+  cudaError_t error = ask(&major, cudaDevAttrComputeCapabilityMajor);
+  if (error == cudaSuccess) error = ask(&blocks, cudaDevAttrMultiProcessorCount);
+  if (error == cudaSuccess) error = ask(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   if (error != cudaSuccess) return error;
-  return product.rows <= 8    ? launch<1>(stream, product)
-         : product.rows <= 16 ? launch<2>(stream, product)
-                              : launch<4>(stream, product);
+  if (major < kLeastProductCapability) return cudaErrorNotSupported;
+  ProductWork work;
+  if (!plan_product(product, blocks, most_product_warps(product_tiles(product.rows)),
+                    static_cast<uint32_t>(shared_bytes), work)) {
+    return cudaErrorInvalidValue;
+  }
+  error = cudaMemsetAsync(product.workspace, 0, 4 * product_counter_words(product), stream);
+  if (error != cudaSuccess) return error;
+  return launch_product_work(stream, work);
 }
 
 }  // namespace df11::native

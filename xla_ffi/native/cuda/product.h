@@ -9,6 +9,8 @@
 
 namespace df11::native {
 
+// Major compute capability: earlier ones have no bulk copies.
+inline constexpr int kLeastProductCapability = 9;
 inline constexpr int kMatricesPerProduct = 4;
 inline constexpr int kMostProductRows = 32;
 
@@ -28,11 +30,12 @@ struct Product {
   uint32_t* workspace = nullptr;  // of product_workspace_words; aligned to 16 bytes
 };
 
-// How sums over k are cut, which decides in which order they are added. It depends on the view alone.
+// How sums over k are cut, which decides in which order they are added. It depends on the view
+// alone.
 struct ProductItems {
-  int chunks;        // below each other, of an item; the last of a column may have fewer
-  int per_column;    // items in a column of chunks
-  int64_t count;     // of all columns
+  int chunks;      // below each other, of an item; the last of a column may have fewer
+  int per_column;  // items in a column of chunks
+  int64_t count;   // of all columns
 };
 
 // An item a warp, on the GPUs that have most of them: 28 on each of 132 multiprocessors.
@@ -43,7 +46,8 @@ inline ProductItems cut_into_items(const View& view) {
   const int64_t most = view.tiles_k();
   ProductItems items;
   items.chunks = static_cast<int>(chunks < most ? chunks : most);
-  items.per_column = items.chunks == 0 ? 0 : static_cast<int>((most + items.chunks - 1) / items.chunks);
+  items.per_column =
+      items.chunks == 0 ? 0 : static_cast<int>((most + items.chunks - 1) / items.chunks);
   items.count = items.per_column * view.tiles_n();
   return items;
 }
@@ -67,8 +71,9 @@ inline int64_t product_workspace_words(const Product& product) {
 }
 
 // Enqueues a product. All matrices have the same k, none is flat or a batch of several. Pointers in
-// `product` are device pointers. `exponents` and `sign_mantissa` must be aligned to 16 bytes. Nothing
-// is allocated, synchronized or queried on the stream, so that the call can be captured in a CUDA graph.
+// `product` are device pointers. `exponents` and `sign_mantissa` must be aligned to 16 bytes.
+// Nothing is allocated, synchronized or queried on the stream, so that the call can be captured in
+// a CUDA graph.
 //
 // A kernel cannot report a corrupt payload: where a header, a codebook, an offset or a
 // length is wrong, the columns that it concerns become NaN. Checksums are not verified.

@@ -1,13 +1,13 @@
-// The CUDA product y = x W: weights are decoded in registers, in the order in which tensor cores take
-// them, and are never in memory. docs/kernel.md explains it and counts its instructions.
+// The CUDA product y = x W: weights are decoded in registers, in the order in which tensor cores
+// take them, and are never in memory. docs/kernel.md explains it and counts its instructions.
 //
 // A warp works on items, a few chunks below each other, one step of 16 k after the other; an item's
 // sums go to the workspace, and whoever brings the last ones of a column adds them up. So in
 // which order numbers are added depends on the matrix alone: not on the rows of x, on the number of
 // warps or blocks, or on what else is in the launch.
 //
-// Nothing in a payload is trusted: nothing is read out of bounds and no copy is waited for that was not
-// issued, whatever it holds. Where a chunk is corrupt, its columns become NaN.
+// Nothing in a payload is trusted: nothing is read out of bounds and no copy is waited for that was
+// not issued, whatever it holds. Where a chunk is corrupt, its columns become NaN.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -24,17 +24,15 @@
 
 namespace df11::native {
 
-// Warps of a block, which leave a thread 72, 96 and 168 registers.
-template <int kTiles>
-inline constexpr int kProductWarps = kTiles == 1 ? 28 : kTiles == 2 ? 20 : 12;
-
-// A slice of a matrix, which a block works on. Its pointers are computed where they are needed, to leave the
-// registers to the inner loop.
+// A slice of a matrix, which a block works on. Its pointers are computed where they are needed, to
+// leave the registers to the inner loop.
 struct Slice {
   const MatrixWork& matrix;
   int number;
 
-  __device__ const uint32_t* header() const { return matrix.header + int64_t{number} * kHeaderWords; }
+  __device__ const uint32_t* header() const {
+    return matrix.header + int64_t{number} * kHeaderWords;
+  }
   __device__ const uint32_t* codebook() const {
     return matrix.codebook + int64_t{number} * kCodebookWords;
   }
@@ -52,13 +50,14 @@ struct Slice {
 
 // A chunk: where its bytes are, and what is computed of it.
 struct ProductChunk {
-  int steps;              // 0 if there is no chunk
-  int k;                  // its first
-  int item;               // that it is of
+  int k_and_steps;  // its first k, a multiple of 16, and its steps: 0 if there is no chunk
+  int item;         // that it is of
   bool ends_item;
   uint32_t first_step;    // in sign_mantissa
   uint32_t begin, words;  // of the record; no words if its offsets are wrong
 
+  __device__ int k() const { return k_and_steps & ~(kStepRows - 1); }
+  __device__ int steps() const { return k_and_steps & (kStepRows - 1); }
   // Words from one multiple of 16 bytes to another that hold the record.
   __device__ uint32_t padded_words() const { return ((begin + words + 3) & ~3u) - (begin & ~3u); }
   __device__ bool is_staged(const ProductMemory& memory) const {
@@ -78,18 +77,17 @@ class ChunkCursor {
 
   __device__ void next(const Slice& slice, ProductChunk& chunk) {
     const MatrixWork& matrix = slice.matrix;
-    chunk.steps = 0;
-    chunk.k = 0;
+    chunk.k_and_steps = 0;
     if (item_ == end_item_) return;
     const uint32_t* offsets = slice.chunk_offsets() + (row_ * matrix.tiles_n + column_);
     chunk.begin = __ldg(offsets);
     const uint32_t end = __ldg(offsets + 1);
     chunk.words = chunk.begin <= end && end <= matrix.exponents_words ? end - chunk.begin : 0;
     const int step = row_ * matrix.steps;
-    chunk.steps = min(matrix.steps, matrix.steps_k - step);
-    chunk.k = step * kStepRows;
+    const int steps = min(matrix.steps, matrix.steps_k - step);
+    chunk.k_and_steps = step * kStepRows | steps;
     chunk.item = item_;
-    chunk.first_step = slice.first_step() + step * matrix.tiles_n + column_ * chunk.steps;
+    chunk.first_step = slice.first_step() + step * matrix.tiles_n + column_ * steps;
     chunk.ends_item = ++row_ == row_end_;
     if (!chunk.ends_item) return;
     ++item_;
@@ -113,7 +111,9 @@ class ChunkCursor {
 class WarpCopies {
  public:
   __device__ WarpCopies(uint32_t memory, const ProductMemory& plan)
-      : memory_(memory), barriers_(memory + kSlots * kSlotBytes), record_bytes_(plan.record_bytes) {}
+      : memory_(memory),
+        barriers_(memory + kSlots * kSlotBytes),
+        record_bytes_(plan.record_bytes) {}
 
   __device__ void initialize() {
     if (elect_lane()) {
@@ -154,32 +154,34 @@ class WarpCopies {
   uint32_t phases_ = 0;  // a bit a barrier
 };
 
-// Multiplies a chunk: the inner loop. Meanwhile signs and mantissas of the steps after these are fetched, and x.
+// Multiplies a chunk: the inner loop. Meanwhile signs and mantissas of the steps after these are
+// fetched, and x.
 template <int kTiles, typename Pairs, typename Record>
 __device__ __forceinline__ void multiply_chunk(Pairs pairs, Patches<Record> patches,
                                                WarpCopies& copies, const MatrixWork& matrix,
                                                const RowsOfX<kTiles>& x, uint2 (&next_x)[kTiles],
                                                const ProductChunk& chunk, const ProductChunk& next,
                                                int k_end, int lane, float (&sums)[kTiles][4][4]) {
+  const int steps = chunk.steps();
 #pragma unroll 1
-  for (int first = 0; first < chunk.steps; first += kSlots) {
+  for (int first = 0; first < steps; first += kSlots) {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       const int step = first + slot;
-      if (slot > 0 && step == chunk.steps) break;
+      if (slot > 0 && step == steps) break;
       uint2 this_x[kTiles];
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) this_x[tile] = next_x[tile];
-      x.load(step + 1 < chunk.steps ? chunk.k + (step + 1) * kStepRows : next.k, next_x);
+      x.load(step + 1 < steps ? chunk.k() + (step + 1) * kStepRows : next.k(), next_x);
 
       copies.wait_for_step(slot);
       const uint32_t at = copies.step(slot) + 4 * lane_word(lane);
       const uint4 half0 = load_shared4(at), half1 = load_shared4(at + 4 * kHalfStepWords);
       __syncwarp();  // All lanes have read it.
-      const bool own = step + kSlots < chunk.steps;
-      if (own || slot < next.steps) {
-        copies.fetch_step(slot, matrix,
-                          own ? chunk.first_step + step + kSlots : next.first_step + slot);
+      if (step + kSlots < steps) {
+        copies.fetch_step(slot, matrix, chunk.first_step + step + kSlots);
+      } else if (slot < next.steps()) {
+        copies.fetch_step(slot, matrix, next.first_step + slot);
       }
 
       const uint32_t words[2][4] = {{half0.x, half0.y, half0.z, half0.w},
@@ -198,15 +200,16 @@ __device__ __forceinline__ void multiply_chunk(Pairs pairs, Patches<Record> patc
         }
         pairs.end_half_step();
       }
-      if (patches.are_in(step)) patches.apply(step, k_end - chunk.k, lane, weights);
+      if (patches.are_in(step)) patches.apply(step, k_end - chunk.k(), lane, weights);
       multiply_add(sums, weights, this_x);
     }
   }
   // The second slot was not used, and nobody has fetched the next chunk's step for it.
-  if (chunk.steps == 1 && next.steps > 1) copies.fetch_step(1, matrix, next.first_step + 1);
+  if (steps == 1 && next.steps() > 1) copies.fetch_step(1, matrix, next.first_step + 1);
 }
 
-// A record's kind, kNone if it is corrupt; where the lane's stream starts, and the number of patches.
+// A record's kind, kNone if it is corrupt; where the lane's stream starts, and the number of
+// patches.
 template <typename Record>
 __device__ __forceinline__ GlobalPairs::Kind open_record(const Record& record,
                                                          const ProductChunk& chunk, int lane,
@@ -224,7 +227,7 @@ __device__ __forceinline__ GlobalPairs::Kind open_record(const Record& record,
   start = 32 * kRecordHeaderWords + end - bits;
   patches = 0;
   if (counts == kRawChunk) {
-    const uint32_t expected = kRawRecordHeaderWords + chunk.steps * kStepWords;
+    const uint32_t expected = kRawRecordHeaderWords + chunk.steps() * kStepWords;
     return chunk.words == expected ? GlobalPairs::kRaw : GlobalPairs::kNone;
   }
   const uint32_t count = counts & 0xffff;
@@ -260,7 +263,7 @@ __device__ inline int first_item(const MatrixWork& matrix, int block) {
 }
 
 template <int kTiles>
-__global__ void __launch_bounds__(kProductWarps<kTiles>* kLanes, 1)
+__global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
     product_kernel(const __grid_constant__ ProductWork work) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   DF11_DYNAMIC_SHARED(shared);
@@ -272,13 +275,13 @@ __global__ void __launch_bounds__(kProductWarps<kTiles>* kLanes, 1)
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / kLanes, 0);
 
   int number = 0;
-  while (number + 1 < work.count && static_cast<int>(blockIdx.x) >= work.matrices[number + 1].first_block) {
+  while (number + 1 < work.count &&
+         static_cast<int>(blockIdx.x) >= work.matrices[number + 1].first_block) {
     ++number;
   }
   const MatrixWork& matrix = work.matrices[number];
   const int wanted = __shfl_sync(kAllLanes, __ldg(work.index), 0);
   if (wanted == -1) return;
-  const int64_t slice_index = wanted < 0 ? 0 : min(wanted, matrix.stack - 1);
   const Slice slice{matrix, wanted < 0 ? 0 : min(wanted, matrix.stack - 1)};
   const uint32_t geometry = __ldg(slice.header() + kGeometryWord);
 
@@ -294,21 +297,21 @@ __global__ void __launch_bounds__(kProductWarps<kTiles>* kLanes, 1)
   ChunkCursor cursor(matrix, first_of_warp(warp), first_of_warp(warp + 1));
   ProductChunk chunk, next;
   cursor.next(slice, chunk);
-  for (int slot = 0; slot < min(kSlots, chunk.steps); ++slot) {
+  for (int slot = 0; slot < min(kSlots, chunk.steps()); ++slot) {
     copies.fetch_step(slot, matrix, chunk.first_step + slot);
   }
-  x.load(chunk.k, next_x);
-  if (chunk.steps > 0 && chunk.is_staged(memory)) copies.fetch_record(0, slice, chunk);
+  x.load(chunk.k(), next_x);
+  if (chunk.steps() > 0 && chunk.is_staged(memory)) copies.fetch_record(0, slice, chunk);
   cursor.next(slice, next);
   const LookupTable table{memory.table(base), memory.table_log2_bytes,
                           static_cast<uint32_t>(matrix.code_bits)};
-  const bool sound = fill_lookup_table(slice.codebook(), table, scratch.lookup) &&
-                     geometry == matrix.geometry;
+  const bool sound =
+      fill_lookup_table(slice.codebook(), table, scratch.lookup) && geometry == matrix.geometry;
 
   float sums[kTiles][4][4];
   set_sums(sums, 0);
   int buffer = 0;
-  while (chunk.steps > 0) {
+  while (chunk.steps() > 0) {
     const bool staged = chunk.is_staged(memory);
     const StagedRecord in_shared{copies.record(buffer) + chunk.begin % 4 * 4};
     const GlobalRecord in_global{slice.exponents() + chunk.begin};
@@ -323,7 +326,7 @@ __global__ void __launch_bounds__(kProductWarps<kTiles>* kLanes, 1)
     if (!sound) kind = GlobalPairs::kNone;
 
     const int next_buffer = memory.records > 1 ? buffer ^ 1 : buffer;
-    const bool fetch = next.steps > 0 && next.is_staged(memory);
+    const bool fetch = next.steps() > 0 && next.is_staged(memory);
     // No lane needs the chunk before this one any more, whose record was there.
     if (memory.records > 1 && fetch) copies.fetch_record(next_buffer, slice, next);
     if (staged && kind == GlobalPairs::kCoded) {

@@ -13,9 +13,9 @@
 
 namespace df11::native {
 
-// Rows of x as the second operand of multiply_add: lane 4 g + t holds x[8 tile + g][k + 4 t ..], since
-// the lane's weights of a step are of these k. Rows that x has not are read as its last one, and their
-// products are not used; k that it has not are 0.
+// Rows of x as the second operand of multiply_add: lane 4 g + t holds x[8 tile + g][k + 4 t ..],
+// since the lane's weights of a step are of these k. Rows that x has not are read as its last one,
+// and their products are not used; k that it has not are 0.
 template <int kTiles>
 class RowsOfX {
  public:
@@ -53,8 +53,8 @@ class RowsOfX {
   uint32_t first_[kTiles];
 };
 
-// A lane's table entries from a stream in shared memory. Two words of it are in the window, and the next
-// is on its way: so its load is not in the chain of look-ups.
+// A lane's table entries from a stream in shared memory. Two words of it are in the window, and the
+// next is on its way: so its load is not in the chain of look-ups.
 class StagedPairs {
  public:
   // The stream starts at bit `start` of the record at address `record`.
@@ -108,8 +108,8 @@ class StagedPairs {
   uint32_t low_, high_, ahead_, next_, position_, mask_, table_;
 };
 
-// The same of a record in global memory, or of a raw one, or of none: slower, but in few registers. No word
-// behind the record's last is read.
+// The same of a record in global memory, or of a raw one, or of none: slower, but in few registers.
+// No word behind the record's last is read.
 class GlobalPairs {
  public:
   enum Kind { kCoded, kRaw, kNone };
@@ -171,9 +171,10 @@ class Patches {
 
   __device__ bool are_in(uint32_t step) const { return next_step_ == step; }
 
-  // Puts those of a step into the lane's weights, as the product has them, if they are of the first k_left
-  // rows of the chunk.
-  __device__ __forceinline__ void apply(uint32_t step, int k_left, int lane, uint32_t (&weights)[4][4]) {
+  // Puts those of a step into the lane's weights, as the product has them, if they are of the first
+  // k_left rows of the chunk.
+  __device__ __forceinline__ void apply(uint32_t step, int k_left, int lane,
+                                        uint32_t (&weights)[4][4]) {
     uint32_t here;
     do {
       const uint32_t at = next_ + lane;
@@ -184,7 +185,8 @@ class Patches {
         put(__shfl_sync(kAllLanes, patch, __ffs(left) - 1), k_left, lane, weights);
       }
       next_ += __popc(here);
-      if (here != kAllLanes) next_step_ = __shfl_sync(kAllLanes, patch, __ffs(~here) - 1) >> kStepBits;
+      if (here != kAllLanes)
+        next_step_ = __shfl_sync(kAllLanes, patch, __ffs(~here) - 1) >> kStepBits;
     } while (here == kAllLanes);
   }
 
@@ -192,7 +194,8 @@ class Patches {
   static constexpr uint32_t kStepBits = 26, kNoStep = 63;
 
   // The lane 4 g + t has k 4 t .. 4 t + 3 of a step, in its two half-steps, and n 8 g .. 8 g + 7.
-  __device__ __forceinline__ static void put(uint32_t patch, int k_left, int lane, uint32_t (&weights)[4][4]) {
+  __device__ __forceinline__ static void put(uint32_t patch, int k_left, int lane,
+                                             uint32_t (&weights)[4][4]) {
     const uint32_t position = patch >> 16, k = position / kTileCols % kStepRows,
                    n = position % kTileCols;
     const bool mine = static_cast<int>(n / 8 * 4 + k / 4) == lane &&

@@ -12,7 +12,8 @@
 
 namespace df11::native {
 
-// Stores an item's sums. The lane 4 g + t has columns 8 g .. 8 g + 7 of rows 2 t and 2 t + 1 of each tile of x.
+// Stores an item's sums. The lane 4 g + t has columns 8 g .. 8 g + 7 of rows 2 t and 2 t + 1 of
+// each tile of x.
 template <int kTiles>
 __device__ inline void store_sums(float* to, int item, int rows, int lane,
                                   const float (&sums)[kTiles][4][4]) {
@@ -23,16 +24,16 @@ __device__ inline void store_sums(float* to, int item, int rows, int lane,
       const int row = 8 * tile + lane % 4 * 2 + odd;
       if (row >= rows) continue;
       const float(&s)[4][4] = sums[tile];
-      auto* place = reinterpret_cast<float4*>(to + (int64_t{item} * rows + row) * kTileCols +
-                                              lane / 4 * 8);
+      auto* place =
+          reinterpret_cast<float4*>(to + (int64_t{item} * rows + row) * kTileCols + lane / 4 * 8);
       __stcg(place, float4{s[0][odd], s[0][2 + odd], s[1][odd], s[1][2 + odd]});
       __stcg(place + 1, float4{s[2][odd], s[2][2 + odd], s[3][odd], s[3][2 + odd]});
     }
   }
 }
 
-// Whether the block is the last one at its first and at its last column of chunks: at those between it is
-// the only one.
+// Whether the block is the last one at its first and at its last column of chunks: at those between
+// it is the only one.
 struct ColumnFlags {
   bool first, last;
 };
@@ -62,8 +63,8 @@ __device__ inline void store_result(const ProductWork& work, const MatrixWork& m
   }
 }
 
-// Adds up the columns of which this block brings the last items. Items s, s + 8, s + 16 .. of a column are
-// added by one warp, and their sums by another: both in the order of items.
+// Adds up the columns of which this block brings the last items. Items s, s + 8, s + 16 .. of a
+// column are added by one warp, and their sums by another: both in the order of items.
 __device__ inline void add_columns(const ProductWork& work, const MatrixWork& matrix, int begin,
                                    int end, uint32_t memory, ColumnFlags& flags) {
   constexpr int kGroups = 8;
@@ -80,7 +81,8 @@ __device__ inline void add_columns(const ProductWork& work, const MatrixWork& ma
       const int items = min(end, column_begin + per_column) - max(begin, column_begin);
       return items == per_column ||
              static_cast<int>(atomicAdd(matrix.arrived + column, static_cast<uint32_t>(items))) +
-                     items == per_column;
+                     items ==
+                 per_column;
     };
     flags.first = is_complete(first);
     flags.last = first == last ? flags.first : is_complete(last);
@@ -93,19 +95,20 @@ __device__ inline void add_columns(const ProductWork& work, const MatrixWork& ma
 
   // Of a column of chunks and a row of x: 64 sums of each item.
   const int results = (last - first + 1) * work.rows;
-  const int at_once = static_cast<int>((1u << work.memory.table_log2_bytes) / (kGroups * kUnitBytes));
+  const int at_once =
+      static_cast<int>((1u << work.memory.table_log2_bytes) / (kGroups * kUnitBytes));
   for (int done = 0; done < results; done += at_once) {
     const int count = min(at_once, results - done);
     for (int unit = warp; unit < count * kGroups; unit += warps) {
       const int result = done + unit / kGroups, column = first + result / work.rows;
       const int row = result - result / work.rows * work.rows;
-      const float* sums = matrix.sums + (int64_t{column} * per_column * work.rows + row) * kTileCols;
+      const float* sums =
+          matrix.sums + (int64_t{column} * per_column * work.rows + row) * kTileCols;
       float2 sum{0, 0};
 #pragma unroll 8
       for (int item = unit % kGroups; item < per_column; item += kGroups) {
-        const float2 more = __ldcg(reinterpret_cast<const float2*>(
-                                       sums + int64_t{item} * work.rows * kTileCols) +
-                                   lane);
+        const float2 more = __ldcg(
+            reinterpret_cast<const float2*>(sums + int64_t{item} * work.rows * kTileCols) + lane);
         sum.x += more.x;
         sum.y += more.y;
       }

@@ -67,15 +67,24 @@ struct ProductWork {
 };
 static_assert(sizeof(ProductWork) <= 4096);
 
+// Rows of x are taken in tiles of 8: 1, 2 or 4 of them.
+inline int product_tiles(int rows) { return rows <= 8 ? 1 : rows <= 16 ? 2 : 4; }
+// Warps of a block, which leave a thread 72, 96 and 168 registers.
+DF11_HD constexpr int most_product_warps(int tiles) {
+  return tiles == 1 ? 28 : tiles == 2 ? 20 : 12;
+}
+
 // Dynamic shared memory begins at this address or before.
 inline constexpr uint32_t kMostSharedBase = 1024;
 
 // Words of a record of `steps` steps that are usual: 2.97 bits a pair of exponents or less.
 inline uint32_t usual_record_words(int steps) { return steps == 8 ? 760 : steps == 4 ? 392 : 208; }
-// Words that a lane may read behind a record: its codes, if they are damaged, and three words ahead.
+// Words that a lane may read behind a record: its codes, if they are damaged, and three words
+// ahead.
 inline uint32_t overread_words(int steps) { return 6 * steps + 4; }
 
-// Fits as many of `most_warps` warps as there is room for in `shared_bytes`; none if there is too little.
+// Fits as many of `most_warps` warps as there is room for in `shared_bytes`; none if there is too
+// little.
 inline ProductMemory plan_memory(int steps, int most_warps, uint32_t shared_bytes) {
   ProductMemory memory = {};
   memory.record_words = usual_record_words(steps);
@@ -84,8 +93,8 @@ inline ProductMemory plan_memory(int steps, int most_warps, uint32_t shared_byte
     memory.table_log2_bytes = table_log2_bytes;
     memory.records = records;
     memory.warp_bytes = kSlots * kSlotBytes + kBarrierBytes + records * memory.record_bytes;
-    for (memory.warps = most_warps;
-         memory.warps > 0 && memory.end(kMostSharedBase) > shared_bytes; --memory.warps) {
+    for (memory.warps = most_warps; memory.warps > 0 && memory.end(kMostSharedBase) > shared_bytes;
+         --memory.warps) {
     }
     return memory.warps == most_warps;
   };
@@ -111,7 +120,8 @@ inline void share_blocks(ProductWork& work, int blocks) {
     int most = -1;
     for (int i = 0; i < work.count; ++i) {
       if (work.matrices[i].blocks >= items[i]) continue;
-      if (most < 0 || chunks[i] * work.matrices[most].blocks > chunks[most] * work.matrices[i].blocks) {
+      if (most < 0 ||
+          chunks[i] * work.matrices[most].blocks > chunks[most] * work.matrices[i].blocks) {
         most = i;
       }
     }
@@ -188,5 +198,9 @@ inline bool plan_product(const Product& product, int blocks, int most_warps, uin
   share_blocks(work, blocks);
   return true;
 }
+
+// The kernel's launch, for which counters in the workspace are 0. For tests, which share work out
+// otherwise.
+cudaError_t launch_product_work(cudaStream_t stream, const ProductWork& work);
 
 }  // namespace df11::native
