@@ -48,6 +48,13 @@ cudaError_t launch_product(cudaStream_t stream, const Product& product) {
   if (error == cudaSuccess) error = ask(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   if (error != cudaSuccess) return error;
   if (major < kLeastProductCapability) return cudaErrorNotSupported;
+  for (int i = 0; i < product.count; ++i) {
+    const TensorSlices& slices = product.matrices[i].slices;
+    if (!is_aligned(slices.exponents) || !is_aligned(slices.sign_mantissa)) {
+      return cudaErrorMisalignedAddress;
+    }
+  }
+  if (!is_aligned(product.x) || !is_aligned(product.workspace)) return cudaErrorMisalignedAddress;
   ProductWork work;
   if (!plan_product(product, blocks, most_product_warps(product_tiles(product.rows)),
                     static_cast<uint32_t>(shared_bytes), work)) {

@@ -22,7 +22,7 @@ struct ProductMatrix {
 };
 
 struct Product {
-  const uint16_t* x = nullptr;  // bfloat16[rows, k]; aligned to 8 bytes
+  const uint16_t* x = nullptr;  // bfloat16[rows, k]; aligned to 16 bytes
   int rows = 0;
   int count = 0;
   ProductMatrix matrices[kMatricesPerProduct];
