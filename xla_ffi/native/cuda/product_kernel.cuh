@@ -162,27 +162,27 @@ __device__ __forceinline__ void multiply_chunk(Pairs pairs, Patches<Record> patc
                                                const RowsOfX<kTiles>& x, uint2 (&next_x)[kTiles],
                                                const ProductChunk& chunk, const ProductChunk& next,
                                                int k_end, int lane, float (&sums)[kTiles][4][4]) {
-  const int steps = chunk.steps();
+  const int end = chunk.k() + chunk.steps() * kStepRows;
+  uint32_t fetched = chunk.first_step + kSlots;
 #pragma unroll 1
-  for (int first = 0; first < steps; first += kSlots) {
+  for (int k = chunk.k(); k < end;) {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      const int step = first + slot;
-      if (slot > 0 && step == steps) break;
+      if (slot > 0 && k == end) break;
       uint2 this_x[kTiles];
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) this_x[tile] = next_x[tile];
-      x.load(step + 1 < steps ? chunk.k() + (step + 1) * kStepRows : next.k(), next_x);
+      x.load(k + kStepRows < end ? k + kStepRows : next.k(), next_x);
 
       copies.wait_for_step(slot);
       const uint32_t at = copies.step(slot) + 4 * lane_word(lane);
       const uint4 half0 = load_shared4(at), half1 = load_shared4(at + 4 * kHalfStepWords);
       __syncwarp();  // All lanes have read it.
-      if (step + kSlots < steps) {
-        copies.fetch_step(slot, matrix, chunk.first_step + step + kSlots);
-      } else if (slot < next.steps()) {
-        copies.fetch_step(slot, matrix, next.first_step + slot);
+      const bool own = k + kSlots * kStepRows < end;
+      if (own || slot < next.steps()) {
+        copies.fetch_step(slot, matrix, own ? fetched : next.first_step + slot);
       }
+      ++fetched;
 
       const uint32_t words[2][4] = {{half0.x, half0.y, half0.z, half0.w},
                                     {half1.x, half1.y, half1.z, half1.w}};
@@ -200,12 +200,13 @@ __device__ __forceinline__ void multiply_chunk(Pairs pairs, Patches<Record> patc
         }
         pairs.end_half_step();
       }
-      if (patches.are_in(step)) patches.apply(step, k_end - chunk.k(), lane, weights);
+      if (patches.are_in(k)) patches.apply(k_end, lane, weights);
       multiply_add(sums, weights, this_x);
+      k += kStepRows;
     }
   }
   // The second slot was not used, and nobody has fetched the next chunk's step for it.
-  if (steps == 1 && next.steps() > 1) copies.fetch_step(1, matrix, next.first_step + 1);
+  if (chunk.steps() == 1 && next.steps() > 1) copies.fetch_step(1, matrix, next.first_step + 1);
 }
 
 // A record's kind, kNone if it is corrupt; where the lane's stream starts, and the number of
@@ -279,7 +280,7 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
          static_cast<int>(blockIdx.x) >= work.matrices[number + 1].first_block) {
     ++number;
   }
-  const MatrixWork& matrix = work.matrices[number];
+  const MatrixWork& matrix = work.matrices[__shfl_sync(kAllLanes, number, 0)];
   const int wanted = __shfl_sync(kAllLanes, __ldg(work.index), 0);
   if (wanted == -1) return;
   const Slice slice{matrix, wanted < 0 ? 0 : min(wanted, matrix.stack - 1)};
@@ -331,11 +332,12 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
     if (memory.records > 1 && fetch) copies.fetch_record(next_buffer, slice, next);
     if (staged && kind == GlobalPairs::kCoded) {
       multiply_chunk(StagedPairs(in_shared.address, start, table, lane),
-                     Patches(in_shared, chunk.words, patches), copies, matrix, x, next_x, chunk,
-                     next, work.k, lane, sums);
+                     Patches(in_shared.from(chunk.words - patches), patches, chunk.k()), copies,
+                     matrix, x, next_x, chunk, next, work.k, lane, sums);
     } else {
       multiply_chunk(GlobalPairs(kind, in_global.words, chunk.words, start, table, lane),
-                     Patches(in_global, chunk.words, kind == GlobalPairs::kCoded ? patches : 0),
+                     Patches(in_global.from(chunk.words - patches),
+                             kind == GlobalPairs::kCoded ? patches : 0, chunk.k()),
                      copies, matrix, x, next_x, chunk, next, work.k, lane, sums);
       if (kind == GlobalPairs::kNone) set_sums(sums, __uint_as_float(0x7fffffff));
     }

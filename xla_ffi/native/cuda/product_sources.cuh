@@ -154,44 +154,52 @@ class GlobalPairs {
 struct StagedRecord {
   uint32_t address;
   __device__ uint32_t word(uint32_t i) const { return load_shared(address + 4 * i); }
+  __device__ StagedRecord from(uint32_t i) const { return {address + 4 * i}; }
 };
 struct GlobalRecord {
   const uint32_t* words;
   __device__ uint32_t word(uint32_t i) const { return __ldg(words + i); }
+  __device__ GlobalRecord from(uint32_t i) const { return {words + i}; }
 };
 
-// A chunk's patches, in the order of steps.
+// The patches of the chunk that begins at k, in the order of steps.
 template <typename Record>
 class Patches {
  public:
-  __device__ Patches(const Record& record, uint32_t words, uint32_t count)
-      : record_(record), next_(words - count), end_(words) {
-    next_step_ = count ? record_.word(next_) >> kStepBits : kNoStep;
+  __device__ Patches(const Record& patches, uint32_t count, int k)
+      : patches_(patches), left_(count), chunk_k_(k) {
+    set_next(count ? patches_.word(0) : kNone);
   }
 
-  __device__ bool are_in(uint32_t step) const { return next_step_ == step; }
+  // Whether there are any of the step that begins at k.
+  __device__ bool are_in(int k) const { return next_k_ == k; }
 
-  // Puts those of a step into the lane's weights, as the product has them, if they are of the first
-  // k_left rows of the chunk.
-  __device__ __forceinline__ void apply(uint32_t step, int k_left, int lane,
-                                        uint32_t (&weights)[4][4]) {
+  // Puts those of this step into the lane's weights, as the product has them, if they are not of k
+  // from k_end on.
+  __device__ __forceinline__ void apply(int k_end, int lane, uint32_t (&weights)[4][4]) {
+    const uint32_t step = (next_k_ - chunk_k_) / kStepRows;
     uint32_t here;
     do {
-      const uint32_t at = next_ + lane;
-      const uint32_t patch = at < end_ ? record_.word(at) : ~0u;
+      const uint32_t patch = static_cast<uint32_t>(lane) < left_ ? patches_.word(lane) : kNone;
       here = __ballot_sync(kAllLanes, patch >> kStepBits == step);
 #pragma unroll 1
-      for (uint32_t left = here; left; left &= left - 1) {
-        put(__shfl_sync(kAllLanes, patch, __ffs(left) - 1), k_left, lane, weights);
+      for (uint32_t todo = here; todo; todo &= todo - 1) {
+        put(__shfl_sync(kAllLanes, patch, __ffs(todo) - 1), k_end - chunk_k_, lane, weights);
       }
-      next_ += __popc(here);
-      if (here != kAllLanes)
-        next_step_ = __shfl_sync(kAllLanes, patch, __ffs(~here) - 1) >> kStepBits;
+      const uint32_t done = __popc(here);
+      patches_ = patches_.from(done);
+      left_ -= done;
+      if (here != kAllLanes) set_next(__shfl_sync(kAllLanes, patch, __ffs(~here) - 1));
     } while (here == kAllLanes);
   }
 
  private:
-  static constexpr uint32_t kStepBits = 26, kNoStep = 63;
+  // Of a step that there is not.
+  static constexpr uint32_t kStepBits = 26, kNone = ~0u;
+
+  __device__ void set_next(uint32_t patch) {
+    next_k_ = chunk_k_ + static_cast<int>(patch >> kStepBits) * kStepRows;
+  }
 
   // The lane 4 g + t has k 4 t .. 4 t + 3 of a step, in its two half-steps, and n 8 g .. 8 g + 7.
   __device__ __forceinline__ static void put(uint32_t patch, int k_left, int lane,
@@ -211,8 +219,9 @@ class Patches {
     }
   }
 
-  Record record_;
-  uint32_t next_, end_, next_step_;
+  Record patches_;
+  uint32_t left_;
+  int chunk_k_, next_k_;
 };
 
 }  // namespace df11::native

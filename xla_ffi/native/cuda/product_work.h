@@ -69,9 +69,9 @@ static_assert(sizeof(ProductWork) <= 4096);
 
 // Rows of x are taken in tiles of 8: 1, 2 or 4 of them.
 inline int product_tiles(int rows) { return rows <= 8 ? 1 : rows <= 16 ? 2 : 4; }
-// Warps of a block, which leave a thread 72, 96 and 168 registers.
+// Warps of a block, which leave a thread 80, 128 and 168 registers.
 DF11_HD constexpr int most_product_warps(int tiles) {
-  return tiles == 1 ? 28 : tiles == 2 ? 20 : 12;
+  return tiles == 1 ? 24 : tiles == 2 ? 16 : 12;
 }
 
 // Dynamic shared memory begins at this address or before.
