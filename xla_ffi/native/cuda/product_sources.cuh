@@ -13,6 +13,14 @@
 
 namespace df11::native {
 
+// A value that is computed once: the compiler would rather compute it anew than keep it in a register.
+__device__ __forceinline__ uint32_t keep(uint32_t value) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
 // Rows of x as the second operand of multiply_add: lane 4 g + t holds x[8 tile + g][k + 4 t ..],
 // since the lane's weights of a step are of these k. Rows that x has not are read as its last one,
 // and their products are not used; k that it has not are 0.
@@ -24,7 +32,7 @@ class RowsOfX {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       const int row = min(8 * tile + lane / 4, rows - 1);
-      first_[tile] = static_cast<uint32_t>(row * k + lane % 4 * 4);
+      first_[tile] = keep(static_cast<uint32_t>(row * k + lane % 4 * 4));
     }
   }
 
@@ -59,7 +67,7 @@ class StagedPairs {
  public:
   // The stream starts at bit `start` of the record at address `record`.
   __device__ StagedPairs(uint32_t record, uint32_t start, const LookupTable& table, int lane)
-      : mask_(table.mask()), table_(table.of_lane(lane)) {
+      : mask_(keep(table.mask())), table_(keep(table.of_lane(lane))) {
     const uint32_t first = start - table.lead(), at = record + first / 32 * 4;
     low_ = load_shared(at);
     high_ = load_shared(at + 4);
