@@ -36,12 +36,22 @@ import shutil
 import site
 import subprocess
 import tempfile
+from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("80", "90", "100")
 
 SOURCE = '#include "native/cuda/decode_kernel.cuh"'
 PUBLISHED_SOURCE = '#include "published/cuda/decode_kernel.cuh"'
+# With up to 8, 16 and 32 rows of x.
+PRODUCT_SOURCE = """#include "native/cuda/product_kernel.cuh"
+namespace df11::native {
+template __global__ void product_kernel<1>(const __grid_constant__ ProductWork);
+template __global__ void product_kernel<2>(const __grid_constant__ ProductWork);
+template __global__ void product_kernel<4>(const __grid_constant__ ProductWork);
+}"""
+PRODUCT_ROWS = {1: 8, 2: 16, 4: 32}  # by tiles of 8 rows
+PRODUCT_ARCHITECTURES = ("90", "100", "120")
 # Of a look-up there: kIndexBits and kMaxCodes in xla_ffi/published/cuda/step_table.cuh.
 INDEX_BITS, MAX_CODES = 11, 4
 
@@ -51,6 +61,7 @@ UNITS = {
     "IMAD": "IMAD",
     "shared": "LDS STS",
     "global": "LDG STG",
+    "tensor": "HMMA",
 }
 
 
@@ -113,8 +124,8 @@ class Kernel:
             if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in self.loops)
         ]
 
-    def usual_paths(self) -> list[list[str]]:
-        """The loops, without what is branched over and loads bytes from global memory."""
+    def usual_paths(self, rarities: Sequence[str] = (r"LDG.*\.U8",)) -> list[list[str]]:
+        """The loops, without what is branched over and has an instruction that matches."""
         paths = []
         for begin, end in self.loops:
             path, at = [], begin
@@ -122,7 +133,8 @@ class Kernel:
                 path.append(self.instructions[at])
                 target = self.labels[self.branches[at]] if at in self.branches else 0
                 skipped = self.instructions[at + 1 : target] if target <= end else []
-                rare = any(i.startswith("LDG") and ".U8" in i for i in skipped)
+                rare = any(re.match(rarity, i) for i in skipped for rarity in rarities)
+                rare = rare and not any(i.startswith("HMMA") for i in skipped)
                 at = target if rare else at + 1
             paths.append(path)
         return paths
@@ -208,6 +220,28 @@ def count_published(arch: str) -> list[tuple[str, int, float, collections.Counte
     ]
 
 
+def count_product(arch: str) -> list[tuple[int, int, int, collections.Counter]]:
+    """(rows of x, instructions, weights of a lane, instructions by unit) of the product's loop.
+
+    Only what is done for each step counts: not patches, and not k that x has not.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        kernels = disassemble(PRODUCT_SOURCE, arch, pathlib.Path(folder))
+    counts = []
+    for name, lines in kernels.items():
+        tiles = int(re.search(r"ILi(\d)E", name)[1])
+
+        def steps(path, tiles=tiles):
+            return sum(opcode(i) == "HMMA" for i in path) / (4 * tiles)
+
+        paths = Kernel(lines).usual_paths((r"LDG.*\.U16", "SHFL"))
+        # That of staged records looks the next word of a stream up ahead; the other loads it.
+        paths = [p for p in paths if steps(p) == 2 and sum(opcode(i) == "LDS" for i in p) > 48]
+        path = min(paths, key=len)
+        counts.append((PRODUCT_ROWS[tiles], len(path), 64, units(path)))
+    return sorted(counts)
+
+
 def main() -> None:
     """Prints the table."""
     argparse.ArgumentParser(
@@ -227,6 +261,14 @@ def main() -> None:
     for arch in ARCHITECTURES:
         for loop, instructions, weights, by_unit in count_published(arch):
             print_row(f"sm_{arch} | {loop}", instructions, weights, by_unit)
+
+
+    print()
+    print("| product | rows of x | instructions per weight | of them", ", ".join(columns), "|")
+    print("|---|---|---|---|")
+    for arch in PRODUCT_ARCHITECTURES:
+        for rows, instructions, weights, by_unit in count_product(arch):
+            print_row(f"sm_{arch} | {rows}", instructions, weights, by_unit)
 
 
 def print_row(what: str, instructions: int, weights: float, by_unit: collections.Counter) -> None:
