@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from df11_jax import _ffi, _layout
 from df11_jax._array import DF11Array, DF11Slice
