@@ -1,6 +1,7 @@
 """Compression on the host, of one tensor or of a pytree leaf by leaf."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from df11_jax._host_codec import encode
 from df11_jax._layout import Layout, make_layout
 from df11_jax._progress import ProgressBar
 from df11_jax._select import MIN_SIZE, Selection, is_castable, is_worth_keeping
+from df11_jax._stack import pad_exponents
 
 
 def compress(
@@ -105,7 +107,9 @@ def compress_params(
         threads: the number of threads; None for all that this process may run on.
 
     Returns:
-        The same pytree, with `DF11Array`s for the leaves that are compressed.
+        The same pytree, with `DF11Array`s for the leaves that are compressed. Layers that are kept
+        one by one (leaves of one shape, in whose paths only numbers differ) have arrays of the
+        same shapes, so that a program that is compiled for one serves all.
 
     Raises:
         TypeError: a leaf to be compressed is traced; `include` or `stacked` is not a string.
@@ -134,7 +138,11 @@ def compress_params(
                 bar.update(path, nbytes)
             leaves.append((path, leaf))
     selection.warn_if_futile("compress_params", leaves, stacklevel=2)
-    return jax.tree.unflatten(treedef, [leaf for _, leaf in leaves])
+    aligned = iter(align_layers([pair for pair, want in zip(leaves, wanted, strict=True) if want]))
+    return jax.tree.unflatten(
+        treedef,
+        [next(aligned) if want else leaf for (_, leaf), want in zip(leaves, wanted, strict=True)],
+    )
 
 
 def compress_leaf(
@@ -163,6 +171,32 @@ def compress_leaf(
         error.add_note(f"df11_jax: while compressing the leaf {path}")
         raise
     return small if is_worth_keeping(small.compressed_nbytes, leaf.nbytes) else leaf
+
+
+def align_layers(named: Sequence[tuple[str, Any]]) -> list[Any]:
+    """Gives the layers of a model, where they are kept one by one, arrays of the same shapes.
+
+    Otherwise a program would be compiled for each layer whose exponents are of another length. All
+    of them take that of the longest, so that each layer costs what the largest does. Lengths go in
+    steps of 0.25 % of a tensor, and those of most layers are the same as they are.
+
+    Args:
+        named: paths and leaves. Leaves are the same in different layers if their paths differ in
+            nothing but numbers.
+
+    Returns:
+        The leaves.
+    """
+    leaves = [leaf for _, leaf in named]
+    alike: dict[Any, list[int]] = {}
+    for i, (path, leaf) in enumerate(named):
+        if is_df11(leaf):
+            kind = (re.sub(r"\d+", "", path), leaf.stack_shape, leaf.layout)
+            alike.setdefault(kind, []).append(i)
+    for members in alike.values():
+        for i, leaf in zip(members, pad_exponents([leaves[i] for i in members]), strict=True):
+            leaves[i] = leaf
+    return leaves
 
 
 def _compress(

@@ -83,12 +83,25 @@ class Layout:
         """Reads what `to_json` wrote.
 
         Raises:
-            TypeError: the fields are others, or of other types.
+            KeyError: a field is missing.
+            TypeError: a field is of another type.
             ValueError: there is no such layout.
         """
-        shape, parts = tuple(fields["shape"]), tuple(fields["parts"])
-        layout = cls(**fields | {"shape": shape, "parts": parts})
-        unpack_header(pack_header(layout))
+        values = {field.name: fields[field.name] for field in dataclasses.fields(cls)}
+        values |= {name: tuple(values[name]) for name in ("shape", "parts")}
+        layout = cls(**values)
+        counts = (layout.batch_axes, layout.row_axes, layout.steps, layout.code_bits)
+        limits = ((counts, 1 << 8), (layout.parts, 1 << 16), (layout.shape, 1 << 63))
+        is_sound = (
+            len(values) == len(fields)
+            and type(layout.along_columns) is bool
+            and all(type(n) is int and 0 <= n < end for numbers, end in limits for n in numbers)
+            and len(layout.shape) <= MAX_DIMS
+            and 0 not in layout.parts
+        )
+        # A header names each layout, but for those that there are not.
+        if not is_sound or unpack_header(pack_header(layout)) != layout:
+            raise ValueError(f"there is no such layout: {fields!s:.200}")
         return layout
 
     @property

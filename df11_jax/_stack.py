@@ -37,14 +37,21 @@ def stack(arrays: Sequence[DF11Array]) -> DF11Array:
             raise TypeError(f"arrays[{i}]: expected a DF11Array, got {type(array).__name__}")
         if (array.stack_shape, array.layout) != (first.stack_shape, first.layout):
             raise ValueError(f"arrays[{i}]: expected a tensor like {first!r}, got {array!r}")
+    return jax.tree.map(lambda *parts: jnp.stack(parts), *pad_exponents(arrays))
+
+
+def pad_exponents(arrays: Sequence[DF11Array]) -> list[DF11Array]:
+    """The same tensors, whose arrays of exponents are as long as that of the longest."""
     longest = max(array.exponents.shape[-1] for array in arrays)
 
     def pad(array: DF11Array) -> DF11Array:
-        *leading, words = array.exponents.shape
-        room = [(0, 0)] * len(leading) + [(0, longest - words)]
+        missing = longest - array.exponents.shape[-1]
+        if not missing:
+            return array
+        room = [(0, 0)] * (array.exponents.ndim - 1) + [(0, missing)]
         return dataclasses.replace(array, exponents=jnp.pad(array.exponents, room))
 
-    return jax.tree.map(lambda *parts: jnp.stack(parts), *map(pad, arrays))
+    return [pad(array) for array in arrays]
 
 
 class StackBuilder:

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from df11_jax._array import DF11Array, is_df11
-from df11_jax._compress import compress_leaf
+from df11_jax._compress import align_layers, compress_leaf
 from df11_jax._decode import decompress
 from df11_jax._select import MIN_SIZE, Selection
 
@@ -161,8 +161,11 @@ def compress(
             f"expected an nnx.Module, or a container with some, got {type(model).__name__} without "
             "any nnx.Param. For a pytree of arrays there is df11_jax.compress_params"
         )
-    values = ((name, param.get_raw_value()) for name, param in seen)
+    values = [(name, param.get_raw_value()) for name, param in seen]
     selection.warn_if_futile("df11_jax.nnx.compress", values, stacklevel=2)
+    for (_, param), value in zip(seen, align_layers(values), strict=True):
+        if is_df11(value):
+            param.set_raw_value(value)
 
 
 def _check_is_weights(raw: DF11Array) -> None:

@@ -9,6 +9,7 @@ from payloads import assert_same_bits, random_weights
 from df11_jax import _layout, compress
 from df11_jax._array import DF11Array
 from df11_jax._decode import decompress, decompress_params
+from df11_jax._layout import Layout, make_layout
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def test_arrays_that_do_not_fit(stacked):
 
 
 @pytest.mark.parametrize(
-    ("shape", "rows", "cols"),
+    ("shape", "k", "n"),
     [
         ((), 1, 64),
         ((1,), 1, 64),
@@ -138,32 +139,73 @@ def test_arrays_that_do_not_fit(stacked):
         ((3, 64, 256), 192, 256),
         ((1, 100_000), 1563, 64),
         ((4096, 4096 + 8), 4096, 4104),  # 1.4 % padding
+        ((2048, 1376), 2048, 1376),  # 2.3 %
+        ((2048, 1368), 2048, 1368),  # 2.9 %
+        ((2048, 1360), 2048 * 1360 // 64, 64),  # 3.5 %, more than 1/32
         ((800, 88), 1100, 64),
         ((50, 64 * 50), 2500, 64),
         ((64, 63), 63, 64),  # not a multiple of 8
     ],
 )
-def test_view(shape, rows, cols):
-    view = _layout.make_view(shape)
-    assert (view.rows, view.cols) == (rows, cols)
+def test_view(shape, k, n):
+    view = make_layout(shape).view
+    assert (view.batch, view.k, view.n) == (1, k, n)
     assert view.size == np.prod(shape, dtype=np.int64)
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (5,), (3, 2**33, 7), (1,) * 8])
-def test_header_round_trip(shape):
-    assert _layout.unpack_header(_layout.pack_header(shape)) == shape
+@pytest.mark.parametrize(
+    ("options", "batch", "k", "n"),
+    [
+        ({}, 1, 8 * 64, 128),
+        ({"row_axes": 1}, 1, 1024, 64),  # 8 rows: half of a step would be padding
+        ({"row_axes": 1, "along_columns": True}, 1, 1024, 64),  # flat as well
+        ({"batch_axes": 1}, 8, 64, 128),
+        ({"batch_axes": 1, "along_columns": True}, 8, 128, 64),
+        ({"along_columns": True}, 1, 128, 8 * 64),
+        ({"row_axes": 0}, 1, 1024, 64),  # no rows: flat
+        ({"row_axes": 3, "along_columns": True}, 1, 1024, 64),  # no columns
+    ],
+)
+def test_view_of_a_matrix(options, batch, k, n):
+    view = make_layout((8, 64, 128), **options).view
+    assert (view.batch, view.k, view.n) == (batch, k, n)
+    is_flat = k == 1024
+    assert view.along_columns == (options.get("along_columns", False) and not is_flat)
+
+
+LAYOUTS = [
+    *(make_layout(shape) for shape in [(), (0,), (5,), (3, 2**33, 7), (1,) * 8]),
+    Layout((4, 6, 64), 1, 1, True, steps=2, code_bits=9, parts=(2, 3, 1)),
+    Layout((2**20, 2**34), 0, 1, steps=4, code_bits=11, parts=(2**15, 2**15)),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_header_round_trip(layout):
+    assert _layout.unpack_header(_layout.pack_header(layout)) == layout
+    assert Layout.from_json(layout.to_json()) == layout
+
+
+def test_layout_errors():
+    with pytest.raises(ValueError, match="at most 8 dimensions"):
+        make_layout((1,) * 9)
+    for options in ({"batch_axes": 3}, {"row_axes": 3}, {"batch_axes": 1, "row_axes": 2}):
+        with pytest.raises(ValueError, match=r"slices of shape \(4, 4\) do not have"):
+            make_layout((4, 4), **options)
 
 
 def test_header_errors():
-    with pytest.raises(ValueError, match="at most 8 dimensions"):
-        _layout.pack_header((1,) * 9)
-    header = _layout.pack_header((4, 4))
-    header[0] = 2
-    with pytest.raises(ValueError, match="format version 2 is unknown"):
-        _layout.unpack_header(header)
-    with pytest.raises(ValueError, match="20 uint32 words"):
+    header = _layout.pack_header(make_layout((4, 4)))
+    with pytest.raises(ValueError, match="28 uint32 words"):
         _layout.unpack_header(header[1:])
-    corrupt = _layout.pack_header((4, 4))
-    corrupt[7] = 1
-    with pytest.raises(ValueError, match="corrupt"):
-        _layout.unpack_header(corrupt)
+    newer = header.copy()
+    newer[0] = 3
+    with pytest.raises(ValueError, match="format version 3 is unknown"):
+        _layout.unpack_header(newer)
+    # Every bit of what is not the codebook's id counts.
+    for word in range(1, 24):
+        for bit in range(32):
+            corrupt = header.copy()
+            corrupt[word] ^= np.uint32(1 << bit)
+            with pytest.raises(ValueError, match="corrupt"):
+                _layout.unpack_header(corrupt)

@@ -12,6 +12,7 @@ from payloads import assert_same_bits, random_weights
 
 import df11_jax
 from df11_jax import _compress, _cpu_library
+from df11_jax._layout import make_layout, pack_header
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 RNG = np.random.default_rng(0)
@@ -106,11 +107,15 @@ def test_stacks():
 
 
 def test_size():
-    array = df11_jax.compress(normal(2**22).reshape(2048, -1))
-    assert 8 * array.compressed_nbytes / array.size < 10.63
-    # What does not compress costs a record's two words a chunk, and the tables.
+    def bits_per_weight(size):
+        array = df11_jax.compress(normal(size).reshape(2048, -1), verify=False)
+        return 8 * array.compressed_nbytes / array.size
+
+    assert bits_per_weight(2**23) < 10.65
+    assert bits_per_weight(2**22) < 10.69  # in chunks of half the size
+    # What does not compress costs a record's two words a chunk, the tables, and padding.
     noise = RNG.integers(0, 65536, (2048, 512), dtype=np.uint16).view(BF16)
-    assert df11_jax.compress(noise).compressed_nbytes < 1.002 * noise.nbytes
+    assert df11_jax.compress(noise).compressed_nbytes < 1.004 * noise.nbytes
 
 
 def test_threads_give_the_same_bytes():
@@ -125,9 +130,7 @@ def test_threads_give_the_same_bytes():
 def test_large_indices():
     # 2^31 weights do not fit a test; the arithmetic that places them is the same for a chunk in
     # the middle of a slice that large, whose start overflows 32 bits.
-    from df11_jax import _layout
-
-    view = _layout.make_view((2**18, 2**15))
+    view = make_layout((2**18, 2**15)).view
     assert view.size == 2**33
     assert view.chunks == 2**20
     assert view.sign_mantissa_words == 2**31
@@ -193,7 +196,7 @@ class TestInputs:
             df11_jax.compress(df11_jax.compress(normal(64)))
 
     def test_too_many_axes(self):
-        with pytest.raises(ValueError, match="more than 8 dimensions"):
+        with pytest.raises(ValueError, match=r"array: .* at most 8 dimensions"):
             df11_jax.compress(np.zeros((1,) * 9, BF16))
         with pytest.raises(ValueError, match="cannot take 2 stack axes"):
             df11_jax.compress(normal(64), stack_axes=2)
@@ -341,11 +344,13 @@ class TestCompressParams:
 def test_verification_finds_a_difference():
     weights = normal(2, 300, 64)
     bits = weights.view(np.uint16).reshape(2, -1)
-    words = list(_cpu_library.encode(bits, [300, 64], 2))
-    assert _cpu_library.find_difference(bits, [300, 64], *words[1:], 2) == -1
-    changed = bits.copy()
-    changed[1, 12345] ^= 1
-    assert _cpu_library.find_difference(changed, [300, 64], *words[1:], 2) == 300 * 64 + 12345
+    for along_columns in (False, True):
+        header = pack_header(make_layout((300, 64), along_columns=along_columns))
+        words = list(_cpu_library.encode(bits, header, False, 2))
+        assert _cpu_library.find_difference(bits, header, *words[1:], 2) == -1
+        changed = bits.copy()
+        changed[1, 12345] ^= 1
+        assert _cpu_library.find_difference(changed, header, *words[1:], 2) == 300 * 64 + 12345
 
 
 def test_peak_host_memory(tmp_path):

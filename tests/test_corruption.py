@@ -90,9 +90,9 @@ def test_messages_name_the_leaf_and_the_chunk():
 
 def test_unknown_version():
     array = df11_jax.compress(sample("plain"))
-    newer = dataclasses.replace(array, header=array.header.at[0].set(2))
+    newer = dataclasses.replace(array, header=array.header.at[0].set(3))
     with pytest.raises(
-        jax.errors.JaxRuntimeError, match="format version 2, but this library reads version 1"
+        jax.errors.JaxRuntimeError, match="format version 3, but this library reads version 2"
     ):
         jax.block_until_ready(df11_jax.decompress(newer))
 

@@ -4,6 +4,7 @@ import pytest
 from payloads import assert_same_bits, random_weights
 
 from df11_jax import _host_codec
+from df11_jax._layout import make_layout
 
 SHAPES = [(), (0,), (1,), (63,), (65,), (0, 8), (127, 64), (129, 65), (3, 5, 264), (700, 200)]
 
@@ -13,14 +14,16 @@ SHAPES = [(), (0,), (1,), (63,), (65,), (0, 8), (127, 64), (129, 65), (3, 5, 264
 @pytest.mark.parametrize("shape", SHAPES)
 def test_round_trip(shape, stack, threads):
     weights = np.asarray(random_weights(stack + shape))
-    payload = _host_codec.encode(weights, "w", stack_axes=len(stack), threads=threads)
-    assert_same_bits(_host_codec.decode(payload, shape, "w", threads=threads), weights)
+    layout = make_layout(shape)
+    payload = _host_codec.encode(weights, "w", layout, threads=threads)
+    assert_same_bits(_host_codec.decode(payload, layout, "w"), weights)
 
 
 def test_every_bit_pattern():
     weights = np.arange(1 << 16, dtype=np.uint16).view(ml_dtypes.bfloat16).reshape(256, 256)
-    payload = _host_codec.encode(weights, "w")
-    assert_same_bits(_host_codec.decode(payload, (256, 256), "w"), weights)
+    layout = make_layout(weights.shape)
+    payload = _host_codec.encode(weights, "w", layout)
+    assert_same_bits(_host_codec.decode(payload, layout, "w"), weights)
 
 
 @pytest.mark.parametrize(
@@ -33,19 +36,20 @@ def test_every_bit_pattern():
         (4, (1, -1), "w: is corrupt: chunk 8 of slice 1"),
     ],
 )
-@pytest.mark.parametrize("threads", [1, 2])
-def test_corruption_is_found(part, index, message, threads):
+def test_corruption_is_found(part, index, message):
     weights = np.asarray(random_weights((2, 384, 192)))
-    payload = [array.copy() for array in _host_codec.encode(weights, "w", stack_axes=1)]
+    layout = make_layout((384, 192))
+    payload = [array.copy() for array in _host_codec.encode(weights, "w", layout)]
     payload[part][index] ^= 0x11
     with pytest.raises(ValueError, match=message):
-        _host_codec.decode(payload, (384, 192), "w", threads=threads)
+        _host_codec.decode(payload, layout, "w")
 
 
 def test_parts_that_do_not_fit():
-    payload = list(_host_codec.encode(np.asarray(random_weights((384, 192))), "w"))
+    layout = make_layout((384, 192))
+    payload = list(_host_codec.encode(np.asarray(random_weights((384, 192))), "w", layout))
     with pytest.raises(ValueError, match="w: chunk_offsets is uint32"):
-        _host_codec.decode(payload, (512, 192), "w")
+        _host_codec.decode(payload, make_layout((512, 192)), "w")
     payload[3] = payload[3][:-1]
     with pytest.raises(ValueError, match="w: exponents is uint32"):
-        _host_codec.decode(payload, (384, 192), "w")
+        _host_codec.decode(payload, layout, "w")

@@ -9,6 +9,7 @@ from payloads import assert_same_bits, random_weights
 from df11_jax import DF11Array, compress, decompress, stack
 from df11_jax._host_arrays import empty_aligned
 from df11_jax._host_codec import encode
+from df11_jax._layout import make_layout
 from df11_jax._stack import StackBuilder
 
 
@@ -57,30 +58,34 @@ def test_what_cannot_be_stacked():
         stack([array, other])
     with pytest.raises(ValueError, match=r"arrays\[1\]"):
         stack([array, jax.tree.map(lambda leaf: leaf[None], array)])
+    with pytest.raises(ValueError, match=r"arrays\[1\]"):
+        stack([array, compress(slices(1)[0], along_columns=True)])
 
 
 @pytest.mark.parametrize("shape", [(48, 64), (7,), (130, 72)])
 def test_builder_gives_what_compress_gives(shape):
     weights = np.stack([np.asarray(w) for w in slices(5, shape)])
-    builder = StackBuilder(5, shape)
+    layout = make_layout(shape)
+    builder = StackBuilder(5, layout)
     for start, end in ((3, 5), (0, 1), (1, 3)):
-        builder.put(start, encode(weights[start:end], "weights", stack_axes=1))
+        builder.put(start, encode(weights[start:end], "weights", layout))
     built, expected = builder.build(), compress(weights, stack_axes=1)
     assert isinstance(built, DF11Array)
-    assert built.slice_shape == expected.slice_shape
+    assert built.layout == expected.layout
     for actual, want in zip(built.payload, expected.payload, strict=True):
         np.testing.assert_array_equal(actual, want)
 
 
 def test_builder_misses_slices():
-    builder = StackBuilder(3, (48, 64))
-    builder.put(1, encode(np.asarray(slices(1)[0])[None], "weights", stack_axes=1))
+    layout = make_layout((48, 64))
+    builder = StackBuilder(3, layout)
+    builder.put(1, encode(np.asarray(slices(1)[0])[None], "weights", layout))
     with pytest.raises(ValueError, match="the stack has 1 of 3 slices"):
         builder.build()
 
 
 def test_an_empty_stack():
-    assert StackBuilder(0, (48, 64)).build().shape == (0, 48, 64)
+    assert StackBuilder(0, make_layout((48, 64))).build().shape == (0, 48, 64)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="is about memory of the CPU backend")

@@ -17,7 +17,7 @@ SHAPES = [
     (1, 1),
     (130, 72),  # flat
     (130, 344),  # flat
-    (40, 1376),  # padded
+    (48, 1376),  # padded
     (15, 64),
     (128, 64),  # one chunk
     (192, 128),  # tile rows of 8 and 4 steps

@@ -12,7 +12,7 @@ from df11_jax._array import DF11Array
 from df11_jax._decode import decompress
 from df11_jax._host_arrays import BFLOAT16, empty_aligned
 from df11_jax._host_codec import encode
-from df11_jax._layout import make_layout
+from df11_jax._layout import Layout, make_layout
 from df11_jax._select import is_candidate, is_worth_keeping
 from df11_jax._stack import StackBuilder
 from df11_jax.models._sharding import DeviceOrSharding
@@ -26,6 +26,15 @@ def is_candidate_stack(shape: tuple[int, ...]) -> bool:
     Only matrices are: vectors, of which a block has few, stay plain.
     """
     return len(shape) > 2 and is_candidate(shape, BFLOAT16, stack_axes=1)
+
+
+def slice_layout(shape: tuple[int, ...], is_table: bool) -> Layout:
+    """The layout of the slices of a leaf with one stack axis.
+
+    An output head is multiplied by the transpose of its rows, and so is an embedding that is tied
+    to it; all tables are stored alike.
+    """
+    return make_layout(shape[1:], along_columns=is_table)
 
 
 class LeafBuilder(Protocol):
@@ -58,8 +67,10 @@ class PlainLeafBuilder:
 class CompressedLeafBuilder:
     """A builder of a compressed leaf with one stack axis, or of a plain one if that is smaller."""
 
-    def __init__(self, shape: tuple[int, ...], verify: bool, threads: int | None) -> None:
-        self._layout = make_layout(shape[1:])
+    def __init__(
+        self, shape: tuple[int, ...], is_table: bool, verify: bool, threads: int | None
+    ) -> None:
+        self._layout = slice_layout(shape, is_table)
         self._builder = StackBuilder(shape[0], self._layout)
         self._verify = verify
         self._threads = threads

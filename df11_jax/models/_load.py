@@ -71,10 +71,10 @@ def load_params(
     _check_tensors(source, places, config, cast)
 
     builders = {
-        path: _make_builder(shape, compress, verify, threads)
-        for path, shape in {
-            place.path: _leaf_shape(place, config, target.count) for place in places.values()
-        }.items()
+        place.path: _make_builder(
+            _leaf_shape(place, config, target.count), place.is_table, compress, verify, threads
+        )
+        for place in {place.path: place for place in places.values()}.values()
     }
     threads = threads or available_threads()
     to_come = collections.Counter(place.path for place in places.values())
@@ -96,10 +96,10 @@ def load_params(
 
 
 def _make_builder(
-    shape: tuple[int, ...], compress: bool, verify: bool, threads: int | None
+    shape: tuple[int, ...], is_table: bool, compress: bool, verify: bool, threads: int | None
 ) -> LeafBuilder:
     if compress and is_candidate_stack(shape):
-        return CompressedLeafBuilder(shape, verify, threads)
+        return CompressedLeafBuilder(shape, is_table, verify, threads)
     return PlainLeafBuilder(shape)
 
 

@@ -14,10 +14,11 @@ import numpy as np
 
 from df11_jax import _layout
 from df11_jax._files.source import TensorInfo
+from df11_jax._layout import Layout, make_layout
 from df11_jax._select import is_candidate
 from df11_jax.models import _attention, _cache, _programs, _transformer, tables
 from df11_jax.models._config import Config
-from df11_jax.models._leaf_builders import is_candidate_stack
+from df11_jax.models._leaf_builders import is_candidate_stack, slice_layout
 from df11_jax.models._memory import Memory
 from df11_jax.models._sharding import shard_config, table_shape
 from df11_jax.models.prompts import cache_length
@@ -122,20 +123,23 @@ def check_sizes(config: Config, batch: int, context: int, devices: int = 1) -> N
 def estimate_weights(config: Config, devices: int = 1) -> WeightBytes:
     """The bytes on each device of the parameters that `load_params` returns."""
     block, table = _block_shapes(shard_config(config, devices)), _table_shard(config, devices)
-    shapes = [(config.layers, *shape) for shape in block]
-    shapes += [(config.dim,), table] if config.tied else [(config.dim,), table, table]
+    stacks = [((config.layers, *shape), False) for shape in block]
+    stacks += [(table, True)] if config.tied else [(table, True), (table, True)]
     return sum_weights(
-        _compressed_bytes(shape, stack_axes=1)
-        if is_candidate_stack(shape)
-        else _plain_bytes(2 * math.prod(shape))
-        for shape in shapes
+        [_plain_bytes(2 * config.dim)]
+        + [
+            _compressed_bytes(shape[0], slice_layout(shape, is_table))
+            if is_candidate_stack(shape)
+            else _plain_bytes(2 * math.prod(shape))
+            for shape, is_table in stacks
+        ]
     )
 
 
 def estimate_tensors(tensors: Iterable[TensorInfo]) -> WeightBytes:
     """The bytes of tensors that are compressed one by one."""
     return sum_weights(
-        _compressed_bytes(tensor.shape, stack_axes=0)
+        _compressed_bytes(1, make_layout(tensor.shape))
         if is_candidate(tensor.shape, tensor.numpy_dtype)
         else _plain_bytes(tensor.nbytes)
         for tensor in tensors
@@ -219,10 +223,10 @@ def _plain_bytes(nbytes: int) -> WeightBytes:
     return WeightBytes(nbytes, nbytes, nbytes, nbytes)
 
 
-def _compressed_bytes(shape: tuple[int, ...], stack_axes: int) -> WeightBytes:
+def _compressed_bytes(slices: int, layout: Layout) -> WeightBytes:
     """The bytes of a leaf whose slices are compressed, or of a plain one if that is smaller."""
-    plain, slices = 2 * math.prod(shape), math.prod(shape[:stack_axes])
-    view = _layout.make_layout(shape[stack_axes:]).view
+    view = layout.view
+    plain = 2 * slices * view.size
     fixed = _layout.HEADER_WORDS + _layout.CODEBOOK_WORDS + view.chunks + 1
     fixed += view.sign_mantissa_words
     return WeightBytes(

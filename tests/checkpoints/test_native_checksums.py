@@ -12,7 +12,7 @@ from payloads import random_weights
 from safetensors.flax import save_file
 
 import df11_jax
-from df11_jax import checkpoints
+from df11_jax import _layout, checkpoints
 from df11_jax._files.safetensors import TensorFile
 from df11_jax.checkpoints import _shard_files
 from df11_jax.checkpoints._native_format import METADATA
@@ -66,7 +66,7 @@ def test_are_as_specified(file):
         norm, header = opened.get_tensor("norm"), opened.get_tensor("w:header")
     for name, text in (
         ("norm", b"norm\nBF16\n33\n" + np.asarray(norm).tobytes()),
-        ("w:header", b"w:header\nU32\n20\n" + np.asarray(header).tobytes()),
+        ("w:header", b"w:header\nU32\n28\n" + np.asarray(header).tobytes()),
         ("scalar", b"scalar\nF32\n\n" + bytes(4)),
         ("empty", b"empty\nF32\n0,4\n"),
     ):
@@ -107,8 +107,9 @@ def test_a_header_of_as_many_chunks(file):
     """Without a checksum, a row more or less would go unnoticed."""
     content = bytearray(file.read_bytes())
     begin, _ = parts_of(file)["w:header"]
-    assert content[begin + 8] == 250
-    content[begin + 8] = 251
+    other = _layout.pack_header(_layout.make_layout((251, 64)))[: _layout.CODEBOOK_ID].tobytes()
+    assert _layout.unpack_header(np.frombuffer(content, np.uint32, 28, begin)).shape == (250, 64)
+    content[begin : begin + len(other)] = other
     file.write_bytes(content)
     with pytest.raises(ValueError, match=f"{file}: w:header: is corrupt"):
         checkpoints.open_checkpoint(file)
@@ -138,7 +139,7 @@ def test_bits_of_the_header(file):
         (b'"crc32:norm"', b'"crc32:form"'),
         (b'"crc32:norm"', b'"crc33:norm"'),
         (b'"format":"df11_jax"', b'"format":"df12_jax"'),
-        (b'"version":"1"', b'"version":"2"'),
+        (b'"version":"2"', b'"version":"3"'),
     ],
 )
 def test_changes_of_the_header(file, old, new):

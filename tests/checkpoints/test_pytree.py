@@ -208,7 +208,7 @@ def test_bad_files(tmp_path):
     check({"header": parts["header"][:, :0]}, "w: header is uint32")
     check({"header": parts["header"][0, 0]}, "w: header is uint32")
     check({"sign_mantissa": parts["sign_mantissa"][:, :-4]}, "w: sign_mantissa is uint32")
-    check({}, "expected a file with the metadata", metadata=METADATA | {"version": "2"})
+    check({}, "expected a file with the metadata", metadata=METADATA | {"version": "1"})
 
     save_file({"a": jnp.zeros(1), "a/b": jnp.zeros(1)}, path, metadata=METADATA)
     with pytest.raises(ValueError, match="a/b: a is a leaf as well"):

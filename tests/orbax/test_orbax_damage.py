@@ -116,20 +116,20 @@ def test_another_format(saved, tmp_path):
 
 @pytest.mark.parametrize("field", ["version", "layout_version"])
 def test_newer_version(saved, field):
-    edit_metadata(saved, lambda data: data.update({field: 2}))
-    with pytest.raises(ValueError, match=f"has {field} 2, this version .* update df11_jax"):
+    edit_metadata(saved, lambda data: data.update({field: 3}))
+    with pytest.raises(ValueError, match=f"has {field} 3, this version .* update df11_jax"):
         restore(saved)
 
 
 def test_newer_version_in_a_header(tmp_path):
     """Of a leaf that Orbax alone has saved, nothing else says it."""
     small = compressed_params()
-    header = small["embedding"].header.at[0].set(2)
+    header = small["embedding"].header.at[0].set(3)
     small["embedding"] = jax.tree.unflatten(
         jax.tree.structure(small["embedding"]), [header, *small["embedding"].payload[1:]]
     )
     save_plain(tmp_path / "x", small)
-    with pytest.raises(ValueError, match="x: embedding: format version 2 is unknown"):
+    with pytest.raises(ValueError, match="x: embedding: format version 3 is unknown"):
         restore(tmp_path / "x")
 
 
@@ -151,7 +151,7 @@ def test_header_that_disagrees_with_the_metadata(tmp_path):
 
     def swap(data):
         (entry,) = [leaf for leaf in data["leaves"] if leaf["path"] == "embedding"]
-        entry["shape"] = [128, 200]
+        entry["shape"] = entry["layout"]["shape"] = [128, 200]
 
     edit_metadata(tmp_path / "x", swap)
     # What the arrays' lengths do not show, the header does.
@@ -160,6 +160,20 @@ def test_header_that_disagrees_with_the_metadata(tmp_path):
         match=r"embedding: (its header says .* \[200, 128\], expected \[128, 200\]|sign)",
     ):
         restore(tmp_path / "x")
+
+
+def test_layout_that_disagrees_with_the_header(saved):
+    """Which is as long as the right one, so that only the header shows it."""
+
+    def change(data):
+        (entry,) = [leaf for leaf in data["leaves"] if leaf["path"] == "layers/up"]
+        entry["layout"]["code_bits"] = 11
+
+    edit_metadata(saved, change)
+    with pytest.raises(
+        ValueError, match=r"layers/up: its header says Layout\(.*code_bits=12.*code_bits=11"
+    ):
+        restore(saved)
 
 
 def test_saving_what_does_not_fit_together(tmp_path):
@@ -199,8 +213,12 @@ def add_leaf(data):
 
 def add_compressed_leaf(data):
     add_leaf(data)
-    more = {"dtype": "bfloat16", "stack_axes": 0, "exponent_words": 8, "shardings": [None] * 5}
-    data["leaves"][-1] |= more
+    data["leaves"][-1] |= {
+        "dtype": "bfloat16",
+        "layout": make_layout((3,)).to_json(),
+        "exponent_words": 8,
+        "shardings": [None] * 5,
+    }
 
 
 def test_extra_and_missing_leaves(saved):
@@ -221,11 +239,11 @@ def test_extra_and_missing_leaves(saved):
 def test_arrays_of_other_lengths(saved):
     def change(data):
         (entry,) = [leaf for leaf in data["leaves"] if leaf["path"] == "layers/up"]
-        entry["shape"] = [3, 128, 256]
+        entry["shape"], entry["layout"]["shape"] = [3, 128, 256], [128, 256]
 
     edit_metadata(saved, change)
     with pytest.raises(
-        ValueError, match=r"layers/up: tables has the shape \[3, 60\], expected \[\.\.\., 61\]"
+        ValueError, match=r"layers/up: tables has the shape \[3, 68\], expected \[\.\.\., 69\]"
     ):
         restore(saved)
 

@@ -1,6 +1,6 @@
-import dataclasses
-
 """Targets, and leaves that change their form on the way."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp

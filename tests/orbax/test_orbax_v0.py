@@ -1,6 +1,6 @@
-import dataclasses
-
 """The handler for Orbax's first API, and plain Orbax with compressed parameters."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
