@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     __syncthreads();
     if (work.count == 0) return;
     if (work.new_table) {
-      const bool sound = build_table_in_block(work.table.codebook, scratch, table);
+      const bool sound = build_table_in_block<kWarps>(work.table.codebook, scratch, table);
       if (threadIdx.x == 0) work.table.sound = sound;
       __syncthreads();
     }
