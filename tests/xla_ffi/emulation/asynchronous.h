@@ -37,6 +37,8 @@ void store_shared(uint32_t address, const T& value) {
 struct PhaseBarrier {
   uint32_t phase = 0;
   bool fenced = false, armed = false;
+  uint32_t armed_by = 0;  // this thread, at its time
+  Time armed_at;
   size_t expected = 0, under_way = 0;
   std::vector<std::function<void()>> copies;
 };
@@ -61,11 +63,16 @@ inline PhaseBarrier& find_barrier(uint32_t address) {
   return found->second;
 }
 inline void expect_bytes(uint32_t address, uint32_t bytes) {
+  // Who still waits for the phase before could see it complete and this one, too, and wait for
+  // ever.
+  shared->check_reads_are_over(address, sizeof(uint2));
   shared->before_load(address, sizeof(uint2));
   const std::lock_guard lock(barriers_mutex);
   PhaseBarrier& barrier = find_barrier(address);
   check(!barrier.armed, "a thread arrives at a phase that has had its arrival");
   barrier.armed = true;
+  barrier.armed_by = this_thread;
+  barrier.armed_at = now;
   barrier.expected += bytes;
 }
 inline void copy_to_shared(uint32_t to, const void* from, uint32_t bytes, uint32_t address) {
@@ -88,9 +95,17 @@ inline void wait_for_phase(uint32_t address, uint32_t parity) {
       PhaseBarrier& barrier = find_barrier(address);
       if (barrier.phase % 2 == parity && barrier.armed && barrier.under_way == barrier.expected) {
         for (const auto& copy : barrier.copies) copy();
-        barrier = {barrier.phase + 1, true, false, 0, 0, {}};
+        const uint32_t next = barrier.phase + 1;
+        barrier = {};
+        barrier.phase = next;
+        barrier.fenced = true;
       }
       if (barrier.phase % 2 != parity) {
+        const bool same_warp = barrier.armed_by / 32 == this_thread / 32;
+        check(!barrier.armed || barrier.armed_by == this_thread ||
+                  (same_warp ? barrier.armed_at.warp != now.warp
+                             : barrier.armed_at.block != now.block),
+              "a phase begins before all threads have waited for the one before");
         observed_phases[address] = barrier.phase;
         return;
       }

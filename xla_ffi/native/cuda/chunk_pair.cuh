@@ -125,13 +125,13 @@ class LaneStream {
 // Decodes the pairs of chunks that it is given, one after the other.
 class PairDecoder {
  public:
+  // A barrier of the warp or the block has to follow.
   __device__ PairDecoder(const WarpMemory& memory, const Lane& lane)
       : memory_(memory), lane_(lane) {
     if (elect_lane()) {
       for (int i = 0; i < 4; ++i) init_barrier(memory.barriers + 8 * i);
       fence_barriers();
     }
-    __syncwarp();
   }
 
   // Before the first pair of a slice: its first copies, which fly while the table is made.
@@ -341,7 +341,7 @@ class PairDecoder {
   __device__ void skip_steps(int steps, const ChunkPair& next, bool more) {
     for (uint32_t slot = 0; slot < 2; ++slot) {
       wait_for_slot(slot);
-      __syncwarp();
+      __syncwarp();  // No lane waits for the former phase any more.
       if (more && elect_lane()) {
         fill_slot(slot, next.sign_mantissa + slot * kStepWords, steps);
       }
@@ -355,7 +355,7 @@ class PairDecoder {
       const uint32_t sum = sum_of_warp(sum_[u]) + checksum_chunk(pair.chunk + u);
       if (sum == checksum_[u] && left_[u] == 0) continue;
       wait_stores();  // Poison comes after all other stores.
-      poison_chunk(slice, pair.chunk + u, lane_);
+      poison_chunk<false>(slice, pair.chunk + u, lane_);
     }
   }
 

@@ -159,8 +159,8 @@ __device__ inline void decode_single(const BulkAssignment& work, uint32_t chunk,
                                      StagedRecord* staged, const uint32_t* table,
                                      const Lane& lane) {
   const bool sound = work.header_sound && work.table.sound;
-  if (!sound || !decode_chunk(work.slice, chunk, record, staged, table, lane)) {
-    poison_chunk(work.slice, chunk, lane);
+  if (!sound || !decode_chunk<false>(work.slice, chunk, record, staged, table, lane)) {
+    poison_chunk<false>(work.slice, chunk, lane);
   }
 }
 

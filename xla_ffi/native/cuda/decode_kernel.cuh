@@ -100,8 +100,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     const bool sound = work.header_sound && work.table.sound;
     for (uint32_t i = warp; i < work.count; i += kWarps) {
       const int64_t index = work.first + i;
-      if (!sound || !decode_chunk(work.slice, index, records[warp], &staged[warp], table, lane)) {
-        poison_chunk(work.slice, index, lane);
+      if (!sound ||
+          !decode_chunk<true>(work.slice, index, records[warp], &staged[warp], table, lane)) {
+        poison_chunk<true>(work.slice, index, lane);
       }
     }
   }
