@@ -87,10 +87,6 @@ class SharedMemory {
     });
   }
   void fence() { ++fences_[this_thread]; }
-  // Before what no thread that still reads may see.
-  void check_reads_are_over(uint32_t address, size_t bytes) {
-    for_each_cell(address, bytes, [](const Cell& cell) { check_reads_are_over(cell); });
-  }
 
   // The asynchronous proxy: a copy that arrives with a phase of a barrier, and a store that reads
   // later.
