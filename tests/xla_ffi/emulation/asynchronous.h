@@ -70,9 +70,6 @@ inline void check_is_before(uint32_t thread, const Time& time) {
         "a phase begins before all threads have waited for the one before");
 }
 inline void expect_bytes(uint32_t address, uint32_t bytes) {
-  // Who still waits for the phase before could see it complete and this one, too, and wait for
-  // ever.
-  shared->check_reads_are_over(address, sizeof(uint2));
   shared->before_load(address, sizeof(uint2));
   const std::lock_guard lock(barriers_mutex);
   PhaseBarrier& barrier = find_barrier(address);
