@@ -21,17 +21,51 @@ def _mix(x):
     return x ^ x >> 15
 
 
-def _view(shape):
-    size = int(np.prod(shape, dtype=np.int64))
-    if len(shape) >= 2 and size and shape[-1] % 8 == 0:
-        rows, cols = size // shape[-1], shape[-1]
-        if 50 * (-(-rows // 16) * 16) * (-(-cols // 64) * 64) <= 51 * size:
-            return rows, cols
-    return -(-size // 64), 64
+def _round_up(n, multiple):
+    return -(-n // multiple) * multiple
 
 
-def _code_lengths(counts):
-    """Huffman code lengths of at most 12 bits, by flattening the counts until they fit."""
+def _matrices(weights, batch_axes, row_axes, along_columns):
+    """The slice as [batch, k, n], padded with zeros to whole steps."""
+    shape, size = weights.shape, weights.size
+    end = batch_axes + row_axes
+    batch = int(np.prod(shape[:batch_axes], dtype=np.int64))
+    rows = int(np.prod(shape[batch_axes:end], dtype=np.int64))
+    cols = int(np.prod(shape[end:], dtype=np.int64))
+    if row_axes and end < len(shape) and size and cols % 8 == 0:
+        matrices = weights.reshape(batch, rows, cols)
+        if along_columns:
+            matrices = matrices.swapaxes(1, 2)
+        _, k, n = matrices.shape
+        padded = batch * _round_up(k, 16) * _round_up(n, 64)
+        if 32 * (padded - size) <= size:
+            return np.pad(matrices, ((0, 0), (0, -k % 16), (0, -n % 64)))
+    flat = np.zeros(_round_up(size, 1024), np.uint16)
+    flat[:size] = weights.reshape(-1)
+    return flat.reshape(1, -1, 64)
+
+
+def _header(shape, batch_axes, row_axes, along_columns, steps, code_bits, book):
+    header = [0] * 28
+    header[0] = 2
+    header[1] = len(shape) | batch_axes << 8 | row_axes << 16 | int(along_columns) << 24
+    header[2] = steps | code_bits << 8
+    for i, dim in enumerate(shape):
+        header[4 + 2 * i] = dim & _M32
+        header[5 + 2 * i] = dim >> 32
+    acc = 0
+    for word in (*header[:3], *header[4:24]):
+        acc = _rotl(acc * 0x9E3779B1 + word & _M32, 13)
+    header[3] = _mix(acc)
+    fnv = 0xCBF29CE484222325
+    for byte in book.tobytes():
+        fnv = (fnv ^ byte) * 0x100000001B3 & 2**64 - 1
+    header[24:26] = fnv & _M32, fnv >> 32
+    return np.array(header, np.uint32)
+
+
+def _code_lengths(counts, most):
+    """Huffman code lengths of at most `most` bits, by flattening the counts until they fit."""
     while True:
         heap = [(n, i, [s]) for i, (s, n) in enumerate(sorted(counts.items()))]
         lengths = Counter()
@@ -40,7 +74,7 @@ def _code_lengths(counts):
             (n, _, a), (m, _, b) = heapq.heappop(heap), heapq.heappop(heap)
             lengths.update(a + b)
             heapq.heappush(heap, (n + m, tie, a + b))
-        if max(lengths.values()) <= 12:
+        if max(lengths.values()) <= most:
             return lengths
         counts = {s: n // 2 + 1 for s, n in counts.items()}
 
@@ -55,35 +89,42 @@ def _canonical(lengths):
     return codes
 
 
-def encode(weights, coded=16, raw_chunks=(), drop=0.0, seed=0):
+def encode(
+    weights,
+    coded=16,
+    raw_chunks=(),
+    drop=0.0,
+    batch_axes=0,
+    row_axes=None,
+    along_columns=False,
+    steps=8,
+    code_bits=12,
+):
     """Encodes one slice.
 
     Args:
         weights: uint16 array of any shape.
-        coded: how many exponents get codes.
-        raw_chunks: chunks to store raw.
-        drop: fraction of the pairs of exponents, the rarest, that get no code.
+        coded: the number of exponents that get codes.
+        raw_chunks: the chunks to store raw.
+        drop: the fraction of the pairs of exponents, the rarest, that get no code.
+        batch_axes: a field of the header, like those that follow.
+        row_axes: None for all axes between the batch axes and the last one.
+        along_columns: the order of pairs.
+        steps: the number of steps of a chunk.
+        code_bits: the bits of the longest code.
 
     Returns:
         header, codebook, chunk_offsets, exponents, sign_mantissa.
     """
     shape = weights.shape
-    rows, cols = _view(shape)
-    tiles = -(-cols // 64)
-    step_rows = -(-rows // 16)
-    header = np.zeros(20, np.uint32)
-    header[:2] = 1, len(shape)
-    header[2 : 2 + 2 * len(shape) : 2] = shape
+    if row_axes is None:
+        row_axes = max(0, len(shape) - batch_axes - 1)
+    matrices = _matrices(weights, batch_axes, row_axes, along_columns)
 
-    matrix = np.zeros((step_rows * 16, tiles * 64), np.uint16)
-    flat = np.zeros(rows * cols, np.uint16)
-    flat[: weights.size] = weights.reshape(-1)
-    matrix[:rows, :cols] = flat.reshape(rows, cols)
-
-    exponent = (matrix >> 7 & 0xFF).astype(int)
+    exponent = (matrices >> 7 & 0xFF).astype(int)
     top = [e for e, _ in Counter(exponent.reshape(-1).tolist()).most_common(coded)]
     number = {e: i for i, e in enumerate(top)}
-    low, high = exponent[0::2].reshape(-1).tolist(), exponent[1::2].reshape(-1).tolist()
+    low, high = exponent[:, 0::2].reshape(-1).tolist(), exponent[:, 1::2].reshape(-1).tolist()
     pairs = Counter(
         16 * number[a] + number[b]
         for a, b in zip(low, high, strict=True)
@@ -94,7 +135,7 @@ def encode(weights, coded=16, raw_chunks=(), drop=0.0, seed=0):
         if len(kept) >= 2:
             break
         kept.setdefault(symbol, 1)
-    lengths = _code_lengths(kept)
+    lengths = _code_lengths(kept, code_bits)
     codes = _canonical(lengths)
     book = np.zeros(144, np.uint8)
     book[: len(top)] = top
@@ -104,16 +145,22 @@ def encode(weights, coded=16, raw_chunks=(), drop=0.0, seed=0):
     words, offsets, sign_mantissa = [], [0], []
     stand_in = next(iter(codes))
     exponents_of = np.array(top + [0] * (16 - len(top)))
-    for chunk in range(-(-step_rows // 8) * tiles):
-        tile = matrix[chunk // tiles * 128 :, chunk % tiles * 64 :][:128, :64]
-        steps = tile.shape[0] // 16
-        # [step, t, half-step, k, col] -> [half-step of the chunk, t, col, k]
-        grid = tile.reshape(steps, 4, 2, 2, 64).transpose(0, 2, 1, 4, 3).reshape(-1, 4, 64, 2)
+    tiles = [
+        matrix[k : k + 16 * steps, n : n + 64]
+        for matrix in matrices
+        for k in range(0, matrix.shape[0], 16 * steps)
+        for n in range(0, matrix.shape[1], 64)
+    ]
+    for chunk, tile in enumerate(tiles):
+        # [step, t, half-step, k, n] -> [half-step of the chunk, t, n, k]
+        grid = tile.reshape(-1, 4, 2, 2, 64).transpose(0, 2, 1, 4, 3).reshape(-1, 4, 64, 2)
         grid = grid.astype(np.int64)
         bits = grid & 0x807F
         bits = bits[..., 0] | bits[..., 1] << 16
         b = bits[..., 1::2]
-        sign_mantissa.append((bits[..., 0::2] | b >> 8 | b << 24 & _M32).reshape(-1))
+        # [half-step, t, g, word] -> lane after lane, 4 g + t
+        quads = (bits[..., 0::2] | b >> 8 | b << 24 & _M32).reshape(-1, 4, 8, 4)
+        sign_mantissa.append(quads.swapaxes(1, 2).reshape(-1))
 
         raw = chunk in raw_chunks
         streams, patches = [], []
@@ -121,7 +168,7 @@ def encode(weights, coded=16, raw_chunks=(), drop=0.0, seed=0):
         for lane in range(0 if raw else 32):
             g, t = divmod(lane, 4)
             stream, used = 0, 0
-            for h in range(2 * steps):
+            for h in range(len(grid)):
                 for col in range(8 * g, 8 * g + 8):
                     pair = (grid[h, t, col] >> 7 & 0xFF).tolist()
                     symbol = 16 * number.get(pair[0], 999) + number.get(pair[1], 999)
@@ -145,7 +192,8 @@ def encode(weights, coded=16, raw_chunks=(), drop=0.0, seed=0):
         checksum += sum(_mix(patch + 0xC2B2AE35 & _M32) for patch in patches)
 
         if raw:
-            e = (grid >> 7 & 0xFF).reshape(-1, 4).astype(np.uint8)
+            e = (grid >> 7 & 0xFF).reshape(-1, 4, 8, 16).swapaxes(1, 2).astype(np.uint8)
+            e = np.ascontiguousarray(e).reshape(-1, 4)
             record = [checksum & _M32, 0xFFFF, *e.view(np.uint32).reshape(-1).tolist()]
         else:
             base = max(max(n for _, n in streams) - 255, min(n for _, n in streams))
@@ -161,7 +209,7 @@ def encode(weights, coded=16, raw_chunks=(), drop=0.0, seed=0):
     words += [0] * (-len(words) % 4)
     empty = np.zeros(0, np.uint32)
     return (
-        header,
+        _header(shape, batch_axes, row_axes, along_columns, steps, code_bits, book),
         book.view(np.uint32),
         np.array(offsets, np.uint32),
         np.array(words, np.uint32),
