@@ -164,7 +164,7 @@ def decode_pairs(ptx, arrays, indices, *, blocks=2, seed=0):
         for kind, count in enumerate((pairs, view.chunks - 2 * pairs)):
             batch.first[kind][i + 1] = batch.first[kind][i] + len(index) * count
         batch.count += 1
-    kernel = Kernel(ptx, "decode_bulk_kernel")
+    kernel = Kernel(ptx, "bulk_decode_kernel")
     (dynamic,) = re.findall(r"kBulkBytes = (\d+);", ptx)
     launch(
         kernel,
