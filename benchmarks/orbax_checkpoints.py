@@ -1,4 +1,4 @@
-"""Orbax checkpoints: sizes and times, beside Orbax's own of the same weights.
+"""How large are Orbax checkpoints of compressed weights, and how fast, beside Orbax's own?
 
     pip install ".[benchmark]"
     python benchmarks/orbax_checkpoints.py compare demo
@@ -49,7 +49,7 @@ def compare(data: str, repeats: int, folder: pathlib.Path | None) -> None:
     restore_plain = ocp.args.PyTreeRestore(
         plain, restore_args=ocp.checkpoint_utils.construct_restore_args(plain)
     )
-    ways = {
+    checkpointers = {
         "Orbax's default, bf16": (default(), ocp.args.PyTreeSave(plain), restore_plain),
         "Orbax uncompressed, bf16": (
             default(use_compression=False),
@@ -64,12 +64,12 @@ def compare(data: str, repeats: int, folder: pathlib.Path | None) -> None:
             DF11Restore(decompress=True),
         ),
     }
-    times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
+    times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in checkpointers}
     sizes = {}
     with _temporary(folder) as path:
         # Interleaved, so that whatever else the machine does meets all alike.
         for _ in range(repeats + 1):
-            for name, (handler, save, restore) in ways.items():
+            for name, (handler, save, restore) in checkpointers.items():
                 shutil.rmtree(path / "x", ignore_errors=True)
                 with ocp.AsyncCheckpointer(handler) as checkpointer:
                     start = time.perf_counter()

@@ -1,18 +1,16 @@
-"""The published layout's figures: encoding beside the reference's encoder, and decoding.
+"""How fast is the published layout encoded, beside the reference's encoder, and decoded on a CPU?
 
-    python benchmarks/published.py
+    pip install . && python benchmarks/published.py
 
 All is on one core, alternating, in one process. The reference's encoder takes part if it is
-installed: see tests/published/make_fixtures.py. Nothing is asserted here but that bits are right.
+installed: see dfloat11_encoder.py. Nothing is asserted here but that bits are right.
 """
 
 import argparse
 import contextlib
 import io
 import os
-import pathlib
 import statistics
-import sys
 import time
 
 MEGA = 2**20
@@ -30,11 +28,10 @@ def main() -> None:
 
 
 def encode_beside_reference(size: int, repeats: int) -> None:
-    sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "published"))
     try:
-        import make_fixtures
+        import dfloat11_encoder
 
-        reference = make_fixtures.load_reference()
+        reference = dfloat11_encoder.load_reference()
     except (ImportError, AssertionError) as error:
         print(f"without the reference's encoder, which is not installed ({error})")
         return
@@ -48,7 +45,7 @@ def encode_beside_reference(size: int, repeats: int) -> None:
         # Without its progress bar, which would make it slower.
         with contextlib.redirect_stdout(io.StringIO()):
             made = timings.time(
-                "reference", lambda: make_fixtures.encode(reference, [weights.view(np.uint16)])
+                "reference", lambda: dfloat11_encoder.encode(reference, [weights.view(np.uint16)])
             )
         unit = timings.time("encode_unit", lambda: encode_unit({"w": weights}, threads=1))
         for name in ("encoded_exponent", "luts", "output_positions", "gaps", "sign_mantissa"):
@@ -62,18 +59,19 @@ def encode_and_decode(size: int, repeats: int) -> None:
     import jax
     import numpy as np
 
-    from df11_jax.published import _unit
+    from df11_jax import published
+    from df11_jax.published._unit import decode_host
 
     weights = normal(size)
     bits = weights.view(np.uint16)
     timings = Timings(weights.nbytes)
-    decompress = jax.jit(lambda unit: _unit.decompress(unit)["w"])
+    decompress = jax.jit(lambda unit: published.decompress(unit)["w"])
     # The first round compiles.
     for _ in range(repeats + 1):
         out = None
-        unit = timings.time("encode_unit", lambda: _unit.encode_unit({"w": weights}, threads=1))
+        unit = timings.time("encode_unit", lambda: published.encode_unit({"w": weights}, threads=1))
         on_device = jax.block_until_ready(jax.tree.map(jax.numpy.asarray, unit))
-        out = timings.time("decode_host", lambda u=unit: _unit.decode_host(u, threads=1))
+        out = timings.time("decode_host", lambda u=unit: decode_host(u, threads=1))
         np.testing.assert_array_equal(out.view(np.uint16), bits)
         out = None  # so that the next finds its memory
         out = timings.time(

@@ -1,4 +1,4 @@
-"""Decoding a published unit on a GPU: our kernel beside the reference implementation's own.
+"""How fast is a published unit decoded on a GPU, beside the reference implementation's kernel?
 
     pip install ".[benchmark]" cupy-cuda13x
     pip install --no-deps dfloat11

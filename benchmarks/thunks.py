@@ -1,4 +1,4 @@
-"""What a GPU is given to do by a program, from the list that XLA writes if told where to.
+"""What a program gives a GPU to do, from the list that XLA writes if told where to.
 
 The list has a line for each thing that is launched (`kCustomCall` for the decoder), indented below
 the loop or the CUDA graph (`kCommandBuffer`) that it is in.

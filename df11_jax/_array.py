@@ -4,15 +4,18 @@ import dataclasses
 import json
 import math
 import operator
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
 
 import jax
 import jax.export
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, UInt32
+from jaxtyping import Array, BFloat16, UInt32
 
 from df11_jax import _layout
+from df11_jax._host_arrays import BFLOAT16
+from df11_jax._layout import Layout
+from df11_jax._slices import decode_stacks
 
 
 @jax.tree_util.register_dataclass
@@ -20,65 +23,79 @@ from df11_jax import _layout
 class DF11Array:
     """A bfloat16 tensor, losslessly compressed, in five arrays on the device.
 
-    It is a pytree like any other: it can be passed to jitted functions, donated, sharded, saved,
-    mapped over. `df11_jax.decompress` gives back the tensor, bit for bit.
+    It is a pytree like any other: it can be passed to jitted functions, donated, sharded, saved and
+    mapped over. `df11_jax.decompress` returns the tensor, bit for bit.
 
     A stack of equally shaped tensors, such as the layers of a model, has the same leading axes on
-    all five arrays. What takes these axes away or puts new ones in front (`jax.lax.scan`,
-    `jax.vmap`, `jax.tree.map(lambda x: x[i], a)`) gives the compressed slice or stack.
+    all five arrays. Operations on the arrays that take these axes away or put new ones in front
+    (`jax.lax.scan`, `jax.vmap`, `jax.tree.map(lambda x: x[i], a)`) make the compressed slice or
+    stack.
 
-    Invariants: all arrays are uint32; their shapes are `stack_shape + (words,)`, the number of
-    words following from `slice_shape` (but for `exponents`); docs/format.md tells what they hold.
+    Invariants: all arrays are uint32; their shapes are `stack_shape + layout.parts + (words,)`,
+    where the number of words follows from `layout` (but for `exponents`). docs/format.md specifies
+    their content.
 
     Attributes:
-        header: format version and shape of each slice.
+        header: the format version, the shape and the layout of each slice.
         codebook: the code of each slice.
-        chunk_offsets: where each chunk starts in `exponents`.
+        chunk_offsets: the start of each chunk in `exponents`.
         exponents: the coded exponents, a multiple of 4 words for each slice.
-        sign_mantissa: sign and mantissa of each weight.
-        slice_shape: shape of one slice; static.
+        sign_mantissa: the sign and mantissa of each weight.
+        layout: the shape of one slice, how it is a matrix, and how that is cut; static.
     """
 
-    header: UInt32[Array, "*stack 20"]
-    codebook: UInt32[Array, "*stack 36"]
-    chunk_offsets: UInt32[Array, "*stack chunks_and_end"]
-    exponents: UInt32[Array, "*stack words"]
-    sign_mantissa: UInt32[Array, "*stack quads"]
-    slice_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    header: UInt32[Array, "*stack_and_parts 28"]
+    codebook: UInt32[Array, "*stack_and_parts 36"]
+    chunk_offsets: UInt32[Array, "*stack_and_parts chunks_and_end"]
+    exponents: UInt32[Array, "*stack_and_parts words"]
+    sign_mantissa: UInt32[Array, "*stack_and_parts quads"]
+    layout: Layout = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def from_payload(cls, payload: Iterable[Any], layout: Layout) -> Self:
+        """Makes one of its five arrays, in the order of `payload`."""
+        header, codebook, chunk_offsets, exponents, sign_mantissa = payload
+        return cls(header, codebook, chunk_offsets, exponents, sign_mantissa, layout)
+
+    @property
+    def slice_shape(self) -> tuple[int, ...]:
+        """The shape of one slice."""
+        return self.layout.shape
 
     @property
     def stack_shape(self) -> tuple[int, ...]:
         """The leading axes, which all five arrays have in common."""
-        return tuple(self.header.shape[:-1])
+        shape = tuple(self.header.shape)
+        return shape[: len(shape) - 1 - len(self.layout.parts)]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the tensor that this stands for."""
+        """The shape of the tensor that this stands for."""
         return self.stack_shape + self.slice_shape
 
     @property
     def ndim(self) -> int:
-        """Number of axes, those of the stack included."""
+        """The number of axes, those of the stack included."""
         return len(self.shape)
 
     @property
     def dtype(self) -> np.dtype:
         """bfloat16."""
-        return np.dtype(jnp.bfloat16)
+        return BFLOAT16
 
     @property
     def size(self) -> int:
-        """Number of weights."""
+        """The number of weights."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the bfloat16 tensor that this stands for."""
+        """The bytes of the bfloat16 tensor that this stands for."""
         return 2 * self.size
 
     @property
     def compressed_nbytes(self) -> int:
-        """Bytes of the five arrays."""
+        """The bytes of the five arrays."""
         return sum(4 * math.prod(array.shape) for array in self.payload)
 
     @property
@@ -100,7 +117,7 @@ class DF11Array:
 
         Raises:
             IndexError: there is no stack axis, or an integer is out of bounds.
-            TypeError: the index is a tuple or anything else that is not listed above.
+            TypeError: the index is neither an integer nor a slice nor an integer array.
         """
         if not self.stack_shape:
             raise IndexError(
@@ -121,8 +138,37 @@ class DF11Array:
                 raise IndexError(f"index {index} is out of bounds for a stack of {length}")
         return jax.tree.map(lambda array: array[index], self)
 
+    # The methods of flax.linen's boxes: linen calls them for parameters that stand for others, once
+    # df11_jax.linen has registered this class as one of these.
+
+    def unbox(self) -> BFloat16[Array, "..."]:
+        """The decompressed tensor."""
+        return decode_stacks([self], ["tensor"])[0]
+
+    def replace_boxed(self, value: Any) -> Any:
+        """The value itself: whatever takes the place of the tensor is not compressed."""
+        return value
+
+    def add_axis(self, index: int, params: Mapping[Any, Any]) -> "DF11Array":
+        """The same array: the arrays that are stacked have the new axis already."""
+        return self
+
+    def remove_axis(self, index: int, params: Mapping[Any, Any]) -> "DF11Array":
+        """The same array, from whose arrays the first stack axis is then taken.
+
+        Raises:
+            ValueError: the axis is not the first one of the stack.
+        """
+        if index != 0 or not self.stack_shape:
+            raise ValueError(
+                f"{self!r} cannot be mapped over axis {index}: a compressed parameter can be "
+                "mapped over its stack axes, starting with axis 0. compress_params(..., "
+                "stacked=...) makes one"
+            )
+        return self
+
     def __repr__(self) -> str:
-        # Leaves may be tracers, shapes, or whatever a tree_map put there; none may break this.
+        # Leaves may be tracers, shapes, or any other object that a tree_map put there.
         try:
             shape = ",".join(map(str, self.shape))
             if not self.size:
@@ -133,14 +179,14 @@ class DF11Array:
             leaves = ", ".join(
                 f"{name}={type(getattr(self, name, None)).__name__}" for name in _layout.PAYLOAD
             )
-            return f"DF11Array({leaves}, slice_shape={self.slice_shape!r})"
+            return f"DF11Array({leaves}, layout={self.layout!r})"
 
 
 jax.export.register_pytree_node_serialization(
     DF11Array,
     serialized_name="df11_jax.DF11Array",
-    serialize_auxdata=lambda static: json.dumps(static).encode(),
-    deserialize_auxdata=lambda data: tuple(tuple(field) for field in json.loads(data)),
+    serialize_auxdata=lambda static: json.dumps(static[0].to_json()).encode(),
+    deserialize_auxdata=lambda data: (Layout.from_json(json.loads(data)),),
 )
 
 

@@ -1,6 +1,5 @@
-"""Compression on the host: one tensor, or a pytree leaf by leaf."""
+"""Compression on the host, of one tensor or of a pytree leaf by leaf."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,47 +10,61 @@ from jaxtyping import Array, BFloat16, PyTree
 
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._decode import path_name
+from df11_jax._host_arrays import BFLOAT16, to_host
 from df11_jax._host_codec import encode
+from df11_jax._layout import Layout, make_layout
 from df11_jax._progress import ProgressBar
-from df11_jax._select import (
-    BFLOAT16,
-    CASTABLE,
-    MIN_SIZE,
-    Selection,
-    compile_pattern,
-    native_dtype,
-)
+from df11_jax._select import MIN_SIZE, Selection, is_castable, is_worth_keeping
 
 
 def compress(
     array: BFloat16[Array, "..."] | BFloat16[np.ndarray, "..."],
     *,
     stack_axes: int = 0,
+    batch_axes: int = 0,
+    row_axes: int | None = None,
+    along_columns: bool = False,
     verify: bool = True,
     threads: int | None = None,
 ) -> DF11Array:
     """Compresses one bfloat16 tensor, on the host.
 
-    A numpy array, or a JAX array on the CPU, is read where it lies, if it is contiguous.
+    A contiguous numpy array, or JAX array on the CPU, is read without a copy.
 
     Args:
-        array: a bfloat16 array of any shape, without stack axes of at most 8 dimensions.
-        stack_axes: how many leading axes are a stack (of layers, say): each slice along them gets
-            its own codebook, and can be decompressed alone.
+        array: a bfloat16 array of any shape, with at most 8 dimensions besides its stack axes.
+        stack_axes: the number of leading axes that are a stack (of layers, say). Each slice along
+            them gets a codebook of its own, and can be decompressed alone.
+        batch_axes: the number of the next axes that count matrices: a slice `[heads, d, head_dim]`
+            with one of them is `heads` matrices.
+        row_axes: the number of axes after these that are the rows of a matrix, for products with
+            the compressed weights; the others are its columns. None for all axes but the last.
+        along_columns: whether pairs of weights are coded along the columns, for products with the
+            transpose (`h @ E.T` with `E [vocab, d]`), instead of along the rows (`x @ W`).
         verify: decode the result, and compare it with `array` bit by bit.
-        threads: how many threads to use; None for all that this process may run on.
+        threads: the number of threads; None for all that this process may run on.
 
     Returns:
-        The compressed tensor, on the device that `array` is on; on the default device if that is
-        a numpy array, or is spread over several devices (`jax.device_put` places the result, like
-        any pytree). `decompress` of it is bit for bit `array`.
+        The compressed tensor, on the device of `array`, or on the default device if that is a
+        numpy array or is spread over several devices. (`jax.device_put` places the result, like
+        any pytree.) `decompress` of it is `array`, bit for bit.
 
     Raises:
         TypeError: `array` is traced, or not bfloat16.
-        ValueError: too many dimensions, or fewer than `stack_axes`.
+        ValueError: `array` has more than 8 dimensions besides its stack axes, or fewer dimensions
+            than `stack_axes`.
         RuntimeError: verification failed, which means broken hardware or a bug.
     """
-    return _compress(array, "array", stack_axes, verify, threads)
+    return _compress(
+        array,
+        "array",
+        stack_axes,
+        verify,
+        threads,
+        batch_axes=batch_axes,
+        row_axes=row_axes,
+        along_columns=along_columns,
+    )
 
 
 def compress_params(
@@ -69,30 +82,35 @@ def compress_params(
     """Compresses the leaves of a pytree for which it is worth it.
 
     A leaf stays as it is if it is not bfloat16 (but see `cast`), is left out by one of the
-    arguments, is compressed already, or would not get smaller. Leaves are compressed one by one,
-    so beside `params` and the result the host holds what one leaf needs. `params` itself is never
-    changed: if this is interrupted, nothing is lost.
+    arguments, is compressed already, would not get smaller, or has more than 8 dimensions besides
+    its stack axis, which the format cannot hold (`compress` of such an array raises).
+
+    Leaves are compressed one by one, so beside `params` and the result the host holds what one
+    leaf needs. `params` itself is never changed: if this is interrupted, nothing is lost.
 
     Args:
         params: a pytree of arrays, such as Flax parameters.
-        include: regular expression; only leaves whose path (`layers/attention/query`) it is found
-            in are compressed. None for all.
-        stacked: regular expression; leaves whose path it is found in are stacks along their first
-            axis, as `flax.linen.scan` makes them, and get a stack axis. `scan_blocks` needs it.
-        predicate: `predicate(path, leaf)` has the last word on leaves that the rest lets through.
+        include: a regular expression; only leaves in whose path (`layers/attention/query`) it is
+            found are compressed. None for all.
+        stacked: a regular expression; leaves in whose path it is found are stacks along their
+            first axis, as `flax.linen.scan` makes them, and get a stack axis. `scan_blocks` needs
+            it.
+        predicate: a function of a path and a leaf, which may refuse leaves that all other
+            arguments admit.
         min_size: leaves with fewer weights stay as they are (a stack counts as a whole).
         cast: round float32 and float16 leaves to bfloat16 first, which is not lossless. Those
             that are then not compressed keep their type.
         verify: decode each leaf and compare it bit by bit before going on.
         progress: show a progress bar, in bytes.
-        threads: how many threads to use; None for all that this process may run on.
+        threads: the number of threads; None for all that this process may run on.
 
     Returns:
-        The same pytree with `DF11Array` leaves.
+        The same pytree, with `DF11Array`s for the leaves that are compressed.
 
     Raises:
-        TypeError: a leaf to be compressed is traced; `include` or `stacked` is no text.
-        ValueError: a leaf to be stacked has no axes; a regular expression is not one.
+        TypeError: a leaf to be compressed is traced; `include` or `stacked` is not a string.
+        ValueError: a leaf to be stacked has no axes; `include` or `stacked` is not a regular
+            expression.
         RuntimeError: verification failed, or an array was deleted. All errors name the leaf's
             path, in their message or in a note.
 
@@ -100,8 +118,9 @@ def compress_params(
         UserWarning: no leaf is compressed, and some would have been if they were not float32 or
             float16, which Flax makes by default.
     """
-    selection = Selection(compile_pattern("include", include), predicate, min_size, cast)
-    stacks = compile_pattern("stacked", stacked)
+    selection = Selection.from_options(
+        include=include, stacked=stacked, predicate=predicate, min_size=min_size, cast=cast
+    )
     with_paths, treedef = jax.tree.flatten_with_path(params, is_leaf=is_df11)
     named = [(path_name(path), leaf) for path, leaf in with_paths]
     wanted = [selection.has(path, leaf) for path, leaf in named]
@@ -111,7 +130,7 @@ def compress_params(
         for (path, leaf), want in zip(named, wanted, strict=True):
             if want:
                 nbytes = leaf.nbytes
-                leaf = compress_leaf(path, leaf, stacks, verify=verify, threads=threads, cast=cast)
+                leaf = compress_leaf(path, leaf, selection, verify=verify, threads=threads)
                 bar.update(path, nbytes)
             leaves.append((path, leaf))
     selection.warn_if_futile("compress_params", leaves, stacklevel=2)
@@ -121,30 +140,29 @@ def compress_params(
 def compress_leaf(
     path: str,
     leaf: Any,
-    stacks: re.Pattern[str] | None,
+    selection: Selection,
     *,
-    verify: bool,
-    threads: int | None,
-    cast: bool,
+    verify: bool = True,
+    threads: int | None = None,
 ) -> Any:
     """A leaf compressed, or as it is if that would not make it smaller.
 
     Args:
-        path: its name; errors have it.
-        leaf: an array.
-        stacks: found in the paths of leaves that are stacks along their first axis.
-        verify: as for `compress_params`, like all that follow.
-        threads: how many threads to use.
-        cast: round float32 and float16 to bfloat16 first.
+        path: the name of the leaf; errors have it.
+        leaf: an array that is one of the selection.
+        selection: tells whether the leaf is a stack, and whether to round it to bfloat16.
+        verify: see `compress_params`.
+        threads: see `compress_params`.
     """
-    stack_axes = 1 if stacks is not None and stacks.search(path) else 0
     try:
-        small = _compress(leaf, path, stack_axes, verify, threads, cast=cast)
+        small = _compress(
+            leaf, path, selection.stack_axes(path), verify, threads, cast=selection.cast
+        )
     except Exception as error:
         # What numpy and jax raise (for deleted arrays, say) does not name the leaf.
         error.add_note(f"df11_jax: while compressing the leaf {path}")
         raise
-    return small if small.compressed_nbytes < leaf.nbytes else leaf
+    return small if is_worth_keeping(small.compressed_nbytes, leaf.nbytes) else leaf
 
 
 def _compress(
@@ -155,19 +173,40 @@ def _compress(
     threads: int | None,
     *,
     cast: bool = False,
+    **matrix: Any,
 ) -> DF11Array:
-    weights, device = _on_host(array, name, cast)
-    words = encode(weights, name, stack_axes=stack_axes, verify=verify, threads=threads)
-    header, codebook, chunk_offsets, exponents, sign_mantissa = (
-        jax.device_put(w, device) for w in words
-    )
-    slice_shape = weights.shape[stack_axes:]
-    return DF11Array(
-        header, codebook, chunk_offsets, exponents, sign_mantissa, slice_shape=slice_shape
-    )
+    weights, device = _as_weights(array, name, cast)
+    if not 0 <= stack_axes <= weights.ndim:
+        raise ValueError(
+            f"{name}: cannot take {stack_axes} stack axes from an array of shape {weights.shape}"
+        )
+    try:
+        layout = make_layout(weights.shape[stack_axes:], **matrix)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return _encode(weights, name, layout, device, verify=verify, threads=threads)
 
 
-def _on_host(array: Any, name: str, cast: bool) -> tuple[np.ndarray, Any]:
+def compress_as(array: Any, layout: Layout, name: str) -> DF11Array:
+    """Compresses a tensor as another one was: with the same layout.
+
+    Args:
+        array: a bfloat16 array; its axes before those of the layout are a stack.
+        layout: the layout of its slices.
+        name: the name of the tensor; errors have it.
+    """
+    weights, device = _as_weights(array, name, cast=False)
+    return _encode(weights, name, layout, device)
+
+
+def _encode(
+    weights: np.ndarray, name: str, layout: Layout, device: jax.Device | None, **options: Any
+) -> DF11Array:
+    words = encode(weights, name, layout, **options)
+    return DF11Array.from_payload((jax.device_put(array, device) for array in words), layout)
+
+
+def _as_weights(array: Any, name: str, cast: bool) -> tuple[np.ndarray, Any]:
     """The array as contiguous bfloat16 on the host, and where the result is to go."""
     if isinstance(array, jax.core.Tracer):
         raise TypeError(
@@ -180,9 +219,8 @@ def _on_host(array: Any, name: str, cast: bool) -> tuple[np.ndarray, Any]:
     if isinstance(array, jax.Array):
         if len(array.devices()) == 1 and (array.committed or array.devices() != _default_device()):
             (device,) = array.devices()
-        array = fetch(array)
-    weights = np.asarray(array)
-    if cast and native_dtype(weights) in CASTABLE:
+    weights = to_host(array)
+    if cast and is_castable(weights.dtype):
         weights = weights.astype(BFLOAT16)
     if weights.dtype != BFLOAT16:
         if not hasattr(array, "dtype"):
@@ -195,22 +233,6 @@ def _on_host(array: Any, name: str, cast: bool) -> tuple[np.ndarray, Any]:
             "Cast it first, if rounding is acceptable: array.astype(jax.numpy.bfloat16)"
         )
     return np.ascontiguousarray(weights).reshape(weights.shape), device
-
-
-def fetch(array: jax.Array) -> np.ndarray:
-    """An array's elements on the host, which are gone when the caller drops them."""
-    # From a new array of the same buffers: what comes to the host from another device is cached
-    # with the array that was asked for it, and would stay as long as that does.
-    shards = [shard.data for shard in array.addressable_shards]
-    return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards))
-
-
-def cpu_device() -> jax.Device | None:
-    """A CPU that JAX can use, if there is one."""
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX was told to use accelerators only
-        return None
 
 
 def _default_device() -> set[jax.Device]:

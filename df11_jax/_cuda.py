@@ -1,4 +1,4 @@
-"""What the CUDA decoder needs of a machine, and what this machine has."""
+"""The requirements of the CUDA decoder, and whether this machine meets them."""
 
 import ctypes
 import importlib
@@ -18,12 +18,12 @@ Version = tuple[int, int]  # major and minor
 
 
 class Build(NamedTuple):
-    """What a CUDA library was compiled for.
+    """The targets for which a CUDA library was compiled.
 
     Attributes:
-        cuda: version of the toolkit, and so of the runtime in it.
-        architectures: compute capabilities with machine code, in ascending order; the last has
-            PTX as well.
+        cuda: the version of the toolkit, and so of the runtime in the library.
+        architectures: the compute capabilities with machine code, in ascending order; the last
+            has PTX as well.
     """
 
     cuda: Version
@@ -31,7 +31,7 @@ class Build(NamedTuple):
 
     @property
     def driver(self) -> str:
-        """The oldest driver that runs it, as people know it."""
+        """The oldest driver that runs it, in words."""
         major = self.cuda[0]
         if major in _OLDEST_DRIVER:
             return f"NVIDIA driver {_OLDEST_DRIVER[major]} or newer"
@@ -40,7 +40,7 @@ class Build(NamedTuple):
     def runs_on(self, capability: Version) -> bool:
         """Whether a GPU of this compute capability has code to run."""
         major, minor = capability
-        # Machine code runs on what has the same major number and is not older.
+        # Machine code runs on GPUs that have the same major number and are not older.
         machine_code = any(a == major and b <= minor for a, b in self.architectures)
         return machine_code or capability >= self.architectures[-1]
 
@@ -53,7 +53,7 @@ class Build(NamedTuple):
 
 
 class Obstacle(NamedTuple):
-    """Why a platform has no compiled decoder, and what to do about it."""
+    """The reason why a platform has no compiled decoder, and a remedy."""
 
     reason: str
     remedy: str
@@ -63,7 +63,7 @@ class Obstacle(NamedTuple):
 
 
 def is_in_build() -> bool:
-    """Whether there is a CUDA library, which need not load."""
+    """Whether this build has a CUDA library, even one that does not load."""
     return importlib.util.find_spec(MODULE) is not None
 
 
@@ -92,16 +92,16 @@ def load() -> Build | Obstacle:
 def find_obstacle(
     build: Build, driver: Version | None, gpus: Mapping[str, Version]
 ) -> Obstacle | None:
-    """Says why the GPUs of a machine cannot run a library.
+    """Finds out why the GPUs of a machine cannot run a library.
 
     Args:
-        build: of the library.
+        build: the targets of the library.
         driver: the CUDA version that the machine's driver supports; None if that is not known.
-        gpus: name and compute capability of each. Without any, programs are compiled for another
-            machine, and of that nothing is known.
+        gpus: the name and compute capability of each GPU. Without any, programs are compiled for
+            another machine, of which nothing is known.
 
     Returns:
-        None if they can.
+        The obstacle; None if there is none.
     """
     if not gpus:
         return None
@@ -122,7 +122,7 @@ def find_obstacle(
 
 
 def local_gpus() -> dict[str, Version]:
-    """Name and compute capability of the GPUs that JAX's CUDA backend has in this process."""
+    """The names and compute capabilities of the GPUs of JAX's CUDA backend in this process."""
     try:
         devices = jax.local_devices(backend="cuda")
     except RuntimeError:  # there is no such backend
@@ -143,7 +143,7 @@ def driver_version() -> Version | None:
 
 
 def version_name(version: Version) -> str:
-    """As people write it: 13.0."""
+    """A version as people write it: 13.0."""
     return "{}.{}".format(*version)
 
 

@@ -1,4 +1,4 @@
-"""The native layout, version 1: the part of docs/format.md that Python needs.
+"""The native layout, version 2: the part of docs/format.md that Python needs.
 
 The same constants and index arithmetic as `xla_ffi/native/layout.h`.
 """
@@ -6,29 +6,34 @@ The same constants and index arithmetic as `xla_ffi/native/layout.h`.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from jaxtyping import UInt32
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 LANES = 32
 STEP_ROWS = 16
-STEPS = 8  # at most, in a chunk
-TILE_ROWS = STEP_ROWS * STEPS
+MAX_STEPS = 8  # of a chunk
 TILE_COLS = 64
 HALF_STEP_WORDS = 128  # of sign_mantissa, and of the exponents of a raw chunk
 STEP_WORDS = 2 * HALF_STEP_WORDS
 
+MIN_CODE_BITS = 9  # that the longest code may have
 MAX_CODE_BITS = 12
 TABLE_SIZE = 1 << MAX_CODE_BITS
 CODED_EXPONENTS = 16
 SYMBOLS = CODED_EXPONENTS**2
 
 MAX_DIMS = 8
-HEADER_WORDS = 20
+HEADER_WORDS = 28
 CODEBOOK_WORDS = (CODED_EXPONENTS + SYMBOLS // 2) // 4
+# Words of the header.
+_GEOMETRY = 3
+_DIMS = 4
+_PARTS = 20
+CODEBOOK_ID = 24  # what begins here may differ between the slices of a stack
 
 RECORD_HEADER_WORDS = 10
 RAW_RECORD_HEADER_WORDS = 2
@@ -38,127 +43,259 @@ SIGN_MANTISSA = 0x807F807F  # sign and mantissa of both weights of a pair
 
 PAYLOAD = ("header", "codebook", "chunk_offsets", "exponents", "sign_mantissa")
 
+# A chunk of 8 steps keeps a GPU's warp busy for about 4 us, so that tensors of a few hundred of
+# them would leave most of the GPU idle; half as many steps cost 0.04 bits a weight. Tensors that
+# are smaller still take no longer than one chunk does; those that are larger have chunks enough.
+_HALF_CHUNK_SIZES = range(1 << 20, 1 << 23)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a slice is a matrix, and how that is cut.
+
+    Attributes:
+        shape: the shape of the slice.
+        batch_axes: the number of leading axes that count matrices.
+        row_axes: the number of axes after these that are the matrix's rows; the others are its
+            columns.
+        along_columns: whether the two weights of a pair are in neighbouring columns, as a product
+            with the matrix's transpose reads them; else they are in neighbouring rows.
+        steps: the number of steps of 16 rows (or columns) in a chunk: 8, 4 or 2.
+        code_bits: the bits of the longest code, from 9 to 12.
+        parts: the number of parts into which each axis is divided; empty if the slice is not
+            divided.
+    """
+
+    shape: tuple[int, ...]
+    batch_axes: int = 0
+    row_axes: int = 0
+    along_columns: bool = False
+    steps: int = MAX_STEPS
+    code_bits: int = MAX_CODE_BITS
+    parts: tuple[int, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, in types that JSON knows."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Self:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            TypeError: the fields are others, or of other types.
+            ValueError: there is no such layout.
+        """
+        shape, parts = tuple(fields["shape"]), tuple(fields["parts"])
+        layout = cls(**fields | {"shape": shape, "parts": parts})
+        unpack_header(pack_header(layout))
+        return layout
+
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """The shape of each part; that of the slice if it is not divided."""
+        parts = self.parts or (1,) * len(self.shape)
+        return tuple(dim // count for dim, count in zip(self.shape, parts, strict=True))
+
+    @property
+    def count_parts(self) -> int | None:
+        """The number of parts; None if the slice is not divided."""
+        return math.prod(self.parts) if self.parts else None
+
+    @property
+    def view(self) -> "View":
+        """How each part is seen."""
+        shape = self.part_shape
+        rows_end = self.batch_axes + self.row_axes
+        batch = math.prod(shape[: self.batch_axes])
+        rows = math.prod(shape[self.batch_axes : rows_end])
+        cols = math.prod(shape[rows_end:])
+        size = batch * rows * cols
+        if self.row_axes and rows_end < len(shape) and size and cols % 8 == 0:
+            k, n = (cols, rows) if self.along_columns else (rows, cols)
+            padded = batch * _round_up(k, STEP_ROWS) * _round_up(n, TILE_COLS)
+            if 32 * (padded - size) <= size:
+                return View(size, batch, k, n, self.steps, self.along_columns)
+        return View(size, 1, -(-size // TILE_COLS), TILE_COLS, self.steps, False)
+
+
+def make_layout(
+    shape: Sequence[int],
+    *,
+    batch_axes: int = 0,
+    row_axes: int | None = None,
+    along_columns: bool = False,
+) -> Layout:
+    """The layout that a writer chooses for slices of a shape.
+
+    Args:
+        shape: the shape of a slice.
+        batch_axes: see `Layout`.
+        row_axes: see `Layout`; None for all axes between the batch axes and the last one.
+        along_columns: see `Layout`.
+
+    Raises:
+        ValueError: there are not as many axes, or more than the format can say.
+    """
+    shape = tuple(shape)
+    if len(shape) > MAX_DIMS:
+        raise ValueError(
+            f"a compressed tensor has at most {MAX_DIMS} dimensions (besides its stack axes), "
+            f"got shape {shape}"
+        )
+    if row_axes is None:
+        row_axes = max(0, len(shape) - batch_axes - 1)
+    if batch_axes < 0 or row_axes < 0 or batch_axes + row_axes > len(shape):
+        raise ValueError(
+            f"slices of shape {shape} do not have {batch_axes} batch axes and {row_axes} row axes"
+        )
+    steps = MAX_STEPS // 2 if math.prod(shape) in _HALF_CHUNK_SIZES else MAX_STEPS
+    return Layout(shape, batch_axes, row_axes, along_columns, steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """Slices seen as matrices of k x n, which are cut into chunks of 16 `steps` k x 64 n.
+
+    Attributes:
+        size: the number of weights.
+        batch: the number of matrices.
+        k: the length of the axis that pairs run along.
+        n: the length of the other axis; in a flat view, the last k may be incomplete.
+        steps: the number of steps of a chunk.
+        along_columns: whether neighbours in k are neighbours in memory.
+    """
+
+    size: int
+    batch: int
+    k: int
+    n: int
+    steps: int
+    along_columns: bool
+
+    @property
+    def tiles_k(self) -> int:
+        return -(-self.k // (STEP_ROWS * self.steps))
+
+    @property
+    def tiles_n(self) -> int:
+        return -(-self.n // TILE_COLS)
+
+    @property
+    def chunks(self) -> int:
+        return self.batch * self.tiles_k * self.tiles_n
+
+    @property
+    def steps_k(self) -> int:
+        """The number of steps below each other; the last chunk may have fewer than others."""
+        return -(-self.k // STEP_ROWS)
+
+    @property
+    def sign_mantissa_words(self) -> int:
+        return self.batch * self.steps_k * self.tiles_n * STEP_WORDS
+
 
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-@dataclasses.dataclass(frozen=True)
-class View:
-    """One slice seen as a row-major matrix, which is cut into chunks of 128 x 64 weights.
-
-    Attributes:
-        size: number of weights.
-        rows, cols: shape of the matrix; its last row may be incomplete in a flat view.
-    """
-
-    size: int
-    rows: int
-    cols: int
-
-    @property
-    def tile_rows(self) -> int:
-        return -(-self.rows // TILE_ROWS)
-
-    @property
-    def tile_cols(self) -> int:
-        return -(-self.cols // TILE_COLS)
-
-    @property
-    def chunks(self) -> int:
-        return self.tile_rows * self.tile_cols
-
-    @property
-    def step_rows(self) -> int:
-        """Rows of steps in the whole matrix; the last ones of a tile row may be missing."""
-        return -(-self.rows // STEP_ROWS)
-
-    @property
-    def sign_mantissa_words(self) -> int:
-        return self.step_rows * self.tile_cols * STEP_WORDS
-
-
-def make_view(shape: Sequence[int]) -> View:
-    """The view of a slice of the given shape."""
-    size = math.prod(shape)
-    if len(shape) >= 2 and size > 0 and shape[-1] % 8 == 0:
-        cols = shape[-1]
-        rows = size // cols
-        padded = _round_up(rows, STEP_ROWS) * _round_up(cols, TILE_COLS)
-        if 50 * padded <= 51 * size:
-            return View(size, rows, cols)
-    return View(size, -(-size // TILE_COLS), TILE_COLS)
-
-
-def pack_header(shape: Sequence[int]) -> UInt32[np.ndarray, "20"]:
-    """The header of a slice of the given shape.
-
-    Raises:
-        ValueError: the shape has more dimensions than the format can say.
-    """
-    if len(shape) > MAX_DIMS:
-        raise ValueError(
-            f"a compressed tensor has at most {MAX_DIMS} dimensions (besides its stack axes), "
-            f"got shape {tuple(shape)}"
-        )
+def pack_header(layout: Layout) -> UInt32[np.ndarray, "28"]:
+    """The header of slices of a layout, without the id of a codebook."""
     header = np.zeros(HEADER_WORDS, np.uint32)
-    header[:2] = FORMAT_VERSION, len(shape)
-    for i, dim in enumerate(shape):
-        header[2 + 2 * i : 4 + 2 * i] = dim & 0xFFFFFFFF, dim >> 32
+    ndim = len(layout.shape)
+    header[0] = FORMAT_VERSION
+    header[1] = (
+        ndim | layout.batch_axes << 8 | layout.row_axes << 16 | int(layout.along_columns) << 24
+    )
+    header[2] = layout.steps | layout.code_bits << 8
+    for i, dim in enumerate(layout.part_shape):
+        header[_DIMS + 2 * i : _DIMS + 2 * i + 2] = dim & 0xFFFFFFFF, dim >> 32
+    for i, count in enumerate(layout.parts):
+        header[_PARTS + i // 2] |= np.uint32(count << 16 * (i % 2))
+    header[_GEOMETRY] = _digest(header)
     return header
 
 
-def unpack_header(header: UInt32[np.ndarray, "20"]) -> tuple[int, ...]:
-    """The slice shape that a header names.
+def unpack_header(header: UInt32[np.ndarray, "28"]) -> Layout:
+    """The layout that a header names.
 
     Args:
         header: the header of one slice, on the host.
 
     Raises:
-        ValueError: not a header, or of a format version that this library does not know.
+        ValueError: it is not a header, or of a format version that this library does not know.
     """
     header = np.asarray(header)
     if header.shape != (HEADER_WORDS,) or header.dtype != np.uint32:
         raise ValueError(
             f"a header is {HEADER_WORDS} uint32 words, got {header.dtype}{list(header.shape)}"
         )
-    version, ndim = int(header[0]), int(header[1])
+    version = int(header[0])
     if version != FORMAT_VERSION:
         raise ValueError(
             f"format version {version} is unknown: this version of df11_jax reads {FORMAT_VERSION}"
         )
-    dims = header[2:].astype(np.uint64).reshape(-1, 2)
-    shape = tuple(int(low | high << np.uint64(32)) for low, high in dims[:ndim])
-    if ndim > MAX_DIMS or np.any(dims[ndim:]):
-        raise ValueError("the header is corrupt")
-    return shape
+    ndim, batch_axes, row_axes, order = int(header[1]).to_bytes(4, "little")
+    steps, code_bits = int(header[2]) & 255, int(header[2]) >> 8 & 255
+    dims = [int(low) | int(high) << 32 for low, high in header[_DIMS:_PARTS].reshape(-1, 2)]
+    counts = [
+        int(word) >> shift & 0xFFFF for word in header[_PARTS:CODEBOOK_ID] for shift in (0, 16)
+    ]
+    parts = tuple(counts[:ndim]) if any(counts) else ()
+    is_sound = (
+        ndim <= MAX_DIMS
+        and batch_axes + row_axes <= ndim
+        and order <= 1
+        and steps in (8, 4, 2)
+        and MIN_CODE_BITS <= code_bits <= MAX_CODE_BITS
+        and (not parts or min(parts) > 0)
+    )
+    if is_sound:
+        shape = tuple(dim * n for dim, n in zip(dims, parts or (1,) * ndim, strict=False))
+        layout = Layout(shape, batch_axes, row_axes, order == 1, steps, code_bits, parts)
+        if np.array_equal(pack_header(layout)[:CODEBOOK_ID], header[:CODEBOOK_ID]):
+            return layout
+    raise ValueError("the header is corrupt")
 
 
-def check_payload(payload: Sequence[Any], slice_shape: Sequence[int], name: str) -> tuple[int, ...]:
-    """Checks types and shapes of the five arrays of a compressed tensor against its shape.
+def _digest(header: UInt32[np.ndarray, "28"]) -> int:
+    acc = 0
+    for i, word in enumerate(header[:CODEBOOK_ID].tolist()):
+        if i != _GEOMETRY:
+            acc = (acc * 0x9E3779B1 + word) & 0xFFFFFFFF
+            acc = (acc << 13 | acc >> 19) & 0xFFFFFFFF
+    acc ^= acc >> 16
+    acc = acc * 0x7FEB352D & 0xFFFFFFFF
+    return acc ^ acc >> 15
+
+
+def check_payload(payload: Sequence[Any], layout: Layout, name: str) -> tuple[int, ...]:
+    """Checks types and shapes of the five arrays of a compressed tensor against its layout.
 
     Args:
         payload: the arrays, or anything with their dtypes and shapes, in the order of `PAYLOAD`.
-        slice_shape: shape of one slice.
-        name: of the tensor, for messages.
+        layout: the layout of one slice.
+        name: the name of the tensor, for messages.
 
     Returns:
         The stack axes, which all five have in common.
 
     Raises:
-        ValueError: naming the tensor, the array, what was expected and what was found.
+        ValueError: the arrays do not fit; the message names the tensor, the array, what was
+            expected and what was found.
     """
-    view = make_view(slice_shape)
+    view = layout.view
     words = (HEADER_WORDS, CODEBOOK_WORDS, view.chunks + 1, None, view.sign_mantissa_words)
-    stack = tuple(payload[0].shape[:-1])
+    leading = tuple(payload[0].shape[:-1])
+    stack = leading[: len(leading) - len(layout.parts)]
     for part, array, expected in zip(PAYLOAD, payload, words, strict=True):
         shape = tuple(array.shape)
         fits = shape and (shape[-1] % 4 == 0 if expected is None else shape[-1] == expected)
-        if array.dtype != np.uint32 or shape[:-1] != stack or not fits:
+        if array.dtype != np.uint32 or shape[:-1] != (*stack, *layout.parts) or not fits:
             last = "a multiple of 4" if expected is None else expected
-            want = ", ".join(map(str, (*stack, last)))
+            want = ", ".join(map(str, (*stack, *layout.parts, last)))
             raise ValueError(
                 f"{name}: {part} is {array.dtype}{list(shape)}, expected uint32[{want}] for slices "
-                f"of shape {list(slice_shape)}"
+                f"of shape {list(layout.shape)}"
             )
     return stack

@@ -1,24 +1,30 @@
-"""Progress bars that count bytes."""
+"""Progress, on the standard error: lines, and bars that count bytes."""
 
+import sys
 from typing import Any
+
+
+def say(line: str) -> None:
+    """Prints a line at once."""
+    print(line, file=sys.stderr, flush=True)
 
 
 class ProgressBar:
     """A tqdm bar on the standard error, or nothing."""
 
-    def __init__(self, what: str, total: int, *, show: bool) -> None:
+    def __init__(self, activity: str, total: int, *, show: bool) -> None:
         """Shows the bar.
 
         Args:
-            what: what is being done: "compress".
-            total: bytes to go.
+            activity: a verb that stands in front of the bar: "compress".
+            total: the number of bytes to go.
             show: False for a bar that does nothing.
         """
         self._bar: Any = None
         if show:
             from tqdm.auto import tqdm
 
-            self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=what)
+            self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=activity)
 
     def __enter__(self) -> "ProgressBar":
         return self

@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Array, Int, PyTree
 
 from df11_jax._array import DF11Array, is_df11
-from df11_jax._decode import decode_slices, path_name
+from df11_jax._decode import path_name
+from df11_jax._slices import decode_slices
 
 Carry = TypeVar("Carry")
 
@@ -26,21 +27,21 @@ def scan_blocks(
     weights exist decompressed at any time.
 
     When differentiated, a block with compressed weights is run again in the backward pass, as under
-    `jax.checkpoint`: only what it was called with is stored, and it is decompressed once more.
+    `jax.checkpoint`: only its arguments are stored, and it is decompressed once more.
 
     Args:
         block_fn: `block_fn(carry, block_params, x) -> (carry, y)`, where `block_params` has the
             structure of `stacked_params` with the weights of one block, and `x` is a slice of
             `xs`.
-        carry: what the first block gets; each block returns the next one's.
-        stacked_params: pytree of the weights of all blocks, stacked along the first axis.
+        carry: the carry for the first block; each block returns that for the next one.
+        stacked_params: a pytree of the weights of all blocks, stacked along the first axis.
             `DF11Array` leaves have exactly one stack axis. Other leaves are arrays, and are
             scanned over as usual.
         xs: further arrays to scan over, such as key-value caches; None for nothing.
 
     Returns:
-        The last carry, and the stacked `y`. With stacks of length 0, the carry that came in, like
-        `jax.lax.scan`.
+        The last carry, and the stacked `y`. Like `jax.lax.scan`, the carry that came in if the
+        stacks have length 0.
 
     Raises:
         TypeError: `block_fn` does not return a pair.
@@ -81,18 +82,18 @@ def scan_range(
     Args:
         block_fn: `block_fn(carry, block_params, index) -> carry`, where `index` is that of the
             block in the stack.
-        carry: what the first block gets.
-        stacked_params: as for `scan_blocks`.
-        begin: index of the first block. If another range comes before, let it be what that one
-            returns: XLA might else decompress or copy the first block here ahead of that, and hold
-            it meanwhile.
-        count: how many blocks.
+        carry: the carry for the first block.
+        stacked_params: the weights of all blocks; see `scan_blocks`.
+        begin: the index of the first block. If another range comes before, pass the index that
+            this one returned: XLA might else decompress or copy the first block here ahead of it,
+            and hold that block meanwhile.
+        count: the number of blocks.
 
     Returns:
         The last carry, and the index of the block after the last.
 
     Raises:
-        ValueError: as for `scan_blocks`.
+        ValueError: the weights are no stack of blocks; see `scan_blocks`.
     """
     stack = _Stack(stacked_params)
     _common_length(stack, None)
@@ -112,7 +113,7 @@ def scan_range(
 
 
 def stack_length(stacked_params: PyTree) -> int:
-    """How many blocks a stack has; raises ValueError like `scan_blocks`."""
+    """The number of blocks in a stack; raises ValueError like `scan_blocks`."""
     return _common_length(_Stack(stacked_params), None)
 
 
@@ -120,9 +121,9 @@ class _Stack:
     """Weights of all blocks: those that are decompressed block by block, and others.
 
     Attributes:
-        names: of the leaves.
-        leaves: all of them.
-        plain: those that are not compressed.
+        names: the names of the leaves.
+        leaves: all leaves.
+        plain: the leaves that are not compressed.
     """
 
     def __init__(self, stacked_params: PyTree) -> None:

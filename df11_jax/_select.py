@@ -1,70 +1,136 @@
-"""Which leaves are compressed, and what to say if their types kept all of them from it."""
+"""The rule for what is compressed and kept, and what to say if dtypes keep all leaves from it."""
 
 import dataclasses
+import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from df11_jax import _layout
 from df11_jax._array import is_df11
-from df11_jax._size_report import format_bytes
+from df11_jax._host_arrays import BFLOAT16
+from df11_jax._units import format_bytes
 
-BFLOAT16 = np.dtype(jnp.bfloat16)
-CASTABLE = (np.dtype(np.float32), np.dtype(np.float16))
+_CASTABLE = (np.dtype(np.float32), np.dtype(np.float16))
 
-# Below this size what a leaf could save does not pay for its table.
+# Below this size, a leaf saves less than its table takes.
 MIN_SIZE = 16384
+
+
+def is_candidate(
+    shape: Sequence[int],
+    dtype: Any,
+    *,
+    stack_axes: int = 0,
+    min_size: int = MIN_SIZE,
+    cast: bool = False,
+) -> bool:
+    """Whether a tensor is to be compressed, if that makes it smaller.
+
+    It has to be bfloat16, large enough, and of no more dimensions than the format can hold.
+
+    Args:
+        shape: the shape of the tensor, stack axes included.
+        dtype: its dtype; None for one that numpy lacks.
+        stack_axes: the number of its leading axes that are a stack.
+        min_size: the number of weights that it has at least, those of all slices together.
+        cast: whether float32 and float16 are rounded to bfloat16.
+    """
+    return (
+        is_candidate_dtype(dtype, cast)
+        and math.prod(shape) >= min_size
+        and len(shape) - stack_axes <= _layout.MAX_DIMS
+    )
+
+
+def is_candidate_dtype(dtype: Any, cast: bool) -> bool:
+    """Whether tensors of a dtype can be compressed: the part of the rule that is about it."""
+    return dtype == BFLOAT16 or (cast and is_castable(dtype))
+
+
+def is_castable(dtype: Any) -> bool:
+    """Whether a dtype is one that is rounded to bfloat16 on request."""
+    return host_dtype(dtype) in _CASTABLE
+
+
+def is_worth_keeping(compressed_nbytes: int, nbytes: int) -> bool:
+    """Whether a compressed tensor is kept: it is smaller than the tensor that it came from."""
+    return compressed_nbytes < nbytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """The leaves that are to be compressed.
+    """The leaves of a pytree that are to be compressed: the rule, and the user's wishes.
 
     Attributes:
-        include: found in their paths; None for all.
-        predicate: has the last word on those that the rest lets through; None for none.
-        min_size: weights that they have at least.
-        cast: float32 and float16 leaves are among them.
+        include: a pattern to be found in their paths; None for all.
+        stacked: a pattern that is found in the paths of stacks; None if there are none.
+        predicate: a function of path and leaf, which may refuse leaves that the rest admits; None
+            for none.
+        min_size: the number of weights that they have at least.
+        cast: whether float32 and float16 leaves are among them.
     """
 
-    include: re.Pattern[str] | None
-    predicate: Callable[[str, Any], bool] | None
-    min_size: int
-    cast: bool
+    include: re.Pattern[str] | None = None
+    stacked: re.Pattern[str] | None = None
+    predicate: Callable[[str, Any], bool] | None = None
+    min_size: int = MIN_SIZE
+    cast: bool = False
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> Self:
-        """The leaves that `compress_params(..., **options)` compresses."""
-        return cls(
-            compile_pattern("include", options.get("include")),
-            options.get("predicate"),
-            options.get("min_size", MIN_SIZE),
-            options.get("cast", False),
-        )
+    def from_options(
+        cls,
+        *,
+        include: str | None = None,
+        stacked: str | None = None,
+        predicate: Callable[[str, Any], bool] | None = None,
+        min_size: int = MIN_SIZE,
+        cast: bool = False,
+        **_others: Any,
+    ) -> Self:
+        """The leaves that `compress_params` compresses if it is called with these options.
+
+        Raises:
+            TypeError: `include` or `stacked` is not a string.
+            ValueError: one of them is not a regular expression.
+        """
+        patterns = _compile_pattern("include", include), _compile_pattern("stacked", stacked)
+        return cls(*patterns, predicate, min_size, cast)
+
+    def stack_axes(self, path: str) -> int:
+        """The number of stack axes of a leaf."""
+        return 1 if self.stacked is not None and self.stacked.search(path) else 0
+
+    def admits(self, path: str, shape: Sequence[int], dtype: Any) -> bool:
+        """Whether a leaf is one of them by all that does not need its elements."""
+        return is_candidate(
+            shape,
+            dtype,
+            stack_axes=self.stack_axes(path),
+            min_size=self.min_size,
+            cast=self.cast,
+        ) and (self.include is None or self.include.search(path) is not None)
 
     def has(self, path: str, leaf: Any) -> bool:
         """Whether a leaf is one of them."""
-        if not isinstance(leaf, (jax.Array, np.ndarray)):
-            return False
-        is_right = leaf.dtype == BFLOAT16 or (self.cast and native_dtype(leaf) in CASTABLE)
-        return is_right and self._lets_through(path, leaf)
+        return (
+            isinstance(leaf, (jax.Array, np.ndarray))
+            and self.admits(path, leaf.shape, leaf.dtype)
+            and (self.predicate is None or self.predicate(path, leaf))
+        )
 
     def would_have(self, path: str, leaf: Any) -> bool:
-        """Whether a leaf would be one of them if it were bfloat16."""
-        if self.cast or not isinstance(leaf, (jax.Array, np.ndarray)):
-            return False
-        return native_dtype(leaf) in CASTABLE and self._lets_through(path, leaf)
-
-    def _lets_through(self, path: str, leaf: Any) -> bool:
-        if leaf.size < self.min_size:
-            return False
-        if self.include is not None and not self.include.search(path):
-            return False
-        return self.predicate is None or self.predicate(path, leaf)
+        """Whether a leaf would be one of them if it were bfloat16, and is not."""
+        return (
+            isinstance(leaf, (jax.Array, np.ndarray))
+            and not is_candidate_dtype(leaf.dtype, self.cast)
+            and dataclasses.replace(self, cast=True).has(path, leaf)
+        )
 
     def warn_if_futile(
         self, caller: str, leaves: Iterable[tuple[str, Any]], *, stacklevel: int
@@ -72,9 +138,9 @@ class Selection:
         """Warns if no leaf is compressed, and some would be if they were bfloat16.
 
         Args:
-            caller: the public function that compressed.
-            leaves: what came of each, by path.
-            stacklevel: of `warnings.warn`, counted from the caller of this.
+            caller: the name of the public function that compressed.
+            leaves: paths, and the leaves that came of compression.
+            stacklevel: the one of `warnings.warn`, counted from the caller of this method.
         """
         leaves = list(leaves)
         if any(is_df11(leaf) for _, leaf in leaves):
@@ -82,7 +148,7 @@ class Selection:
         missed = [leaf for path, leaf in leaves if self.would_have(path, leaf)]
         if not missed:
             return
-        types = " or ".join(sorted({str(native_dtype(leaf)) for leaf in missed}))
+        types = " or ".join(sorted({str(host_dtype(leaf.dtype)) for leaf in missed}))
         count, verb = (f"{len(missed):,} leaves", "are") if len(missed) > 1 else ("1 leaf", "is")
         size = format_bytes(sum(leaf.nbytes for leaf in missed))
         warnings.warn(
@@ -94,17 +160,7 @@ class Selection:
         )
 
 
-def compile_pattern(argument: str, pattern: str | None) -> re.Pattern[str] | None:
-    """A regular expression for paths.
-
-    Args:
-        argument: its name, for messages.
-        pattern: what was given for it.
-
-    Raises:
-        TypeError: it is no text.
-        ValueError: it is no regular expression.
-    """
+def _compile_pattern(argument: str, pattern: str | None) -> re.Pattern[str] | None:
     if pattern is None:
         return None
     if not isinstance(pattern, (str, re.Pattern)):
@@ -117,8 +173,8 @@ def compile_pattern(argument: str, pattern: str | None) -> re.Pattern[str] | Non
         ) from None
 
 
-def native_dtype(array: Any) -> np.dtype | None:
-    """The dtype in this machine's byte order; None for those, like keys, that numpy lacks."""
-    if jnp.issubdtype(array.dtype, jax.dtypes.extended):
+def host_dtype(dtype: Any) -> np.dtype | None:
+    """A dtype in this machine's byte order; None for those, like that of keys, that numpy lacks."""
+    if dtype is None or jnp.issubdtype(dtype, jax.dtypes.extended):
         return None
-    return np.dtype(array.dtype).newbyteorder("=")
+    return np.dtype(dtype).newbyteorder("=")

@@ -1,8 +1,7 @@
-"""`size_report`: what compression of a pytree saves, leaf by leaf."""
+"""`size_report`: the sizes of the leaves of a pytree, before and after compression."""
 
 import dataclasses
 import math
-import re
 from typing import Any
 
 import jax
@@ -11,23 +10,20 @@ from jaxtyping import PyTree
 
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._decode import path_name
-
-_UNITS = {"": 1, "B": 1}
-for _i, _letter in enumerate("KMGT", start=1):
-    _UNITS |= {f"{_letter}B": 1000**_i, _letter: 1024**_i, f"{_letter}IB": 1024**_i}
+from df11_jax._units import format_bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class LeafSize:
-    """Size of one leaf.
+    """The size of one leaf.
 
     Attributes:
-        path: `layers/attention/query`.
+        path: the path of the leaf: `layers/attention/query`.
         shape: its logical shape.
-        dtype: of the weights; bfloat16 for compressed leaves.
+        dtype: the dtype of its weights; bfloat16 for compressed leaves.
         compressed: whether it is a `DF11Array`.
-        nbytes_before: bytes of the weights, not compressed.
-        nbytes: bytes that it takes now.
+        nbytes_before: the bytes of its weights, not compressed.
+        nbytes: the bytes that it takes now.
     """
 
     path: str
@@ -39,34 +35,34 @@ class LeafSize:
 
     @property
     def bits_per_weight(self) -> float:
-        """Of what it takes now."""
+        """The bits that each weight takes now."""
         return 8 * self.nbytes / max(1, math.prod(self.shape))
 
 
 @dataclasses.dataclass(frozen=True)
 class SizeReport:
-    """Sizes of all leaves of a pytree; `print` shows them as a table, `plot` as bars.
+    """The sizes of all leaves of a pytree; `print` shows them as a table, `plot` as bars.
 
     Attributes:
-        leaves: of each leaf `path`, `shape`, `dtype`, whether it is `compressed`, `nbytes_before`
-            and `nbytes`, and `bits_per_weight`.
+        leaves: the sizes of the leaves, each with `path`, `shape`, `dtype`, whether it is
+            `compressed`, `nbytes_before`, `nbytes` and `bits_per_weight`.
     """
 
     leaves: tuple[LeafSize, ...]
 
     @property
     def nbytes_before(self) -> int:
-        """Bytes of all weights, not compressed."""
+        """The bytes of all weights, not compressed."""
         return sum(leaf.nbytes_before for leaf in self.leaves)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that all leaves take now."""
+        """The bytes that all leaves take now."""
         return sum(leaf.nbytes for leaf in self.leaves)
 
     @property
     def bits_per_weight(self) -> float:
-        """Of all leaves, compressed or not."""
+        """The bits that a weight takes now, on average over all leaves."""
         weights = sum(math.prod(leaf.shape) for leaf in self.leaves)
         return 8 * self.nbytes / max(1, weights)
 
@@ -136,7 +132,7 @@ class SizeReport:
 
 
 def size_report(params: PyTree) -> SizeReport:
-    """Measures what a pytree of parameters takes, everything included.
+    """Measures the size of a pytree of parameters, everything included.
 
     Args:
         params: a pytree of arrays and `DF11Array`s, or of their shapes.
@@ -161,25 +157,3 @@ def size_report(params: PyTree) -> SizeReport:
             )
         )
     return SizeReport(tuple(leaves))
-
-
-def format_bytes(n: float) -> str:
-    """A number of bytes, as people read it."""
-    for unit in ("B", "KiB", "MiB"):
-        if n < 1024:
-            return f"{n:.4g} {unit}"
-        n /= 1024
-    return f"{n:.4g} GiB"
-
-
-def parse_bytes(text: str) -> int:
-    """The number of bytes in a text such as `24GB`, `24GiB` or `80G`.
-
-    Raises:
-        ValueError: it is none.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Z]*)\s*", text.upper())
-    nbytes = float(match[1]) * _UNITS[match[2]] if match and match[2] in _UNITS else 0.0
-    if not 1 <= nbytes < math.inf:
-        raise ValueError(f"{text!r} is no memory size: expected one such as 24GB, 24GiB or 80G")
-    return int(nbytes)

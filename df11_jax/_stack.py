@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt32
-from numpy.typing import DTypeLike
 
 from df11_jax import _layout
 from df11_jax._array import DF11Array
-
-_ALIGNMENT = 64  # jax on a CPU takes aligned memory over instead of copying it
+from df11_jax._host_arrays import empty_aligned
+from df11_jax._layout import Layout
 
 
 def stack(arrays: Sequence[DF11Array]) -> DF11Array:
@@ -27,8 +26,8 @@ def stack(arrays: Sequence[DF11Array]) -> DF11Array:
         The stack, of shape `(len(arrays),) + arrays[0].shape`.
 
     Raises:
-        TypeError: something else than a `DF11Array` is among them.
-        ValueError: there are none, or their shapes differ.
+        TypeError: one of them is not a `DF11Array`.
+        ValueError: `arrays` is empty, or their shapes differ.
     """
     if not arrays:
         raise ValueError("stack needs at least one DF11Array")
@@ -36,13 +35,13 @@ def stack(arrays: Sequence[DF11Array]) -> DF11Array:
     for i, array in enumerate(arrays):
         if not isinstance(array, DF11Array):
             raise TypeError(f"arrays[{i}]: expected a DF11Array, got {type(array).__name__}")
-        shapes = (array.stack_shape, array.slice_shape)
-        if shapes != (first.stack_shape, first.slice_shape):
+        if (array.stack_shape, array.layout) != (first.stack_shape, first.layout):
             raise ValueError(f"arrays[{i}]: expected a tensor like {first!r}, got {array!r}")
     longest = max(array.exponents.shape[-1] for array in arrays)
 
     def pad(array: DF11Array) -> DF11Array:
-        room = [(0, 0)] * len(array.stack_shape) + [(0, longest - array.exponents.shape[-1])]
+        *leading, words = array.exponents.shape
+        room = [(0, 0)] * len(leading) + [(0, longest - words)]
         return dataclasses.replace(array, exponents=jnp.pad(array.exponents, room))
 
     return jax.tree.map(lambda *parts: jnp.stack(parts), *map(pad, arrays))
@@ -51,20 +50,20 @@ def stack(arrays: Sequence[DF11Array]) -> DF11Array:
 class StackBuilder:
     """Assembles a stack on the host, from slices that come in any order.
 
-    Beside the stack, the host holds the exponents a second time for a moment: how long they are
-    padded is not known before all slices are there.
+    Beside the stack, the host holds the exponents a second time for a moment: the length to which
+    they are padded is not known before all slices are there.
     """
 
-    def __init__(self, length: int, slice_shape: tuple[int, ...]) -> None:
+    def __init__(self, length: int, layout: Layout) -> None:
         """Makes room.
 
         Args:
-            length: how many slices there will be.
-            slice_shape: shape of each.
+            length: the number of slices.
+            layout: the layout of each slice; it is not divided.
         """
-        view = _layout.make_view(slice_shape)
+        view = layout.view
         words = (_layout.HEADER_WORDS, _layout.CODEBOOK_WORDS, view.chunks + 1)
-        self._slice_shape = slice_shape
+        self._layout = layout
         self._others = [
             empty_aligned((length, count), np.uint32)
             for count in (*words, view.sign_mantissa_words)
@@ -75,7 +74,7 @@ class StackBuilder:
         """Adds slices `start, start + 1, ...`.
 
         Args:
-            start: the place of the first in the stack.
+            start: the index of the first one in the stack.
             payload: the five arrays of a stack with one axis.
         """
         *words, exponents, sign_mantissa = payload
@@ -88,7 +87,7 @@ class StackBuilder:
         """The stack. This empties the builder.
 
         Args:
-            device: for `jax.device_put`; None for the default device.
+            device: a device or sharding for `jax.device_put`; None for the default device.
 
         Raises:
             ValueError: a slice is missing.
@@ -111,13 +110,5 @@ class StackBuilder:
             chunk_offsets,
             jax.device_put(exponents, device),
             sign_mantissa,
-            slice_shape=self._slice_shape,
+            layout=self._layout,
         )
-
-
-def empty_aligned(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    """`numpy.empty`, of memory that jax on a CPU takes over instead of copying it."""
-    nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    begin = -memory.ctypes.data % _ALIGNMENT
-    return memory[begin : begin + nbytes].view(dtype).reshape(shape)

@@ -16,41 +16,42 @@ import numpy as np
 from jaxtyping import Array, BFloat16, Bool, Int32, UInt16, UInt32
 
 from df11_jax import _layout
-from df11_jax._layout import View
+from df11_jax._layout import Layout, View
 
 _U32 = jnp.uint32
 # Entries of the table are found by the next 12 bits of a stream, whose first bit is the lowest.
 _BIT_REVERSED = np.array([int(f"{i:012b}"[::-1], 2) for i in range(_layout.TABLE_SIZE)], np.int32)
 
 
-@functools.partial(jax.jit, static_argnames="slice_shape")
+@functools.partial(jax.jit, static_argnames="layout")
 def decode(
     index: Int32[Array, "*batch"],
-    header: UInt32[Array, "*ones stack 20"],
+    header: UInt32[Array, "*ones stack 28"],
     codebook: UInt32[Array, "*ones stack 36"],
     chunk_offsets: UInt32[Array, "*ones stack chunks_and_end"],
     exponents: UInt32[Array, "*ones stack words"],
     sign_mantissa: UInt32[Array, "*ones stack quads"],
     *,
-    slice_shape: tuple[int, ...],
+    layout: Layout,
 ) -> BFloat16[Array, "*batch_and_slice"]:
     """Decodes slices of a stack: the same contract as the FFI call.
 
     Args:
-        index: the slices wanted, clamped to the stack.
-        header: of the compressed stack, with an axis of size 1 for each axis of `index`.
-        codebook: likewise.
-        chunk_offsets: likewise.
-        exponents: likewise.
-        sign_mantissa: likewise.
-        slice_shape: shape of a slice.
+        index: the indices of the slices, which are clamped to the stack.
+        header: the headers of the stack. Like all its arrays, it has an axis of size 1 for each
+            axis of `index` in front.
+        codebook: the codebooks of the stack.
+        chunk_offsets: the chunk offsets of the stack.
+        exponents: the coded exponents of the stack.
+        sign_mantissa: the signs and mantissas of the stack.
+        layout: the layout of a slice; of a divided one, each part counts as a slice.
 
     Returns:
-        The slices. Chunks that are corrupt, or all of a slice whose header or codebook is, have
-        all bits set, which is a NaN.
+        The slices. The weights of a corrupt chunk, or of all chunks of a slice whose header or
+        codebook is corrupt, are NaNs with all bits set.
     """
-    view = _layout.make_view(slice_shape)
-    shape = index.shape + slice_shape
+    view = layout.view
+    shape = index.shape + layout.part_shape
     stack = header.shape[-2]
     if view.size == 0 or stack == 0 or index.size == 0:
         return jnp.zeros(shape, jnp.bfloat16)
@@ -61,7 +62,8 @@ def decode(
         for array in (header, codebook, chunk_offsets, exponents, sign_mantissa)
     )
     table, slice_ok = _build_table(codebook)
-    slice_ok &= jnp.all(header == _layout.pack_header(slice_shape), axis=1)
+    known = _layout.CODEBOOK_ID
+    slice_ok &= jnp.all(header[:, :known] == _layout.pack_header(layout)[:known], axis=1)
     steps = _steps_of_chunks(view)
     if exponents.shape[1] == 0:  # corrupt, but gathers need something to clamp to
         exponents = jnp.zeros((exponents.shape[0], 1), _U32)
@@ -116,8 +118,8 @@ class _Records(NamedTuple):
 
 
 def _steps_of_chunks(view: View) -> UInt32[np.ndarray, " C"]:
-    left = view.step_rows - _layout.STEPS * np.arange(view.tile_rows)
-    return np.repeat(np.minimum(left, _layout.STEPS), view.tile_cols).astype(np.uint32)
+    steps = np.minimum(view.steps_k - view.steps * np.arange(view.tiles_k), view.steps)
+    return np.tile(np.repeat(steps, view.tiles_n), view.batch).astype(np.uint32)
 
 
 def _gather(words: UInt32[Array, "N W"], at: UInt32[Array, "N ..."]) -> UInt32[Array, "N ..."]:
@@ -176,15 +178,13 @@ def _decode_pairs(
 ) -> tuple[UInt32[Array, "H N C T G J"], UInt32[Array, "N C"]]:
     """All pairs before patches, and the pairs' part of the checksums."""
     slices, chunks = records.start.shape
-    half_steps = 2 * min(_layout.STEPS, view.step_rows)
+    half_steps = 2 * min(view.steps, view.steps_k)
     start = records.start[:, :, None, None]
     raw = records.raw[:, :, None, None]
     t, g = (jnp.arange(n, dtype=_U32) for n in (4, 8))
-    quad = 32 * t[:, None] + 4 * g  # first of the lane's four words in a half-step
-    tile_row, tile_col = np.divmod(np.arange(chunks, dtype=np.int64), view.tile_cols)
-    sign_mantissa_start = jnp.asarray(
-        _layout.STEP_WORDS * (_layout.STEPS * tile_row * view.tile_cols + tile_col * steps), _U32
-    )
+    quad = 4 * t[:, None] + 16 * g  # first of the lane's four words in a half-step
+    words = np.append(0, np.cumsum(_layout.STEP_WORDS * steps.astype(np.int64)))
+    sign_mantissa_start = jnp.asarray(words[:-1], _U32)
 
     def half_step(
         state: tuple[Array, Array], h: UInt32[Array, ""]
@@ -246,7 +246,7 @@ def _apply_patches(
         row, col = patch >> 22, patch >> 16 & 63
         h = row >> 3 & ~_U32(1) | row >> 1 & 1  # 2 * step + half-step
         # What is not to be written goes out of bounds, where scatters drop it.
-        h = jnp.where(active & (row < _layout.STEP_ROWS * steps), h, _U32(2 * _layout.STEPS))
+        h = jnp.where(active & (row < _layout.STEP_ROWS * steps), h, _U32(weights.shape[0]))
         at = weights.at[h, n, c, row >> 2 & 3, col >> 3, col & 7, row & 1]
         weights = at.set(patch.astype(jnp.uint16), mode="drop")
         return weights, checksum + jnp.where(active, _mix(patch + _U32(0xC2B2AE35)), 0)
@@ -258,12 +258,16 @@ def _apply_patches(
 
 def _to_matrix(view: View, weights: UInt16[Array, "H N C T G J 2"]) -> BFloat16[Array, "N size"]:
     half_steps, slices = weights.shape[:2]
-    tiles = weights.reshape(half_steps, slices, view.tile_rows, view.tile_cols, 4, 8, 8, 2)
-    # Row 16 step + 4 t + 2 half-step + k of a tile, column 8 g + j.
-    tiles = tiles.reshape(half_steps // 2, 2, *tiles.shape[1:])
-    matrix = tiles.transpose(2, 3, 0, 5, 1, 8, 4, 6, 7)
-    matrix = matrix.reshape(slices, -1, view.tile_cols * _layout.TILE_COLS)
-    matrix = matrix[:, : view.rows, : view.cols].reshape(slices, -1)[:, : view.size]
+    tiles = weights.reshape(
+        half_steps // 2, 2, slices, view.batch, view.tiles_k, view.tiles_n, 4, 8, 8, 2
+    )
+    # k is 16 step + 4 t + 2 half-step + which of the pair, n is 8 g + j, of a tile.
+    matrix = tiles.transpose(2, 3, 4, 0, 6, 1, 9, 5, 7, 8)
+    matrix = matrix.reshape(slices, view.batch, -1, view.tiles_n * _layout.TILE_COLS)
+    matrix = matrix[:, :, : view.k, : view.n]
+    if view.along_columns:
+        matrix = matrix.swapaxes(2, 3)
+    matrix = matrix.reshape(slices, -1)[:, : view.size]
     return jax.lax.bitcast_convert_type(matrix, jnp.bfloat16)
 
 

@@ -25,7 +25,8 @@ from flax.linen import transforms
 from jaxtyping import PyTree
 
 from df11_jax._array import DF11Array, is_df11
-from df11_jax._decode import after, decode_slices, decompress, decompress_params, path_name
+from df11_jax._decode import after, decompress_params, path_name
+from df11_jax._slices import decode_slices
 
 ModuleClass = TypeVar("ModuleClass", bound=Callable[..., nn.Module])
 Variables = dict[str, PyTree]  # by collection
@@ -42,8 +43,8 @@ def compressed(module: ModuleClass, *, methods: Sequence[str] = ("__call__",)) -
 
     A call of a method decompresses all of the module's parameters, those of its submodules
     included, by one call of the decoder, not before the arguments of the method are computed. So
-    wrap what is called on its own: a transformer block, an embedding, an output layer. When
-    differentiated, the method is run again in the backward pass, as under `nn.remat`, and the
+    wrap modules that are called on their own: a transformer block, an embedding, an output layer.
+    When differentiated, the method is run again in the backward pass, as under `nn.remat`, and the
     weights are decompressed once more instead of stored.
 
     Under `nn.scan`, XLA copies a layer's compressed weights before it decompresses them; `scan`
@@ -51,7 +52,7 @@ def compressed(module: ModuleClass, *, methods: Sequence[str] = ("__call__",)) -
 
     Args:
         module: a module class, or a `functools.partial` of one. This can be a class decorator.
-        methods: those that use parameters; the results of each are arrays, or pytrees of them.
+        methods: the methods that use parameters; their results are arrays, or pytrees of them.
 
     Returns:
         A subclass with the same name, so that parameters keep their paths.
@@ -78,19 +79,19 @@ def scan(
 
     Args:
         module: a module class, or a `functools.partial` of one.
-        variable_axes: as for `nn.scan`; compressed parameters have axis 0.
-        variable_broadcast: as for `nn.scan`.
-        methods: as for `nn.scan`.
-        **options: all others of `nn.scan`.
+        variable_axes: see `nn.scan`; the axis of compressed parameters is 0.
+        variable_broadcast: see `nn.scan`.
+        methods: see `nn.scan`.
+        **options: all other options of `nn.scan`.
 
     Returns:
         A subclass, with the name that `nn.scan` gives it, so that parameters keep their paths.
 
     Raises:
         TypeError: `module` is not a module class.
-        ValueError: when the module is called, if a compressed leaf has no stack axis or another
-            number of layers than others, or if parameters are scanned along another axis than 0.
-            The message has the leaf's path.
+        ValueError: a compressed leaf has no stack axis or another number of layers than others, or
+            parameters are scanned along another axis than 0. This is raised when the module is
+            called; the message has the leaf's path.
     """
     return _transform(
         _scanning,
@@ -185,13 +186,13 @@ def _with_variables(
     """`function` with other variables, which are made again in the backward pass.
 
     Args:
-        function: takes scopes, and any arguments.
-        collections: those that `transform` gets, and which `function` cannot change.
-        transform: takes these collections, and the arguments.
+        function: a function of scopes and any arguments.
+        collections: the collections that `transform` gets, and which `function` cannot change.
+        transform: a function of these collections and the arguments.
     """
 
     def wrapper(scopes: Sequence[Scope], *args: Any, **kwargs: Any) -> Any:
-        # jax.checkpoint makes tracers of all it gets: `if deterministic:` has to go on working.
+        # jax.checkpoint makes tracers of arguments, but `if deterministic:` has to go on working.
         leaves, treedef = jax.tree.flatten((args, kwargs))
         arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
 
@@ -266,30 +267,5 @@ def _common_path(scopes: Sequence[Scope]) -> tuple[str, ...]:
     return scopes[0].path if len(scopes) == 1 else ()
 
 
-# What linen asks of a parameter that stands for another value, as boxes of metadata do.
-
-
-def _unbox(self: DF11Array) -> jax.Array:
-    return decompress(self)
-
-
-def _replace_boxed(self: DF11Array, value: PyTree) -> PyTree:
-    return value
-
-
-def _add_axis(self: DF11Array, index: int, params: Mapping[Any, Any]) -> DF11Array:
-    return self
-
-
-def _remove_axis(self: DF11Array, index: int, params: Mapping[Any, Any]) -> DF11Array:
-    if index != 0 or not self.stack_shape:
-        raise ValueError(
-            f"{self!r} cannot be mapped over axis {index}: a compressed parameter can be mapped "
-            "over its stack axes, starting with axis 0. compress_params(..., stacked=...) makes one"
-        )
-    return self
-
-
-for _method in (_unbox, _replace_boxed, _add_axis, _remove_axis):
-    setattr(DF11Array, _method.__name__.removeprefix("_"), _method)
+# To linen, a compressed parameter is a box of metadata, which it opens where a module reads it.
 nn.meta.AxisMetadata.register(DF11Array)

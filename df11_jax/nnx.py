@@ -22,7 +22,7 @@ from flax import nnx
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._compress import compress_leaf
 from df11_jax._decode import decompress
-from df11_jax._select import MIN_SIZE, Selection, compile_pattern
+from df11_jax._select import MIN_SIZE, Selection
 
 __all__ = ["CompressedParam", "compress"]
 
@@ -112,27 +112,32 @@ def compress(
 
     Args:
         model: an `nnx.Module`, or any container of them.
-        include: as for `df11_jax.compress_params`, like all that follow; paths are such as
-            `layers/0/attention/query/kernel`.
-        stacked: which parameters have a layer axis; those of layers that `nnx.vmap` made.
-        predicate: has the last word on parameters that the rest lets through.
+        include: a regular expression; only parameters in whose path, such as
+            `layers/0/attention/query/kernel`, it is found are compressed. None for all.
+        stacked: a regular expression for the paths of parameters with a layer axis, as `nnx.vmap`
+            makes them; see `df11_jax.compress_params`.
+        predicate: a function of a path and an array, which may refuse parameters that all other
+            arguments admit.
         min_size: parameters with fewer weights stay as they are.
-        cast: round float32 and float16 to bfloat16 first.
-        verify: decode each parameter and compare it.
-        threads: how many threads to use.
+        cast: round float32 and float16 to bfloat16 first, which is not lossless.
+        verify: decode each parameter and compare it bit by bit before going on.
+        threads: the number of threads; None for all that this process may run on.
 
     Raises:
-        TypeError: as `df11_jax.compress_params`, like the others; all name the parameter. Also if
+        TypeError: a parameter to be compressed is traced; `include` or `stacked` is not a string;
             `model` is no module and has no parameters, such as a pytree of arrays.
-        ValueError: likewise.
-        RuntimeError: likewise.
+        ValueError: a parameter to be stacked has no axes; `include` or `stacked` is not a regular
+            expression.
+        RuntimeError: verification failed, or an array was deleted. All errors about a parameter
+            have its path, in their message or in a note.
 
     Warns:
         UserWarning: no parameter is compressed, and some would have been if they were not float32
             or float16, which Flax makes by default.
     """
-    selection = Selection(compile_pattern("include", include), predicate, min_size, cast)
-    stacks = compile_pattern("stacked", stacked)
+    selection = Selection.from_options(
+        include=include, stacked=stacked, predicate=predicate, min_size=min_size, cast=cast
+    )
     has_params = False
     seen: list[tuple[str, nnx.Param[Any]]] = []
     for path, param in nnx.iter_graph(model, graph=True):
@@ -144,7 +149,7 @@ def compress(
         name, value = "/".join(map(str, path)), param.get_raw_value()
         is_adapter = isinstance(param, nnx.LoRAParam)  # which is there to be trained
         if selection.has(name, value) and not is_adapter:
-            value = compress_leaf(name, value, stacks, verify=verify, threads=threads, cast=cast)
+            value = compress_leaf(name, value, selection, verify=verify, threads=threads)
         if is_df11(value):
             # Other modules may refer to the same parameter, so it has to remain the same object.
             param.__class__ = _compressed_type(type(param))

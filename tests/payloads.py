@@ -1,5 +1,6 @@
 """Weights, their payloads and comparisons, for several tests."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -7,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from df11_jax import _cpu_library
+from df11_jax import _cpu_library, _layout
 from df11_jax._array import DF11Array
+
+_MATRIX = ("batch_axes", "row_axes", "along_columns")
 
 
 def random_weights(shape: tuple[int, ...], seed: int = 0, scale: float = 0.02) -> jax.Array:
@@ -29,8 +32,14 @@ def assert_same_bits(actual: Any, expected: Any) -> None:
     np.testing.assert_array_equal(bits(actual), bits(expected))
 
 
-def from_payload(payload: Any, slice_shape: tuple[int, ...]) -> DF11Array:
-    return DF11Array(*map(jnp.asarray, payload), slice_shape=slice_shape)
+def from_payload(payload: Any, slice_shape: tuple[int, ...], **cut: Any) -> DF11Array:
+    """A leaf of arrays that `reference_encoder` made with the options `cut`."""
+    layout = dataclasses.replace(
+        _layout.make_layout(slice_shape, **{k: v for k, v in cut.items() if k in _MATRIX}),
+        steps=cut.get("steps", _layout.MAX_STEPS),
+        code_bits=cut.get("code_bits", _layout.MAX_CODE_BITS),
+    )
+    return DF11Array.from_payload(map(jnp.asarray, payload), layout)
 
 
 def count_decodes(function: Callable[..., Any], *args: Any) -> int:

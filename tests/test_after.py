@@ -42,7 +42,7 @@ def test_decodes_in_every_step(params, x):
 
 @on_cpu
 def test_without_compiled_decoders(params, x, monkeypatch):
-    monkeypatch.setattr("df11_jax._ffi.platforms", lambda: ())
+    monkeypatch.setattr("df11_jax._ffi.platforms", lambda target: ())
 
     # A new function: jit knows the others with this platform.
     program = jax.jit(lambda *args: loop(*args)).lower(params[:2], x).compile().as_text()

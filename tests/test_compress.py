@@ -147,9 +147,9 @@ class TestInputs:
 
     def test_reads_where_it_lies(self):
         array = jnp.asarray(normal(300, 64))
-        weights, _ = _compress._on_host(array, "array", cast=False)
+        weights, _ = _compress._as_weights(array, "array", cast=False)
         assert weights.ctypes.data == array.unsafe_buffer_pointer()
-        weights, _ = _compress._on_host(np.asarray(array), "array", cast=False)
+        weights, _ = _compress._as_weights(np.asarray(array), "array", cast=False)
         assert weights.ctypes.data == array.unsafe_buffer_pointer()
 
     def test_placement(self):
@@ -197,6 +197,15 @@ class TestInputs:
             df11_jax.compress(np.zeros((1,) * 9, BF16))
         with pytest.raises(ValueError, match="cannot take 2 stack axes"):
             df11_jax.compress(normal(64), stack_axes=2)
+
+    def test_leaves_with_too_many_axes_stay(self):
+        params = {"odd": np.zeros((1,) * 8 + (20000,), BF16), "even": normal(300, 64)}
+        small = df11_jax.compress_params(params)
+        assert small["odd"] is params["odd"]
+        assert isinstance(small["even"], df11_jax.DF11Array)
+        # The stack axis is not one of the eight.
+        small = df11_jax.compress_params(params, stacked="odd")
+        assert small["odd"].slice_shape == (1,) * 7 + (20000,)
 
 
 class TestCompressParams:

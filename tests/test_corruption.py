@@ -10,6 +10,7 @@ from payloads import random_weights
 
 import df11_jax
 from df11_jax import _layout, _xla_decoder
+from df11_jax._layout import make_layout
 
 RNG = np.random.default_rng(0)
 
@@ -65,7 +66,7 @@ def test_xla_decoder(kind):
     for _ in range(100):
         bad = corrupt(good, rng)
         payload = [part[None] for part in bad.payload]
-        out = _xla_decoder.decode(jnp.int32(0), *payload, slice_shape=bad.slice_shape)
+        out = _xla_decoder.decode(jnp.int32(0), *payload, layout=bad.layout)
         out = np.asarray(out).view(np.uint16)
         poison = out == 0xFFFF
         poisoned += poison.any()
@@ -101,11 +102,11 @@ def test_fields_that_disagree():
     with pytest.raises(ValueError, match=r"tensor: sign_mantissa is uint32\[2000\]"):
         df11_jax.decompress(dataclasses.replace(array, sign_mantissa=array.sign_mantissa[:2000]))
     with pytest.raises(ValueError, match="tensor: "):
-        df11_jax.decompress(dataclasses.replace(array, slice_shape=(200, 64)))
+        df11_jax.decompress(dataclasses.replace(array, layout=make_layout((200, 64))))
     # The same number of weights in another shape: only the header tells.
     with pytest.raises(jax.errors.JaxRuntimeError, match="does not describe a slice"):
         jax.block_until_ready(
-            df11_jax.decompress(dataclasses.replace(array, slice_shape=(64 * 136,)))
+            df11_jax.decompress(dataclasses.replace(array, layout=make_layout((64 * 136,))))
         )
 
 

@@ -7,8 +7,9 @@ import pytest
 from payloads import assert_same_bits, random_weights
 
 from df11_jax import DF11Array, compress, decompress, stack
+from df11_jax._host_arrays import empty_aligned
 from df11_jax._host_codec import encode
-from df11_jax._stack import StackBuilder, empty_aligned
+from df11_jax._stack import StackBuilder
 
 
 def slices(count, shape=(48, 64)):

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from payloads import assert_same_bits, count_decodes, random_weights
 
 from df11_jax import EXPORT_SAFETY_CHECKS, compress, decompress, decompress_params
-from df11_jax._decode import decode_slices
+from df11_jax._slices import decode_slices
 
 on_cpu = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="counts decodes of the CPU handler"
@@ -45,7 +45,7 @@ def test_eager_and_jit(weights, stack):
 
 def test_under_a_trace_without_compiled_decoders(weights, stack, monkeypatch):
     # What backends other than CPU and CUDA do.
-    monkeypatch.setattr("df11_jax._ffi.platforms", lambda: ())
+    monkeypatch.setattr("df11_jax._ffi.platforms", lambda target: ())
     assert_same_bits(jax.jit(lambda a: decompress(a))(stack), weights)
     assert count_decodes(jax.jit(lambda a: decompress(a)), stack) == 0
 
@@ -53,7 +53,7 @@ def test_under_a_trace_without_compiled_decoders(weights, stack, monkeypatch):
 def test_eager_decoding_goes_by_where_the_arrays_are(weights, stack, monkeypatch, caplog):
     # The platform of the default device may be another. Unlike any before, so that nothing of it
     # is compiled already:
-    monkeypatch.setattr("df11_jax._ffi.platforms", lambda: ("cpu", "another"))
+    monkeypatch.setattr("df11_jax._ffi.platforms", lambda target: ("cpu", "another"))
     with jax.log_compiles():
         assert_same_bits(decompress(stack), weights)
     programs = [message for message in caplog.messages if message.startswith("Compiling")]

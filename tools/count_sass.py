@@ -13,6 +13,10 @@ is the number of instructions per weight.
 What a warp does once per chunk (find it, stage it, sum up the checksum) is outside the loop and
 not counted.
 
+The decoder for pairs of chunks, xla_ffi/native/cuda/decode_bulk.cuh, from sm_90 on: the loop that
+stores boxes by tensor maps. A lane decodes 64 weights in it. All of it counts, waits and copies
+included, but not what is branched over unless a step has patches (it holds a vote).
+
 The published layout: three loops of xla_ffi/published/cuda/decode_kernel.cuh. One counts codes, one
 decodes them, one joins them with signs and mantissas. The first two make two look-ups in shared
 memory and load the next word of the stream; if a code is too long for the table they branch to
@@ -40,7 +44,14 @@ from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("80", "90", "100")
+BULK_ARCHITECTURES = ("90", "100", "120")
 
+BULK_SOURCE = """
+#include "native/cuda/decode_bulk.cuh"
+template __global__ void df11::native::decode_bulk_kernel<8>(
+    const __grid_constant__ df11::native::BulkBatch);
+"""
+BULK_WEIGHTS = 64
 SOURCE = '#include "native/cuda/decode_kernel.cuh"'
 PUBLISHED_SOURCE = '#include "published/cuda/decode_kernel.cuh"'
 # With up to 8, 16 and 32 rows of x.
@@ -124,6 +135,23 @@ class Kernel:
             if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in self.loops)
         ]
 
+    def loop_of_boxes(self) -> list[str]:
+        """The innermost loop that stores by tensor maps, without what only patches need."""
+        loops = [
+            (begin, end)
+            for begin, end in self.loops
+            if any(i.startswith("UTMASTG") for i in self.instructions[begin : end + 1])
+        ]
+        begin, end = min(loops, key=lambda loop: loop[1] - loop[0])
+        path, at = [], begin
+        while at <= end:
+            path.append(self.instructions[at])
+            target = self.labels[self.branches[at]] if at in self.branches else 0
+            skipped = self.instructions[at + 1 : target] if target <= end else []
+            rare = any(i.startswith(("VOTE", "STS.U16")) for i in skipped)
+            at = target if rare else at + 1
+        return path
+
     def usual_paths(self, rarities: Sequence[str] = (r"LDG.*\.U8",)) -> list[list[str]]:
         """The loops, without what is branched over and has an instruction that matches."""
         paths = []
@@ -173,6 +201,14 @@ def count(arch: str) -> tuple[int, int, collections.Counter]:
         (lines,) = disassemble(SOURCE, arch, pathlib.Path(folder)).values()
     loop, weights = inner_loop(lines)
     return len(loop), weights, units(loop)
+
+
+def count_bulk(arch: str) -> tuple[int, int, collections.Counter]:
+    """As `count`, of the decoder for pairs of chunks."""
+    with tempfile.TemporaryDirectory() as folder:
+        (lines,) = disassemble(BULK_SOURCE, arch, pathlib.Path(folder)).values()
+    loop = Kernel(lines).loop_of_boxes()
+    return len(loop), BULK_WEIGHTS, units(loop)
 
 
 @functools.cache
@@ -259,6 +295,8 @@ def main() -> None:
     print("|---|---|---|")
     for arch in ARCHITECTURES:
         print_row(f"sm_{arch}", *count(arch))
+    for arch in BULK_ARCHITECTURES:
+        print_row(f"sm_{arch}, pairs of chunks", *count_bulk(arch))
     print(f"\nPublished layout, {codes_per_lookup():.2f} codes a look-up\n")
     print("| architecture | loop | instructions per weight | of them", ", ".join(columns), "|")
     print("|---|---|---|---|")

@@ -21,7 +21,7 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-TIMEOUT = 300  # seconds, for a cell
+TIMEOUT = 600  # seconds, for a cell that hangs
 
 
 class RunningInterpreter(KernelSpecManager):
@@ -38,8 +38,8 @@ def run(path: pathlib.Path, folder: pathlib.Path) -> nbformat.NotebookNode:
     """Runs a notebook in a kernel of its own.
 
     Args:
-        path: of the notebook, which is only read.
-        folder: where it runs.
+        path: the path of the notebook, which is only read.
+        folder: the folder that it runs in.
 
     Returns:
         The notebook with its outputs.

@@ -1,4 +1,4 @@
-"""Files that exist only when they are complete."""
+"""Files that get their names only when they are complete."""
 
 import contextlib
 import os
@@ -13,10 +13,10 @@ PARTIAL = ".partial"
 def new_file(path: Path) -> Iterator[BinaryIO]:
     """Opens a file that gets its name, and replaces what had it, when the block has succeeded.
 
-    Until then it is `path` with `.partial` appended; a block that fails leaves nothing.
+    Until then, its name is `path` with `.partial` appended; a block that fails leaves nothing.
 
     Args:
-        path: of the file.
+        path: the path of the file.
 
     Yields:
         The file, open for writing.
@@ -26,11 +26,11 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         with open(partial, "wb") as file:
             yield file
             file.flush()
-            # Otherwise the name could outlive a power failure and the content not.
+            # Otherwise a power failure could leave the name without the content.
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        # A full disk is found out while writing to a descriptor, which has no name.
+        # Errors of a full disk come from a descriptor, which has no name.
         if error.filename is None:
             error.filename = str(partial)
         raise

@@ -1,9 +1,9 @@
 """CRC-32 of leaves, wherever their parts are.
 
 The checksum of a leaf is `zlib.crc32` over the bytes of its arrays, one array after the other, each
-in row-major order: how the arrays were sharded does not show in it, and anyone can recompute it.
-Each part is read where it is, for CRCs of parts of a message add up: as polynomials modulo 2,
-crc(a + b) = crc(a) * x^(8 * len(b)) + crc(b).
+in row-major order: it does not depend on how the arrays are sharded, and anyone can recompute it.
+Each part is read on its own device, since the CRCs of parts of a message add up: as polynomials
+modulo 2, crc(a + b) = crc(a) * x^(8 * len(b)) + crc(b).
 """
 
 import functools
@@ -18,6 +18,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from df11_jax._host_arrays import as_bytes, to_host
+
 _POLYNOMIAL = 0xEDB88320  # of CRC-32; bit 31 is the coefficient of x^0
 _ONE = 1 << 31
 _X_TO_8 = 1 << 23
@@ -26,13 +28,13 @@ _X_TO_8 = 1 << 23
 def leaf_checksums(leaves: Sequence[Sequence[Any]]) -> list[int]:
     """The checksums of leaves.
 
-    Where leaves are spread over processes, all of these have to call this, with the same leaves.
+    If leaves are spread over several processes, all of these must call this with the same leaves.
 
     Args:
-        leaves: for each leaf its arrays, on devices or on the host.
+        leaves: the arrays of each leaf, on devices or on the host.
 
     Returns:
-        A CRC-32 for each leaf.
+        The CRC-32 of each leaf.
     """
     spread = [array for leaf in leaves for array in leaf if not _is_local(array)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -44,7 +46,7 @@ def leaf_checksums(leaves: Sequence[Sequence[Any]]) -> list[int]:
             for array in leaf:
                 whole = _whole(array)
                 if whole is not None:
-                    sum_so_far = zlib.crc32(_bytes(whole), sum_so_far)
+                    sum_so_far = zlib.crc32(as_bytes(whole).data, sum_so_far)
                 else:
                     part = known[id(array)] if id(array) in known else _own_part(array)
                     sum_so_far = _followed_by(sum_so_far, _nbytes(array)) ^ part
@@ -55,31 +57,32 @@ def leaf_checksums(leaves: Sequence[Sequence[Any]]) -> list[int]:
 
 def host_checksum(arrays: Iterable[np.ndarray]) -> int:
     """The checksum of a leaf whose arrays are on the host."""
-    return functools.reduce(lambda sum_so_far, a: zlib.crc32(_bytes(a), sum_so_far), arrays, 0)
+    return functools.reduce(
+        lambda sum_so_far, a: zlib.crc32(as_bytes(a).data, sum_so_far), arrays, 0
+    )
 
 
 def _whole(array: Any) -> np.ndarray | None:
     """The array on the host; None if it is in several parts."""
-    if not isinstance(array, jax.Array):
-        return np.asarray(array)
-    return _on_host(array) if len(array.sharding.device_set) == 1 and _is_local(array) else None
+    in_one_part = not isinstance(array, jax.Array) or len(array.sharding.device_set) == 1
+    return to_host(array) if in_one_part and _is_local(array) else None
 
 
 def _own_part(array: jax.Array) -> int:
-    """What the shards that this process answers for contribute to the array's checksum."""
+    """The part of an array's checksum that comes from the first replicas on this process."""
     part = 0
     for shard in array.addressable_shards:
         if shard.replica_id == 0:
-            part ^= _checksum_within(_on_host(shard.data), shard.index, array.shape)
+            part ^= _checksum_within(to_host(shard.data), shard.index, array.shape)
     return part
 
 
 def _checksum_within(block: np.ndarray, index: tuple[slice, ...], shape: tuple[int, ...]) -> int:
-    """What a block contributes to the checksum of the array of which it is `index`."""
+    """The part of an array's checksum that comes from its block at `index`."""
     if not block.size:
         return 0
     if block.shape[1:] == shape[1:]:
-        checksum = zlib.crc32(_bytes(block))
+        checksum = zlib.crc32(as_bytes(block).data)
     else:
         checksum = 0
         row = math.prod(shape[1:]) * block.itemsize
@@ -92,7 +95,7 @@ def _checksum_within(block: np.ndarray, index: tuple[slice, ...], shape: tuple[i
 
 
 def _followed_by(checksum: int, nbytes: int) -> int:
-    """What a checksum contributes when so many bytes come after what it covers."""
+    """The part of a message's checksum that comes from its start, `nbytes` before its end."""
     return _product(checksum, _power_of_x(nbytes)) if checksum and nbytes else checksum
 
 
@@ -123,7 +126,7 @@ def _square_chain(n: int) -> int:
 
 
 def _sum_over_processes(arrays: Sequence[Any], parts: Sequence[int]) -> list[int]:
-    """The sums of what all processes that hold shards of the arrays have found."""
+    """The sums of the parts that all processes with shards of the arrays have found."""
     devices: dict[int, Any] = {
         device.process_index: device
         for array in arrays
@@ -141,16 +144,6 @@ def _sum_over_processes(arrays: Sequence[Any], parts: Sequence[int]) -> list[int
 
 def _is_local(array: Any) -> bool:
     return not isinstance(array, jax.Array) or array.is_fully_addressable
-
-
-def _on_host(data: jax.Array) -> np.ndarray:
-    # A new array of the same buffer: what comes to the host is cached with the array that was
-    # asked for it, and would stay there as long as the user's array does.
-    return np.asarray(jax.make_array_from_single_device_arrays(data.shape, data.sharding, [data]))
-
-
-def _bytes(array: np.ndarray) -> memoryview:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _nbytes(array: jax.Array) -> int:

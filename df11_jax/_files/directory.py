@@ -1,4 +1,4 @@
-"""Model directories as Hugging Face lays them out: shards, their index, small files beside them."""
+"""Model directories as Hugging Face lays them out: shards, their index, and small files."""
 
 import json
 import re
@@ -13,13 +13,10 @@ from df11_jax._files.untrusted_json import MAX_BYTES, parse_json, require_file
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-# In a directory from before the first shard until after the index.
+# A directory has this file from before the first shard is written until its index is.
 JOURNAL = "df11_jax-incomplete.json"
-PUBLISHED_CONFIG = "dfloat11_config"
-# In the metadata of the index of native shards.
+# In the metadata of an index: checksums of the headers of its shards.
 _HEADER_CHECKSUMS = "header_crc32"
-# In the folder of an item that Orbax has saved.
-ORBAX_METADATA = "_METADATA"
 
 _WEIGHTS = re.compile(
     r".*\.(safetensors|safetensors\.index\.json|bin|bin\.index\.json|pt|pth|ckpt|pkl|h5|gguf"
@@ -30,11 +27,14 @@ _SMALL = 100 * 2**20  # the largest tokenizers have a third of that
 
 
 def find_tensors(path: Path) -> dict[str, TensorFile]:
-    """Which file holds which tensor: of the one at `path`, or the shards of the directory there.
+    """Finds the tensors of the file at `path`, or of the shards in the directory there.
+
+    Returns:
+        The file that holds each tensor, by the tensor's name.
 
     Raises:
         FileNotFoundError: nothing is there, or a shard is missing.
-        ValueError: the directory is incomplete, or is none of a model; a file is damaged.
+        ValueError: the directory is incomplete or not that of a model, or a file is damaged.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: does not exist")
@@ -69,7 +69,7 @@ def find_index(path: Path) -> Path | None:
     if (path / INDEX).exists():
         return path / INDEX
     found = list(path.glob("*.safetensors.index.json"))
-    # Beside the usual model.safetensors, another index is that of some other variant.
+    # Beside the usual model.safetensors, another index belongs to some other variant.
     return found[0] if len(found) == 1 and not (path / "model.safetensors").exists() else None
 
 
@@ -77,7 +77,7 @@ def read_index(path: Path) -> dict[str, str]:
     """The names of tensors, and those of the files beside the index that hold them.
 
     Raises:
-        ValueError: it is not an index.
+        ValueError: the file is not an index.
     """
     return _weight_map(path, read_json(path))
 
@@ -97,9 +97,9 @@ def write_index(path: Path, shards: Iterable[Path], *, checksums: bool) -> None:
     """Writes the index of a directory's shards, which makes it complete.
 
     Args:
-        path: of the directory.
-        shards: its files.
-        checksums: whether to add those of the shards' headers, as native checkpoints have them.
+        path: the path of the directory.
+        shards: the paths of its shards.
+        checksums: whether to add checksums of the shards' headers.
     """
     files = [TensorFile(shard) for shard in shards]
     total = sum(entry.nbytes for file in files for entry in file.entries.values())
@@ -125,7 +125,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: something else is in it.
+        ValueError: the content of the file is not a JSON object.
     """
     size = require_file(path)
     if size > MAX_BYTES:
@@ -139,18 +139,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return fields
 
 
-def copy_small_files(source: Path, target: Path) -> None:
-    """Copies what is beside a model's weights: tokenizer, licence, configuration.
+def copy_small_files(source: Path, target: Path, *, without: str | None = None) -> None:
+    """Copies the files beside a model's weights, such as tokenizer, licence and configuration.
 
-    Directories, hidden files, large files and weights of any kind stay behind. So does a
-    configuration that is there already, and in one that is copied, what the published format has
-    added: for it, a converted checkpoint has no use.
+    Directories, hidden files, large files and weights of any kind are not copied. Nor is the
+    configuration if the target has one.
 
     Args:
-        source: a directory; nothing is copied if it is a file, or Orbax's.
+        source: the directory of the model. Nothing is copied if it is a file, or a directory that
+            has no safetensors files, and so is laid out differently.
         target: the directory to copy to.
+        without: an entry that is left out of the copied configuration.
     """
-    if not source.is_dir() or (source / ORBAX_METADATA).exists():
+    if not any(source.glob("*.safetensors")):
         return
     for path in sorted(source.iterdir()):
         if path.name.startswith(".") or path.name == JOURNAL or not path.is_file():
@@ -158,19 +159,19 @@ def copy_small_files(source: Path, target: Path) -> None:
         if _WEIGHTS.fullmatch(path.name) or path.stat().st_size > _SMALL:
             continue
         if path.name == CONFIG:
-            _copy_config(path, target / CONFIG)
+            _copy_config(path, target / CONFIG, without)
             continue
         with open(path, "rb") as file, new_file(target / path.name) as out:
             shutil.copyfileobj(file, out)
 
 
-def _copy_config(source: Path, target: Path) -> None:
+def _copy_config(source: Path, target: Path, without: str | None) -> None:
     if target.exists():
         return
     text = source.read_bytes()
     config = read_json(source)
-    if PUBLISHED_CONFIG in config:
-        del config[PUBLISHED_CONFIG]
+    if without in config:
+        del config[without]
         text = json.dumps(config, indent=2).encode() + b"\n"
     with new_file(target) as out:
         out.write(text)
@@ -217,7 +218,7 @@ def _header_checksums(index: Path, fields: dict[str, Any]) -> dict[str, Any] | N
 def _check_header(file: TensorFile, expected: Any, index: Path) -> None:
     """Checks that a shard is the one that its index was written for.
 
-    Shards of another save may have the same names: after a copy that was interrupted, for example.
+    Shards of another save may have the same names, for example after an interrupted copy.
     """
     if file.header_crc32 != expected:
         raise ValueError(

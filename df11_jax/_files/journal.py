@@ -1,4 +1,4 @@
-"""Directories that are written shard by shard, and can be gone on with after an interruption."""
+"""Directories that are written file by file, also in several runs after interruptions."""
 
 import contextlib
 import fcntl
@@ -16,15 +16,15 @@ from df11_jax._files.source import Source
 
 @contextlib.contextmanager
 def incomplete(path: Path, job: Mapping[str, str]) -> Iterator[None]:
-    """A directory that says of itself that it is incomplete, until the block has succeeded.
+    """A directory that is marked as incomplete until the block has succeeded.
 
-    If the block fails or the process dies, what was written stays, for the same job to go on
-    from; files in it must be complete as soon as they have their names (`new_file`). If there is
-    none yet, nothing stays.
+    If the block fails or the process dies, the files that were written stay, so that the same job
+    can go on from there. So files must be complete as soon as they have their names (`new_file`).
+    If no file was written, nothing stays.
 
     Args:
-        path: of the directory: new, empty, or left behind by the same job.
-        job: what tells this job from others, readable by people.
+        path: the path of the directory, which is new, empty, or left behind by the same job.
+        job: a description that distinguishes this job from others, readable by people.
 
     Raises:
         FileExistsError: something else is there.
@@ -80,7 +80,7 @@ def _is_begun(path: Path) -> bool:
 
 
 def fingerprint(source: Source) -> str:
-    """A string that changes when a checkpoint does: from its headers, sizes and times."""
+    """A hash of a checkpoint's headers and of its files' sizes and times of change."""
     files = sorted(source.path.iterdir()) if source.path.is_dir() else [source.path]
     stats = [(file.name, file.stat()) for file in files if file.is_file()]
     text = json.dumps(

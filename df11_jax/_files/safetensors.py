@@ -1,9 +1,8 @@
-"""The safetensors container, read without copies and written as a stream.
+"""Safetensors files, read without copies and written as a stream.
 
-The library of that name copies every tensor that it reads, and wants all tensors of a file in
-memory before it writes any. Files are the same: 8 bytes that say how long the header is, the
-header as JSON, the tensors one after the other. Plain, native and published checkpoints are all
-read by this module.
+The library of that name copies every tensor that it reads, and needs all tensors of a file in
+memory before it writes any. A file consists of 8 bytes with the length of the header, the header as
+JSON, and the tensors one after the other.
 """
 
 import json
@@ -19,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from df11_jax._files.untrusted_json import MAX_BYTES, parse_json, require_file
+from df11_jax._host_arrays import as_bytes
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(scalar)
@@ -45,9 +45,10 @@ DTYPES: dict[str, np.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _LENGTH_BYTES = 8
-_MAX_DIMS = 64  # numpy's
-_MAX_ELEMENTS = 2**59  # numpy's, were none of the dimensions 0, of elements of 16 bytes
-# Longer than any module's; messages and nested dicts are made of names.
+_MAX_DIMS = 64  # the limit of numpy
+# The limit of numpy for elements of 16 bytes, which holds for the dimensions other than 0.
+_MAX_ELEMENTS = 2**59
+# Longer than the name of any module; messages and nested dicts are made of names.
 _MAX_NAME = 1000
 _ALIGNMENT = 64
 
@@ -69,10 +70,10 @@ class TensorFile:
     """A safetensors file, open for reading: its header is read and checked, the rest mapped.
 
     Attributes:
-        path: of the file.
-        metadata: the strings that its writer put there.
+        path: the path of the file.
+        metadata: the strings that its writer added to the header.
         entries: its tensors by name, in the order in which they lie in the file.
-        header_crc32: checksum of its header, as eight hexadecimal digits.
+        header_crc32: the checksum of its header, as eight hexadecimal digits.
     """
 
     def __init__(self, path: Path) -> None:
@@ -80,7 +81,7 @@ class TensorFile:
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: it is not a safetensors file, or is truncated; the message names the file.
+            ValueError: the file is not a safetensors file, or is truncated; the message names it.
         """
         self.path = path
         require_file(path)
@@ -104,7 +105,7 @@ class TensorFile:
         """A tensor, as a read-only view of the mapped file, which must not change meanwhile.
 
         Raises:
-            KeyError: there is none of that name.
+            KeyError: there is no tensor of that name.
             ValueError: numpy has no such dtype, or the file has become shorter.
         """
         entry = self.entries[name]
@@ -116,7 +117,7 @@ class TensorFile:
         begin = self._data_begin + entry.begin
         skipped = begin % mmap.ALLOCATIONGRANULARITY
         try:
-            # Mapped anew each time: it is unmapped when the array is gone.
+            # The file is mapped anew each time, and unmapped when the array is gone.
             with open(self.path, "rb") as file:
                 mapped = mmap.mmap(
                     file.fileno(),
@@ -141,10 +142,10 @@ class TensorWriter:
     """Writes tensors to a safetensors file as they come.
 
     Room for the header is left in front, and filled by `finish`, with blanks at its end, which
-    the format allows: so it need not be known before how large compressed tensors will be.
+    the format allows: so the sizes of compressed tensors need not be known before.
 
     Attributes:
-        metadata: strings for the header, to which some can be added as long as there is room.
+        metadata: the strings for the header, to which more can be added as long as there is room.
     """
 
     def __init__(
@@ -154,8 +155,8 @@ class TensorWriter:
 
         Args:
             file: empty, open for writing.
-            room: bytes to leave for the header: `header_room`.
-            metadata: strings to put into the header.
+            room: the bytes to leave for the header, as `header_room` computes them.
+            metadata: the strings to put into the header.
         """
         self._file = file
         self._data_begin = -(-(_LENGTH_BYTES + room) // _ALIGNMENT) * _ALIGNMENT
@@ -168,14 +169,13 @@ class TensorWriter:
         """Appends a tensor.
 
         Raises:
-            ValueError: safetensors has no name for its dtype, or its own is too long.
+            ValueError: safetensors has no name for its dtype, or its name is too long.
         """
         _check_name(name)
         dtype = DTYPE_NAMES.get(array.dtype)
         if dtype is None:
             raise ValueError(f"{name}: safetensors files cannot hold the dtype {array.dtype}")
-        # numpy exports neither bfloat16 nor arrays of no elements as buffers.
-        self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        self._file.write(as_bytes(array).data)
         begin, self._end = self._end, self._end + array.nbytes
         self._header[name] = {
             "dtype": dtype,
@@ -196,11 +196,11 @@ class TensorWriter:
 def header_room(
     tensors: Iterable[tuple[str, int]], metadata: Mapping[str, str] | None = None
 ) -> int:
-    """Bytes that suffice for the header of a file.
+    """The bytes that suffice for the header of a file.
 
     Args:
-        tensors: name and number of dimensions of each that there may be.
-        metadata: of the file.
+        tensors: the name and the number of dimensions of each tensor that there may be.
+        metadata: the strings for the header.
     """
     number = 20  # digits of 2**64, and a comma
     fields = len('"":{"dtype":"F8_E4M3","shape":[],"data_offsets":[]},')
@@ -211,7 +211,7 @@ def header_room(
 
 
 def _parse(header: bytes, data_bytes: int) -> tuple[dict[str, str], dict[str, Entry]]:
-    """Metadata and tensors from a header, of which nothing is believed before it is checked."""
+    """The metadata and tensors of a header, everything in which is checked."""
     try:
         fields = parse_json(header, unique=True)
     except ValueError as error:
@@ -245,7 +245,7 @@ def check_shape(shape: Sequence[int], name: str) -> None:
     """Checks that there can be arrays of a shape.
 
     Raises:
-        ValueError: there cannot.
+        ValueError: there can be none.
     """
     if math.prod(max(1, n) for n in shape) >= _MAX_ELEMENTS:
         raise ValueError(f"{name}: shape is {list(shape)!s:.80}, which no array can have")

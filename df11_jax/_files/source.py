@@ -1,20 +1,22 @@
-"""What every format of checkpoint is read as."""
+"""The protocols by which checkpoints of all formats are read."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from df11_jax._files.safetensors import DTYPES
+
 
 class TensorInfo(NamedTuple):
-    """What a checkpoint's header tells about one tensor.
+    """The description of one tensor in a checkpoint's header.
 
     Attributes:
-        shape: of the tensor that is meant, whatever it is stored as.
-        dtype: as safetensors names it: `"BF16"`, `"F32"`.
-        nbytes: of that tensor, not compressed.
-        stored_nbytes: what it takes in the checkpoint.
+        shape: the shape of the tensor, whatever it is stored as.
+        dtype: the name of its dtype in safetensors files: `"BF16"`, `"F32"`.
+        nbytes: the bytes of the tensor, not compressed.
+        stored_nbytes: the bytes that it takes in the checkpoint.
     """
 
     shape: tuple[int, ...]
@@ -22,9 +24,14 @@ class TensorInfo(NamedTuple):
     nbytes: int
     stored_nbytes: int
 
+    @property
+    def numpy_dtype(self) -> np.dtype | None:
+        """The dtype as numpy knows it; None if numpy does not."""
+        return DTYPES.get(self.dtype)
+
 
 class TensorSource(Protocol):
-    """Where tensors come from: a checkpoint, or whatever else has them by name."""
+    """Tensors by name: a checkpoint, or anything else that has some."""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -35,15 +42,16 @@ class TensorSource(Protocol):
 
         Raises:
             KeyError: there is no such tensor.
-            ValueError: it is corrupt; the message names the file and the tensor.
+            ValueError: the tensor is corrupt; the message names the file and the tensor.
         """
 
 
+@runtime_checkable
 class Source(TensorSource, Protocol):
     """A checkpoint that is read tensor by tensor, whatever its format.
 
-    Opening it reads headers only; `read` takes no more memory than the tensor, and in the
-    published format the unit that it is part of.
+    Opening it reads headers only; `read` takes the memory of one tensor, or in the published
+    format that of the unit of which the tensor is a part.
     """
 
     @property

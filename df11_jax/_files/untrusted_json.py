@@ -1,4 +1,4 @@
-"""JSON of which nobody knows who wrote it."""
+"""JSON from untrusted files."""
 
 import json
 import os
@@ -6,19 +6,19 @@ import stat
 from pathlib import Path
 from typing import Any
 
-MAX_BYTES = 100_000_000  # of a text; for headers, it is the limit of the library safetensors
+MAX_BYTES = 100_000_000  # of a text; the library safetensors has this limit for headers
 
 
 def parse_json(text: bytes, *, unique: bool = False) -> Any:
-    """What a JSON text says.
+    """The value of a JSON text.
 
     Args:
-        text: of one value.
+        text: the text of one value.
         unique: refuse objects that have a name twice. (Configurations edited by hand do.)
 
     Raises:
-        ValueError: it is not JSON, is nested too deeply, or has strings that are not Unicode,
-            which could be neither printed nor names of files.
+        ValueError: the text is not JSON, is nested too deeply, or has strings that are not
+            Unicode, which could be neither printed nor names of files.
     """
     try:
         value = json.loads(text, object_pairs_hook=_unique_names if unique else None)
@@ -34,8 +34,9 @@ def require_file(path: Path) -> int:
     """The size of a file that is to be read.
 
     Raises:
-        OSError: it cannot be.
-        ValueError: it is a directory, or a pipe or a device, which might never end.
+        OSError: the file cannot be read.
+        ValueError: the path is that of a directory, or of a pipe or a device, which might never
+            end.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):

@@ -1,1 +1,1 @@
-"""`df11-jax bench`: how fast this device decompresses, and how much of what its memory allows."""
+"""`df11-jax bench` and `df11-jax compare`: how fast a device decodes, and generates text."""

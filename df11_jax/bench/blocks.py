@@ -8,11 +8,11 @@ class Block:
     """The shapes of a model's transformer block.
 
     Attributes:
-        layers: how many such blocks the model has.
-        hidden: width of the residual stream.
-        query: query heads times their width.
-        key_value: key (or value) heads times their width.
-        mlp: width of the feed-forward layer.
+        layers: the number of such blocks that the model has.
+        hidden: the width of the residual stream.
+        query: the number of query heads times their width.
+        key_value: the number of key (or value) heads times their width.
+        mlp: the width of the feed-forward layer.
     """
 
     layers: int
@@ -36,11 +36,11 @@ class Block:
 
     @property
     def size(self) -> int:
-        """Weights of one block."""
+        """The number of weights of one block."""
         return sum(rows * cols for rows, cols in self.matrices.values())
 
     def divided(self, divisor: int) -> "Block":
-        """A block of the same kind, whose matrices have all sides divided."""
+        """A block whose matrices are these with all sides divided."""
         sides = dataclasses.astuple(self)[1:]
         return Block(self.layers, *(side // divisor for side in sides))
 

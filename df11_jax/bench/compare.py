@@ -1,36 +1,26 @@
-"""`df11-jax compare`: which model, what is measured, in which order."""
+"""The measurements of `df11-jax compare`, and their order."""
 
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import click
 import jax
 import numpy as np
 
 import df11_jax
 from df11_jax._files.directory import CONFIG, read_json
-from df11_jax.bench.comparison import Comparison, Row
-from df11_jax.bench.comparison_plot import draw
+from df11_jax._progress import say
 from df11_jax.bench.device import describe_device, free_bytes, free_host_bytes
-from df11_jax.bench.generation import (
-    Job,
-    Result,
-    compile_job,
-    decompress_as_a_step,
-    run,
-)
-from df11_jax.bench.plan import find_longest, job_of_length, read_plan
-from df11_jax.bench.plotting import check_plot
+from df11_jax.bench.generation_figures import GenerationFigures, Row
+from df11_jax.bench.placements import PlacedWeights, load_placements
+from df11_jax.bench.plan import find_longest, read_plan, request_of_length
 from df11_jax.bench.programs import Program
+from df11_jax.bench.request import Request, Result, compile_request, decompress_as_a_step, run
 from df11_jax.bench.timing import Effort, time_in_turn
-from df11_jax.bench.ways import Way, load_ways
 from df11_jax.checkpoints import TensorSource, open_checkpoint
 from df11_jax.models import Config, Params, RandomSource, read_config
-from df11_jax.models._estimate import estimate_weights
-from df11_jax.models._fit import read_budget
+from df11_jax.models.budget import read_budget
+from df11_jax.models.estimate import estimate_weights
 
 LLAMA_3_1_8B: Mapping[str, Any] = {
     "model_type": "llama",
@@ -70,29 +60,30 @@ def run_compare(
     prompt: int,
     tokens: int,
     memory: int | None,
-    as_json: bool,
-    plot: str | None,
-) -> None:
-    """Measures, and prints what it measured.
+    progress: bool,
+) -> GenerationFigures:
+    """Measures a model with its weights in each placement.
+
+    Tells on the standard error what it measures.
 
     Args:
         model: a directory; or a `config.json`, for random weights of its shapes; None for random
             weights of Llama-3.1-8B's shapes on a GPU, of smaller ones on a CPU.
-        batches: how many prompts at a time; empty for what suits the device.
-        prompt: tokens of each prompt.
-        tokens: to choose for each prompt.
-        memory: bytes that the device has, of which XLA allocates its share; None for all that is
-            free of this one.
-        as_json: print JSON, not tables.
-        plot: file for a plot; None for none.
+        batches: the numbers of prompts at a time; empty for what suits the device.
+        prompt: the number of tokens of each prompt.
+        tokens: the number of tokens to choose for each prompt.
+        memory: the bytes that the device has, of which XLA allocates its share; None for all that
+            is free of this one.
+        progress: True for a progress bar while the weights are compressed.
+
+    Returns:
+        The figures. Their differences say where tokens or logits differ.
 
     Raises:
-        click.ClickException: a plot could not be written.
-        OSError, ValueError: the model cannot be read, was not made for so many tokens, or does not
-            fit into the host's memory.
-        SystemExit: with status 1, after all is printed: tokens or logits differ.
+        OSError: the model cannot be read.
+        ValueError: the model cannot be read, was not made for so many tokens, or does not fit into
+            the host's memory.
     """
-    check_plot(plot)
     name, config, source = _open(model)
     if (needed := prompt + tokens - 1) > config.max_length:
         raise ValueError(
@@ -101,9 +92,9 @@ def run_compare(
         )
     _check_host_memory(name, config)
     budget = free_bytes() if memory is None else read_budget(memory).usable
-    click.echo(f"{name} ...", err=True)
-    ways = load_ways(source, config, progress=sys.stderr.isatty())
-    comparison = Comparison(
+    say(f"{name} ...")
+    placements = load_placements(source, config, progress=progress)
+    figures = GenerationFigures(
         version=df11_jax.__version__,
         jax_version=jax.__version__,
         device=describe_device(),
@@ -114,34 +105,29 @@ def run_compare(
         tokens=tokens,
         budget=budget,
         weights={
-            way.name: {
-                "device_bytes": way.device_bytes,
-                "host_bytes": way.host_bytes,
-                "host_layers": way.host_layers,
+            weights.name: {
+                "device_bytes": weights.device_bytes,
+                "host_bytes": weights.host_bytes,
+                "host_layers": weights.host_layers,
             }
-            for way in ways
+            for weights in placements
         },
     )
     small = jax.default_backend() == "cpu"
     for batch in sorted(batches or ((1, 8) if small else (1, 8, 64, 256))):
-        _measure_batch(comparison, ways, config, Job(batch, prompt, tokens))
+        _measure_batch(figures, placements, config, Request(batch, prompt, tokens))
     if budget is not None:
-        for way in ways:
-            click.echo(f"longest context, {way.name} ...", err=True)
+        for weights in placements:
+            say(f"longest context, {weights.name} ...")
             try:
-                comparison.longest[way.name] = _find_longest(way, config, budget)
+                figures.longest[weights.name] = _find_longest(weights, config, budget)
             except jax.errors.JaxRuntimeError as error:  # what was measured is not lost
-                click.echo(f"not found: {error}", err=True)
-
-    click.echo(json.dumps(comparison.as_json(), indent=1) if as_json else str(comparison))
-    if plot is not None:
-        draw(comparison).savefig(plot)
-    if comparison.differences:
-        raise SystemExit(1)
+                say(f"not found: {error}")
+    return figures
 
 
 def _open(model: Path | None) -> tuple[str, Config, TensorSource]:
-    """What to call the model, its configuration, and its tensors."""
+    """The name of the model, its configuration, and its tensors."""
     if model is None:
         small = jax.default_backend() == "cpu"
         config = read_config(_SMALL if small else LLAMA_3_1_8B)
@@ -166,72 +152,79 @@ def _check_host_memory(name: str, config: Config) -> None:
         )
 
 
-def _measure_batch(comparison: Comparison, ways: Sequence[Way], config: Config, job: Job) -> None:
-    """Runs all ways with one batch, and compares what they generate."""
+def _measure_batch(
+    figures: GenerationFigures,
+    placements: Sequence[PlacedWeights],
+    config: Config,
+    request: Request,
+) -> None:
+    """Measures all placements with one batch, and compares what they generate."""
     results: dict[str, Result] = {}
-    for way in ways:
-        click.echo(f"batch {job.batch}, {way.name} ...", err=True)
-        row = Row(way.name, job.batch)
-        comparison.rows.append(row)
+    for weights in placements:
+        say(f"batch {request.batch}, {weights.name} ...")
+        row = Row(weights.name, request.batch)
+        figures.rows.append(row)
         try:
-            result = _measure(row, way, config, job, comparison.budget)
+            result = _measure(row, weights, config, request, figures.budget)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             row.not_run = "out of memory"
             continue
         if result is not None:
-            results[way.name] = result
+            results[weights.name] = result
     if not results:
         return
     first, *others = results
-    comparison.equal[job.batch] = [first]
+    figures.equal[request.batch] = [first]
     for other in others:
         if kinds := results[other].differences(results[first]):
-            comparison.differences.append(
-                f"batch {job.batch}: {', '.join(kinds)} of {other} and {first}"
+            figures.differences.append(
+                f"batch {request.batch}: {', '.join(kinds)} of {other} and {first}"
             )
         else:
-            comparison.equal[job.batch].append(other)
+            figures.equal[request.batch].append(other)
 
 
-def _measure(row: Row, way: Way, config: Config, job: Job, budget: int | None) -> Result | None:
-    """Fills in a row; returns nothing if it is planned to take more than the budget."""
+def _measure(
+    row: Row, weights: PlacedWeights, config: Config, request: Request, budget: int | None
+) -> Result | None:
+    """Fills in a row; returns None if it is planned to take more than the budget."""
     device = jax.devices()[0]
-    programs = compile_job(way.shapes(device), config, job)
-    row.plan = read_plan(programs, way)
+    programs = compile_request(weights.shapes(device), config, request)
+    row.plan = read_plan(programs, weights)
     if budget is not None and row.plan.peak > budget:
         row.not_run = "does not fit"
         return None
     before = _device_peak(device)
-    params = way.put(device)
-    result = run(programs, params, config, job, _REPEATS)
+    params = weights.put(device)
+    result = run(programs, params, config, request, _REPEATS)
     after = _device_peak(device)
     row.device_peak = after if after > before else None
     row.prefill_seconds, row.decode_seconds = result.prefill_seconds, result.decode_seconds
-    if way.name == "compressed":
-        row.decompress_seconds = _time_decompression(params, config, job)
+    if weights.name == "compressed":
+        row.decompress_seconds = _time_decompression(params, config, request.batch)
     return result
 
 
-def _time_decompression(params: Params, config: Config, job: Job) -> list[float]:
-    tokens = np.random.default_rng(0).integers(0, config.vocab, job.batch).astype(np.int32)
+def _time_decompression(params: Params, config: Config, batch: int) -> list[float]:
+    tokens = np.random.default_rng(0).integers(0, config.vocab, batch).astype(np.int32)
     program = Program(lambda: decompress_as_a_step(params, tokens), calls=1)
     effort = Effort(repeats=_REPEATS, seconds=0.1, warm_up=0.1)
     return time_in_turn({"step": program}, effort)["step"]
 
 
-def _find_longest(way: Way, config: Config, budget: int) -> int:
-    shapes = way.shapes(jax.devices()[0])
+def _find_longest(weights: PlacedWeights, config: Config, budget: int) -> int:
+    shapes = weights.shapes(jax.devices()[0])
 
     def peak(length: int) -> int:
-        return read_plan(compile_job(shapes, config, job_of_length(length)), way).peak
+        return read_plan(compile_request(shapes, config, request_of_length(length)), weights).peak
 
-    if way.device_bytes > budget:
+    if weights.device_bytes > budget:
         return 0
     return find_longest(peak, budget, config.max_length)
 
 
 def _device_peak(device: jax.Device) -> int:
-    """Bytes in use at most since the process began, 0 if the device does not tell."""
+    """The most bytes in use since the process began; 0 if the device does not tell."""
     return (device.memory_stats() or {}).get("peak_bytes_in_use", 0)

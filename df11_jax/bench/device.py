@@ -1,18 +1,17 @@
-"""What is measured on: the device's name, its memory, its clocks."""
+"""The device that is measured: its name, its memory, its clocks."""
 
 import os
-import platform as host
 import subprocess
 import threading
 from typing import Any
 
 import jax
 
-from df11_jax import _ffi
+from df11_jax import _ffi, _host
 from df11_jax._host_codec import available_threads
 from df11_jax.bench.programs import Program
 
-# Field of nvidia-smi: key in the report.
+# Field of nvidia-smi: key in the JSON.
 _QUERY = {
     "driver_version": "driver",
     "clocks.sm": "sm_mhz",
@@ -25,11 +24,11 @@ _QUERY = {
 
 
 def describe_device() -> dict[str, Any]:
-    """Name and platform of the default device, and what decodes on it."""
+    """The name and platform of the default device, and its decoder."""
     device, platform = jax.devices()[0], jax.default_backend()
     compiled = {"gpu": "cuda"}.get(platform, platform) in _ffi.platforms()
     found: dict[str, Any] = {
-        "name": processor_name() if platform == "cpu" else device.device_kind,
+        "name": _host.processor_name() if platform == "cpu" else device.device_kind,
         "platform": platform,
         "decoder": "compiled" if compiled else "plain XLA operations",
     }
@@ -42,7 +41,7 @@ def describe_device() -> dict[str, Any]:
 
 
 def free_bytes() -> int | None:
-    """Memory of the default device that can be had; None if nobody knows."""
+    """The bytes of the default device that are free; None if nothing tells them."""
     stats = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
@@ -50,7 +49,7 @@ def free_bytes() -> int | None:
 
 
 def free_host_bytes() -> int | None:
-    """Memory of the host that can be had; None if nobody knows."""
+    """The bytes of the host's memory that are free; None if nothing tells them."""
     try:
         with open("/proc/meminfo") as file:
             fields = dict(line.split(":") for line in file)
@@ -78,7 +77,7 @@ def read_clocks() -> dict[str, Any] | None:
 
 
 def read_clocks_under(program: Program) -> dict[str, Any] | None:
-    """The same while the device is busy with a program."""
+    """Clocks, power and temperature while the device is busy with a program."""
     if jax.default_backend() != "gpu":
         return None
     clocks: list[dict[str, Any] | None] = []
@@ -96,13 +95,3 @@ def _number(value: str) -> float | str:
         return float(value)
     except ValueError:
         return value
-
-
-def processor_name() -> str:
-    """What the processor calls itself."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-        return names[0]
-    except (OSError, IndexError):
-        return host.processor() or host.machine()

@@ -23,14 +23,15 @@ class Decoding:
     """How fast one workload is decoded, and what the device's memory would allow.
 
     Attributes:
-        name: of the workload.
-        weights: that one call decodes.
-        matrices: how many, in one call.
-        bits_per_weight: of the compressed weights, everything included.
-        seconds: of each timing, for one call.
-        copy_bytes_per_second: read and written, of a copy that moves as much: the faster of two.
-        kernel_seconds: of one call, on the GPU alone; None if that is not known.
-        copy_kernel_seconds: of one copy, likewise.
+        name: the name of the workload.
+        weights: the number of weights that one call decodes.
+        matrices: the number of matrices that one call decodes.
+        bits_per_weight: the bits of each compressed weight, everything included.
+        seconds: the seconds of one call, each time it was timed.
+        copy_bytes_per_second: the bytes read and written by the faster of two copies that move as
+            much.
+        kernel_seconds: the seconds of one call on the GPU alone; None if they are not known.
+        copy_kernel_seconds: the seconds of one copy on the GPU alone; None if they are not known.
     """
 
     name: str
@@ -49,12 +50,12 @@ class Decoding:
 
     @property
     def limit_bytes_per_second(self) -> float:
-        """The same at the speed of the copy: compressed bits are read, 16 a weight are written."""
+        """Bytes written per second if decoding moved its bytes as fast as the copy does."""
         return self.copy_bytes_per_second * 16 / (16 + self.bits_per_weight)
 
     @property
     def share_of_limit(self) -> float:
-        """Of what the copy allows."""
+        """The speed, as a share of what the copy allows."""
         return self.output_bytes_per_second / self.limit_bytes_per_second
 
     @property
@@ -80,13 +81,14 @@ class Scan:
     """What a scan over compressed blocks costs beyond their decoding.
 
     Attributes:
-        name: of the block.
-        blocks: how many are scanned over.
-        distinct_blocks: how many of them differ.
-        weights: of one block.
-        seconds: of each timing, for one block in the scan.
-        decode_seconds: for one block decoded by a program that does nothing else.
-        kernel_seconds: of one block's decoding in the scan, on the GPU alone; None if not known.
+        name: the name of the block.
+        blocks: the number of blocks that are scanned over.
+        distinct_blocks: the number of different blocks among them.
+        weights: the number of weights of one block.
+        seconds: the seconds of one block in the scan, each time it was timed.
+        decode_seconds: the seconds of one block in a program that only decodes.
+        kernel_seconds: the seconds of one block's decoding in the scan, on the GPU alone; None if
+            they are not known.
     """
 
     name: str
@@ -99,12 +101,12 @@ class Scan:
 
     @property
     def overhead(self) -> float:
-        """Over decoding alone."""
+        """The time of the scan over that of decoding alone, less 1."""
         return statistics.median(self.seconds) / statistics.median(self.decode_seconds) - 1
 
     @property
     def kernel_overhead(self) -> float | None:
-        """Over the time of the decoder's kernels."""
+        """The time of the scan over that of the decoder's kernels, less 1; None if not known."""
         if self.kernel_seconds is None:
             return None
         return statistics.median(self.seconds) / self.kernel_seconds - 1
@@ -135,7 +137,7 @@ def measure_decoding(workload: Workload, effort: Effort) -> Decoding:
 
 
 def measure_scan(workload: Workload, blocks: int, effort: Effort) -> Scan:
-    """Times a scan over so many blocks, the workload's in turn, and their decoding alone."""
+    """Times a scan over `blocks` blocks, the workload's in turn, and their decoding alone."""
     scan, decode = scan_program(repeat_slices(workload, blocks)), decode_program(workload)
     times = time_in_turn({"scan": scan, "decode": decode}, effort)
     return Scan(

@@ -1,4 +1,4 @@
-"""Other decoders side by side, where they are installed."""
+"""Other decoders, measured where they are installed."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ _BYTES_PER_THREAD = 8
 
 
 def missing_peers() -> dict[str, str]:
-    """The decoders that could be measured on this platform but are not here: what to install."""
+    """How to install each decoder that could be measured on this platform but is not here."""
     wanted = {
         "cpu": {"ZipNN": {"zipnn": "zipnn"}},
         "gpu": {"DFloat11 kernel": {"dfloat11": "--no-deps dfloat11", "cupy": "cupy-cuda13x"}},
@@ -38,7 +38,7 @@ def measure_zipnn(weights: int) -> dict[str, Any]:
     """ZipNN and the CPU decoder on one thread each, in a process of their own.
 
     Raises:
-        RuntimeError: that process failed.
+        RuntimeError: the process failed.
     """
     command = [sys.executable, "-m", "df11_jax.bench.one_thread", str(weights)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
@@ -52,18 +52,18 @@ def measure_dfloat11(weights: int, effort: Effort) -> dict[str, Any]:
     """The kernel that the dfloat11 package ships, launched by CuPy.
 
     Args:
-        weights: how many, drawn like ours.
-        effort: how often and how long.
+        weights: the number of weights, which are drawn like ours.
+        effort: the number and the length of the timings.
 
     Returns:
-        Its figures, as `Decoding` has them.
+        Some of the figures that `Decoding` has.
 
     Raises:
-        RuntimeError: it does not give back what was encoded, or cannot be launched.
+        RuntimeError: the kernel does not give back what was encoded, or cannot be launched.
     """
     import cupy
 
-    from df11_jax.published._unit import encode_unit
+    from df11_jax.published import encode_unit
 
     original = np.asarray(draw(jax.random.key(0), (weights,)))
     unit = encode_unit({"weights": original})

@@ -1,19 +1,19 @@
-"""Memory that a generation takes, as XLA plans it, and the longest one that fits."""
+"""The memory that a generation takes, as XLA plans it, and the longest one that fits."""
 
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from df11_jax.bench.generation import STEP, Job, Programs
-from df11_jax.bench.ways import Way
+from df11_jax.bench.placements import PlacedWeights
+from df11_jax.bench.request import STEP, Request, RequestPrograms
 
 
 class Plan(NamedTuple):
     """Bytes of device memory during a generation, weights and cache included.
 
     Attributes:
-        prefill: while the prompts are read.
-        decode: in the token loop.
+        prefill: the bytes while the prompts are read.
+        decode: the bytes in the token loop.
     """
 
     prefill: int
@@ -25,34 +25,34 @@ class Plan(NamedTuple):
         return max(self)
 
 
-def read_plan(programs: Programs, way: Way) -> Plan:
-    """What XLA has planned.
+def read_plan(programs: RequestPrograms, weights: PlacedWeights) -> Plan:
+    """The plan that XLA has made.
 
     Args:
-        programs: compiled ones.
-        way: whose weights they take.
+        programs: the compiled programs.
+        weights: the weights that they take.
     """
     prefill, decode = (program.memory_analysis() for program in programs)
-    return make_plan(prefill, decode, way)
+    return make_plan(prefill, decode, weights)
 
 
-def make_plan(prefill: Any, decode: Any, way: Way) -> Plan:
-    """The same from what `memory_analysis` returns for each program."""
-    return Plan(_device_bytes(prefill, way), _device_bytes(decode, way))
+def make_plan(prefill: Any, decode: Any, weights: PlacedWeights) -> Plan:
+    """The plan in what `memory_analysis` returns for each program."""
+    return Plan(_device_bytes(prefill, weights), _device_bytes(decode, weights))
 
 
-def _device_bytes(stats: Any, way: Way) -> int:
+def _device_bytes(stats: Any, weights: PlacedWeights) -> int:
     arguments = stats.argument_size_in_bytes
     if not stats.host_argument_size_in_bytes:
         # A CPU does not tell host memory from the device's.
-        arguments -= way.host_bytes
+        arguments -= weights.host_bytes
     results = stats.output_size_in_bytes - stats.alias_size_in_bytes
     return arguments + results + stats.temp_size_in_bytes
 
 
-def job_of_length(length: int) -> Job:
-    """A job whose context has so many tokens: all but the last one are the prompt."""
-    return Job(batch=1, prompt=length - 1, tokens=2)
+def request_of_length(length: int) -> Request:
+    """A request whose context has `length` tokens: all but the last one are the prompt."""
+    return Request(batch=1, prompt=length - 1, tokens=2)
 
 
 def find_longest(peak: Callable[[int], int], budget: int, most: int) -> int:
@@ -62,9 +62,9 @@ def find_longest(peak: Callable[[int], int], budget: int, most: int) -> int:
     `most`, were asked for and do not.
 
     Args:
-        peak: bytes that a context of a length takes; it is expensive to ask.
-        budget: bytes that there are.
-        most: a length beyond which nobody asks.
+        peak: a function of a context's length, expensive to call; returns the bytes that it takes.
+        budget: the bytes that there are.
+        most: the longest context to ask for.
 
     Returns:
         `most` if that fits, else a multiple of `STEP`, 0 if nothing fits.

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from df11_jax._decode import decode_slices
 from df11_jax._host_codec import available_threads
 from df11_jax._scan import scan_blocks
+from df11_jax._slices import decode_slices
 from df11_jax.bench.workload import Workload
 
 
@@ -67,7 +67,7 @@ def scan_program(workload: Workload) -> Program:
 
 
 def copy_programs(moved_bytes: float, slices: int) -> dict[str, Program]:
-    """Copies on the device that move so many bytes each, read and written taken together.
+    """Copies on the device that move `moved_bytes` each, read and written taken together.
 
     Returns:
         The copy as XLA does it, by the driver's copy function on a GPU, and as a kernel. On a CPU,
@@ -88,7 +88,7 @@ def copy_programs(moved_bytes: float, slices: int) -> dict[str, Program]:
 
 
 def memory_needed(weights: int, slices: int, blocks: int = 0) -> int:
-    """Bytes of device memory that measuring a workload takes, or a scan over so many blocks."""
+    """The bytes of device memory for measuring a workload, or a scan over `blocks` blocks."""
     # Elsewhere the results of two runs are held: that of one while the next is on its way.
     results = 1 if jax.default_backend() == "cpu" else 2 * _calls(slices)
     # A slice: drawn as float32, and bfloat16 or compressed. A result: decoded, or a copy's.
@@ -101,7 +101,7 @@ def _no_graphs() -> dict[str, Any] | None:
 
 
 def _calls(slices: int) -> int:
-    """How many calls a program makes: of all slices, and enough of them."""
+    """The number of calls of a program: of all slices, and enough of them."""
     # A CPU should use most memory not for the first time; a GPU should not be done before the host
     # has sent the next run.
     fewest = 8 if jax.default_backend() == "cpu" else 4

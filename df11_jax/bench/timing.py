@@ -16,9 +16,9 @@ class Effort:
     """How long to measure.
 
     Attributes:
-        repeats: how often each program is timed.
-        seconds: at least so long each time; the program runs as often as that takes.
-        warm_up: before that, for clocks to rise and caches to fill.
+        repeats: the number of timings of each program.
+        seconds: the least seconds of each timing; the program runs as often as that takes.
+        warm_up: the least seconds of running before that, for clocks to rise and caches to fill.
     """
 
     repeats: int
@@ -30,11 +30,11 @@ def time_in_turn(programs: Mapping[str, Program], effort: Effort) -> dict[str, l
     """Times programs in turn, so that whatever else the device does meets all alike.
 
     Args:
-        programs: by name.
-        effort: how often and how long.
+        programs: the programs by name.
+        effort: the number and the length of the timings.
 
     Returns:
-        For each program the seconds of one call, as often as it was timed.
+        The seconds of one call, as often as it was timed, for each program.
     """
     runs = {name: _runs_within(program, effort) for name, program in programs.items()}
     times: dict[str, list[float]] = {name: [] for name in programs}
@@ -49,11 +49,11 @@ def kernel_durations(program: Program, kernel: str = "") -> list[float]:
     """The time that each of a GPU's kernels takes in one run, by the profiler.
 
     Args:
-        program: what to run.
-        kernel: only those with this in their name; else all, and copies too.
+        program: the program to run.
+        kernel: a part of the names of the kernels; empty for all kernels and copies.
 
     Returns:
-        Seconds, without what is between the kernels.
+        The seconds of each, without what is between them.
 
     Raises:
         RuntimeError: the profiler has not seen any kernel.
@@ -69,7 +69,7 @@ def kernel_durations(program: Program, kernel: str = "") -> list[float]:
 
 
 def read_durations(profile: jax.profiler.ProfileData, kernel: str) -> list[float]:
-    """The same, from what the profiler has written."""
+    """The seconds of each kernel with `kernel` in its name, in what the profiler has written."""
     events = [
         event
         for plane in profile.planes
@@ -84,7 +84,7 @@ def read_durations(profile: jax.profiler.ProfileData, kernel: str) -> list[float
 
 
 def _runs_within(program: Program, effort: Effort) -> int:
-    """Warms up; returns how many runs take as long as the effort says."""
+    """Warms up; returns the number of runs that take as long as the effort says."""
     jax.block_until_ready(program.run())
     runs, seconds, warm = 1, 0.0, 0.0
     while seconds < effort.seconds / 2 or warm < effort.warm_up:

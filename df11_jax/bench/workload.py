@@ -11,7 +11,7 @@ from jaxtyping import Array, BFloat16, Bool
 
 from df11_jax._array import DF11Array
 from df11_jax._compress import compress
-from df11_jax._decode import decode_slices
+from df11_jax._slices import decode_slices
 
 SIGMA = 0.02
 
@@ -27,8 +27,8 @@ class Workload:
     """Equally shaped stacks of slices, which are decoded one slice of each at a time.
 
     Attributes:
-        name: for the tables.
-        arrays: one stack per matrix.
+        name: the name of the workload in tables.
+        arrays: one stack for each matrix.
     """
 
     name: str
@@ -36,32 +36,32 @@ class Workload:
 
     @property
     def slices(self) -> int:
-        """How many a stack has."""
+        """The number of slices of each stack."""
         return self.arrays[0].stack_shape[0]
 
     @property
     def weights(self) -> int:
-        """How many one decode gives."""
+        """The number of weights that one decode gives."""
         return sum(math.prod(array.slice_shape) for array in self.arrays)
 
     @property
     def compressed_bytes(self) -> float:
-        """That one decode reads."""
+        """The bytes that one decode reads."""
         return sum(array.compressed_nbytes for array in self.arrays) / self.slices
 
     @property
     def bits_per_weight(self) -> float:
-        """Of the compressed weights, everything included."""
+        """The bits of each compressed weight, everything included."""
         return 8 * self.compressed_bytes / self.weights
 
     @property
     def moved_bytes(self) -> float:
-        """That one decode reads and writes."""
+        """The bytes that one decode reads and writes."""
         return self.compressed_bytes + 2 * self.weights
 
 
 def slices_beyond_cache(weights: int) -> int:
-    """How many slices of that size take more memory than a cache has."""
+    """The number of slices of that size that take more memory than a cache has."""
     return min(_MOST_SLICES, math.ceil(_CACHE_BYTES / (weights * (2 + 10.6 / 8))))
 
 
@@ -76,9 +76,9 @@ def make_workload(name: str, matrices: Mapping[str, tuple[int, ...]], slices: in
     """Draws, compresses and verifies a workload.
 
     Args:
-        name: of the workload.
-        matrices: name and shape of each matrix.
-        slices: how many of each, all different.
+        name: the name of the workload.
+        matrices: the name and the shape of each matrix.
+        slices: the number of slices of each matrix, all different.
 
     Returns:
         The workload, on the default device.
@@ -114,6 +114,6 @@ def _same_bits(
 
 
 def repeat_slices(workload: Workload, slices: int) -> Workload:
-    """The same with more slices, the ones that are there over and over."""
+    """A workload of more slices, which are those of another one over and over."""
     order = jnp.arange(slices) % workload.slices
     return dataclasses.replace(workload, arrays=tuple(array[order] for array in workload.arrays))

@@ -1,8 +1,8 @@
 """Checksums of the tensors in native files, which lie in `__metadata__` under `crc32:<name>`.
 
-Coded exponents, signs and mantissas have none: their chunks have checksums of their own, by which
-they are checked when they are decoded, and they are nearly all that is read. All else is covered,
-together with its name, dtype and shape: damage in a header may make others that fit as well.
+Coded exponents, signs and mantissas, which are nearly all of a file, have none: their chunks have
+checksums of their own, which are verified when they are decoded. Every other tensor has one. It
+covers the tensor's name, dtype and shape, too, since a damaged header may have others that fit.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ _CHECKED_BY_CHUNK = ("exponents", "sign_mantissa")
 
 
 def metadata_key(name: str) -> str | None:
-    """Where the metadata has the checksum of a tensor; None if it is to have none."""
+    """The key of a tensor's checksum in the metadata; None if it is to have none."""
     return None if name.partition(":")[2] in _CHECKED_BY_CHUNK else _PREFIX + name
 
 
@@ -30,7 +30,7 @@ def checksum(name: str, array: np.ndarray) -> str:
 
 
 def has_checksums(file: TensorFile) -> bool:
-    """Whether a file has any."""
+    """Whether a file has any checksums."""
     return any(key.startswith(_PREFIX) for key in file.metadata)
 
 
@@ -38,14 +38,14 @@ def split_metadata(file: TensorFile) -> tuple[dict[str, str], dict[str, str]]:
     """A file's metadata without checksums, and its checksums by the names of tensors.
 
     Raises:
-        ValueError: not the tensors that are to have one have one.
+        ValueError: the tensors with a checksum are not those that are to have one.
     """
     other = {key: value for key, value in file.metadata.items() if not key.startswith(_PREFIX)}
     checksums = {
         key.removeprefix(_PREFIX): file.metadata[key] for key in file.metadata.keys() - other
     }
     covered = {name for name in file.entries if metadata_key(name)}
-    # Files that were written before there were checksums have none at all.
+    # Files that were written before checksums were introduced have none at all.
     if checksums and checksums.keys() != covered:
         name = min(checksums.keys() ^ covered)
         found = "a checksum, but no tensor" if name in checksums else "a tensor, but no checksum"
@@ -59,7 +59,7 @@ def check(file: TensorFile, name: str, array: np.ndarray, checksums: Mapping[str
     """Checks a tensor that was read against its checksum, if there is one.
 
     Raises:
-        ValueError: it is not what was written.
+        ValueError: the tensor differs from the one that was written.
     """
     expected = checksums.get(name)
     if expected is not None and (found := checksum(name, array)) != expected:

@@ -1,7 +1,7 @@
-"""Native checkpoints: how pytrees with compressed leaves lie in safetensors files.
+"""Native checkpoints: safetensors files that hold pytrees with compressed leaves.
 
 A compressed leaf at path `a/b` is five tensors, `a/b:header` to `a/b:sign_mantissa`; its header
-holds its shape, so a file describes itself. Other leaves are tensors under their paths.
+holds its shape, so a file describes itself. Every other leaf is one tensor, named by its path.
 """
 
 import math
@@ -18,20 +18,21 @@ from df11_jax._array import DF11Array
 from df11_jax._files.safetensors import DTYPES, TensorFile, check_shape
 from df11_jax._files.source import TensorInfo
 from df11_jax._host_codec import decode
+from df11_jax._layout import Layout
 from df11_jax.checkpoints import _native_checksums
 
 METADATA = {"format": "df11_jax", "version": str(_layout.FORMAT_VERSION)}
 
 
 def part_names(name: str) -> tuple[str, ...]:
-    """Names of the five tensors of a compressed leaf."""
+    """The names of the five tensors of a compressed leaf."""
     return tuple(f"{name}:{part}" for part in _layout.PAYLOAD)
 
 
 def is_native(files: Iterable[TensorFile]) -> bool:
     """Whether files are a native checkpoint, of any version: they say so, or look like one.
 
-    What does so and does not say so is damaged, and is not to pass for a plain checkpoint.
+    Files that look like one and do not say so are damaged, and must not pass as plain ones.
     """
     return any(
         file.metadata.get("format") == METADATA["format"]
@@ -45,14 +46,14 @@ class NativeCheckpoint:
     """Leaves from one or several files.
 
     Attributes:
-        path: of the directory or file.
-        tensors: all leaves by path, compressed ones as the tensors that they stand for.
+        path: the path of the directory or file.
+        tensors: all leaves by path, as they are without compression.
     """
 
     format = "native"
 
     def __init__(self, path: Path, files: Mapping[str, TensorFile]) -> None:
-        """Takes the files that hold the tensors, and checks what the headers say of the leaves.
+        """Takes the files that hold the tensors, and checks the leaves that the headers describe.
 
         Raises:
             ValueError: a file is not native or of another version; parts of a leaf are missing or
@@ -61,7 +62,7 @@ class NativeCheckpoint:
         self.path = path
         self.tensors: dict[str, TensorInfo] = {}
         self._files = files
-        self._slice_shapes: dict[str, tuple[int, ...]] = {}
+        self._layouts: dict[str, Layout] = {}
         self._checksums: dict[Path, dict[str, str]] = {}
         for file in dict.fromkeys(files.values()):
             metadata, self._checksums[file.path] = _native_checksums.split_metadata(file)
@@ -84,18 +85,17 @@ class NativeCheckpoint:
 
     def read(self, name: str) -> np.ndarray:
         """One leaf, decoded, on the host."""
-        if name not in self._slice_shapes:
+        if name not in self._layouts:
             return self._array(name)
         payload = [self._array(part) for part in part_names(name)]
-        return decode(payload, self._slice_shapes[name], self._where(name))
+        return decode(payload, self._layouts[name], self._where(name))
 
     def load(self, name: str) -> DF11Array | Array | np.ndarray:
         """One leaf as it is stored, on the default device."""
-        if name not in self._slice_shapes:
+        if name not in self._layouts:
             return to_device(self._array(name))
-        parts = zip(_layout.PAYLOAD, part_names(name), strict=True)
-        payload = {part: jnp.asarray(to_device(self._array(stored))) for part, stored in parts}
-        return DF11Array(**payload, slice_shape=self._slice_shapes[name])
+        payload = [jnp.asarray(to_device(self._array(part))) for part in part_names(name)]
+        return DF11Array.from_payload(payload, self._layouts[name])
 
     def _array(self, name: str) -> np.ndarray:
         file = self._files[name]
@@ -122,15 +122,14 @@ class NativeCheckpoint:
                 f"uint32[..., {_layout.HEADER_WORDS}] of one slice or more"
             )
         try:
-            slice_shape = _layout.unpack_header(headers.reshape(-1, _layout.HEADER_WORDS)[0])
+            layout = _layout.unpack_header(headers.reshape(-1, _layout.HEADER_WORDS)[0])
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         entries = [self._files[part].entries[part] for part in part_names(name)]
-        # Not the arrays: they would be read from the disk.
+        # Shapes stand for the arrays, which would be read from the disk.
         payload = [jax.ShapeDtypeStruct(e.shape, DTYPES.get(e.dtype, object)) for e in entries]
-        stack_shape = _layout.check_payload(payload, slice_shape, where)
-        self._slice_shapes[name] = slice_shape
-        shape = stack_shape + slice_shape
+        self._layouts[name] = layout
+        shape = _layout.check_payload(payload, layout, where) + layout.shape
         check_shape(shape, where)
         stored_nbytes = sum(entry.nbytes for entry in entries)
         return TensorInfo(shape, "BF16", 2 * math.prod(shape), stored_nbytes)
@@ -146,6 +145,6 @@ def to_device(array: np.ndarray) -> Array | np.ndarray:
     """
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         return array.copy()
-    # This copies. `device_put` would take the file for the array's memory, if that happens to be
-    # aligned, on a CPU, and with `may_alias=False`, too.
+    # This copies. On a CPU, `device_put` would use the file as the array's memory if that happens
+    # to be aligned, even with `may_alias=False`.
     return jnp.array(array)

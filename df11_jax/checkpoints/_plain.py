@@ -1,4 +1,4 @@
-"""Checkpoints as everybody has them: safetensors files with one tensor a weight."""
+"""Plain checkpoints: safetensors files with one tensor a weight, as everybody has them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ class PlainCheckpoint:
     """Tensors as they lie in safetensors files.
 
     Attributes:
-        path: of the directory or file.
+        path: the path of the directory or file.
         tensors: all tensors by name.
     """
 

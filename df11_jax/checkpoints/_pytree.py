@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -11,25 +11,34 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from df11_jax._array import DF11Array, is_df11
-from df11_jax._compress import _compress, cpu_device, fetch
+from df11_jax._compress import compress_leaf
 from df11_jax._decode import path_name
 from df11_jax._files.directory import write_index
 from df11_jax._files.journal import incomplete
 from df11_jax._files.source import Source
+from df11_jax._host_arrays import cpu_device, to_host
 from df11_jax._progress import ProgressBar
-from df11_jax.checkpoints._convert import (
-    Places,
-    Tensors,
-    is_worth_it,
-    plan_shards,
-    write_shard,
-)
+from df11_jax._select import Selection
 from df11_jax.checkpoints._native_format import (
     METADATA,
     part_names,
     to_device,
 )
 from df11_jax.checkpoints._open import Shapes, open_checkpoint
+from df11_jax.checkpoints._shard_files import (
+    Places,
+    Tensors,
+    plan_shards,
+    write_shard,
+)
+
+
+@runtime_checkable
+class LeafSource(Protocol):
+    """A checkpoint of a format that stores leaves as this library has them in memory."""
+
+    def load(self, name: str) -> DF11Array | Array | np.ndarray:
+        """One leaf as it is stored, on the default device."""
 
 
 def load(
@@ -41,26 +50,28 @@ def load(
 ) -> PyTree:
     """Loads a checkpoint of any format, compressed, onto a device.
 
-    Of native checkpoints, which `save` and `df11-jax compress` write, and of Orbax's, leaves are
-    what they were. Those of other formats come out as `compress_params` would have them: float32
-    ones stay as they are, for `compress_params(..., cast=True)` to round. Leaf follows leaf, so
-    that the host holds what one needs (in the published format: one unit), and the device nothing
-    twice.
+    Leaves of native checkpoints, which `save` and `df11-jax compress` write, and of Orbax's come
+    back as they were saved. Leaves of other formats are compressed as `compress_params` does it:
+    float32 ones stay as they are, and `compress_params(..., cast=True)` can round them. The leaves
+    are loaded one by one, so that the host holds what one of them needs (of a published checkpoint,
+    one unit), and the device holds nothing twice.
 
     Args:
-        checkpoint: the path of its directory or file; or one that is open already.
-        shapes: for published checkpoints, the model's shapes: see `df11_jax.published.Checkpoint`.
-        device: where all arrays go, as with `jax.device_put`; None for the default device. A
-            sharding is that of each array, so one over several devices has to replicate.
-        progress: show a progress bar.
+        checkpoint: the path of its directory or file; or a checkpoint that is open already.
+        shapes: the model's shapes, which only published checkpoints may need; see
+            `df11_jax.published.Checkpoint`.
+        device: the device or sharding of all arrays, as for `jax.device_put`; None for the default
+            device. Each array gets that sharding, so one over several devices has to replicate.
+        progress: whether to show a progress bar.
 
     Returns:
-        Arrays and `DF11Array`s by name; where names contain `/`, nested dicts.
+        Arrays and `DF11Array`s by name; nested dicts where names contain `/`.
 
     Raises:
         FileNotFoundError: nothing is there, or a shard is missing.
-        ValueError: it is none of the formats, of another version, or damaged; the message names
-            the file and the leaf. Or `device` does not suit an array; a note names the leaf.
+        ValueError: the checkpoint has none of the formats, is of another version, or is damaged;
+            the message names the file and the leaf. Or `device` does not suit an array; a note
+            names the leaf.
     """
     if isinstance(checkpoint, (str, os.PathLike)):
         source = open_checkpoint(checkpoint, shapes=shapes)
@@ -87,12 +98,12 @@ def save(params: PyTree, path: str | os.PathLike[str]) -> None:
     """Saves parameters as a native checkpoint.
 
     A file of that name is replaced only when the new one is complete. A directory is complete when
-    its index is there.
+    it has an index.
 
     Args:
         params: nested dicts with string keys of arrays and `DF11Array`s.
-        path: of a file, if it ends in `.safetensors`; else of a directory, new or empty, which
-            gets shards of up to 2 GB.
+        path: the path of a file, if it ends in `.safetensors`; otherwise of a directory, new or
+            empty, which gets shards of up to 2 GB.
 
     Raises:
         FileExistsError: the directory is not empty.
@@ -106,7 +117,7 @@ def save(params: PyTree, path: str | os.PathLike[str]) -> None:
         return
     shards = plan_shards(path, {name: leaf.nbytes for name, leaf in leaves.items()})
     with incomplete(path, {"writes": "native", "from": "df11_jax.checkpoints.save"}):
-        # Of what an interrupted run has left, nobody knows whether these were its leaves.
+        # Shards that an interrupted run has left may hold other parameters.
         for file in path.glob("model-*-of-*.safetensors"):
             file.unlink()
         for file, names in shards.items():
@@ -138,11 +149,11 @@ def _write_leaves(path: Path, leaves: Mapping[str, Any]) -> None:
         for name, leaf in sorted(leaves.items(), key=lambda item: -_itemsize(item[1])):
             if isinstance(leaf, DF11Array):
                 yield [
-                    (part, _on_host(array))
+                    (part, to_host(array))
                     for part, array in zip(part_names(name), leaf.payload, strict=True)
                 ]
             else:
-                yield [(name, _on_host(leaf))]
+                yield [(name, to_host(leaf))]
 
     write_shard(path, places(), tensors(), METADATA, checksums=True)
 
@@ -155,7 +166,7 @@ def _load_leaf(
     with jax.default_device(cpu_device()):
         leaf = _read_leaf(source, name)
     try:
-        # What jax has no type for is on the host, and would lose bits.
+        # Arrays of types that jax lacks are on the host; `device_put` would lose bits of them.
         return jax.tree.map(
             lambda array: jax.device_put(array, device) if isinstance(array, jax.Array) else array,
             leaf,
@@ -166,19 +177,13 @@ def _load_leaf(
 
 
 def _read_leaf(source: Source, name: str) -> DF11Array | Array | np.ndarray:
-    if hasattr(source, "load"):  # in the formats whose leaves are this library's
+    if isinstance(source, LeafSource):
         return source.load(name)
     array = source.read(name)
-    if is_worth_it(source.tensors[name]):
-        small = _compress(array, name, 0, verify=True, threads=None)
-        if small.compressed_nbytes < array.nbytes:
-            return small
-    return to_device(array)
+    selection = Selection()
+    leaf = compress_leaf(name, array, selection) if selection.has(name, array) else array
+    return leaf if is_df11(leaf) else to_device(array)
 
 
 def _itemsize(leaf: Any) -> int:
     return 4 if is_df11(leaf) else leaf.dtype.itemsize
-
-
-def _on_host(array: Any) -> np.ndarray:
-    return fetch(array) if isinstance(array, jax.Array) else np.asarray(array)

@@ -1,1 +1,11 @@
-"""The command line, `df11-jax`: a module for each command."""
+"""The command line, `df11-jax`: a module for each command, named like it."""
+
+from df11_jax.cli._require import require
+
+
+def main() -> None:
+    """Runs the command line; says what to install if that is missing."""
+    require("cli", "click", "packaging", "rich")
+    from df11_jax.cli._commands import commands
+
+    commands(prog_name="df11-jax")

@@ -1,4 +1,4 @@
-"""How commands end that cannot do what they should: with one line and a status, not a traceback."""
+"""The end of commands that cannot do what they should: one line and a status, no traceback."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,9 +9,10 @@ import click
 
 from df11_jax._files.directory import JOURNAL
 
-# Exit codes; wrong usage is 2, too.
-DIFFERENT = 1
+# Exit codes. Click, too, ends with 2 if a command is used wrongly.
+DIFFERENT = 1  # bits differ, or something does not work
 FAILED = 2
+DOES_NOT_FIT = 3
 INTERRUPTED = 130
 
 
@@ -24,7 +25,7 @@ def fail(message: str, exit_code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def failures(target: Path | None = None) -> Iterator[None]:
-    """Ends the command with a message for what can go wrong with files.
+    """Ends the command with a message for what can go wrong with files, models and devices.
 
     Args:
         target: the directory that is written, whose journal tells whether it is complete.

@@ -1,68 +1,99 @@
 """The command `df11-jax fit`."""
 
-import json
 import math
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 from rich.table import Table
 
-from df11_jax._size_report import format_bytes
-from df11_jax.models import _fit
+from df11_jax._units import format_bytes
+from df11_jax.cli._errors import DOES_NOT_FIT, failures
+from df11_jax.cli._options import (
+    COUNT,
+    PATH,
+    devices_option,
+    examples,
+    json_option,
+    memory_option,
+)
+from df11_jax.cli._output import make_table, open_console, print_json
+from df11_jax.cli._require import require
 
-DOES_NOT_FIT = 3  # exit code
+if TYPE_CHECKING:  # it needs Flax
+    from df11_jax.models.fit import Fit
 
 
-def run_fit(
-    path: Path,
-    *,
-    memory: int | None,
-    context: int | None,
-    batch: int,
-    devices: int,
-    as_json: bool,
+@click.command(
+    short_help="Whether a model fits, plain and compressed.",
+    epilog=examples(
+        "fit Llama-3.1-8B --memory 24GiB",
+        "fit Llama-3.1-70B/config.json --memory 80GB --devices 2 --context 32768",
+        "fit Qwen3-8B-DF11 --memory 16GiB --batch 4 --json",
+    ),
+)
+@click.argument("model", type=PATH)
+@memory_option("[default: the memory of the GPU that is here]")
+@click.option(
+    "--context",
+    type=COUNT,
+    help="Tokens of each sequence, read and generated. [default: 8192, or what the model allows]",
+)
+@click.option("--batch", type=COUNT, default=1, show_default=True, help="Number of sequences.")
+@devices_option
+@json_option
+def fit(
+    model: Path, memory: int | None, context: int | None, batch: int, devices: int, as_json: bool
 ) -> None:
-    """Prints whether a model fits, and ends the program with `DOES_NOT_FIT` if not.
+    """Say whether a model fits in memory, plain and compressed, without its weights or a GPU.
 
-    Args:
-        path: of the model.
-        memory: bytes of each device; None to ask the default one.
-        context: tokens of each sequence; None for what `fit` takes.
-        batch: how many sequences.
-        devices: how many there are.
-        as_json: print JSON.
+    MODEL is a directory as Hugging Face lays it out, with weights or without, or its config.json;
+    or a checkpoint in any format. Only headers are read. Of models that `df11-jax generate` cannot
+    run, only the weights are counted. With several devices, all figures are of one of them.
 
-    Raises:
-        OSError, ValueError: as `read_model`, `read_budget` and `fit`.
+    Ends with status 0 if the model fits compressed, with 3 if it does not, and with 2 if that
+    cannot be said. XLA_CLIENT_MEM_FRACTION changes the 75 % of the memory, for this command
+    as for JAX.
     """
-    model = _fit.read_model(path)
-    answer = _fit.fit(
-        model, _fit.read_budget(memory), batch=batch, context=context, devices=devices
-    )
-    if as_json:
-        click.echo(json.dumps(answer.as_json(), indent=2))
-    else:
-        _print(answer)
-    if not answer.compressed.fits:
-        sys.exit(DOES_NOT_FIT)
+    require("flax", "flax")
+    from df11_jax.models.budget import read_budget
+    from df11_jax.models.fit import fit as fit_model
+    from df11_jax.models.fit import read_model
+
+    with failures():
+        weights = read_model(model)
+        budget = read_budget(memory)
+        answer = fit_model(weights, budget, batch=batch, context=context, devices=devices)
+        if as_json:
+            print_json(answer.as_json())
+        else:
+            _print(answer)
+        if not answer.compressed.fits:
+            sys.exit(DOES_NOT_FIT)
 
 
-def _print(answer: _fit.Fit) -> None:
-    width = None if sys.stdout.isatty() else 160
-    console = Console(width=width, highlight=False, markup=False)
-    model, budget = answer.model, answer.budget
+def _print(answer: "Fit") -> None:
+    console = open_console()
+    model = answer.model
     family = f"{model.config.family}, " if model.config else ""
     console.print(f"{model.path}: {family}{model.parameters:,} parameters", soft_wrap=True)
     console.print(_table(answer))
     for line in _verdicts(answer):
         console.print(line, soft_wrap=True)
-    source = "by its environment" if budget.fraction != _fit.DEFAULT_FRACTION else "by default"
+    for note in _notes(answer):
+        console.print(f"- {note}", soft_wrap=True, style="dim")
+
+
+def _notes(answer: "Fit") -> list[str]:
+    from df11_jax.models.budget import DEFAULT_FRACTION, FRACTION_VARIABLES
+
+    model, budget = answer.model, answer.budget
+    source = "by its environment" if budget.fraction != DEFAULT_FRACTION else "by default"
     notes = [
         f"XLA allocates {format_bytes(budget.usable)}, {budget.fraction:.0%} of the "
         f"{format_bytes(budget.memory)} of {budget.device or 'a device'} ({source}; "
-        f"{_fit.FRACTION_VARIABLES[0]} changes it). The rest is left to CUDA and other programs.",
+        f"{FRACTION_VARIABLES[0]} changes it). The rest is left to CUDA and other programs.",
         _weights_note(answer),
     ]
     if model.config:
@@ -82,16 +113,13 @@ def _print(answer: _fit.Fit) -> None:
             else "divided evenly"
         )
         notes.append(f"For each of {answer.devices} devices, with the model {divided}.")
-    for note in notes:
-        console.print(f"- {note}", soft_wrap=True, style="dim")
+    return notes
 
 
-def _table(answer: _fit.Fit) -> Table:
+def _table(answer: "Fit") -> Table:
     plain, small, parts = answer.plain, answer.compressed, answer.temporary
-    table = Table()
-    table.add_column("" if answer.devices == 1 else "of each device")
-    table.add_column("plain", justify="right")
-    table.add_column("compressed", justify="right")
+    head = "" if answer.devices == 1 else "of each device"
+    table = make_table(head, "plain", "compressed", right=("plain", "compressed"))
 
     def add(name: str, *nbytes: float) -> None:
         table.add_row(name, *map(format_bytes, nbytes))
@@ -123,7 +151,9 @@ def _table(answer: _fit.Fit) -> Table:
     return table
 
 
-def _verdicts(answer: _fit.Fit) -> list[str]:
+def _verdicts(answer: "Fit") -> list[str]:
+    from df11_jax.models.budget import FRACTION_VARIABLES, MOST_FRACTION
+
     lines, alone = [], "" if answer.model.config else ", weights alone"
     for name, need in (("plain", answer.plain), ("compressed", answer.compressed)):
         line = f"{name}{alone}: {'fits' if need.fits else 'does not fit'}"
@@ -131,13 +161,13 @@ def _verdicts(answer: _fit.Fit) -> list[str]:
         fraction = math.ceil(100 * need.fraction_needed) / 100
         if need.fits and not need.fits_at_most:
             line += ", but not if weights take the most that they may"
-        elif not need.fits and fraction <= _fit.MOST_FRACTION:
-            line += f"; it does with {_fit.FRACTION_VARIABLES[0]}={fraction:.2f}"
+        elif not need.fits and fraction <= MOST_FRACTION:
+            line += f"; it does with {FRACTION_VARIABLES[0]}={fraction:.2f}"
         lines.append(line)
     return lines
 
 
-def _weights_note(answer: _fit.Fit) -> str:
+def _weights_note(answer: "Fit") -> str:
     model, need = answer.model, answer.compressed
     if model.weights.exact:
         note = f"Weights are as the {model.format} checkpoint has them, by its headers."

@@ -1,92 +1,146 @@
 """The command `df11-jax generate`."""
 
-import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from df11_jax import models
-from df11_jax._size_report import format_bytes
+from df11_jax._progress import say
+from df11_jax._units import format_bytes
 from df11_jax.checkpoints import open_checkpoint
-from df11_jax.models._generate import check_prompts
-from df11_jax.models._text import encode
+from df11_jax.cli._errors import failures
+from df11_jax.cli._options import (
+    COUNT,
+    PATH,
+    TEMPERATURE,
+    devices_option,
+    examples,
+    prompt_option,
+    seed_option,
+)
+from df11_jax.cli._output import show_progress
+from df11_jax.cli._require import require
+
+if TYPE_CHECKING:  # it needs Flax
+    from df11_jax.models import Completion, Memory
 
 _EVERY = 4  # tokens between looks at the screen
 
 
-def run_generate(
-    path: Path,
+def _hub_directory(context: click.Context, argument: click.Parameter, path: Path) -> Path:
+    # What looks like a name on the hub is probably meant as one.
+    if not path.is_dir():
+        raise click.BadParameter(
+            f"{path}: is no directory. Nothing is downloaded: get a model from the Hugging Face "
+            "hub with `hf download OWNER/NAME --local-dir DIRECTORY`, and give the directory"
+        )
+    return path
+
+
+@click.command(
+    short_help="Text from a Hugging Face model directory.",
+    epilog=examples(
+        'generate Llama-3.2-1B --prompt "The first thing to know"',
+        'generate Qwen3-8B-df11 --prompt "Once" --temperature 0.7 --top-p 0.9 --tokens 500',
+        'generate Llama-3.1-70B --prompt "Once" --devices 2',
+    ),
+)
+@click.argument("model", type=PATH, callback=_hub_directory)
+@prompt_option(required=True)
+@click.option(
+    "--tokens", type=COUNT, default=100, show_default=True, help="Tokens to generate, at most."
+)
+@click.option(
+    "--temperature",
+    type=TEMPERATURE,
+    default=0.0,
+    show_default=True,
+    help="0 takes the likeliest tokens.",
+)
+@click.option("--top-k", type=COUNT, help="Draw from the k likeliest tokens only.")
+@click.option(
+    "--top-p", type=float, help="Draw from the likeliest that together have this probability."
+)
+@seed_option
+@click.option("--plain", is_flag=True, help="Do not compress the weights.")
+@click.option("--cast", is_flag=True, help="Round float32 and float16 weights to bfloat16.")
+@devices_option
+def generate(
+    model: Path,
     prompt: str,
-    *,
     tokens: int,
-    sampling: models.Sampling,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
     seed: int,
     plain: bool,
     cast: bool,
     devices: int,
 ) -> None:
-    """Continues a text on the standard output, and tells on the standard error what it took.
+    """Generate text from the Hugging Face directory MODEL, with compressed weights.
 
-    Args:
-        path: of the model's directory.
-        prompt: the text.
-        tokens: how many to generate, at most.
-        sampling: how to choose them.
-        seed: for sampling.
-        plain: do not compress the weights.
-        cast: round float32 and float16 weights.
-        devices: how many to divide the model over.
-
-    Raises:
-        OSError, ValueError: as `load` and `TextModel.generate`.
+    For Llama 3, Qwen 2.5, Qwen 3 and Gemma 3. The text goes to the standard output; what it took
+    in time and memory, to the standard error.
     """
-    config, tokenizer, stop = models.read_directory(path)
-    # Before the weights are read, which takes a while.
-    (ids,) = encode(tokenizer, [prompt])
-    check_prompts([ids], config, tokens)
-    sampling = sampling.checked()
-    params = models.load_params(
-        open_checkpoint(path),
-        config,
-        compress=not plain,
-        cast=cast,
-        progress=sys.stderr.isatty(),
-        devices=devices,
-    )
-    model = models.TextModel(params, config, tokenizer, stop)
-    # In advance, so that it is not timed.
-    programs = models.compile_programs(
-        params,
-        config,
-        batch=1,
-        prompt=len(ids),
-        tokens=tokens,
-        sampling=sampling,
-        stops=len(set(stop)),
-        every=_EVERY,
-    )
-    memory = models.measure_memory(params, programs)
-    click.echo(click.style(prompt, bold=True), nl=False)
-    times = [time.perf_counter()]
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        raise click.UsageError("--top-k and --top-p say what to draw from: give a --temperature")
+    require("models", "flax", "tokenizers")
+    from df11_jax import models
+    from df11_jax.models.prompts import check_prompts, encode
 
-    def show(new: list[str]) -> None:
+    with failures():
+        config, tokenizer, stop = models.read_directory(model)
+        # Before the weights are read, which takes a while.
+        (ids,) = encode(tokenizer, [prompt])
+        check_prompts([ids], config, tokens)
+        sampling = models.Sampling(temperature, top_k, top_p).checked()
+        params = models.load_params(
+            open_checkpoint(model),
+            config,
+            compress=not plain,
+            cast=cast,
+            progress=show_progress(),
+            devices=devices,
+        )
+        # In advance, so that it is not timed.
+        programs = models.compile_programs(
+            params,
+            config,
+            batch=1,
+            prompt=len(ids),
+            tokens=tokens,
+            sampling=sampling,
+            stops=len(set(stop)),
+            every=_EVERY,
+        )
+        click.echo(click.style(prompt, bold=True), nl=False)
+        times = [time.perf_counter()]
+
+        def show(new: list[str]) -> None:
+            times.append(time.perf_counter())
+            click.echo(new[0], nl=False)
+
+        (completion,) = models.TextModel(params, config, tokenizer, stop).generate(
+            [prompt], tokens=tokens, sampling=sampling, seed=seed, every=_EVERY, callback=show
+        )
         times.append(time.perf_counter())
-        click.echo(new[0], nl=False)
+        click.echo()
+        say("\n" + _describe_speed(completion, times))
+        say(_describe_memory(models.measure_memory(params, programs), plain, devices))
 
-    (completion,) = model.generate(
-        [prompt], tokens=tokens, sampling=sampling, seed=seed, every=_EVERY, callback=show
-    )
-    times.append(time.perf_counter())
-    click.echo()
+
+def _describe_speed(completion: "Completion", times: list[float]) -> str:
     count = len(completion.tokens)
     speed = f", then {(count - 1) / (times[-1] - times[1]):.2f} a second" if count > 1 else ""
-    before = "" if plain else f" (plain: {format_bytes(memory.plain_weights)})"
+    return f"{count} tokens, the first after {times[1] - times[0]:.2f} s{speed}"
+
+
+def _describe_memory(memory: "Memory", plain: bool, devices: int) -> str:
     where = f"on each of {devices} devices: " if devices > 1 else ""
-    temporary = format_bytes(max(memory.prefill, memory.decode))
-    for line in (
-        f"\n{count} tokens, the first after {times[1] - times[0]:.2f} s{speed}",
-        f"{where}weights {format_bytes(memory.weights)}{before}, "
-        f"cache {format_bytes(memory.cache)}, temporary {temporary}",
-    ):
-        click.echo(line, err=True)
+    before = "" if plain else f" (plain: {format_bytes(memory.plain_weights)})"
+    return (
+        f"{where}weights {format_bytes(memory.weights)}{before}, cache "
+        f"{format_bytes(memory.cache)}, temporary "
+        f"{format_bytes(max(memory.prefill, memory.decode))}"
+    )

@@ -1,4 +1,4 @@
-"""A small byte-level Llama-style decoder whose weights may be plain or compressed.
+"""A small byte-level Llama-style transformer whose weights may be plain or compressed.
 
 Parameters are one nested dictionary:
 
@@ -141,14 +141,14 @@ def forward(
     """Logits for `tokens` at positions `start, start + 1, ...`, given what the cache holds.
 
     Args:
-      params: the dictionary described at the top; leaves plain or compressed.
-      tokens: the next bytes of each sequence.
-      cache: keys and values of the positions before `start`, from `init_cache` or a former call.
-      start: the number of positions already in the cache.
-      config: sizes, static under `jit`.
+        params: the dictionary described at the top; leaves plain or compressed.
+        tokens: the next bytes of each sequence.
+        cache: keys and values of the positions before `start`, from `init_cache` or a former call.
+        start: the number of positions already in the cache.
+        config: sizes, static under `jit`.
 
     Returns:
-      The float32 logits after each token, and the cache with these tokens added.
+        The float32 logits after each token, and the cache with these tokens added.
     """
     outer = df11_jax.decompress_params({k: v for k, v in params.items() if k != "layers"})
     embedding = outer["embedding"].astype(config.dtype)

@@ -1,44 +1,39 @@
 """The demo: the same text from compressed and from plain weights, and what each costs."""
 
 import time
-from collections.abc import Callable
+from typing import NamedTuple
 
-import click
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 import df11_jax
-from df11_jax.demo import checkpoint, generate, model
+from df11_jax.demo import checkpoint, generation, model
 
 CONFIG = model.Config()
 REPEATS = 3
-MIB = 2**20
 
 
-class BitMismatch(click.ClickException):
-    """Compressed and plain weights did not give the same bits; ends a command with status 1."""
+class BitMismatchError(Exception):
+    """Compressed and plain weights did not give the same bits."""
 
 
 class TokenLoop:
     """The compiled token loop for one set of weights, and what it costs.
 
     Attributes:
-      weight_bytes: of all arrays held, codebooks and padding included.
-      temporary_bytes: XLA's peak beyond inputs and outputs.
-      tokens_per_second: of the fastest run.
+        weight_bytes: the bytes of all arrays held, codebooks and padding included.
+        temporary_bytes: XLA's peak beyond inputs and outputs.
+        tokens_per_second: the speed of the fastest run.
     """
 
     def __init__(self, params: model.Params, prompt: str, tokens: int, key: jax.Array) -> None:
         prompt_bytes = jnp.asarray(list(prompt.encode()), jnp.int32)[None]
         start = prompt_bytes.shape[1]
-        logits, cache = generate.prefill(params, prompt_bytes, start + tokens, CONFIG)
+        logits, cache = generation.prefill(params, prompt_bytes, start + tokens, CONFIG)
         self._inputs = (params, logits, cache, jnp.int32(start), key)
-        self._program = generate.decode.lower(
+        self._program = generation.decode.lower(
             *self._inputs, jnp.float32(0), steps=tokens, config=CONFIG
         ).compile()
         memory = self._program.memory_analysis()
@@ -47,30 +42,49 @@ class TokenLoop:
         self.weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         self.tokens_per_second = 0.0
 
-    def run(self, temperature: float) -> generate.Generation:
+    def run(self, temperature: float) -> generation.Generation:
         """Generates once."""
         began = time.perf_counter()
-        generation = self._program(*self._inputs, jnp.float32(temperature))
-        jax.block_until_ready(generation)
-        seconds = time.perf_counter() - began
-        rate = generation.tokens.size / seconds
+        result = jax.block_until_ready(self._program(*self._inputs, jnp.float32(temperature)))
+        rate = result.tokens.size / (time.perf_counter() - began)
         self.tokens_per_second = max(self.tokens_per_second, rate)
-        return generation
+        return result
 
 
-def run_demo(prompt: str, tokens: int, temperature: float, seed: int) -> None:
-    """Generates with compressed and plain weights, compares every bit and prints both bills.
+class Comparison(NamedTuple):
+    """The text that compressed and plain weights both give, and what each costs.
+
+    Attributes:
+        text: the sampled text, without the prompt.
+        tokens: the number of tokens that were compared.
+        logits: the number of logits that were compared.
+        weights: the number of weights of the model.
+        platform: the platform of JAX that ran it.
+        plain: the costs with plain weights.
+        compressed: the costs with compressed weights.
+    """
+
+    text: str
+    tokens: int
+    logits: int
+    weights: int
+    platform: str
+    plain: TokenLoop
+    compressed: TokenLoop
+
+
+def run_demo(prompt: str, tokens: int, temperature: float, seed: int) -> Comparison:
+    """Generates with compressed and plain weights, and compares every bit.
 
     Args:
-      prompt: the text to continue.
-      tokens: how many bytes to add.
-      temperature: of the printed text; greedy decoding is run and compared as well.
-      seed: for sampling.
+        prompt: the text to continue.
+        tokens: the number of bytes to add.
+        temperature: the temperature of the text; greedy decoding is run and compared as well.
+        seed: the seed for sampling.
 
     Raises:
-      BitMismatch: if a logit or a token differs in any bit.
+        BitMismatchError: a logit or a token differs in any bit.
     """
-    console = Console()
     compressed_params = checkpoint.load_checkpoint()
     plain_params = df11_jax.decompress_params(compressed_params)
     key = jax.random.key(seed)
@@ -82,30 +96,27 @@ def run_demo(prompt: str, tokens: int, temperature: float, seed: int) -> None:
         sampled = compressed.run(temperature)
         _require_same_bits(plain.run(temperature), sampled, "sampled")
 
-    text = bytes(np.asarray(sampled.tokens[0], np.uint8)).decode(errors="replace")
-    console.print(Text.assemble((prompt, "bold"), text), soft_wrap=True)
-    console.print()
-    weights = sum(leaf.size for leaf in jax.tree.leaves(plain_params))
-    console.print(_table(plain, compressed, weights))
-    console.print(
-        f"All {sampled.tokens.size} tokens and {sampled.logits.size:,} logits are bit-identical, "
-        "sampled and greedy.",
-        highlight=False,
+    return Comparison(
+        text=bytes(np.asarray(sampled.tokens[0], np.uint8)).decode(errors="replace"),
+        tokens=sampled.tokens.size,
+        logits=sampled.logits.size,
+        weights=sum(leaf.size for leaf in jax.tree.leaves(plain_params)),
+        platform=jax.default_backend(),
+        plain=plain,
+        compressed=compressed,
     )
-    for remark in _remarks(plain, compressed):
-        console.print(remark, highlight=False)
 
 
 def _require_same_bits(
-    plain: generate.Generation, compressed: generate.Generation, name: str
+    plain: generation.Generation, compressed: generation.Generation, name: str
 ) -> None:
-    """Raises `BitMismatch` naming the first generated byte that differs."""
-    for field in generate.Generation._fields:
+    """Raises `BitMismatchError` naming the first generated byte that differs."""
+    for field in generation.Generation._fields:
         expected, actual = _bits(getattr(plain, field)), _bits(getattr(compressed, field))
         different = np.argwhere(expected != actual)
         if len(different):
             at = tuple(different[0])
-            raise BitMismatch(
+            raise BitMismatchError(
                 f"{name} {field} from compressed and plain weights differ in {len(different)} of "
                 f"{expected.size} places, first at byte {at[1]}: "
                 f"{actual[at]:#010x} instead of {expected[at]:#010x}"
@@ -115,35 +126,3 @@ def _require_same_bits(
 def _bits(array: Shaped[Array, "*shape"]) -> Shaped[np.ndarray, "*shape"]:
     """Bit patterns, so that -0 differs from 0 and one NaN from another."""
     return np.asarray(array).view(np.uint32)
-
-
-def _table(plain: TokenLoop, compressed: TokenLoop, weights: int) -> Table:
-    table = Table(title=f"{weights:,} weights on {jax.default_backend()}", title_justify="left")
-    table.add_column()
-    table.add_column("plain bf16", justify="right")
-    table.add_column("compressed", justify="right")
-
-    def row(name: str, show: Callable[[TokenLoop], str]) -> None:
-        table.add_row(name, show(plain), show(compressed))
-
-    row("weights in memory", lambda o: f"{o.weight_bytes / MIB:.2f} MiB")
-    row("bits per weight", lambda o: f"{8 * o.weight_bytes / weights:.2f}")
-    row("temporary memory, peak", lambda o: f"{o.temporary_bytes / MIB:.2f} MiB")
-    row("tokens per second", lambda o: f"{o.tokens_per_second:.0f}")
-    return table
-
-
-def _remarks(plain: TokenLoop, compressed: TokenLoop) -> list[str]:
-    saved = 1 - compressed.weight_bytes / plain.weight_bytes
-    speed = compressed.tokens_per_second / plain.tokens_per_second
-    remarks = [
-        f"The weights take {saved:.0%} less memory. Each token decodes all of them anew, and comes "
-        f"at {speed:.2f} times the speed: a single sequence, as here, pays for that alone; a batch "
-        "would share it."
-    ]
-    if jax.default_backend() == "cpu":
-        remarks.append(
-            "Most of the temporary memory on the left is a float32 copy of the plain weights, "
-            "which XLA keeps because it multiplies bf16 as float32 on a CPU."
-        )
-    return remarks

@@ -11,13 +11,13 @@ It ends at 1.185 nats (1.71 bits) per held-out byte; that loss also told when to
 seven passes over the text: with 2000 steps and a tenth of the weight decay it came to 1.43.
 """
 
+import argparse
 import dataclasses
 import functools
 import pathlib
 import time
 from pydoc_data.topics import topics
 
-import click
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,16 +123,21 @@ def round_to_bf16(params: model.Params) -> model.Params:
     return jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
 
 
-@click.command()
-@click.option("--out", type=click.Path(dir_okay=False, path_type=pathlib.Path), required=True)
-@click.option("--steps", default=1200, show_default=True)
-@click.option("--seed", default=0, show_default=True)
-def main(out: pathlib.Path, steps: int, seed: int) -> None:
-    """Trains from scratch and writes the bf16 parameters to OUT."""
+def main() -> None:
+    """Trains the model that the command line asks for."""
+    parser = argparse.ArgumentParser(description=train_model.__doc__)
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--seed", type=int, default=0)
+    train_model(**vars(parser.parse_args()))
+
+
+def train_model(out: pathlib.Path, steps: int, seed: int) -> None:
+    """Trains from scratch and writes the bf16 parameters to a file."""
     train, held_out = load_text()
     params = model.init_params(jax.random.key(seed), CONFIG)
     count = sum(a.size for a in jax.tree.leaves(params))
-    click.echo(f"{count:,} parameters, {len(train):,} bytes, {len(held_out):,} held out")
+    print(f"{count:,} parameters, {len(train):,} bytes, {len(held_out):,} held out")
 
     optimizer = make_optimizer(steps)
     state = optimizer.init(params)
@@ -145,10 +150,11 @@ def main(out: pathlib.Path, steps: int, seed: int) -> None:
         losses.append(loss)
         if step % 100 == 0 or step == steps:
             shipped = round_to_bf16(params)
-            click.echo(
+            print(
                 f"step {step:5d}  train {np.mean(losses):.3f}  "
                 f"held out {held_out_loss(shipped, held_out):.3f} nats/byte  "
-                f"{time.monotonic() - began:.0f} s"
+                f"{time.monotonic() - began:.0f} s",
+                flush=True,
             )
             checkpoint.save(shipped, out)  # an interrupted run leaves its latest parameters
             losses = []

@@ -1,11 +1,12 @@
-"""What is installed beside df11_jax, and what more there is to install."""
+"""The packages that df11_jax and its extras need, and those that are installed."""
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from importlib import metadata
 
-# What the extras that a user may want give; the others are for work on df11_jax itself.
+from packaging.requirements import Requirement
+
+# The use of each extra that a user may want; the others are for work on df11_jax itself.
 GIVES = {
     "cli": "the command line",
     "demo": "df11-jax demo",
@@ -17,50 +18,48 @@ GIVES = {
     "train": "to train the demo's model again",
 }
 
-_REQUIREMENT = re.compile(
-    r"(?P<name>[\w.-]+)(?:\[(?P<extras>[\w,-]+)\])?\s*(?:>=\s*(?P<oldest>[\d.]+))?"
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Package:
     """A distribution that is needed.
 
     Attributes:
-        name: as pip calls it.
-        oldest: version that will do; None for any.
-        installed: version that is there; None for none.
+        requirement: its name, and the versions that will do.
+        installed: the version that is there; None for none.
     """
 
-    name: str
-    oldest: str | None
+    requirement: Requirement
     installed: str | None
 
     @property
+    def name(self) -> str:
+        """The name that pip knows."""
+        return self.requirement.name
+
+    @property
     def will_do(self) -> bool:
-        """Whether it is there, and new enough."""
-        if self.installed is None or self.oldest is None:
-            return self.installed is not None
-        return _release(self.installed) >= _release(self.oldest)
+        """Whether it is there, in a version that will do."""
+        versions = self.requirement.specifier
+        return self.installed is not None and versions.contains(self.installed, prereleases=True)
 
     def __str__(self) -> str:
         if self.installed is None:
             return self.name
-        return f"{self.name} {self.installed}" + ("" if self.will_do else f" (< {self.oldest})")
+        needed = "" if self.will_do else f" (needs {self.requirement.specifier})"
+        return f"{self.name} {self.installed}{needed}"
 
 
 def required(extra: str | None = None) -> list[Package]:
-    """What df11_jax, or an extra of it, needs directly, according to its metadata.
+    """The packages that df11_jax, or an extra of it, needs directly, according to its metadata.
 
     Args:
-        extra: a name of an extra; None for what is always needed.
+        extra: the name of an extra; None for the packages that are always needed.
 
     Returns:
-        The packages; none for an extra that this version does not have.
+        The packages, sorted by name; none for an extra that this version does not have.
     """
-    names = [] if extra is None else [extra]
-    packages = {package.name: package for package in _required(names)}
-    return sorted(packages.values(), key=lambda package: package.name)
+    packages = {package.name: package for package in _required(extra)}
+    return [packages[name] for name in sorted(packages)]
 
 
 def installed_version(name: str) -> str | None:
@@ -71,23 +70,17 @@ def installed_version(name: str) -> str | None:
         return None
 
 
-def _required(extras: list[str]) -> Iterator[Package]:
-    of_an_extra = re.compile(r"""extra\s*==\s*['"]([\w-]+)['"]""")
+def _required(extra: str | None) -> Iterator[Package]:
     for line in metadata.requires("df11_jax") or []:
-        requirement, _, marker = line.partition(";")
-        condition = of_an_extra.search(marker)
-        if (condition and condition[1] not in extras) or (extras and not condition):
+        requirement = Requirement(line)
+        if not _applies(requirement, extra or "") or (extra and _applies(requirement, "")):
             continue
-        parsed = _REQUIREMENT.match(requirement.strip())
-        assert parsed, line
-        if parsed["extras"]:  # df11_jax[cli,flax]
-            yield from _required(parsed["extras"].split(","))
+        if requirement.extras:  # df11_jax[cli,flax]
+            for other in requirement.extras:
+                yield from _required(other)
         else:
-            version = installed_version(parsed["name"])
-            yield Package(parsed["name"], parsed["oldest"], version)
+            yield Package(requirement, installed_version(requirement.name))
 
 
-def _release(version: str) -> tuple[int, ...]:
-    """The numbers of a version, without what marks a pre-release or a local build."""
-    numbers = re.match(r"\d+(?:\.\d+)*", version)
-    return tuple(map(int, numbers[0].split("."))) if numbers else ()
+def _applies(requirement: Requirement, extra: str) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": extra})

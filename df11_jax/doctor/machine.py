@@ -1,4 +1,4 @@
-"""What there is to decode with: backends, their devices and decoders, the CUDA library."""
+"""The backends, devices and decoders of this machine, and the CUDA library."""
 
 import dataclasses
 import os
@@ -8,7 +8,7 @@ import jax
 import jax.extend
 
 from df11_jax import _cuda, _ffi, _host_codec
-from df11_jax.bench.device import processor_name
+from df11_jax._host import processor_name
 from df11_jax.doctor.extras import installed_version
 from df11_jax.doctor.self_test import simd_name
 
@@ -20,12 +20,12 @@ class Backend:
     """A backend of JAX in this process.
 
     Attributes:
-        platform: "cpu", "cuda", "tpu", ...
-        devices: kind of each.
+        platform: its name: "cpu", "cuda", "tpu", ...
+        devices: the kind of each device.
         is_default: whether programs run there unless told otherwise.
-        decoder: what decodes there.
-        why: that one.
-        obstacle: why it is not a compiled one, although there is one for the platform.
+        decoder: the decoder that is used there.
+        why: the reason for that decoder.
+        obstacle: the reason why it is not a compiled one, if there is one for the platform.
     """
 
     platform: str
@@ -42,12 +42,13 @@ class Cuda:
 
     Attributes:
         in_build: whether there is a library.
-        loads: whether it loads.
-        error: why it does not; None otherwise.
-        built_for: CUDA version.
-        compute_capabilities: with machine code; newer ones than the last will do, too.
-        needs: which driver.
-        driver: its version, from nvidia-smi; None if that is not known.
+        loads: whether the library loads.
+        error: the reason why it does not load; None otherwise.
+        built_for: the CUDA version that the library was built for.
+        compute_capabilities: the compute capabilities that the library has machine code for; newer
+            ones than the last will do, too.
+        needs: the driver that the library needs.
+        driver: the version of the driver, from nvidia-smi; None if that is not known.
         driver_cuda: the newest CUDA version that it supports; None without a driver.
         jax_plugins: JAX's own packages for CUDA.
     """
@@ -75,7 +76,7 @@ def list_backends() -> list[Backend]:
         devices = client.local_devices()
         kinds = [processor_name() if platform == "cpu" else d.device_kind for d in devices]
         is_default = any(device.platform == default for device in devices)
-        backends.append(Backend(platform, kinds, is_default, *decoder_of(platform)))
+        backends.append(Backend(platform, kinds, is_default, *_decoder_of(platform)))
     return backends
 
 
@@ -85,8 +86,8 @@ def local_devices(platform: str) -> list[jax.Device]:
     return list({device.device_kind: device for device in reversed(devices)}.values())
 
 
-def decoder_of(platform: str) -> tuple[str, str, _cuda.Obstacle | None]:
-    """What decodes on a backend, why that, and why it is nothing that is compiled."""
+def _decoder_of(platform: str) -> tuple[str, str, _cuda.Obstacle | None]:
+    """The decoder of a backend, the reason for it, and the obstacle to a compiled one."""
     plain = "plain XLA operations"
     if platform not in ("cpu", "cuda"):
         return plain, "there is no compiled decoder for this platform", None
@@ -131,6 +132,6 @@ def _driver_from_smi() -> str | None:
 
 
 def environment() -> dict[str, str]:
-    """Variables that say which devices JAX may use."""
+    """The variables that say which devices JAX may use."""
     names = ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES")
     return {name: os.environ[name] for name in names if name in os.environ}

@@ -15,7 +15,7 @@ from jaxtyping import UInt16
 from df11_jax import _ffi, _host_codec, _layout, _xla_decoder, published
 from df11_jax._array import DF11Array
 from df11_jax._decode import decompress
-from df11_jax.published import _xla_decoder as _published_xla_decoder
+from df11_jax.published import xla_decoder as _published_xla_decoder
 
 PLAIN = "plain XLA"
 
@@ -31,13 +31,13 @@ class Outcome:
     """What a decoder did with one layout.
 
     Attributes:
-        platform: of the device; "host" for the encoders.
-        device: its kind.
-        decoder: "AVX-512", "CUDA", "plain XLA", ...
-        layout: "native" or "published".
-        weights: how many were compared.
-        seconds: that it took, with compilation.
-        error: None if every bit came back.
+        platform: the platform of the device; "host" for the encoders.
+        device: the kind of the device.
+        decoder: the name of the decoder: "AVX-512", "CUDA", "plain XLA", ...
+        layout: the name of the layout: "native" or "published".
+        weights: the number of weights that were compared.
+        seconds: the seconds that it took, with compilation.
+        error: the difference or the failure; None if every bit came back.
     """
 
     platform: str
@@ -51,7 +51,7 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Weights, and what they are in one layout, encoded on the host."""
+    """Weights, as they are and encoded on the host in one layout."""
 
     layout: str
     bits: Bits
@@ -62,7 +62,7 @@ def encode_samples() -> tuple[list[Sample], list[Outcome]]:
     """Encodes weights in both layouts.
 
     Returns:
-        What could be encoded, and how it went.
+        The samples that could be encoded, and the outcome of each encoder.
     """
     samples, outcomes = [], []
     for layout, bits, encode in (
@@ -72,7 +72,7 @@ def encode_samples() -> tuple[list[Sample], list[Outcome]]:
         start, error = time.perf_counter(), None
         try:
             samples.append(Sample(layout, bits, encode(bits)))
-        except Exception as problem:  # whatever it is, the report is to say it
+        except Exception as problem:  # whatever it is, the outcome is to say it
             error = _message(problem)
         seconds = time.perf_counter() - start
         outcomes.append(Outcome("host", "host", "encoder", layout, bits.size, seconds, error))
@@ -83,12 +83,12 @@ def check_device(device: jax.Device, platform: str, samples: list[Sample]) -> It
     """Decodes samples on a device, with every decoder that it has.
 
     Args:
-        device: to decode on.
-        platform: its platform, as JAX's backends are called.
-        samples: what to decode.
+        device: the device to decode on.
+        platform: the name of its backend in JAX.
+        samples: the weights to decode.
 
     Yields:
-        How it went.
+        The outcome of each decoder.
     """
     for sample in samples:
         for decoder, decode, context in _decoders(platform, sample.layout):
@@ -107,7 +107,7 @@ def check_device(device: jax.Device, platform: str, samples: list[Sample]) -> It
 def _decoders(
     platform: str, layout: str
 ) -> Iterator[tuple[str, Decode, contextlib.AbstractContextManager[None]]]:
-    """Name of each decoder, how to call it, and in which context."""
+    """The name of each decoder, the function that calls it, and the context to call it in."""
     if layout == "native":
         compiled, plain = jax.jit(decompress), jax.jit(_decode_native_plainly)
     else:
@@ -160,9 +160,9 @@ def _normal(size: int) -> UInt16[np.ndarray, " size"]:
 
 
 def _encode_native(bits: Bits) -> DF11Array:
-    parts = _host_codec.encode(bits.view(ml_dtypes.bfloat16), "self-test", stack_axes=1)
-    payload: dict[str, Any] = dict(zip(_layout.PAYLOAD, parts, strict=True))
-    return DF11Array(**payload, slice_shape=bits.shape[1:])
+    layout = _layout.make_layout(bits.shape[1:])
+    parts = _host_codec.encode(bits.view(ml_dtypes.bfloat16), "self-test", layout)
+    return DF11Array.from_payload(parts, layout)
 
 
 def _encode_published(bits: Bits) -> published.PublishedUnit:
@@ -172,7 +172,7 @@ def _encode_published(bits: Bits) -> published.PublishedUnit:
 def _decode_native_plainly(array: DF11Array) -> jax.Array:
     index = jnp.arange(array.stack_shape[0], dtype=jnp.int32)
     payload = (leaf[None] for leaf in array.payload)
-    return _xla_decoder.decode(index, *payload, slice_shape=array.slice_shape)
+    return _xla_decoder.decode(index, *payload, layout=array.layout)
 
 
 def _decode_published(unit: published.PublishedUnit) -> jax.Array:

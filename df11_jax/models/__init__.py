@@ -1,7 +1,7 @@
 """Llama 3, Qwen 2.5, Qwen 3 and Gemma 3 in Flax, generating text from compressed weights.
 
-`load` takes a Hugging Face directory. What it returns is made of the rest: a configuration,
-parameters (plain or compressed: the same functions take both), and a tokenizer.
+`load` reads a Hugging Face directory and returns a `TextModel`: a configuration, a tokenizer, and
+parameters, which may be plain or compressed. The other functions work on these parts.
 """
 
 import importlib.util
@@ -11,17 +11,24 @@ if importlib.util.find_spec("flax") is None:
 
 from df11_jax.models._cache import Cache, Slots, init_cache
 from df11_jax.models._config import Config, Rope
-from df11_jax.models._estimate import estimate_memory
-from df11_jax.models._generate import NO_TOKEN, State, decode, generate, prefill
+from df11_jax.models._devices import find_mesh, place_params
+from df11_jax.models._generate import generate
 from df11_jax.models._hf_config import UnsupportedModelError, read_config
 from df11_jax.models._load import load_params
-from df11_jax.models._memory import Memory, Programs, compile_programs, measure_memory
-from df11_jax.models._parallel import find_mesh
-from df11_jax.models._placement import place_params
+from df11_jax.models._memory import Memory, measure_memory
+from df11_jax.models._programs import (
+    NO_TOKEN,
+    Programs,
+    State,
+    compile_programs,
+    decode,
+    prefill,
+)
 from df11_jax.models._random import RandomSource
 from df11_jax.models._sampling import Sampling
 from df11_jax.models._text import Completion, TextModel, load, read_directory
 from df11_jax.models._transformer import Params, forward, project
+from df11_jax.models.estimate import estimate_memory
 
 __all__ = [
     "NO_TOKEN",

@@ -1,4 +1,4 @@
-"""Attention: what queries make of the key-value cache, a part of it at a time."""
+"""Attention of queries to the key-value cache, a part of it at a time."""
 
 from collections.abc import Callable
 
@@ -10,8 +10,8 @@ from df11_jax.models import _cache
 from df11_jax.models._cache import Inputs, Slots
 from df11_jax.models._config import Config
 
-# Of attention scores at a time, and of keys and values that XLA copies out of the cache: for many
-# or long sequences they would else be most of the memory.
+# Bytes of attention scores at a time, and of keys and values that XLA copies out of the cache: for
+# many or long sequences, all of them at once would take most of the memory.
 PART_BYTES = 64 * 2**20
 
 
@@ -27,13 +27,13 @@ def attend(
     """Means of the values, weighted by how well their keys fit the queries.
 
     Args:
-        query: of some tokens.
-        key: of the same.
-        value: of the same.
-        slots: of all layers of a kind, without these tokens.
-        layer: counted among those of the kind.
-        inputs: those of the kind.
-        config: of the decoder.
+        query: the queries of some tokens.
+        key: the keys of the same tokens.
+        value: the values of the same tokens.
+        slots: the slots of all layers of this type, without these tokens.
+        layer: the index of the layer among those of its type.
+        inputs: the inputs of the layers of this type.
+        config: the configuration of the transformer.
 
     Returns:
         The means, and the slots with keys and values of the tokens.
@@ -43,10 +43,11 @@ def attend(
     if inputs.origins is None:
         slots = _cache.write(slots, key, value, layer, inputs)
         return _attend(query, None, None, slots, layer, inputs, config), slots
-    # The last tokens would take the slots of others that the first ones still look at.
+    # Attention comes first: the last of these tokens take slots that the first still attend to.
     mixed = _attend(query, key, value, slots, layer, inputs, config)
-    # No number is larger, but XLA does not know that. So it knows that slots are read before they
-    # are written; it would else copy all of them. (On a CPU, optimization_barrier would not do.)
+    # This adds 0, since no number is larger than infinity, but XLA does not know that: so the write
+    # depends on the read. Otherwise XLA would copy all slots, to be able to write them first. (On a
+    # CPU, optimization_barrier does not prevent that.)
     layer = layer + (mixed[0, 0, 0, 0] > jnp.inf)
     return mixed, _cache.write(slots, key, value, layer, inputs)
 
@@ -78,8 +79,8 @@ def _attend(
 
         def attend_tokens(query: Array, _row: Array, _head: Array, token: Array) -> Array:
             tokens = query.shape[2]
-            # Not mapped over the tokens: of one sequence, XLA for GPUs would then keep the keys of
-            # all layers a second time, transposed.
+            # Not mapped over the tokens: for a single sequence, XLA for GPUs would then keep the
+            # keys of all layers a second time, transposed.
             flat = query.reshape(rows * heads, tokens * shared, c.head_dim)
             scores = jnp.einsum("nqd,ntd->nqt", flat, part_keys, preferred_element_type=jnp.float32)
             scores = softcap(scores * c.attention_scale, c.attention_softcap)
@@ -114,14 +115,14 @@ def _in_parts(
     most: tuple[int, ...],
     starts: tuple[Array, ...] = (),
 ) -> Array:
-    """What a function makes of an array, part by part.
+    """The result of applying a function to an array, part by part.
 
     Args:
-        function: gets a part, and along each axis of `most` where it starts; the result has the
-            shape and dtype of the part, and does not depend on how the array is divided.
-        array: to be divided.
-        most: how long parts are along the first axes, at most; less than 1 is taken for 1.
-        starts: along the axes that are done with.
+        function: the function of a part, and of its start along each axis of `most`; the result has
+            the shape and dtype of the part, and does not depend on how the array is divided.
+        array: the array to divide.
+        most: the greatest length of a part along each of the first axes; less than 1 counts as 1.
+        starts: the starts along the axes that are divided already.
     """
     axis = len(starts)
     if axis == len(most):
@@ -133,7 +134,8 @@ def _in_parts(
     length = -(-size // parts)
 
     def do_part(i: Array, out: Array) -> Array:
-        # All parts are equally long. What two of them have in common comes out the same.
+        # All parts are equally long: the last one overlaps the one before, and the elements that
+        # they have in common come out the same.
         start = jnp.minimum(i * length, size - length)
         part = jax.lax.dynamic_slice_in_dim(array, start, length, axis)
         new = _in_parts(function, part, most, (*starts, start))

@@ -1,4 +1,7 @@
-"""The key-value cache: a slot for each token, or in sliding layers for each that is still seen."""
+"""The key-value cache, which has a slot for each token.
+
+Sliding layers have slots for the tokens within their window only.
+"""
 
 from typing import NamedTuple
 
@@ -10,14 +13,14 @@ from numpy.typing import DTypeLike
 
 from df11_jax.models import _rope
 from df11_jax.models._config import Config
-from df11_jax.models._kinds import Kind
+from df11_jax.models._layer_types import LayerType
 
-# The position of empty slots, and of tokens that fill up rows: after all others.
+# The position of empty slots, and of tokens that only pad a row: it is after all others.
 NOWHERE = np.iinfo(np.int32).max
 
 
 class Slots(NamedTuple):
-    """Keys (already rotated) and values of all layers of a kind, and which tokens they are of.
+    """Keys (already rotated) and values of all layers of a type, and the positions of their tokens.
 
     Keys and values are kept as bit patterns: to change a part of a bfloat16 array, XLA on a CPU
     writes all of it anew.
@@ -29,43 +32,44 @@ class Slots(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """What attention looks at.
+    """The keys and values that attention reads.
 
     Tokens take slots one after the other, those of all rows of a batch at the same time. Rows may
     begin later than others, so each slot has its position in each row.
 
     Attributes:
-        full: of layers that attend to all positions before; a slot for each token. None without
-            such layers.
-        sliding: of layers that attend to the last `window` positions; no more slots than that. A
-            token takes the slot of the one that is out of sight with it. None without such layers.
+        full: the slots of layers that attend to all positions before, one for each token; None if
+            there are no such layers.
+        sliding: the slots of layers that attend to the last `window` positions, no more than these;
+            a token takes the slot of the token that leaves the window when it comes. None if there
+            are no such layers.
     """
 
     full: Slots | None
     sliding: Slots | None
 
-    def of(self, kind: Kind) -> Slots:
-        """The slots of layers of a kind that there are."""
-        slots = self.full if kind == "full" else self.sliding
+    def of(self, layer_type: LayerType) -> Slots:
+        """The slots of the layers of a type that the model has."""
+        slots = self.full if layer_type == "full" else self.sliding
         assert slots is not None
         return slots
 
-    def replace(self, kind: Kind, slots: Slots) -> "Cache":
-        """The same with other slots of layers of a kind."""
-        return Cache(slots, self.sliding) if kind == "full" else Cache(self.full, slots)
+    def replace(self, layer_type: LayerType, slots: Slots) -> "Cache":
+        """A cache with other slots of the layers of a type."""
+        return Cache(slots, self.sliding) if layer_type == "full" else Cache(self.full, slots)
 
 
 class Inputs(NamedTuple):
-    """What blocks of one kind get beside activations.
+    """The inputs, beside activations, of all blocks of one layer type.
 
     Attributes:
-        window: how many positions they look back, themselves included; None for all.
-        positions: of the tokens.
-        key_positions: of all keys, those of the tokens included.
-        slots: the first of those that tokens are written to: at one place, or at two.
-        origins: for each slot which of the tokens goes there, negative for none. None if tokens go
-            to one place, and are in their slots before anything is looked at.
-        rotation: of the tokens.
+        window: the number of positions that a token attends to, its own included; None for all.
+        positions: the positions of the tokens.
+        key_positions: the positions of all keys, those of the tokens included.
+        slots: the first slot of each run of slots that tokens are written to; there are one or two.
+        origins: the index of the token that goes to each slot, negative for none. None if the
+            tokens go to a single run of slots, and are written before attention reads them.
+        rotation: the rotation of the tokens.
     """
 
     window: int | None
@@ -80,9 +84,9 @@ def init_cache(config: Config, batch: int, slots: int) -> Cache:
     """An empty cache.
 
     Args:
-        config: of the decoder.
-        batch: how many sequences.
-        slots: for how many tokens of each.
+        config: the configuration of the transformer.
+        batch: the number of sequences.
+        slots: the number of tokens of each sequence that there is room for.
     """
     sliding = sum(config.sliding)
     full = config.layers - sliding
@@ -93,7 +97,7 @@ def init_cache(config: Config, batch: int, slots: int) -> Cache:
 
 
 def init_slots(config: Config, layers: int, batch: int, slots: int) -> Slots:
-    """Empty slots of layers of one kind."""
+    """Empty slots of layers of one type."""
     shape = (layers, batch, config.kv_heads, slots, config.head_dim)
     bits = _bits(config.dtype)
     return Slots(
@@ -103,42 +107,47 @@ def init_slots(config: Config, layers: int, batch: int, slots: int) -> Slots:
     )
 
 
-def place(
+def count_bytes(cache: Cache) -> int:
+    """Bytes of keys, values and positions of a cache, which may have shapes in place of arrays."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+
+
+def assign_slots(
     slots: Slots,
     positions: Int[Array, "batch seq"],
     slot: Int[Array, ""],
     keep: Int[Array, ""] | int,
-    kind: Kind,
+    layer_type: LayerType,
     config: Config,
 ) -> tuple[Slots, Inputs]:
-    """Gives tokens their slots in all layers of a kind, which keys and values do not fill yet.
+    """Gives tokens their slots in all layers of a type; keys and values are written later.
 
     Args:
-        slots: of the layers.
-        positions: of the tokens.
-        slot: of the first token, counted from the beginning of the sequences.
-        keep: how many of the tokens to keep in sliding layers.
-        kind: of the layers.
-        config: of the decoder.
+        slots: the slots of the layers.
+        positions: the positions of the tokens.
+        slot: the slot of the first token, counted from the beginning of the sequences.
+        keep: the number of tokens, from the first on, that sliding layers keep.
+        layer_type: the type of the layers.
+        config: the configuration of the transformer.
 
     Returns:
-        The slots with the positions of the tokens, and what blocks need to know.
+        The slots with the positions of the tokens, and the inputs of the blocks.
     """
     seq, size = positions.shape[1], slots.positions.shape[1]
     window, rope = None, config.rope
-    if kind == "sliding":
+    if layer_type == "sliding":
         window, rope = config.window, config.local_rope
     rotation = _rope.rotation(positions, rope, config.head_dim)
     if window is None or seq == 1:
         slot = slot if window is None else slot % size
-        places = jax.lax.dynamic_update_slice_in_dim(slots.positions, positions, slot, axis=1)
-        inputs = Inputs(window, positions, places, slot[None], None, rotation)
-        return slots._replace(positions=places), inputs
-    # Seen from the slot of the last token that is kept, others are of tokens before it.
+        keys = jax.lax.dynamic_update_slice_in_dim(slots.positions, positions, slot, axis=1)
+        inputs = Inputs(window, positions, keys, slot[None], None, rotation)
+        return slots._replace(positions=keys), inputs
+    # Counted back from the slot of the last token that is kept, slots are of the tokens before it.
     last = slot + keep - 1
     origins = keep - 1 - (last - jnp.arange(size)) % size
     count = min(seq, size)
-    # They may go on at the beginning.
+    # The slots of the tokens may go on at the beginning.
     oldest = (last + 1 - count) % size
     first = jnp.minimum(oldest, size - count)
     begins = first[None] if count == size else jnp.stack([first, jnp.zeros_like(first)])
@@ -150,7 +159,7 @@ def place(
 def to_bits(
     new: Float[Array, "batch seq kv_heads head_dim"],
 ) -> UInt[Array, "batch kv_heads seq head_dim"]:
-    """Keys or values of some tokens, as slots have them."""
+    """Keys or values of some tokens, as the bit patterns that slots hold."""
     return jax.lax.bitcast_convert_type(jnp.moveaxis(new, 1, 2), _bits(new.dtype))
 
 
@@ -164,14 +173,14 @@ def write(
     """Puts keys and values of some tokens into their slots."""
 
     def update(i: Array | int, slots: Slots) -> Slots:
-        place = layer, inputs.slots[i], inputs.origins
+        where = layer, inputs.slots[i], inputs.origins
         return slots._replace(
-            keys=_write_to(slots.keys, key, *place), values=_write_to(slots.values, value, *place)
+            keys=_write_to(slots.keys, key, *where), values=_write_to(slots.values, value, *where)
         )
 
     if len(inputs.slots) == 1:
         return update(0, slots)
-    # In a loop, since XLA for CPUs would fuse the second with the first, and copy all slots.
+    # In a loop, since XLA for CPUs would fuse the second write with the first, and copy all slots.
     return jax.lax.fori_loop(0, len(inputs.slots), update, slots)
 
 
@@ -184,7 +193,7 @@ def read(
     counts: tuple[int, int],
     dtype: jnp.dtype,
 ) -> Float[Array, "pairs keys head_dim"]:
-    """Keys or values of some rows and heads: those in slots, then new ones, if there are any."""
+    """Keys or values of some rows and heads: those in slots, then the new ones, if any."""
     start = _starts(layer, row, head, 0, 0)
     bits = jax.lax.dynamic_slice(stack, start, (1, *counts, *stack.shape[3:]))[0]
     if new is not None:
@@ -200,7 +209,7 @@ def _write_to(
     slot: Int[Array, ""],
     origins: Int[Array, " slots"] | None,
 ) -> UInt[Array, "layers batch kv_heads slots head_dim"]:
-    """Writes to slots from one on: as many as there are tokens, but no more than there are."""
+    """Writes tokens to consecutive slots from `slot` on, but to no more than there are."""
     start = _starts(layer, 0, 0, slot, 0)
     if origins is not None:
         count = min(new.shape[2], stack.shape[3])
@@ -212,12 +221,12 @@ def _write_to(
 
 
 def _starts(*starts: Int[Array, ""] | int) -> tuple[Int[Array, ""], ...]:
-    """Of one dtype, as slicing wants them, whether numbers have 32 bits or 64 by default."""
+    """Start indices of one dtype, as slicing wants them, whatever the default integers are."""
     return tuple(jnp.asarray(start, jnp.int32) for start in starts)
 
 
 def _pick(new: Array, old: Array, origins: Int[Array, " n"], axis: int) -> Array:
-    """Along an axis, those of `new` that `origins` says, and of `old` where it is negative."""
+    """Elements of `new` along an axis, by the indices in `origins`; of `old` where negative."""
     shape = [1] * old.ndim
     shape[axis] = len(origins)
     picked = jnp.take(new, jnp.maximum(origins, 0), axis=axis, mode="clip")
@@ -225,5 +234,5 @@ def _pick(new: Array, old: Array, origins: Int[Array, " n"], axis: int) -> Array
 
 
 def _bits(dtype: DTypeLike) -> np.dtype:
-    """The unsigned integers that are as large."""
+    """The unsigned integers of the same size."""
     return np.dtype(f"u{np.dtype(dtype).itemsize}")

@@ -1,8 +1,8 @@
-"""Where devices that share a decoder have to know of each other. Without an axis, there is one.
+"""Exchange between devices that compute a transformer together; without an axis there is only one.
 
-What they exchange is exact but for the order of summation: products of a share are summed in
-float32, and rounded once. All devices choose tokens from the same bits, gathered from those that
-computed them: loops that end with the last token end for all of them.
+The exchange is exact but for the order of summation: the products of the shards are summed in
+float32, and rounded once. All devices choose tokens from the same bits, gathered from the devices
+that computed them, so loops that end with the last token end on all devices together.
 """
 
 from collections.abc import Callable
@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int
 
-from df11_jax.models import _table
-from df11_jax.models._table import Table
+from df11_jax.models import tables
+from df11_jax.models.tables import Table
 
 
-def summed(axis: str | None) -> Callable[..., Array] | None:
-    """The `dot_general` of layers of which each device has some of the inputs; None for any."""
+def summing_dot_general(axis: str | None) -> Callable[..., Array] | None:
+    """The `dot_general` of a layer whose inputs are divided; None, for the usual one, if not."""
     if axis is None:
         return None
 
@@ -33,13 +33,13 @@ def summed(axis: str | None) -> Callable[..., Array] | None:
 def look_up(
     table: Table, tokens: Int[Array, "*batch"], axis: str | None
 ) -> BFloat16[Array, "*batch dim"]:
-    """`_table.look_up` in a table of which each device has some groups of rows."""
+    """`tables.look_up` in a table whose groups of rows are divided over the devices."""
     if axis is None:
-        return _table.look_up(table, tokens)
+        return tables.look_up(table, tokens)
     groups, rows, _ = table.shape
     local = tokens - jax.lax.axis_index(axis) * (groups * rows)
     is_here = (local >= 0) & (local < groups * rows)
-    found = _table.look_up(table, jnp.where(is_here, local, 0))
+    found = tables.look_up(table, jnp.where(is_here, local, 0))
     # As integers: the sum of zeros and a negative zero would be a positive one.
     bits = jax.lax.bitcast_convert_type(found, jnp.uint16).astype(jnp.uint32)
     bits = jax.lax.psum(jnp.where(is_here[..., None], bits, 0), axis)
@@ -49,8 +49,8 @@ def look_up(
 def project(
     table: Table, x: Float[Array, "*batch dim"], axis: str | None
 ) -> Float[Array, "*batch rows_of_all"]:
-    """`_table.project` with a table of which each device has some groups of rows."""
-    logits = _table.project(table, x)
+    """`tables.project` with a table whose groups of rows are divided over the devices."""
+    logits = tables.project(table, x)
     if axis is None:
         return logits
     return jax.lax.all_gather(logits, axis, axis=logits.ndim - 1, tiled=True)

@@ -1,4 +1,4 @@
-"""What is configured about the decoder: sizes, and the places where families differ."""
+"""The configuration of a transformer: its sizes, and where the families differ."""
 
 import dataclasses
 from typing import Any
@@ -13,12 +13,13 @@ class Rope:
     Attributes:
         theta: the base; pair i of a head turns by theta^(-2 i / head_dim) a position.
         kind: "default"; "linear", all frequencies divided by `factor`; or "llama3", low ones
-            divided by `factor`, high ones as they are, those between interpolated.
-        factor: as above.
-        low_freq_factor: of "llama3": a frequency is low if it makes fewer turns in
+            divided by `factor`, high ones unchanged, those between interpolated.
+        factor: the divisor for "linear" and "llama3".
+        low_freq_factor: the limit of low frequencies for "llama3": those that make fewer turns in
             `original_length` positions.
-        high_freq_factor: of "llama3": a frequency is high if it makes more turns.
-        original_length: of "llama3".
+        high_freq_factor: the limit of high frequencies for "llama3": those that make more turns in
+            `original_length` positions.
+        original_length: the number of positions, for "llama3", in which turns are counted.
     """
 
     theta: float = 10_000.0
@@ -31,7 +32,7 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A decoder.
+    """The configuration of a transformer.
 
     Attributes:
         family: `model_type`, as Hugging Face calls it.
@@ -43,26 +44,26 @@ class Config:
         kv_heads: number of key-value heads; consecutive query heads share one.
         head_dim: size of a head.
         max_length: the longest sequence that it was trained for.
-        rope: of layers that attend to all positions before.
-        local_rope: of sliding layers.
-        sliding: for each layer whether it attends to the last `window` positions only.
-        window: as above; 0 without such layers.
+        rope: frequencies in full layers, which attend to all positions before.
+        local_rope: frequencies in sliding layers.
+        sliding: a flag for each layer, whether it attends to the last `window` positions only.
+        window: the number of positions that sliding layers attend to; 0 if there are none.
         qkv_bias: queries, keys and values have biases.
         output_bias: the projection after attention has biases.
         mlp_bias: the MLP has biases.
         qk_norm: queries and keys are normed, head by head.
-        post_norms: what attention and MLP return is normed, as well as what they get.
+        post_norms: the outputs of attention and MLP are normed, as well as their inputs.
         unit_offset: norms multiply by 1 + scale.
-        activation: "silu" or "gelu_tanh", of the gate.
-        norm_eps: of all norms.
+        activation: the activation of the gate, "silu" or "gelu_tanh".
+        norm_eps: the epsilon of all norms.
         embedding_scale: embeddings are multiplied by it.
         attention_scale: scores are multiplied by it.
-        attention_softcap: the c of c tanh(x / c), of scores; None for none.
-        logit_softcap: likewise, of logits.
+        attention_softcap: the c of c tanh(x / c), which caps scores; None for no cap.
+        logit_softcap: the same for logits.
         tied: the output head is the embedding.
-        dtype: of activations and of the key-value cache; weights are cast to it.
-        axis: of a mesh of devices, in a program that runs on all of them, where this is the share
-            of one; None otherwise.
+        dtype: the dtype of activations and of the key-value cache; weights are cast to it.
+        axis: the axis of a mesh of devices, if this is the shard that each of them computes in one
+            program for all; None otherwise.
     """
 
     family: str

@@ -3,34 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
+from df11_jax._files.model_config import DEFAULTS
 from df11_jax.models._config import Config, Rope
 
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
-# Larger sizes are mistakes, which would take much time and memory to come to light.
+# Larger sizes are mistakes, which would otherwise come to light only after much time and memory.
 _MOST, _MOST_LAYERS = 2**24, 10_000
 
-# What transformers assumes where a file says nothing, which files of Gemma 3 do a lot.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"hidden_act": "silu", "max_position_embeddings": 2048},
-    "qwen2": {"hidden_act": "silu", "max_position_embeddings": 32768},
-    "qwen3": {"hidden_act": "silu", "max_position_embeddings": 32768, "head_dim": 128},
-    "gemma3_text": {
-        "hidden_activation": "gelu_pytorch_tanh",
-        "max_position_embeddings": 131_072,
-        "vocab_size": 262_208,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 4096,
-        "sliding_window_pattern": 6,
-        "rope_theta": 1_000_000.0,
-        "rope_local_base_freq": 10_000.0,
-        "tie_word_embeddings": True,
-    },
-}
+_FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
+
 # Fields that change what is computed, with the values under which they do not.
 _NOT_IMPLEMENTED = {
     "quantization_config": (None,),
@@ -44,35 +27,29 @@ class UnsupportedModelError(ValueError):
 
 
 def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config:
-    """Understands the content of a `config.json`, or refuses it.
+    """Reads the configuration of a transformer from the content of a `config.json`.
 
     Args:
-        fields: the JSON object; of multimodal Gemma 3, the text part is taken.
-        where: what to call it in messages.
+        fields: the JSON object; of multimodal Gemma 3, only the text part is used.
+        where: the name of the file in messages.
 
     Returns:
-        The configuration of the decoder.
+        The configuration of the transformer.
 
     Raises:
-        UnsupportedModelError: another architecture, or a variant that is not implemented.
-        ValueError: a field is missing, or is not what it should be; the message names it.
+        UnsupportedModelError: the model has another architecture, or a variant of it that is not
+            implemented.
+        ValueError: a field is missing or wrong; the message names it.
     """
     if fields.get("model_type") == "gemma3":
-        text = fields.get("text_config")
-        if not isinstance(text, Mapping):
-            raise ValueError(f"{where}: text_config is {text!r:.80}, expected a JSON object")
-        # These are about the whole model, and transformers reads them there.
-        outer = ("quantization_config", "tie_word_embeddings")
-        whole = {name: fields[name] for name in outer if fields.get(name) is not None}
-        fields = {"model_type": "gemma3_text"} | dict(text) | whole
-        where += ": text_config"
+        fields, where = _gemma3_text(fields, where), f"{where}: text_config"
     family = fields.get("model_type")
-    if not isinstance(family, str) or family not in _DEFAULTS:
+    if not isinstance(family, str) or family not in _FAMILIES:
         raise UnsupportedModelError(
             f"{where}: the model_type {family!r:.80} is not supported, only "
-            f"{', '.join(_DEFAULTS)} and gemma3 are"
+            f"{', '.join(_FAMILIES)} and gemma3 are"
         )
-    f = _Fields(_DEFAULTS[family] | {k: v for k, v in fields.items() if v is not None}, where)
+    f = _Fields(DEFAULTS[family] | {k: v for k, v in fields.items() if v is not None}, where)
     for name, harmless in _NOT_IMPLEMENTED.items():
         if f.get(name) not in harmless:
             raise UnsupportedModelError(f"{where}: {name} {f.get(name)!r:.80} is not supported")
@@ -120,8 +97,19 @@ def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config
     )
 
 
+def _gemma3_text(fields: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The fields of the text part of a multimodal Gemma 3."""
+    text = fields.get("text_config")
+    if not isinstance(text, Mapping):
+        raise ValueError(f"{where}: text_config is {text!r:.80}, expected a JSON object")
+    # These are about the whole model, and transformers reads them there.
+    outer = ("quantization_config", "tie_word_embeddings")
+    whole = {name: fields[name] for name in outer if fields.get(name) is not None}
+    return {"model_type": "gemma3_text"} | dict(text) | whole
+
+
 class _Fields:
-    """A JSON object, read with messages that name the field."""
+    """A JSON object whose fields are read with messages that name them."""
 
     def __init__(self, fields: Mapping[str, Any], where: str) -> None:
         self._fields = fields
@@ -177,17 +165,17 @@ def _softcap(f: _Fields, name: str) -> float | None:
 
 
 def _sliding_layers(f: _Fields, layers: int, gemma: bool) -> tuple[bool, ...]:
-    """Which layers have a sliding window."""
+    """A flag for each layer, whether it has a sliding window."""
     types = f.get("layer_types")
     if types is not None:
         if not isinstance(types, list) or len(types) != layers:
             raise f.error("layer_types", f"a list of {layers}, one a layer")
-        if unknown := [kind for kind in types if kind not in (_FULL, _SLIDING)]:
+        if unknown := [type_ for type_ in types if type_ not in (_FULL, _SLIDING)]:
             raise UnsupportedModelError(
                 f"{f.where}: the layer type {unknown[0]!r} is not supported, only {_FULL} and "
                 f"{_SLIDING} are"
             )
-        return tuple(kind == _SLIDING for kind in types)
+        return tuple(type_ == _SLIDING for type_ in types)
     if gemma:
         pattern = f.size("sliding_window_pattern")
         return tuple((i + 1) % pattern != 0 for i in range(layers))
@@ -198,7 +186,7 @@ def _sliding_layers(f: _Fields, layers: int, gemma: bool) -> tuple[bool, ...]:
 
 
 def _ropes(f: _Fields, gemma: bool) -> tuple[Rope, Rope]:
-    """Position embeddings of full and of sliding layers."""
+    """The position embeddings of full and of sliding layers."""
     parameters = f.inner("rope_parameters")
     theta, local_theta = f.number("rope_theta", 10_000), f.number("rope_local_base_freq", 10_000)
     if parameters.get(_FULL) is None and parameters.get(_SLIDING) is None:

@@ -1,75 +1,83 @@
-"""Leaves of the parameters, filled tensor by tensor on the host, then moved to the device."""
+"""Builders of leaves, which are filled tensor by tensor on the host, then moved to the device."""
 
 from concurrent.futures import Executor
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, BFloat16, Shaped
 
 from df11_jax._array import DF11Array
 from df11_jax._decode import decompress
+from df11_jax._host_arrays import BFLOAT16, empty_aligned
 from df11_jax._host_codec import encode
-from df11_jax._stack import StackBuilder, empty_aligned
+from df11_jax._layout import make_layout
+from df11_jax._select import is_candidate, is_worth_keeping
+from df11_jax._stack import StackBuilder
+from df11_jax.models._sharding import DeviceOrSharding
 
-_BFLOAT16 = np.dtype(jnp.bfloat16)
 _BAND = 64  # rows that are transposed at a time: two cache lines of each row of the result
 
-# Where `jax.device_put` puts arrays; None for the default device.
-Place: TypeAlias = jax.Device | jax.sharding.Sharding | None
+
+def is_candidate_stack(shape: tuple[int, ...]) -> bool:
+    """Whether a leaf with one stack axis is to be compressed, if that makes it smaller.
+
+    Only matrices are: vectors, of which a block has few, stay plain.
+    """
+    return len(shape) > 2 and is_candidate(shape, BFLOAT16, stack_axes=1)
 
 
-class Leaf(Protocol):
-    """A leaf to be."""
+class LeafBuilder(Protocol):
+    """A builder of a leaf."""
 
     def put(self, start: int, slices: BFloat16[np.ndarray, "slices ..."], name: str) -> None:
         """Adds slices `start, start + 1, ...` along the first axis; `name` is for messages."""
 
-    def build(self, place: Place) -> Array | DF11Array:
-        """The leaf, on its devices; what was put is used up."""
+    def build(self, where: DeviceOrSharding) -> Array | DF11Array:
+        """The leaf, on its devices; the builder is of no use afterwards."""
 
 
-class PlainLeaf:
-    """A leaf that is not compressed."""
+class PlainLeafBuilder:
+    """A builder of a leaf that is not compressed."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        self._array = empty_aligned(shape, _BFLOAT16)
+        self._array = empty_aligned(shape, BFLOAT16)
 
     def put(self, start: int, slices: BFloat16[np.ndarray, "slices ..."], name: str) -> None:
         """Adds slices along the first axis."""
         self._array[start : start + len(slices)] = slices
 
-    def build(self, place: Place) -> Array:
+    def build(self, where: DeviceOrSharding) -> Array:
         """The leaf, on its devices."""
         array = self._array
         del self._array
-        return jax.device_put(array, place)
+        return jax.device_put(array, where)
 
 
-class CompressedLeaf:
-    """A compressed leaf with one stack axis; plain after all, if that is smaller."""
+class CompressedLeafBuilder:
+    """A builder of a compressed leaf with one stack axis, or of a plain one if that is smaller."""
 
     def __init__(self, shape: tuple[int, ...], verify: bool, threads: int | None) -> None:
-        self._builder = StackBuilder(shape[0], shape[1:])
+        self._layout = make_layout(shape[1:])
+        self._builder = StackBuilder(shape[0], self._layout)
         self._verify = verify
         self._threads = threads
 
     def put(self, start: int, slices: BFloat16[np.ndarray, "slices ..."], name: str) -> None:
         """Compresses slices along the first axis."""
-        payload = encode(slices, name, stack_axes=1, verify=self._verify, threads=self._threads)
+        payload = encode(slices, name, self._layout, verify=self._verify, threads=self._threads)
         self._builder.put(start, payload)
 
-    def build(self, place: Place) -> Array | DF11Array:
+    def build(self, where: DeviceOrSharding) -> Array | DF11Array:
         """The leaf, on its devices."""
-        array = self._builder.build(place)
-        if array.compressed_nbytes < array.nbytes:
+        array = self._builder.build(where)
+        if is_worth_keeping(array.compressed_nbytes, array.nbytes):
             return array
-        if isinstance(place, NamedSharding):
-            # Else each device would gather and decompress all of it.
-            spec = place.spec
-            here = jax.shard_map(decompress, mesh=place.mesh, in_specs=spec, out_specs=spec)
+        if isinstance(where, NamedSharding):
+            # Otherwise each device would gather and decompress all of it.
+            spec = where.spec
+            here = jax.shard_map(decompress, mesh=where.mesh, in_specs=spec, out_specs=spec)
             return jax.jit(here)(array)
         return decompress(array)
 
@@ -79,8 +87,8 @@ def transpose(
 ) -> Shaped[np.ndarray, "cols rows"]:
     """The transpose of a matrix of 2-byte elements, contiguous, in the threads of a pool.
 
-    numpy moves element by element, in strides that miss every cache. Here four rows are zipped
-    into 8-byte elements first, which are then moved, a band of rows at a time.
+    numpy copies element by element, in strides that miss every cache. Here four rows are zipped
+    into 8-byte elements first, and these are copied, a band of rows at a time.
     """
     rows, cols = matrix.shape
     if rows % 4:

@@ -1,4 +1,4 @@
-"""Loading parameters tensor by tensor, each compressed as it arrives."""
+"""Loading parameters tensor by tensor; each is compressed as soon as it is read."""
 
 import collections
 import math
@@ -6,24 +6,28 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import BFloat16
 
-from df11_jax._compress import MIN_SIZE
+from df11_jax._bits import first_difference
 from df11_jax._files.source import TensorInfo, TensorSource
+from df11_jax._host_arrays import BFLOAT16
 from df11_jax._host_codec import available_threads
 from df11_jax._progress import ProgressBar
-from df11_jax.checkpoints._differences import first_difference
-from df11_jax.models import _table
+from df11_jax._select import is_candidate_dtype, is_castable
+from df11_jax.models import tables
 from df11_jax.models._config import Config
-from df11_jax.models._leaf_builders import CompressedLeaf, Leaf, PlainLeaf, transpose
-from df11_jax.models._placement import Devices, Placement
-from df11_jax.models._shares import cut, part_shape, table_shape
+from df11_jax.models._devices import Devices, ParamDevices
+from df11_jax.models._leaf_builders import (
+    CompressedLeafBuilder,
+    LeafBuilder,
+    PlainLeafBuilder,
+    is_candidate_stack,
+    transpose,
+)
+from df11_jax.models._sharding import shard_shape, split_tensor, table_shape
 from df11_jax.models._transformer import Params
-from df11_jax.models._weights import Slot, find_slots, find_tied_head, nest
-
-_BFLOAT16 = np.dtype(jnp.bfloat16)
+from df11_jax.models._weights import TensorPlace, find_places, find_tied_head, nest
 
 
 def load_params(
@@ -37,81 +41,97 @@ def load_params(
     threads: int | None = None,
     devices: Devices | None = None,
 ) -> Params:
-    """Loads the parameters of a decoder.
+    """Loads the parameters of a transformer.
 
-    Tensors are read and compressed one by one, so that beside the result the host holds what a
-    few of them need.
+    Tensors are read and compressed one by one, so that beside the result the host needs memory for
+    a few of them only.
 
     Args:
-        source: has the tensors, under Hugging Face's names.
-        config: of the decoder.
+        source: the source of the tensors, under Hugging Face's names.
+        config: the configuration of the transformer.
         compress: False for plain bfloat16 parameters.
         cast: round float32 and float16 tensors to bfloat16, which is not lossless.
         verify: decode each tensor and compare it bit by bit before going on.
         progress: show a progress bar, in bytes.
-        threads: how many threads to use; None for all that this process may run on.
-        devices: to divide them over, or how many of this host; None for the default device alone.
+        threads: the number of threads; None for all that this process may run on.
+        devices: the devices to divide them over, or their number, for devices of this host; None
+            for the default device alone.
 
     Returns:
-        Parameters for `generate`; those on a single device, for `forward`, too.
+        Parameters for `generate`, and if they are on a single device, for `forward`.
 
     Raises:
         ValueError: a tensor is missing, not known, not bfloat16, or of another shape than it
             should have; a tied head is not the embedding; there are not as many devices, or the
-            decoder cannot be divided among them.
-        RuntimeError: verification failed. All errors name the tensor.
+            transformer cannot be divided among them. The message names the tensor.
+        RuntimeError: the verification of a tensor, which the message names, failed.
     """
-    place = Placement(config, devices)
-    slots = find_slots(source.tensors, config)
-    for name, slot in slots.items():
-        _check(name, slot, source.tensors[name], cast)
-    if head := find_tied_head(source.tensors, config):
-        _check_tied_head(head, source, slots, cast)
+    target = ParamDevices(config, devices)
+    places = find_places(source.tensors, config)
+    _check_tensors(source, places, config, cast)
 
-    leaves: dict[tuple[str, ...], Leaf] = {}
-    for path, shape in {
-        slot.path: _leaf_shape(slot, config, place.count) for slot in slots.values()
-    }.items():
-        # As in compress_params; vectors are stacks of two axes.
-        if compress and len(shape) == 3 and math.prod(shape) >= MIN_SIZE:
-            leaves[path] = CompressedLeaf(shape, verify, threads)
-        else:
-            leaves[path] = PlainLeaf(shape)
+    builders = {
+        path: _make_builder(shape, compress, verify, threads)
+        for path, shape in {
+            place.path: _leaf_shape(place, config, target.count) for place in places.values()
+        }.items()
+    }
     threads = threads or available_threads()
-    to_come = collections.Counter(slot.path for slot in slots.values())
-    total = sum(2 * math.prod(slot.shape) for slot in slots.values())
+    to_come = collections.Counter(place.path for place in places.values())
+    total = sum(2 * math.prod(place.shape) for place in places.values())
     params: dict[tuple[str, ...], Any] = {}
     with ProgressBar("load", total, show=progress) as bar, ThreadPoolExecutor(threads) as pool:
-        for name in (name for name in source.tensors if name in slots):
-            slot = slots[name]
-            tensor = source.read(name).astype(_BFLOAT16, copy=False)
-            for start, slices in _slices(slot, tensor, pool, config, place.count):
-                leaves[slot.path].put(start, slices, name)
+        for name in (name for name in source.tensors if name in places):
+            place = places[name]
+            tensor = source.read(name).astype(BFLOAT16, copy=False)
+            for start, slices in _slices(place, tensor, pool, config, target.count):
+                builders[place.path].put(start, slices, name)
             bar.update(name, tensor.nbytes)
             del tensor, slices
-            to_come[slot.path] -= 1
-            if not to_come[slot.path]:
-                # At once, so that what only building needs is not held for all leaves.
-                params[slot.path] = leaves.pop(slot.path).build(place.of(slot.path))
+            to_come[place.path] -= 1
+            if not to_come[place.path]:
+                # At once, so that the memory of a builder is freed before other leaves are filled.
+                params[place.path] = builders.pop(place.path).build(target.of(place.path))
     return nest(params)
 
 
-def _check(name: str, slot: Slot, info: TensorInfo, cast: bool) -> None:
-    if tuple(info.shape) != slot.shape:
-        raise ValueError(f"{name}: expected shape {list(slot.shape)}, got {list(info.shape)}")
-    castable = info.dtype in ("F32", "F16")
-    if info.dtype != "BF16" and not (cast and castable):
+def _make_builder(
+    shape: tuple[int, ...], compress: bool, verify: bool, threads: int | None
+) -> LeafBuilder:
+    if compress and is_candidate_stack(shape):
+        return CompressedLeafBuilder(shape, verify, threads)
+    return PlainLeafBuilder(shape)
+
+
+def _check_tensors(
+    source: TensorSource, places: Mapping[str, TensorPlace], config: Config, cast: bool
+) -> None:
+    """Raises ValueError if a tensor is not what its place needs."""
+    for name, place in places.items():
+        _check(name, place, source.tensors[name], cast)
+    if head := find_tied_head(source.tensors, config):
+        _check_tied_head(head, source, places, cast)
+
+
+def _check(name: str, place: TensorPlace, info: TensorInfo, cast: bool) -> None:
+    if tuple(info.shape) != place.shape:
+        raise ValueError(f"{name}: expected shape {list(place.shape)}, got {list(info.shape)}")
+    if not is_candidate_dtype(info.numpy_dtype, cast):
+        castable = is_castable(info.numpy_dtype)
         hint = ": ask for cast=True (--cast) if rounding is acceptable" if castable else ""
         raise ValueError(f"{name}: expected BF16, got {info.dtype}{hint}")
 
 
 def _check_tied_head(
-    head: str, source: TensorSource, slots: Mapping[str, Slot], cast: bool
+    head: str, source: TensorSource, places: Mapping[str, TensorPlace], cast: bool
 ) -> None:
-    """Versions of transformers disagree about a tied head that is not the embedding: refuse it."""
-    embedding, slot = next((name, slot) for name, slot in slots.items() if slot.is_table)
-    _check(head, slot, source.tensors[head], cast)
-    both = (source.read(name).astype(_BFLOAT16, copy=False) for name in (embedding, head))
+    """Raises ValueError if a tied head is not the embedding.
+
+    Versions of transformers disagree about such a head.
+    """
+    embedding, place = next((name, place) for name, place in places.items() if place.is_table)
+    _check(head, place, source.tensors[head], cast)
+    both = (source.read(name).astype(BFLOAT16, copy=False) for name in (embedding, head))
     if difference := first_difference(*both):
         raise ValueError(
             f"{head} is not {embedding}, although tie_word_embeddings says so: {difference}. Set "
@@ -119,35 +139,43 @@ def _check_tied_head(
         )
 
 
-def _leaf_shape(slot: Slot, config: Config, devices: int) -> tuple[int, ...]:
-    if slot.is_table:
+def _leaf_shape(place: TensorPlace, config: Config, devices: int) -> tuple[int, ...]:
+    if place.is_table:
         return table_shape(config, devices)
-    if slot.layer is None:
-        return slot.shape
-    parts, shape = part_shape(slot.shape, slot.path, devices)
-    return (parts * config.layers, *shape[::-1])
+    if place.layer is None:
+        return place.shape
+    shards, shape = shard_shape(place.shape, place.path, devices)
+    return (shards * config.layers, *shape[::-1])
 
 
 def _slices(
-    slot: Slot,
+    place: TensorPlace,
     tensor: BFloat16[np.ndarray, "..."],
     pool: Executor,
     config: Config,
     devices: int,
 ) -> Iterator[tuple[int, BFloat16[np.ndarray, "slices ..."]]]:
-    """The slices of its leaf that a tensor gives, in contiguous arrays, with their places."""
-    if slot.is_table:
-        if whole := len(tensor) // _table.ROWS:
-            yield 0, tensor[: whole * _table.ROWS].reshape(whole, _table.ROWS, -1)
-        if rest := len(tensor) % _table.ROWS:
-            yield whole, np.pad(tensor[-rest:], ((0, _table.ROWS - rest), (0, 0)))[None]
-        begin = -(-len(tensor) // _table.ROWS)
-        groups = table_shape(config, devices)[0]
-        if begin < groups:
-            yield begin, np.zeros((groups - begin, _table.ROWS, tensor.shape[1]), _BFLOAT16)
-    elif slot.layer is None:
+    """The slices of its leaf that a tensor fills, as contiguous arrays, and where each begins."""
+    if place.is_table:
+        yield from _groups(tensor, table_shape(config, devices)[0])
+    elif place.layer is None:
         yield 0, tensor
     else:
-        for i, part in enumerate(cut(tensor, slot.path, devices)):
-            part = transpose(part, pool) if slot.is_kernel else part
-            yield i * config.layers + slot.layer, part[None]
+        for i, shard in enumerate(split_tensor(tensor, place.path, devices)):
+            shard = transpose(shard, pool) if place.is_kernel else shard
+            yield i * config.layers + place.layer, shard[None]
+
+
+def _groups(
+    table: BFloat16[np.ndarray, "vocab dim"], count: int
+) -> Iterator[tuple[int, BFloat16[np.ndarray, "groups rows dim"]]]:
+    """A table in groups of rows, padded with zeros to a number of groups."""
+    vocab, dim = table.shape
+    whole, rest = divmod(vocab, tables.ROWS)
+    if whole:
+        yield 0, table[: whole * tables.ROWS].reshape(whole, tables.ROWS, dim)
+    if rest:
+        yield whole, np.pad(table[-rest:], ((0, tables.ROWS - rest), (0, 0)))[None]
+    begin = -(-vocab // tables.ROWS)
+    if begin < count:
+        yield begin, np.zeros((count - begin, tables.ROWS, dim), BFLOAT16)

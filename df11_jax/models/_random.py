@@ -9,11 +9,11 @@ from jaxtyping import BFloat16
 
 from df11_jax._files.source import TensorInfo
 from df11_jax.models._config import Config
-from df11_jax.models._weights import make_slots
+from df11_jax.models._weights import list_places
 
 
 class RandomSource:
-    """The tensors of a decoder, drawn when they are read: a `TensorSource`, for `load_params`.
+    """Tensors of a transformer, drawn when they are read: a `TensorSource` for `load_params`.
 
     Attributes:
         tensors: all tensors by name.
@@ -23,13 +23,13 @@ class RandomSource:
         """Names the tensors.
 
         Args:
-            config: of the decoder.
-            seed: of all draws.
+            config: the configuration of the transformer.
+            seed: the seed of all draws.
         """
         self.tensors: dict[str, TensorInfo] = {}
-        for name, slot in make_slots(config).items():
-            nbytes = 2 * math.prod(slot.shape)
-            self.tensors[name] = TensorInfo(slot.shape, "BF16", nbytes, nbytes)
+        for name, place in list_places(config).items():
+            nbytes = 2 * math.prod(place.shape)
+            self.tensors[name] = TensorInfo(place.shape, "BF16", nbytes, nbytes)
         self._seed = seed
         self._scale_mean = 0.0 if config.unit_offset else 1.0
 

@@ -27,7 +27,7 @@ class Sampling:
     top_p: float | None = None
 
     def checked(self) -> "Sampling":
-        """The same in the fewest words, so that equal ones share a program.
+        """The same sampling in its simplest form, so that equal ones use one program.
 
         Raises:
             ValueError: a value makes no sense; the message names it.
@@ -38,7 +38,7 @@ class Sampling:
             raise ValueError(f"top_k is {self.top_k}, expected 1 or more, or None")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, expected more than 0 and at most 1, or None")
-        # Float32 has no smaller one to divide by.
+        # A smaller temperature would be a subnormal number in float32, or 0.
         if self.temperature is None or self.temperature < np.finfo(np.float32).tiny:
             return Sampling()
         top_p = float(self.top_p) if self.top_p is not None and self.top_p < 1 else None
@@ -52,12 +52,12 @@ def choose(
 
     Args:
         logits: float32.
-        sampling: how to choose.
-        keys: one for each row, so that what is drawn does not depend on the rest of the batch.
+        sampling: the way to choose them.
+        keys: one key for each row, so that a drawn token does not depend on the rest of the batch.
     """
     if sampling.temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    # At most 0, so that a low temperature makes no infinities of several.
+    # The largest logit becomes 0, so that dividing by a low temperature overflows to -inf only.
     logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
     draw = jax.vmap(jax.random.categorical)
     if sampling.top_k is None and sampling.top_p is None:
@@ -65,8 +65,8 @@ def choose(
     vocab = logits.shape[-1]
     logits, tokens = jax.lax.top_k(logits, min(sampling.top_k or vocab, vocab))
     if sampling.top_p is not None:
-        shares = jax.nn.softmax(logits)
-        before = jnp.cumsum(shares, axis=-1) - shares
+        probabilities = jax.nn.softmax(logits)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
         logits = jnp.where(before < sampling.top_p, logits, -jnp.inf)
     drawn = draw(keys, logits)
     return jnp.take_along_axis(tokens, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)

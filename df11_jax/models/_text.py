@@ -1,4 +1,4 @@
-"""Models with their tokenizers: text in, text out."""
+"""Models with their tokenizers, which continue texts."""
 
 import dataclasses
 import os
@@ -8,24 +8,25 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from df11_jax._files.directory import CONFIG, read_json
 from df11_jax.checkpoints import open_checkpoint
-from df11_jax.models import _generate
 from df11_jax.models._config import Config
+from df11_jax.models._devices import Devices
+from df11_jax.models._generate import generate
 from df11_jax.models._hf_config import read_config
 from df11_jax.models._load import load_params
-from df11_jax.models._placement import Devices
 from df11_jax.models._sampling import Sampling
 from df11_jax.models._transformer import Params
+from df11_jax.models.prompts import encode
 
 if TYPE_CHECKING:
     import tokenizers
 
 
 class Completion(NamedTuple):
-    """What was generated after a prompt.
+    """The text that was generated after a prompt.
 
     Attributes:
-        text: without special tokens.
-        tokens: without the stop token, if there was one.
+        text: the text without special tokens.
+        tokens: its tokens without the stop token, if there was one.
     """
 
     text: str
@@ -34,12 +35,12 @@ class Completion(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TextModel:
-    """A decoder with all that it needs to write text.
+    """A transformer with all that it needs to continue texts.
 
     Attributes:
-        params: plain or compressed.
-        config: of the decoder.
-        tokenizer: of the `tokenizers` package.
+        params: plain or compressed parameters.
+        config: the configuration of the transformer.
+        tokenizer: a tokenizer of the `tokenizers` package.
         stop: tokens that end a text.
     """
 
@@ -62,17 +63,17 @@ class TextModel:
         """Continues texts.
 
         Args:
-            prompts: the texts; special tokens are put in front of them as the tokenizer does it.
-            tokens: how many to generate for each, at most.
-            sampling: how to choose them; None for the likeliest ones.
-            seed: for sampling.
-            length: of the key-value cache, in tokens; None for as long as is needed.
-            every: how many tokens to generate between calls of `callback`.
-            callback: gets what is new of each text, as it comes; that may be nothing, as
-                characters can take several tokens.
+            prompts: the texts; the tokenizer puts its special tokens in front of them.
+            tokens: the most tokens to generate for each text.
+            sampling: the way to choose them; None for the likeliest ones.
+            seed: the seed of sampling.
+            length: the length of the key-value cache in tokens; None for the least that is needed.
+            every: the number of tokens to generate between calls of `callback`.
+            callback: a function that is called with the new part of each text, as it comes. A part
+                may be empty, because a character can take several tokens.
 
         Returns:
-            What comes after each prompt.
+            The completion of each prompt.
 
         Raises:
             TypeError: `prompts` is a single text.
@@ -80,14 +81,14 @@ class TextModel:
                 cache.
         """
         ids = encode(self.tokenizer, prompts)
-        texts = [_Text(self.tokenizer, row) for row in ids]
+        texts = [GrowingText(self.tokenizer, row) for row in ids]
 
         def add(rows: list[list[int]]) -> None:
             new = [text.add(row) for text, row in zip(texts, rows, strict=True)]
             if callback is not None:
                 callback(new)
 
-        tokens_of_each = _generate.generate(
+        tokens_of_each = generate(
             self.params,
             ids,
             self.config,
@@ -107,13 +108,16 @@ class TextModel:
         ]
 
 
-class _Text:
-    """A text that grows token by token; characters may take several.
+class GrowingText:
+    """A text that grows token by token; a character may take several tokens.
 
-    What tokens stand for can depend on those before: some tokenizers drop the space in front of
-    the first. So new tokens are decoded together with those that were shown last, whose text is
-    then taken away. `tokenizers.decoders.DecodeStream` does that as well, but ends with an error
-    if bytes that are no UTF-8 change how bytes before them are decoded.
+    The text of a token can depend on the tokens before: some tokenizers drop the space in front of
+    the first. So new tokens are decoded together with the tokens that were shown last, whose text
+    is then removed. `tokenizers.decoders.DecodeStream` does that as well, but raises an error if
+    bytes that are not UTF-8 change how bytes before them are decoded.
+
+    Attributes:
+        shown: the text that `add` has returned so far.
     """
 
     def __init__(self, tokenizer: "tokenizers.Tokenizer", prompt: Sequence[int]) -> None:
@@ -136,7 +140,7 @@ class _Text:
         new = self._decode(self._before + self._new)[len(before) :]
         if new.endswith("\N{REPLACEMENT CHARACTER}") and not last:
             return ""
-        # They begin where a character does.
+        # The new tokens begin where a character begins.
         self._before, self._new = self._new, []
         self.shown += new
         return new
@@ -157,19 +161,19 @@ def load(
 ) -> TextModel:
     """Loads a model from a Hugging Face directory.
 
-    Weights are compressed as they arrive, so beside the compressed model the host holds what a
-    few tensors need.
+    Each tensor is compressed as soon as it is read, so that beside the compressed model the host
+    needs memory for a few tensors only.
 
     Args:
-        path: of a directory with `config.json`, `tokenizer.json` and weights: plain, native, or
-            published as DFloat11.
+        path: the path of a directory with `config.json`, `tokenizer.json` and weights, which are
+            plain, native, or published as DFloat11.
         compress: False for plain bfloat16 weights.
         cast: round float32 and float16 tensors to bfloat16, which is not lossless.
         verify: decode each tensor and compare it bit by bit before going on.
         progress: show a progress bar, in bytes.
-        threads: how many threads to use; None for all that this process may run on.
-        devices: to divide the model over, or how many of this host; None for the default device
-            alone.
+        threads: the number of threads; None for all that this process may run on.
+        devices: the devices to divide the model over, or their number, for devices of this host;
+            None for the default device alone.
 
     Returns:
         The model, ready to generate.
@@ -198,10 +202,10 @@ def load(
 def read_directory(
     path: str | os.PathLike[str],
 ) -> tuple[Config, "tokenizers.Tokenizer", tuple[int, ...]]:
-    """All of a model but its weights, from a Hugging Face directory.
+    """Reads all of a model but its weights from a Hugging Face directory.
 
     Args:
-        path: of the directory.
+        path: the path of the directory.
 
     Returns:
         Configuration, tokenizer and stop tokens.
@@ -236,31 +240,8 @@ def read_directory(
     return config, tokenizer, _stop_tokens(path, fields)
 
 
-def encode(tokenizer: "tokenizers.Tokenizer", prompts: Sequence[str]) -> list[list[int]]:
-    """The tokens of texts, with special ones in front of them as the tokenizer has it.
-
-    Raises:
-        TypeError, ValueError: as `TextModel.generate`.
-    """
-    if isinstance(prompts, str):
-        raise TypeError("prompts is a single text, expected a list of texts")
-    for i, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompts[{i}] is empty: expected some text")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"prompts[{i}] is no Unicode text: {error}") from None
-    try:
-        return [encoding.ids for encoding in tokenizer.encode_batch(list(prompts))]
-    except Exception as error:  # such as an unknown token that is not in the vocabulary
-        raise ValueError(
-            f"the model's tokenizer.json cannot encode the prompts ({error})"
-        ) from None
-
-
 def _stop_tokens(path: Path, fields: dict[str, Any]) -> tuple[int, ...]:
-    """Tokens that end a text: as `generation_config.json` says, or else the configuration."""
+    """The tokens that end a text, by `generation_config.json`, or else by `config.json`."""
     file = path / "generation_config.json"
     generation = read_json(file) if file.exists() else {}
     inner = fields.get("text_config") if fields.get("model_type") == "gemma3" else None

@@ -1,20 +1,21 @@
-"""The decoder of Llama 3, Qwen 2.5, Qwen 3 and Gemma 3, whose weights may be plain or compressed.
+"""The transformer of Llama 3, Qwen 2.5, Qwen 3 and Gemma 3; weights may be plain or compressed.
 
 Parameters are one nested dictionary:
 
-    embed_tokens  BFloat16[Array, "groups rows dim"], see `_table`
-    layers/...    one array per tensor of a block, stacked: leading axis `layers`; called as
-                  Hugging Face calls them, but kernels are [layers, in, out]
+    embed_tokens  BFloat16[Array, "groups rows dim"], see `tables`
+    layers/...    one array for each tensor of a block, stacked along a leading axis `layers`; the
+                  names are those of Hugging Face, but kernels are [layers, in, out]
     host_layers/...  the last of the blocks, if they are in host memory: like layers, but plain, and
                   copied to the device one by one; normally absent
     norm          BFloat16[Array, "dim"]
     lm_head       like embed_tokens; absent if the two are tied
 
-Each other leaf may be a plain array or a `DF11Array`; nothing below asks which.
+Every other leaf may be a plain array or a `DF11Array`; the code below treats both alike.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -27,7 +28,7 @@ from df11_jax.models import _attention, _cache, _collectives, _rope
 from df11_jax.models._attention import softcap
 from df11_jax.models._cache import Cache, Inputs, Slots
 from df11_jax.models._config import Config
-from df11_jax.models._kinds import Kind, Number, fold_runs, layer_kinds
+from df11_jax.models._layer_types import LayerType, Number, fold_runs, layer_types
 
 Params = dict[str, Any]
 
@@ -45,7 +46,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention over slots of a static number."""
+    """Causal grouped-query attention over a static number of slots."""
 
     config: Config
 
@@ -53,7 +54,7 @@ class Attention(nn.Module):
     def __call__(
         self, x: Float[Array, "batch seq dim"], slots: Slots, inputs: Inputs, layer: Int[Array, ""]
     ) -> tuple[Float[Array, "batch seq dim"], Slots]:
-        """Attends from `inputs.positions`; returns the slots with theirs filled."""
+        """Attends from `inputs.positions`; returns the slots with these tokens added."""
         c = self.config
 
         def project(name: str, heads: int) -> Float[Array, "batch seq heads head_dim"]:
@@ -68,7 +69,7 @@ class Attention(nn.Module):
             key = RMSNorm(c, name="k_norm")(key)
         query, key = _rope.rotate(query, inputs.rotation), _rope.rotate(key, inputs.rotation)
         mixed, slots = _attention.attend(query, key, value, slots, layer, inputs, c)
-        out = _dense(c, c.dim, c.output_bias, "o_proj", _collectives.summed(c.axis))
+        out = _dense(c, c.dim, c.output_bias, "o_proj", _collectives.summing_dot_general(c.axis))
         return out(mixed.reshape(*x.shape[:2], -1)), slots
 
 
@@ -84,7 +85,7 @@ class MLP(nn.Module):
         gate = _dense(c, c.hidden, c.mlp_bias, "gate_proj")(x)
         gate = nn.silu(gate) if c.activation == "silu" else nn.gelu(gate, approximate=True)
         up = _dense(c, c.hidden, c.mlp_bias, "up_proj")(x)
-        down = _dense(c, c.dim, c.mlp_bias, "down_proj", _collectives.summed(c.axis))
+        down = _dense(c, c.dim, c.mlp_bias, "down_proj", _collectives.summing_dot_general(c.axis))
         return down(gate * up)
 
 
@@ -97,13 +98,14 @@ class Block(nn.Module):
     def __call__(
         self, x: Float[Array, "batch seq dim"], slots: Slots, inputs: Inputs, layer: Int[Array, ""]
     ) -> tuple[Float[Array, "batch seq dim"], Slots]:
-        """Advances `x`, and fills the slots of this layer."""
+        """Applies the block to `x`, and fills the slots of this layer."""
         c = self.config
 
         def norm(name: str, x: Array) -> Array:
             return RMSNorm(c, name=name)(x)
 
-        # Hugging Face calls the norm before the MLP by what it comes after, if only one does.
+        # Without norms of outputs, Hugging Face names the norm before the MLP by the attention that
+        # precedes it.
         before_mlp = "pre_feedforward_layernorm" if c.post_norms else "post_attention_layernorm"
         mixed, slots = Attention(c, name="self_attn")(
             norm("input_layernorm", x), slots, inputs, layer
@@ -126,68 +128,104 @@ def forward(
     config: Config,
     keep: Int[Array, ""] | int | None = None,
 ) -> tuple[Float[Array, "batch seq dim"], Cache]:
-    """What the decoder makes of tokens, given what the cache holds of those before.
+    """Computes the output of the transformer for tokens that follow those in the cache.
 
     Args:
-        params: as `load_params` gives them; leaves plain or compressed.
+        params: parameters from `load_params`; each leaf is plain or compressed.
         tokens: the next tokens of each sequence.
-        positions: theirs, counted from 0. The largest int32 for tokens that only fill up a row, and
-            come before all others of it: no other token attends to them, and what comes out for
-            them is of no meaning.
-        slot: of the cache, for the first of them: how many came before. There is room for all.
-        cache: from `init_cache`, or a former call.
-        config: of the decoder, static under `jit`.
-        keep: how many of the tokens sliding layers keep; None for all. The next call begins with
-            those that they do not keep.
+        positions: the positions of the tokens, counted from 0. Tokens that only pad a row come
+            before all others of it and have the largest int32: no other token attends to them, and
+            their outputs have no meaning.
+        slot: the slot of the first token in the cache, which is the number of tokens before it.
+            The cache has room for all of these tokens.
+        cache: the cache from `init_cache` or an earlier call.
+        config: the configuration of the transformer, static under `jit`.
+        keep: the number of tokens that sliding layers keep; None for all. The next call begins with
+            the tokens that they do not keep.
 
     Returns:
-        The normed output of the last block, of which `project` makes logits, and the cache with
-        these tokens added.
+        The normed output of the last block, from which `project` computes logits, and the cache
+        with these tokens added.
+
+    Raises:
+        ValueError: the parameters do not have as many layers as the configuration says.
     """
     c = config
-    block, kinds = Block(c), layer_kinds(c)
+    on_device, in_host_memory = _count_layers(params, c)
     positions, slot = jnp.asarray(positions, jnp.int32), jnp.asarray(slot, jnp.int32)
     keep = jnp.asarray(tokens.shape[1] if keep is None else keep, jnp.int32)
     inputs = {}
-    for kind in sorted(set(kinds)):
-        slots, inputs[kind] = _cache.place(cache.of(kind), positions, slot, keep, kind, c)
-        cache = cache.replace(kind, slots)
-
-    def scan_runs(carry: Any, stack: Params, fetch: Any, begin: int, end: int) -> Any:
-        """Goes through a stack with these layers."""
-
-        # A cache in the carry is updated in place; as xs and ys, there would be two.
-        def scan_run(carry: Any, kind: Kind, number: Number, count: int) -> Any:
-            first, x, cache = carry
-
-            def block_fn(carry: Any, block_params: Params, index: Array) -> Any:
-                variables = {"params": fetch(block_params)}
-                return block.apply(variables, *carry, inputs[kind], number + index - first)
-
-            carry = x, cache.of(kind)
-            (x, slots), end = scan_range(block_fn, carry, stack, first, count)
-            return end, x, cache.replace(kind, slots)
-
-        carry = jnp.int32(0), *carry
-        return fold_runs(scan_run, carry, kinds[begin:end], kinds[:begin])[1:]
-
+    for type_ in sorted(set(layer_types(c))):
+        slots, inputs[type_] = _cache.assign_slots(cache.of(type_), positions, slot, keep, type_, c)
+        cache = cache.replace(type_, slots)
     x = _collectives.look_up(params["embed_tokens"], tokens, c.axis).astype(c.dtype)
     if c.embedding_scale != 1:
-        # Rounded, as the models were trained: 55.5 for the square root of 3072.
+        # Rounded, as when the models were trained: 55.5 for the square root of 3072.
         x = x * jnp.asarray(c.embedding_scale, c.dtype)
-    on_device = stack_length(params["layers"])
-    in_host_memory = stack_length(params["host_layers"]) if "host_layers" in params else 0
-    if on_device + in_host_memory != c.layers:
-        raise ValueError(
-            f"params have {on_device} layers, and {in_host_memory} in host memory, expected "
-            f"{c.layers} in all, as the configuration says"
-        )
-    carry = scan_runs((x, cache), params["layers"], lambda block: block, 0, on_device)
+    carry = x, cache
+    carry = _scan_layers(params["layers"], carry, inputs, c, range(on_device), lambda block: block)
     if in_host_memory:
         fetch = functools.partial(jax.device_put, device=jax.memory.Space.Device)
-        carry = scan_runs(carry, params["host_layers"], fetch, on_device, c.layers)
+        layers = range(on_device, c.layers)
+        carry = _scan_layers(params["host_layers"], carry, inputs, c, layers, fetch)
     x, cache = carry
     return rms_norm(x, params["norm"], c), cache
+
+
+def _count_layers(params: Params, config: Config) -> tuple[int, int]:
+    """The number of layers on the device, and of those in host memory.
+
+    Raises:
+        ValueError: the configuration says another number of layers.
+    """
+    on_device = stack_length(params["layers"])
+    in_host_memory = stack_length(params["host_layers"]) if "host_layers" in params else 0
+    if on_device + in_host_memory != config.layers:
+        raise ValueError(
+            f"params have {on_device} layers, and {in_host_memory} in host memory, expected "
+            f"{config.layers} in all, as the configuration says"
+        )
+    return on_device, in_host_memory
+
+
+def _scan_layers(
+    stack: Params,
+    carry: tuple[Array, Cache],
+    inputs: Mapping[LayerType, Inputs],
+    config: Config,
+    layers: range,
+    fetch: Callable[[Params], Params],
+) -> tuple[Array, Cache]:
+    """Applies the blocks of a stack, one after the other.
+
+    Args:
+        stack: the parameters of these layers.
+        carry: the activations, and the cache.
+        inputs: the inputs of the blocks of each type.
+        config: the configuration of the transformer.
+        layers: the indices of these layers among all layers of the transformer.
+        fetch: a function that copies the parameters of one block to the device.
+
+    Returns:
+        The activations after the last block, and the cache with the slots of these layers filled.
+    """
+    block, types = Block(config), layer_types(config)
+
+    # A cache in the carry is updated in place; with one in xs and one in ys, there would be two.
+    def scan_run(carry: Any, type_: LayerType, number: Number, count: int) -> Any:
+        first, x, cache = carry
+
+        def block_fn(carry: Any, block_params: Params, index: Array) -> Any:
+            variables = {"params": fetch(block_params)}
+            return block.apply(variables, *carry, inputs[type_], number + index - first)
+
+        carry = x, cache.of(type_)
+        (x, slots), end = scan_range(block_fn, carry, stack, first, count)
+        return end, x, cache.replace(type_, slots)
+
+    run = types[layers.start : layers.stop]
+    _, x, cache = fold_runs(scan_run, (jnp.int32(0), *carry), run, types[: layers.start])
+    return x, cache
 
 
 def project(
@@ -196,9 +234,9 @@ def project(
     """Logits of the next tokens.
 
     Args:
-        params: those of `forward`.
-        x: what `forward` returns, or the part of it that is of interest.
-        config: of the decoder.
+        params: the parameters that `forward` got.
+        x: the output of `forward`, or a part of it.
+        config: the configuration of the transformer.
 
     Returns:
         Logits in float32.
@@ -209,13 +247,13 @@ def project(
 
 
 def block_shapes(config: Config) -> Params:
-    """Shapes of the parameters of one block."""
+    """The shapes of the parameters of one block."""
     config = dataclasses.replace(config, axis=None)  # there is no mesh here
 
     def init() -> Any:
         x = jnp.zeros((1, 1, config.dim), config.dtype)
         slots, zero = _cache.init_slots(config, 1, 1, 1), jnp.int32(0)
-        slots, inputs = _cache.place(slots, slots.positions, zero, 1, "full", config)
+        slots, inputs = _cache.assign_slots(slots, slots.positions, zero, 1, "full", config)
         return Block(config).init(jax.random.key(0), x, slots, inputs, zero)
 
     return jax.eval_shape(init)["params"]

@@ -1,4 +1,4 @@
-"""Making manifests: of parameters that are to be saved, and of checkpoints that have none."""
+"""Makes the manifests of parameters to be saved, and of checkpoints that have none."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,15 +11,15 @@ from df11_jax import _layout
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._decode import path_name
 from df11_jax.orbax import _shardings
-from df11_jax.orbax._manifest import TABLES, Keys, Leaf, Manifest
+from df11_jax.orbax._manifest import TABLES, Keys, Manifest, StoredLeaf
 
 
 def describe(params: PyTree) -> tuple[Manifest, list[Any]]:
-    """The manifest of parameters, without checksums, and their leaves in its order.
+    """Makes the manifest of parameters, without checksums, and lists their leaves in its order.
 
     Args:
-        params: any pytree. Dicts, lists and tuples are remembered; other containers are, like
-            Orbax does it, remembered as dicts, or as lists if their children have no names.
+        params: any pytree. Dicts, lists and tuples are recorded as such; other containers are
+            recorded as Orbax does it: as dicts, or as lists if their children have no names.
 
     Raises:
         TypeError: a leaf is neither an array nor a number nor a text.
@@ -27,7 +27,7 @@ def describe(params: PyTree) -> tuple[Manifest, list[Any]]:
     """
     values: list[Any] = []
 
-    def describe_leaf(value: Any, path: str, keys: Keys) -> Leaf:
+    def describe_leaf(value: Any, path: str, keys: Keys) -> StoredLeaf:
         values.append(value)
         arrays = value.payload if is_df11(value) else (value,)
         shardings = tuple(
@@ -35,21 +35,21 @@ def describe(params: PyTree) -> tuple[Manifest, list[Any]]:
             for array in arrays
         )
         if isinstance(value, DF11Array):
-            return Leaf(
+            return StoredLeaf(
                 path,
                 keys,
                 value.shape,
                 str(value.dtype),
                 shardings,
-                len(value.stack_shape),
+                value.layout,
                 value.exponents.shape[-1],
             )
         if isinstance(value, str):
-            return Leaf(path, keys, (), None, shardings)
+            return StoredLeaf(path, keys, (), None, shardings)
         dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
         if getattr(dtype, "kind", None) == "O":
             raise TypeError(f"{path}: Orbax cannot save a {type(value).__name__}")
-        return Leaf(path, keys, tuple(np.shape(value)), str(dtype), shardings)
+        return StoredLeaf(path, keys, tuple(np.shape(value)), str(dtype), shardings)
 
     manifest = _walk(params, is_df11, describe_leaf)
     _check_names(manifest)
@@ -57,18 +57,18 @@ def describe(params: PyTree) -> tuple[Manifest, list[Any]]:
 
 
 def infer(stored: PyTree, headers: Mapping[Keys, np.ndarray], where: str) -> Manifest:
-    """The manifest of a checkpoint that has none, because plain Orbax saved it.
+    """Makes the manifest of a checkpoint that has none because plain Orbax saved it.
 
     Args:
         stored: Orbax's metadata of all that is stored.
-        headers: what is stored where `find_headers` says.
+        headers: the headers of compressed leaves, by the keys that `find_headers` gives.
         where: the checkpoint, for messages.
 
     Raises:
-        ValueError: a header is not one, or the arrays of a compressed leaf do not fit it.
+        ValueError: a header is invalid, or the arrays of a compressed leaf do not fit it.
     """
 
-    def describe_leaf(node: Any, path: str, keys: Keys) -> Leaf:
+    def describe_leaf(node: Any, path: str, keys: Keys) -> StoredLeaf:
         if _is_damaged_df11(node):
             raise ValueError(
                 f"{where}: {path}: is a compressed leaf, of which the metadata of df11_jax is "
@@ -77,23 +77,23 @@ def infer(stored: PyTree, headers: Mapping[Keys, np.ndarray], where: str) -> Man
         if not isinstance(node, dict):
             dtype = getattr(node, "dtype", None)
             shape = tuple(getattr(node, "shape", ()))
-            return Leaf(path, keys, shape, dtype and str(dtype), (_sharding(node),))
+            return StoredLeaf(path, keys, shape, dtype and str(dtype), (_sharding(node),))
         rows = headers[*keys, "header"]
         arrays = [node[part] for part in _layout.PAYLOAD]
         try:
-            shape = _layout.unpack_header(rows.reshape(-1, rows.shape[-1])[0])
+            layout = _layout.unpack_header(rows.reshape(-1, rows.shape[-1])[0])
         except (IndexError, ValueError) as error:
             raise ValueError(f"{where}: {path}: {error}") from None
-        stack = _layout.check_payload(arrays, shape, f"{where}: {path}")
+        stack = _layout.check_payload(arrays, layout, f"{where}: {path}")
         shardings = tuple(_sharding(array) for array in arrays)
         words = node["exponents"].shape[-1]
-        return Leaf(
+        return StoredLeaf(
             path,
             keys,
-            stack + shape,
+            stack + layout.shape,
             "bfloat16",
             shardings,
-            len(stack),
+            layout,
             words,
             has_tables=False,
         )
@@ -104,7 +104,7 @@ def infer(stored: PyTree, headers: Mapping[Keys, np.ndarray], where: str) -> Man
 
 
 def find_headers(stored: PyTree) -> list[Keys]:
-    """Where plain Orbax has stored headers of compressed leaves.
+    """Finds the places at which plain Orbax has stored headers of compressed leaves.
 
     Args:
         stored: Orbax's metadata of all that is stored.
@@ -114,14 +114,16 @@ def find_headers(stored: PyTree) -> list[Keys]:
 
 
 def stored_keys(path: tuple[Any, ...]) -> Keys:
-    """Where Orbax has what is at a path of a pytree."""
+    """The place in Orbax's tree of what is at this path of a pytree."""
     return tuple(str(_name(key)) for key in path)
 
 
 def _walk(
-    tree: PyTree, is_leaf: Callable[[Any], bool], describe_leaf: Callable[[Any, str, Keys], Leaf]
+    tree: PyTree,
+    is_leaf: Callable[[Any], bool],
+    describe_leaf: Callable[[Any, str, Keys], StoredLeaf],
 ) -> Manifest:
-    leaves: list[Leaf] = []
+    leaves: list[StoredLeaf] = []
 
     def visit(node: Any, path: tuple[Any, ...]) -> Any:
         children = jax.tree.leaves_with_path(node, is_leaf=lambda child: child is not node)
@@ -141,7 +143,7 @@ def _walk(
 
 
 def _name(key: Any) -> str | int:
-    """What a container calls a child, if JSON can say it; a string otherwise."""
+    """The key under which a container has a child, as a string unless it is an integer."""
     for attribute in ("key", "idx", "name"):
         if hasattr(key, attribute):
             name = getattr(key, attribute)
@@ -150,7 +152,7 @@ def _name(key: Any) -> str | int:
 
 
 def _is_stored_df11(node: Any) -> bool:
-    """Whether it is Orbax's metadata of the arrays of a compressed leaf."""
+    """Whether a node of Orbax's metadata is the dict of arrays of a compressed leaf."""
     return (
         isinstance(node, dict)
         and node.keys() == set(_layout.PAYLOAD)
@@ -159,7 +161,7 @@ def _is_stored_df11(node: Any) -> bool:
 
 
 def _is_damaged_df11(node: Any) -> bool:
-    """Whether it is of a compressed leaf that only the manifest, which there is not, describes."""
+    """Whether a node is a compressed leaf that only the manifest, which is missing, describes."""
     return isinstance(node, dict) and node.keys() == {TABLES, *_layout.PAYLOAD[-2:]}
 
 
@@ -169,7 +171,7 @@ def _sharding(array: Any) -> str | None:
 
 
 def _check_names(manifest: Manifest) -> None:
-    # Orbax joins keys with dots, and would store the second array over the first.
+    # Orbax joins keys with dots, and would overwrite the first of two arrays with the same name.
     paths: dict[str, str] = {}
     for leaf in manifest.leaves:
         for array in leaf.arrays:

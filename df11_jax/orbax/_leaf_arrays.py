@@ -1,4 +1,4 @@
-"""Leaves and the arrays that they consist of."""
+"""The arrays of a leaf: in memory, as Orbax stores them, and as checksums cover them."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -10,18 +10,18 @@ import numpy as np
 
 from df11_jax import _layout
 from df11_jax._array import DF11Array
-from df11_jax.orbax._manifest import TABLES, Leaf
+from df11_jax.orbax._manifest import TABLES, StoredLeaf, table_words
 
 
-def join(arrays: Iterable[Any], leaf: Leaf) -> DF11Array:
-    """The compressed leaf of these arrays, or of what stands for them.
+def join(arrays: Iterable[Any], leaf: StoredLeaf) -> DF11Array:
+    """Makes a compressed leaf of its arrays, or of what stands for them.
 
     Args:
-        arrays: in the order of the payload.
-        leaf: of which they are.
+        arrays: the five arrays, in the order of the payload.
+        leaf: the description of the leaf.
     """
-    parts = dict(zip(_layout.PAYLOAD, arrays, strict=True))
-    return DF11Array(**parts, slice_shape=leaf.slice_shape)
+    assert leaf.layout is not None, "the leaf is compressed"
+    return DF11Array.from_payload(arrays, leaf.layout)
 
 
 def to_stored(array: DF11Array) -> dict[str, Any]:
@@ -35,25 +35,26 @@ def to_stored(array: DF11Array) -> dict[str, Any]:
     return {TABLES: tables, "exponents": exponents, "sign_mantissa": sign_mantissa}
 
 
-def from_stored(arrays: Sequence[Any], leaf: Leaf, name: str) -> DF11Array:
-    """The compressed leaf for which these arrays are stored.
+def from_stored(arrays: Sequence[Any], leaf: StoredLeaf, name: str) -> DF11Array:
+    """Makes a compressed leaf of the arrays that are stored for it.
 
     Args:
-        arrays: as read.
-        leaf: of which they are.
-        name: of it, for messages.
+        arrays: the arrays that were read.
+        leaf: the description of the leaf.
+        name: the name of the leaf, for messages.
 
     Raises:
         ValueError: the tables do not have the length that the leaf's shape says.
     """
     if not leaf.has_tables:
         return join(arrays, leaf)
+    assert leaf.layout is not None, "the leaf is compressed"
     tables, exponents, sign_mantissa = arrays
-    words = leaf.table_words
+    words = table_words(leaf.layout)
     if tables.shape[-1:] != (sum(words),):
         raise ValueError(
             f"{name}: {TABLES} has the shape {list(tables.shape)}, expected "
-            f"[..., {sum(words)}] for slices of shape {list(leaf.slice_shape)}"
+            f"[..., {sum(words)}] for slices of shape {list(leaf.layout.shape)}"
         )
     ends = list(itertools.accumulate(words, initial=0))
     short = [tables[..., start:end] for start, end in itertools.pairwise(ends)]
@@ -65,8 +66,8 @@ def checked_arrays(value: Any, dtype: str | None) -> tuple[Any, ...]:
 
     Args:
         value: the leaf.
-        dtype: of the leaf as it was saved, which Python's numbers do not have; None if it is a
-            text, which has no checksum.
+        dtype: the dtype with which the leaf was saved, since Python's numbers have none of their
+            own; None if it is a text, which has no checksum.
     """
     if dtype is None:
         return ()
@@ -80,24 +81,26 @@ def checked_arrays(value: Any, dtype: str | None) -> tuple[Any, ...]:
 
 
 def check_header(array: DF11Array, name: str) -> None:
-    """Checks that the header says what the static shape says, as far as this process has it.
+    """Checks that those rows of the header which this process has agree with the static layout.
 
     Args:
         array: a compressed leaf.
-        name: of it, for messages.
+        name: the name of the leaf, for messages.
 
     Raises:
-        ValueError: naming the leaf.
+        ValueError: the header disagrees; the message names the leaf.
     """
-    expected = _layout.pack_header(array.slice_shape)
+    expected, known = _layout.pack_header(array.layout), _layout.CODEBOOK_ID
     for rows in _local_rows(array.header):
-        for row in rows[(rows != expected).any(axis=-1)][:1]:
+        for row in rows[(rows[:, :known] != expected[:known]).any(axis=-1)][:1]:
             try:
-                shape = _layout.unpack_header(row)
+                found = _layout.unpack_header(row)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
+            if found.shape == array.slice_shape:
+                raise ValueError(f"{name}: its header says {found}, expected {array.layout}")
             raise ValueError(
-                f"{name}: its header says that slices have the shape {list(shape)}, expected "
+                f"{name}: its header says that slices have the shape {list(found.shape)}, expected "
                 f"{list(array.slice_shape)}"
             )
 
@@ -109,7 +112,7 @@ def _is_on_this_host(array: Any) -> bool:
 
 
 def _local_rows(header: Any) -> list[np.ndarray]:
-    """The whole headers that are in this process."""
+    """The rows of the header that are complete in this process."""
     if isinstance(header, jax.Array):
         parts = [np.asarray(shard.data) for shard in header.addressable_shards]
     else:

@@ -1,105 +1,97 @@
-"""What becomes of each leaf of a checkpoint, and whether that is what the target says."""
+"""The plan for restoring each leaf of a checkpoint, checked against the target."""
 
 import dataclasses
 import enum
-import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
 from df11_jax._array import is_df11
 from df11_jax._decode import path_name
+from df11_jax._select import is_candidate_dtype
 from df11_jax.orbax import _describe
-from df11_jax.orbax._manifest import Leaf
-from df11_jax.orbax._stored import Stored
+from df11_jax.orbax._args import DF11Restore
+from df11_jax.orbax._manifest import StoredLeaf
+from df11_jax.orbax._stored import StoredItem
 
-if TYPE_CHECKING:
-    from df11_jax.orbax._v0 import DF11Restore
-
-# So many bytes of weights are read at once, but at least one leaf: for each read, Orbax reads its
-# metadata again. What changes its form is to take little memory beside the result.
+# The bytes of weights that are read at once, in order to read many leaves at once: Orbax reads its
+# metadata again for each read. Leaves that are converted are to take little memory beside the
+# result, so fewer of them are read at once.
 _BATCH_BYTES = 1 << 30
 _CONVERTED_BATCH_BYTES = 1 << 26
 
-# So many disagreements with a target are listed.
+# The number of disagreements with a target that a message lists.
 _MAX_LISTED = 10
 
 
-class Form(enum.Enum):
-    """What becomes of a leaf on the way."""
+class Conversion(enum.Enum):
+    """The change of a leaf's form while it is restored."""
 
-    AS_STORED = enum.auto()
+    NONE = enum.auto()
     COMPRESS = enum.auto()
     DECOMPRESS = enum.auto()
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class LeafPlan:
     """A leaf to be restored.
 
     Attributes:
-        leaf: as it is stored.
+        leaf: the description of the stored leaf.
         target: the leaf of the target; None if there is no target.
-        form: what becomes of it on the way.
+        conversion: the change of its form.
     """
 
-    leaf: Leaf
+    leaf: StoredLeaf
     target: Any
-    form: Form
-
-    @property
-    def nbytes(self) -> int:
-        """What it takes in the larger one of its forms."""
-        if self.leaf.dtype is None or self.leaf.is_key:
-            return 0
-        return math.prod(self.leaf.shape) * np.dtype(self.leaf.dtype).itemsize
+    conversion: Conversion
 
 
-def plan(stored: Stored, args: "DF11Restore") -> list[Job]:
-    """What is to be restored, and how.
+def plan_leaves(stored: StoredItem, args: DF11Restore) -> list[LeafPlan]:
+    """Plans what to restore, and how.
 
     Args:
         stored: the checkpoint.
-        args: what is asked for.
+        args: the arguments of the call to restore.
 
     Returns:
-        A job for each leaf: of the target, if there is one, or of the checkpoint.
+        A plan for each leaf of the target, if there is one, or else of the checkpoint.
 
     Raises:
         ValueError: the target disagrees with the checkpoint, or the checkpoint is a plain one and
-            nothing says that it may be.
+            the arguments do not say that it may be.
     """
     if args.item is None:
         _check_is_ours(stored, args)
-        wishes = [(leaf, None) for leaf in stored.manifest.leaves]
+        pairs = [(leaf, None) for leaf in stored.manifest.leaves]
     else:
-        wishes = _match(stored, args)
-    jobs = [Job(leaf, target, _form(leaf, target, args)) for leaf, target in wishes]
+        pairs = _match(stored, args)
+    plans = [LeafPlan(leaf, target, _conversion(leaf, target, args)) for leaf, target in pairs]
     casts = args.compress is not None and bool(args.compress.get("cast"))
-    _raise_if_any(stored, [problem for job in jobs for problem in _disagreement(job, casts)])
-    return jobs
+    _raise_if_any(stored, [problem for plan in plans for problem in _disagreement(plan, casts)])
+    return plans
 
 
-def batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:
-    """What is to be read at once."""
-    as_stored = [job for job in jobs if job.form is Form.AS_STORED]
-    converted = [job for job in jobs if job.form is not Form.AS_STORED]
-    for group, limit in ((as_stored, _BATCH_BYTES), (converted, _CONVERTED_BATCH_BYTES)):
-        batch: list[Job] = []
+def batches(plans: Sequence[LeafPlan]) -> Iterator[list[LeafPlan]]:
+    """Groups the leaves that are read at once."""
+    unchanged = [plan for plan in plans if plan.conversion is Conversion.NONE]
+    converted = [plan for plan in plans if plan.conversion is not Conversion.NONE]
+    for group, limit in ((unchanged, _BATCH_BYTES), (converted, _CONVERTED_BATCH_BYTES)):
+        batch: list[LeafPlan] = []
         nbytes = 0
-        for job in group:
-            if batch and nbytes + job.nbytes > limit:
+        for plan in group:
+            if batch and nbytes + plan.leaf.nbytes > limit:
                 yield batch
                 batch, nbytes = [], 0
-            batch.append(job)
-            nbytes += job.nbytes
+            batch.append(plan)
+            nbytes += plan.leaf.nbytes
         if batch:
             yield batch
 
 
-def _check_is_ours(stored: Stored, args: "DF11Restore") -> None:
+def _check_is_ours(stored: StoredItem, args: DF11Restore) -> None:
     if stored.has_manifest or args.compress is not None or args.decompress:
         return
     if not any(leaf.is_compressed for leaf in stored.manifest.leaves):
@@ -110,53 +102,55 @@ def _check_is_ours(stored: Stored, args: "DF11Restore") -> None:
         )
 
 
-def _match(stored: Stored, args: "DF11Restore") -> list[tuple[Leaf, Any]]:
+def _match(stored: StoredItem, args: DF11Restore) -> list[tuple[StoredLeaf, Any]]:
     """The stored leaf for each leaf of the target, in its order."""
     by_keys = {leaf.keys: leaf for leaf in stored.manifest.leaves}
-    wishes, problems = [], []
+    pairs, problems = [], []
     for path, target in jax.tree.leaves_with_path(args.item, is_leaf=is_df11):
         leaf = by_keys.pop(_describe.stored_keys(path), None)
         if leaf is None:
             problems.append(f"{path_name(path)}: is not in the checkpoint")
         else:
-            wishes.append((leaf, target))
+            pairs.append((leaf, target))
     if not args.partial_restore:
         problems += [f"{leaf.path}: is not in the target" for leaf in by_keys.values()]
     _raise_if_any(stored, problems)
-    return wishes
+    return pairs
 
 
-def _form(leaf: Leaf, target: Any, args: "DF11Restore") -> Form:
+def _conversion(leaf: StoredLeaf, target: Any, args: DF11Restore) -> Conversion:
     if leaf.is_compressed:
         wants_plain = target is not None and not is_df11(target) and args.compress is None
-        return Form.DECOMPRESS if args.decompress or wants_plain else Form.AS_STORED
+        return Conversion.DECOMPRESS if args.decompress or wants_plain else Conversion.NONE
     if args.decompress:
-        return Form.AS_STORED
+        return Conversion.NONE
     if is_df11(target):
-        return Form.COMPRESS
-    if args.compress is None:
-        return Form.AS_STORED
-    dtypes = ("bfloat16", "float32", "float16") if args.compress.get("cast") else ("bfloat16",)
-    return Form.COMPRESS if leaf.dtype in dtypes else Form.AS_STORED
+        return Conversion.COMPRESS
+    if args.compress is None or leaf.dtype is None or leaf.is_key:
+        return Conversion.NONE
+    cast = args.compress.get("cast", False)
+    return (
+        Conversion.COMPRESS if is_candidate_dtype(np.dtype(leaf.dtype), cast) else Conversion.NONE
+    )
 
 
-def _disagreement(job: Job, casts: bool) -> Iterator[str]:
-    leaf, target = job.leaf, job.target
+def _disagreement(plan: LeafPlan, casts: bool) -> Iterator[str]:
+    leaf, target = plan.leaf, plan.target
     if target is None:
         return
     agrees = tuple(np.shape(target)) == leaf.shape
     if hasattr(target, "dtype") and not casts:
         agrees = agrees and str(target.dtype) == leaf.dtype
     if is_df11(target) and leaf.is_compressed:
-        agrees = agrees and target.slice_shape == leaf.slice_shape
+        agrees = agrees and target.layout == leaf.layout
     if not agrees:
         dtype = str(getattr(target, "dtype", type(target).__name__))
-        stack_axes = len(target.stack_shape) if is_df11(target) else None
-        shown = Leaf("", (), tuple(np.shape(target)), dtype, (), stack_axes)
+        layout = target.layout if is_df11(target) else None
+        shown = StoredLeaf("", (), tuple(np.shape(target)), dtype, (), layout)
         yield f"{leaf.path}: the target has {shown}, stored is {leaf}"
 
 
-def _raise_if_any(stored: Stored, problems: Sequence[str]) -> None:
+def _raise_if_any(stored: StoredItem, problems: Sequence[str]) -> None:
     if not problems:
         return
     listed = list(problems[:_MAX_LISTED])

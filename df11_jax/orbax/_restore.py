@@ -1,8 +1,8 @@
-"""From what Orbax has stored to parameters, in the form that is asked for."""
+"""From what Orbax has stored to parameters, in the form that the user asks for."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,42 +11,40 @@ from jaxtyping import PyTree
 
 from df11_jax import _layout
 from df11_jax._array import DF11Array, is_df11
-from df11_jax._compress import compress, compress_params
+from df11_jax._compress import compress_as, compress_params
 from df11_jax._decode import decompress_params
 from df11_jax._files import crc32
 from df11_jax._select import Selection
 from df11_jax.orbax import _leaf_arrays, _plan, _shardings, _stored
-from df11_jax.orbax._manifest import Keys, Leaf
-from df11_jax.orbax._plan import Form, Job
-from df11_jax.orbax._stored import Stored
-
-if TYPE_CHECKING:
-    from df11_jax.orbax._v0 import DF11Restore
+from df11_jax.orbax._args import DF11Restore
+from df11_jax.orbax._manifest import Keys, StoredLeaf
+from df11_jax.orbax._plan import Conversion, LeafPlan
+from df11_jax.orbax._stored import StoredItem
 
 
-def restore(stored: Stored, args: "DF11Restore") -> PyTree:
+def restore(stored: StoredItem, args: DF11Restore) -> PyTree:
     """Restores parameters.
 
     Args:
         stored: the checkpoint.
-        args: what to restore.
+        args: the arguments of the call to restore.
 
     Raises:
         ValueError: the target disagrees with the checkpoint, a checksum is wrong, or a leaf is
             damaged; the message has the paths.
     """
-    jobs = _plan.plan(stored, args)
+    plans = _plan.plan_leaves(stored, args)
     values: dict[Keys, Any] = {}
-    for batch in _plan.batches(jobs):
+    for batch in _plan.batches(plans):
         leaves = _read(stored, batch)
         if args.verify:
             _verify(stored, batch, leaves)
-        for job in batch:
-            values[job.leaf.keys] = _finish(job, leaves.pop(0), args.compress)
-    ordered = [values[job.leaf.keys] for job in jobs]
+        for plan in batch:
+            values[plan.leaf.keys] = _convert_and_place(plan, leaves.pop(0), args.compress)
+    ordered = [values[plan.leaf.keys] for plan in plans]
     if args.compress is not None:
-        paths = (job.leaf.path for job in jobs)
-        Selection.from_options(args.compress).warn_if_futile(
+        paths = (plan.leaf.path for plan in plans)
+        Selection.from_options(**args.compress).warn_if_futile(
             "DF11Restore", zip(paths, ordered, strict=True), stacklevel=1
         )
     if args.item is None:
@@ -54,8 +52,8 @@ def restore(stored: Stored, args: "DF11Restore") -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(args.item, is_leaf=is_df11), ordered)
 
 
-def read_leaf(stored: Stored, leaf: Leaf) -> Any:
-    """One leaf in the form that it is stored in, verified, on the host.
+def read_leaf(stored: StoredItem, leaf: StoredLeaf) -> Any:
+    """Reads one leaf onto the host, in the form in which it is stored, and verifies it.
 
     Args:
         stored: the checkpoint.
@@ -64,70 +62,70 @@ def read_leaf(stored: Stored, leaf: Leaf) -> Any:
     Raises:
         ValueError: its checksum is wrong, or it is not what the manifest says.
     """
-    job = Job(leaf, None, Form.DECOMPRESS)
-    values = _read(stored, [job])
-    _verify(stored, [job], values)
+    plan = LeafPlan(leaf, None, Conversion.DECOMPRESS)
+    values = _read(stored, [plan])
+    _verify(stored, [plan], values)
     return values[0]
 
 
-def _read(stored: Stored, batch: Sequence[Job]) -> list[Any]:
-    """Reads leaves in the form that they are stored in, onto the host if that can be."""
+def _read(stored: StoredItem, batch: Sequence[LeafPlan]) -> list[Any]:
+    """Reads leaves in the form in which they are stored, onto the host if that is possible."""
     wanted: dict[Keys, ocp.RestoreArgs] = {}
     empty: dict[Keys, Any] = {}
-    for job in batch:
-        destinations = _destinations(job)
-        for array in job.leaf.arrays:
+    for plan in batch:
+        destinations = _destinations(plan)
+        for array in plan.leaf.arrays:
             if 0 in array.shape:
                 empty[array.keys] = np.zeros(array.shape, array.dtype)
             else:
-                wanted[array.keys] = _how(job.leaf, destinations[array.part])
+                wanted[array.keys] = _restore_args(plan.leaf, destinations[array.part])
     arrays = stored.read(wanted) | empty
     leaves = []
-    for job in batch:
-        name = f"{stored.name}: {job.leaf.path}"
-        parts = [arrays.pop(array.keys) for array in job.leaf.arrays]
-        compressed = job.leaf.is_compressed
-        leaves.append(_leaf_arrays.from_stored(parts, job.leaf, name) if compressed else parts[0])
-        _check(job.leaf, leaves[-1], name)
+    for plan in batch:
+        name = f"{stored.name}: {plan.leaf.path}"
+        parts = [arrays.pop(array.keys) for array in plan.leaf.arrays]
+        compressed = plan.leaf.is_compressed
+        leaves.append(_leaf_arrays.from_stored(parts, plan.leaf, name) if compressed else parts[0])
+        _check(plan.leaf, leaves[-1], name)
     return leaves
 
 
-def _destinations(job: Job) -> list[jax.sharding.Sharding | None]:
-    """Where the arrays of a leaf are to go; None for the host."""
-    texts = job.leaf.shardings
-    if job.form is not Form.AS_STORED:
+def _destinations(plan: LeafPlan) -> list[jax.sharding.Sharding | None]:
+    """The shardings that the arrays of a leaf are to get; None for arrays on the host."""
+    texts = plan.leaf.shardings
+    if plan.conversion is not Conversion.NONE:
         return [None] * len(texts)
     targets: list[Any] = [None] * len(texts)
-    if job.leaf.is_compressed == is_df11(job.target):
-        targets = list(job.target.payload) if is_df11(job.target) else [job.target]
+    if plan.leaf.is_compressed == is_df11(plan.target):
+        targets = list(plan.target.payload) if is_df11(plan.target) else [plan.target]
     destinations = []
     for text, target in zip(texts, targets, strict=True):
         sharding = getattr(target, "sharding", None)
         if sharding is None and text is not None:
             sharding = _shardings.from_text(text)
-        elif sharding is None and job.leaf.is_compressed:
+        elif sharding is None and plan.leaf.is_compressed:
             sharding = _shardings.default()
         destinations.append(sharding)
     return destinations
 
 
-def _how(leaf: Leaf, sharding: jax.sharding.Sharding | None) -> Any:
-    """How Orbax is to restore an array of a leaf."""
+def _restore_args(leaf: StoredLeaf, sharding: jax.sharding.Sharding | None) -> Any:
+    """The arguments by which Orbax restores an array of a leaf."""
     if leaf.is_key or (sharding is not None and not sharding.is_fully_addressable):
         return ocp.ArrayRestoreArgs(
             restore_type=None if leaf.is_key else jax.Array, sharding=sharding
         )
     if leaf.shardings[0] is None and not leaf.is_compressed:
-        return ocp.RestoreArgs()  # as what it was: a number, a text, an array on the host
+        return ocp.RestoreArgs()  # a number, a text, or an array on the host, which it stays
     # Not by Orbax onto the device: to be verified, it would have to come back.
     return _stored.ON_HOST
 
 
-def _check(leaf: Leaf, value: Any, name: str) -> None:
+def _check(leaf: StoredLeaf, value: Any, name: str) -> None:
     """Checks that a leaf is what its description says."""
     if isinstance(value, DF11Array):
-        stack = _layout.check_payload(value.payload, leaf.slice_shape, name)
-        if stack + leaf.slice_shape != leaf.shape:
+        stack = _layout.check_payload(value.payload, value.layout, name)
+        if stack + value.slice_shape != leaf.shape:
             raise ValueError(f"{name}: a stack of {list(stack)} is stored, expected {leaf}")
         _leaf_arrays.check_header(value, name)
     elif hasattr(value, "dtype"):
@@ -136,11 +134,11 @@ def _check(leaf: Leaf, value: Any, name: str) -> None:
             raise ValueError(f"{name}: {found} is stored, expected {leaf}")
 
 
-def _verify(stored: Stored, batch: Sequence[Job], values: Sequence[Any]) -> None:
+def _verify(stored: StoredItem, batch: Sequence[LeafPlan], values: Sequence[Any]) -> None:
     known = [
-        (job.leaf, _leaf_arrays.checked_arrays(value, job.leaf.dtype))
-        for job, value in zip(batch, values, strict=True)
-        if job.leaf.crc32 is not None
+        (plan.leaf, _leaf_arrays.checked_arrays(value, plan.leaf.dtype))
+        for plan, value in zip(batch, values, strict=True)
+        if plan.leaf.crc32 is not None
     ]
     found = crc32.leaf_checksums([arrays for _, arrays in known])
     wrong = [
@@ -155,25 +153,26 @@ def _verify(stored: Stored, batch: Sequence[Job], values: Sequence[Any]) -> None
         )
 
 
-def _finish(job: Job, value: Any, options: Mapping[str, Any] | None) -> Any:
-    """Gives a leaf its form and its place."""
-    path = job.leaf.path
-    if job.form is Form.AS_STORED:
+def _convert_and_place(plan: LeafPlan, value: Any, options: Mapping[str, Any] | None) -> Any:
+    """Compresses or decompresses a leaf as planned, and shards it as the target says."""
+    path = plan.leaf.path
+    if plan.conversion is Conversion.NONE:
         parts = value.payload if is_df11(value) else (value,)
         placed = [
-            _place(part, sharding) for part, sharding in zip(parts, _destinations(job), strict=True)
+            _place(part, sharding)
+            for part, sharding in zip(parts, _destinations(plan), strict=True)
         ]
-        return _leaf_arrays.join(placed, job.leaf) if is_df11(value) else placed[0]
-    if job.form is Form.DECOMPRESS:
+        return _leaf_arrays.join(placed, plan.leaf) if is_df11(value) else placed[0]
+    if plan.conversion is Conversion.DECOMPRESS:
         weights = decompress_params({path: value})[path]
-        return weights if is_df11(job.target) else _place(weights, _sharding(job.target))
-    if is_df11(job.target):
-        small = compress(value, stack_axes=len(job.target.stack_shape))
-        return jax.tree.map(lambda a, like: _place(a, _sharding(like)), small, job.target)
+        return weights if is_df11(plan.target) else _place(weights, _sharding(plan.target))
+    if is_df11(plan.target):
+        small = compress_as(value, plan.target.layout, plan.leaf.path)
+        return jax.tree.map(lambda a, like: _place(a, _sharding(like)), small, plan.target)
     small = compress_params({path: value}, **(options or {}))[path]
     if is_df11(small):
         return small
-    return _place(small, _sharding(job.target) or _shardings.default())
+    return _place(small, _sharding(plan.target) or _shardings.default())
 
 
 def _sharding(target: Any) -> jax.sharding.Sharding | None:
@@ -181,7 +180,7 @@ def _sharding(target: Any) -> jax.sharding.Sharding | None:
 
 
 def _place(array: Any, sharding: jax.sharding.Sharding | None) -> Any:
-    """The array, sharded like this; as it is if that is None."""
+    """The array with this sharding; unchanged if that is None."""
     is_placed = isinstance(array, jax.Array)
     if sharding is None or (is_placed and array.sharding == sharding):
         return array

@@ -1,20 +1,20 @@
-"""From parameters to what Orbax is given to save."""
+"""From parameters to the tree and the metadata that Orbax saves."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from df11_jax import _layout
 from df11_jax._array import is_df11
-from df11_jax._compress import compress_params, cpu_device, fetch
+from df11_jax._compress import compress_params
 from df11_jax._decode import path_name
 from df11_jax._files import crc32
+from df11_jax._host_arrays import cpu_device, to_host
 from df11_jax._select import Selection
 from df11_jax.orbax import _describe, _leaf_arrays, _manifest
 
@@ -22,22 +22,22 @@ from df11_jax.orbax import _describe, _leaf_arrays, _manifest
 def to_orbax(
     params: PyTree, compress: Mapping[str, Any] | None, custom_metadata: Mapping[str, Any] | None
 ) -> tuple[PyTree, dict[str, Any]]:
-    """What Orbax is to save, and the metadata that goes with it.
+    """Makes the tree that Orbax is to save, and the metadata that goes with it.
 
     Args:
         params: parameters, compressed or not.
         compress: arguments of `compress_params`; None to save all leaves as they are.
-        custom_metadata: what the user wants to have in Orbax's metadata of the item.
+        custom_metadata: entries that the user adds to Orbax's metadata of the item.
 
     Returns:
         The tree, and the user's metadata together with the manifest. The tree has a dict of
-        arrays for each compressed leaf, and none of the arrays of no elements, which Orbax cannot
+        arrays for each compressed leaf. It has no arrays without elements, which Orbax cannot
         save.
 
     Raises:
         TypeError: a leaf is neither an array nor a number nor a text.
-        ValueError: a leaf's arrays do not fit its shape; two leaves have the same name in Orbax;
-            the user's metadata has an entry of the same name as ours.
+        ValueError: a leaf's arrays do not fit its shape, two leaves have the same name in Orbax,
+            or the user's metadata has an entry of the same name as the manifest.
     """
     if custom_metadata is not None and _manifest.KEY in custom_metadata:
         raise ValueError(f"custom_metadata has the key {_manifest.KEY!r}, which df11_jax uses")
@@ -46,7 +46,7 @@ def to_orbax(
     manifest, values = _describe.describe(params)
     for leaf, value in zip(manifest.leaves, values, strict=True):
         if leaf.is_compressed:
-            _layout.check_payload(value.payload, value.slice_shape, leaf.path)
+            _layout.check_payload(value.payload, value.layout, leaf.path)
             _leaf_arrays.check_header(value, leaf.path)
     arrays = [
         _leaf_arrays.checked_arrays(value, leaf.dtype)
@@ -66,26 +66,28 @@ def to_orbax(
 
 def _compress_on_host(params: PyTree, options: Mapping[str, Any]) -> PyTree:
     """Compresses leaf by leaf; the compressed leaves stay on the host."""
+    selection = Selection.from_options(**options)
 
     def compress(path: tuple[Any, ...], leaf: Any) -> Any:
+        name = path_name(path)
         if not isinstance(leaf, (jax.Array, np.ndarray)):
             return leaf
-        if leaf.dtype != jnp.bfloat16 and not options.get("cast"):
+        if not selection.admits(name, leaf.shape, leaf.dtype):
             return leaf
-        name = path_name(path)
         with jax.default_device(cpu_device()):
-            small = compress_params({name: _on_host(leaf)}, **options)[name]
+            small = compress_params({name: _gather(leaf)}, **options)[name]
         return jax.tree.map(np.asarray, small) if is_df11(small) else leaf
 
     compressed = jax.tree.map_with_path(compress, params, is_leaf=is_df11)
     leaves = jax.tree.leaves_with_path(compressed, is_leaf=is_df11)
-    Selection.from_options(options).warn_if_futile(
+    selection.warn_if_futile(
         "DF11Save", ((path_name(path), leaf) for path, leaf in leaves), stacklevel=1
     )
     return compressed
 
 
-def _on_host(leaf: Any) -> np.ndarray:
+def _gather(leaf: Any) -> np.ndarray:
+    """All elements of a leaf on the host, wherever they are."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return multihost_utils.process_allgather(leaf, tiled=True)
-    return fetch(leaf) if isinstance(leaf, jax.Array) else np.asarray(leaf)
+    return to_host(leaf)

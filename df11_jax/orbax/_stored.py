@@ -1,4 +1,4 @@
-"""What Orbax has stored in a directory, and reading parts of it."""
+"""An item that Orbax has stored in a directory: its manifest, and reading arrays of it."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ from etils import epath
 from jaxtyping import PyTree
 
 from df11_jax.orbax import _describe, _leaf_arrays, _manifest, _shardings
-from df11_jax.orbax._manifest import Keys, Leaf, Manifest
+from df11_jax.orbax._manifest import Keys, Manifest, StoredLeaf
 
 ON_HOST = ocp.RestoreArgs(restore_type=np.ndarray)
 
@@ -22,25 +22,25 @@ ON_HOST = ocp.RestoreArgs(restore_type=np.ndarray)
 _METADATA_FILE = "_METADATA"
 
 
-class Stored:
+class StoredItem:
     """A checkpoint of an item.
 
     Attributes:
-        name: of the checkpoint, for messages.
+        name: the name of the checkpoint, for messages.
         has_manifest: whether df11_jax saved it, rather than Orbax alone.
-        manifest: its own, or one that was made from what is stored.
+        manifest: the manifest that is stored, or one that was inferred from Orbax's metadata.
     """
 
     def __init__(self, handler: ocp.PyTreeCheckpointHandler, directory: epath.PathLike) -> None:
         """Reads the metadata.
 
         Args:
-            handler: to read with.
-            directory: of the item.
+            handler: Orbax's handler, which reads.
+            directory: the directory of the item.
 
         Raises:
             FileNotFoundError: no pytree was saved there.
-            ValueError: of another format or an unknown version, or damaged.
+            ValueError: the checkpoint is of another format or an unknown version, or is damaged.
         """
         self.name = str(directory)
         self._handler = handler
@@ -61,17 +61,17 @@ class Stored:
         self.manifest = _describe.infer(tree, self._read(with_values, headers), self.name)
 
     def abstract(self) -> PyTree:
-        """The pytree that was saved, with `jax.ShapeDtypeStruct`s in the places of the arrays."""
+        """The pytree that was saved, with `jax.ShapeDtypeStruct`s in place of the arrays."""
         return self.manifest.unflatten([_abstract(leaf) for leaf in self.manifest.leaves])
 
     def read(self, wanted: Mapping[Keys, ocp.RestoreArgs]) -> dict[Keys, Any]:
         """Reads arrays.
 
         Args:
-            wanted: how to restore each of them.
+            wanted: Orbax's arguments for restoring each of them.
 
         Raises:
-            ValueError: what is stored is not what the manifest says.
+            ValueError: the arrays that are stored are not those of the manifest.
         """
         try:
             return self._read(
@@ -84,7 +84,7 @@ class Stored:
 
     def _entry(self) -> Any:
         """The manifest as JSON; None if there is none."""
-        # Orbax's way to its metadata opens all arrays, which takes as long as reading small ones.
+        # Orbax opens all arrays to get at its metadata, which takes as long as reading small ones.
         try:
             metadata = json.loads((self._directory / _METADATA_FILE).read_text())["custom_metadata"]
         except (KeyError, OSError, RecursionError, TypeError, ValueError):
@@ -97,7 +97,7 @@ class Stored:
 
     @contextlib.contextmanager
     def _orbax_errors(self) -> Iterator[None]:
-        """Names the checkpoint in what Orbax raises for damaged ones, which can be anything."""
+        """Adds the checkpoint's name to the errors, of any type, that Orbax raises for damage."""
         try:
             yield
         except (
@@ -109,9 +109,9 @@ class Stored:
             TypeError,
             ValueError,
         ) as error:
-            if isinstance(error, jax.errors.JaxRuntimeError):  # such as too little memory
+            if isinstance(error, jax.errors.JaxRuntimeError):  # for example, too little memory
                 raise
-            # Names in damaged metadata may have what cannot be printed.
+            # Names in damaged metadata may have characters that cannot be printed.
             said = f"{type(error).__name__}: {error!s:.1000}".encode(errors="backslashreplace")
             raise ValueError(
                 f"{self.name}: Orbax cannot read it, it is damaged or no checkpoint of arrays "
@@ -126,8 +126,9 @@ class Stored:
         """Reads arrays.
 
         Args:
-            with_values: makes a tree like the stored one of values for each array.
-            wanted: how to restore each of them.
+            with_values: a function that makes a tree like the stored one, given a function from
+                the keys of an array to the value in its place.
+            wanted: Orbax's arguments for restoring each of them.
         """
         if not wanted:
             return {}
@@ -161,15 +162,10 @@ class Stored:
             raise ValueError(f"{self.name}: has arrays that its metadata does not name: {extra}")
 
 
-def open_stored(directory: epath.PathLike) -> Stored:
-    """The checkpoint of an item, to be read by this process alone."""
-    return Stored(ocp.PyTreeCheckpointHandler(), directory)
-
-
-def _abstract(leaf: Leaf) -> Any:
+def _abstract(leaf: StoredLeaf) -> Any:
     if leaf.dtype is None:
         return ""
-    leaf = dataclasses.replace(leaf, has_tables=False)  # the arrays that it has in memory
+    leaf = dataclasses.replace(leaf, has_tables=False)  # as in memory
     arrays = [
         jax.ShapeDtypeStruct(
             array.shape,
@@ -182,7 +178,7 @@ def _abstract(leaf: Leaf) -> Any:
 
 
 def _dtype(name: str) -> Any:
-    # numpy does not have keys for random numbers.
+    # numpy has no dtypes for keys for random numbers.
     for implementation in ("threefry2x32", "rbg", "unsafe_rbg"):
         key = jax.eval_shape(functools.partial(jax.random.key, 0, impl=implementation))
         if str(key.dtype) == name:

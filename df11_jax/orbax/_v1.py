@@ -12,35 +12,36 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1
 
 from df11_jax._array import is_df11
-from df11_jax.orbax._v0 import DF11CheckpointHandler, DF11Restore, DF11Save
+from df11_jax.orbax._args import DF11Restore, DF11Save
+from df11_jax.orbax._v0 import DF11CheckpointHandler
 
-# Names barriers. All processes save the same, so that they count alike.
+# Numbers the barriers. All processes save the same items, so their counts agree.
 _saves = itertools.count()
 
 
 class DF11Handler(v1.handlers.CheckpointableHandler[Any, Any]):
     """Saves and restores parameters with compressed leaves, for `orbax.checkpoint.v1`.
 
-    It is registered when `df11_jax.orbax` is imported, and takes what `save_checkpointables` and
-    `load_checkpointables` are given if that is a `DF11Save` or a `DF11Restore`, or a pytree with a
-    `DF11Array` in it. It writes what `DF11CheckpointHandler` writes.
+    It is registered when `df11_jax.orbax` is imported. It then handles what is passed to
+    `save_checkpointables` and `load_checkpointables` if that is a `DF11Save`, a `DF11Restore`, or a
+    pytree that contains a `DF11Array`. Its files are those of `DF11CheckpointHandler`.
     """
 
-    # Checkpoints name their handler; this is the name that is to last.
+    # Orbax writes this name into checkpoints, so it must not change.
     __module__ = "df11_jax.orbax"
 
     def __init__(self) -> None:
         self._handler = DF11CheckpointHandler()
 
     async def save(self, directory: Any, checkpointable: DF11Save | PyTree) -> Awaitable[None]:
-        """Begins to save: once this returns, the parameters may be changed, donated or deleted.
+        """Starts to save. Once this returns, the parameters may be changed, donated or deleted.
 
         Args:
-            directory: of the item, perhaps yet to be created.
-            checkpointable: what to save.
+            directory: the directory of the item, which may not exist yet.
+            checkpointable: the parameters, or the arguments for saving them.
 
         Returns:
-            What there remains to wait for.
+            The rest of the work, to be awaited.
         """
         args = checkpointable if isinstance(checkpointable, DF11Save) else DF11Save(checkpointable)
         operation = f"df11_jax.{next(_saves)}.{directory.path.name}"
@@ -53,11 +54,11 @@ class DF11Handler(v1.handlers.CheckpointableHandler[Any, Any]):
         """Loads.
 
         Args:
-            directory: of the item.
-            abstract_checkpointable: what to restore, or the target.
+            directory: the directory of the item.
+            abstract_checkpointable: the arguments for restoring, or a target.
 
         Returns:
-            What there is to wait for.
+            The parameters, to be awaited.
         """
         args = abstract_checkpointable
         if not isinstance(args, DF11Restore):
@@ -69,10 +70,10 @@ class DF11Handler(v1.handlers.CheckpointableHandler[Any, Any]):
         return restore()
 
     async def metadata(self, directory: epath.Path) -> PyTree:
-        """What `load` without a target gives, with shapes in the places of the arrays.
+        """The pytree that `load` returns without a target, with shapes in place of the arrays.
 
         Args:
-            directory: of the item.
+            directory: the directory of the item.
         """
         return self._handler.metadata(directory)
 
@@ -81,7 +82,7 @@ class DF11Handler(v1.handlers.CheckpointableHandler[Any, Any]):
         return isinstance(checkpointable, DF11Save) or _has_compressed_leaf(checkpointable)
 
     def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
-        """Whether this handler is to load it; None leaves that to what the checkpoint says."""
+        """Whether this handler is to load it; None leaves that to the checkpoint."""
         if isinstance(abstract_checkpointable, DF11Restore):
             return True
         return _has_compressed_leaf(abstract_checkpointable) or None
@@ -98,7 +99,7 @@ class DF11Handler(v1.handlers.CheckpointableHandler[Any, Any]):
 
 
 def _has_compressed_leaf(tree: Any) -> bool:
-    # Orbax asks about whatever is to be saved.
+    # Orbax asks this about everything that is to be saved, whatever it is.
     try:
         return any(map(is_df11, jax.tree.leaves(tree, is_leaf=is_df11)))
     except (TypeError, ValueError):

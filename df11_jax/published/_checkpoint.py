@@ -1,4 +1,4 @@
-"""Published checkpoints: opened, checked, read tensor by tensor."""
+"""Opens, checks and reads published checkpoints, tensor by tensor."""
 
 import dataclasses
 import itertools
@@ -9,15 +9,17 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from df11_jax._files.directory import CONFIG, PUBLISHED_CONFIG, read_json
+from df11_jax._files.directory import CONFIG, read_json
+from df11_jax._files.model_config import ModelConfig
 from df11_jax._files.source import TensorInfo
 from df11_jax._host_codec import cpu_library
 from df11_jax.published._headers import PARTS, StoredUnit, find_units, read_headers
 from df11_jax.published._patterns import PatternDict, check_pattern_dict, match_module
-from df11_jax.published._shapes import ModelConfig, Shapes, check_shape, read_shapes
+from df11_jax.published._shapes import Shapes, check_shape, read_shapes
 from df11_jax.published._unit import ARRAYS, PublishedUnit, decode_host
+from df11_jax.published.detect import CONFIG_KEY
 
-# Of every checkpoint that there is; the layout has no place for others.
+# These fields are the same in all published checkpoints; the layout cannot hold others.
 GEOMETRY = {"threads_per_block": [512], "bytes_per_thread": 8}
 
 
@@ -26,12 +28,12 @@ class UnitInfo:
     """Tensors that are compressed together.
 
     Attributes:
-        name: of the module that owns them, such as `model.layers.0`.
+        name: the name of the module that owns them, such as `model.layers.0`.
         tensors: their names, in the order in which they are joined.
-        shapes: that they have in the model.
-        sizes: how many elements each has.
-        file: that holds the unit.
-        compressed_nbytes: bytes of the unit's six tensors.
+        shapes: their shapes in the model.
+        sizes: the number of elements of each.
+        file: the file that holds the unit.
+        compressed_nbytes: the bytes of the unit's six tensors.
     """
 
     name: str
@@ -43,18 +45,19 @@ class UnitInfo:
 
 
 class Checkpoint:
-    """A DFloat11 checkpoint, as its own library and `df11_jax.published.write` make them.
+    """A DFloat11 checkpoint, as DFloat11's own library and `df11_jax.published.write` make them.
 
-    Opening it reads and checks headers; what is in a unit is checked when it is first read. A file
-    is mapped into memory only as long as an array that was read from it lives.
+    Opening it reads and checks headers; the contents of a unit are checked when it is first read. A
+    file is mapped into memory only as long as an array that was read from it exists.
 
     Attributes:
-        path: of the directory or file.
+        path: the path of the directory or file.
         format: `"published"`.
         config: the content of config.json, or None.
-        units: by the names of their modules.
-        tensors: all tensors of the model, compressed or not, in the order of the files. A
-            compressed one's `stored_nbytes` is its share, by elements, of the unit's.
+        units: the units by the names of their modules.
+        tensors: all tensors of the model, compressed or not, in the order of the files. The
+            `stored_nbytes` of a compressed one are the bytes of the unit, divided among its tensors
+            in proportion to their elements.
     """
 
     format = "published"
@@ -70,11 +73,12 @@ class Checkpoint:
         Args:
             path: a directory with *.safetensors files, or one such file. If there is a config.json
                 in the directory, it is used.
-            shapes: of the compressed tensors, by name, or the original model (its safetensors file,
-                index, or directory), whose headers have them. Needed unless config.json is that of
-                a model type that this library knows: llama, mistral, qwen2, qwen3, gemma2, gemma3.
-            pattern_dict: which tensors a unit consists of. Needed if config.json does not say it,
-                and a unit has several.
+            shapes: the shapes of the compressed tensors, by name, or the original model (its
+                safetensors file, index, or directory), whose headers have them. Needed unless
+                config.json is that of a model type that this library knows: llama, mistral, qwen2,
+                qwen3, gemma2, gemma3.
+            pattern_dict: the tensors that each unit consists of; see `df11_jax.published.write`.
+                Needed if config.json does not have it, and a unit has several tensors.
 
         Raises:
             OSError: there is nothing at `path`, or it cannot be read.
@@ -87,13 +91,13 @@ class Checkpoint:
         config = (self.path if self.path.is_dir() else self.path.parent) / CONFIG
         self.config: dict[str, Any] | None = read_json(config) if config.is_file() else None
         self._patterns = check_pattern_dict(pattern_dict, "Checkpoint") if pattern_dict else None
-        if pattern_dict is None and self.config is not None and PUBLISHED_CONFIG in self.config:
-            self._patterns = _published_patterns(self.config[PUBLISHED_CONFIG], str(config))
+        if pattern_dict is None and self.config is not None and CONFIG_KEY in self.config:
+            self._patterns = _published_patterns(self.config[CONFIG_KEY], str(config))
         self._model = ModelConfig(self.config, str(config))
         self._shapes = read_shapes(shapes)
         self.units = {name: self._unit_info(unit) for name, unit in self._stored_units.items()}
         self.tensors: dict[str, TensorInfo] = {}
-        # Unit, first element and end of what is compressed.
+        # The unit, the first element and the end of each compressed tensor.
         self._places: dict[str, tuple[StoredUnit, int, int]] = {}
         self._checked: set[str] = set()
         for name, tensor in self._stored.items():
@@ -118,11 +122,12 @@ class Checkpoint:
         """One tensor of the model, on the host.
 
         Args:
-            name: of the tensor. If it is compressed, only its part of the unit is decoded.
-            threads: how many threads to use; None for all that this process may run on.
+            name: the name of the tensor. If it is compressed, only its part of the unit is
+                decoded.
+            threads: the number of threads; None for all that this process may run on.
 
         Returns:
-            The tensor, in the model's shape. One that is not compressed is a read-only view of
+            The tensor, in the model's shape. If it is not compressed, it is a read-only view of
             the file.
 
         Raises:
@@ -142,17 +147,17 @@ class Checkpoint:
         return weights.reshape(self.tensors[name].shape)
 
     def read_unit(self, unit: str) -> PublishedUnit:
-        """A unit as it is, for `df11_jax.published.decompress`.
+        """A unit, still compressed, for `df11_jax.published.decompress`.
 
         Args:
-            unit: the name of its module.
+            unit: the name of the unit's module.
 
         Returns:
-            Its arrays, on the host: read-only views of the file.
+            The unit, with arrays on the host that are read-only views of the file.
 
         Raises:
             KeyError: there is no such unit.
-            ValueError: it is corrupt, or the file has changed since it was opened.
+            ValueError: the unit is corrupt, or the file has changed since it was opened.
         """
         if unit not in self.units:
             raise KeyError(f"{self.path}: there is no unit {unit!r}")
@@ -191,7 +196,7 @@ class Checkpoint:
         if names is None:
             raise ValueError(
                 f"{unit}: which {count} tensors it consists of is not known: no pattern of "
-                f"{PUBLISHED_CONFIG} in config.json matches it. Put the checkpoint's "
+                f"{CONFIG_KEY} in config.json matches it. Put the checkpoint's "
                 "config.json beside the file, or pass pattern_dict=... (--pattern-dict), such as "
                 "df11_jax.published.default_pattern_dict(config)"
             )
@@ -220,9 +225,9 @@ class Checkpoint:
         n, start = max(1, sum(unit.sizes)), 0
         for name, shape, size in zip(unit.tensors, unit.shapes, unit.sizes, strict=True):
             stop = start + size
-            # Rounded so that the shares add up.
-            share = unit.compressed_nbytes * stop // n - unit.compressed_nbytes * start // n
-            self._add(name, TensorInfo(shape, "BF16", 2 * size, share), unit.file)
+            # Rounded so that the sum is that of the unit.
+            stored = unit.compressed_nbytes * stop // n - unit.compressed_nbytes * start // n
+            self._add(name, TensorInfo(shape, "BF16", 2 * size, stored), unit.file)
             self._places[name] = (self._stored_units[unit.name], start, stop)
             start = stop
 
@@ -235,7 +240,7 @@ class Checkpoint:
 
 
 def _published_patterns(config: Any, path: str) -> dict[str, list[str]]:
-    where = f"{path}: {PUBLISHED_CONFIG}"
+    where = f"{path}: {CONFIG_KEY}"
     if not isinstance(config, dict):
         raise ValueError(f"{where}: is {config!r:.80}, expected an object")
     for field, expected in GEOMETRY.items():

@@ -1,6 +1,6 @@
 """The code of a published unit: from counts of exponents to codes and look-up tables.
 
-Everything here is a few hundred entries, once for each unit.
+All tables here have a few hundred entries and are made once for each unit.
 """
 
 import dataclasses
@@ -15,17 +15,18 @@ ROW_ENTRIES = 256
 FIRST_POINTER = 240  # entries of tables from here on are no exponents
 MAX_ROWS = ROW_ENTRIES - FIRST_POINTER + 1
 
-# Fills up the last byte of a stream. It counts as the smallest of symbols, and occurs once.
+# The symbol whose code fills up the last byte of a stream. It sorts before all others, and occurs
+# once.
 END = -1
 
 
-class Leaf(NamedTuple):
-    """A symbol and its code.
+class Codeword(NamedTuple):
+    """The codeword of a symbol.
 
     Attributes:
         symbol: an exponent, or `END`.
-        length: of the code, in bits.
-        bits: the code; its first bit is the highest of `length`.
+        length: the length of the codeword, in bits.
+        bits: the bits of the codeword; its first bit is the highest of `length`.
     """
 
     symbol: int
@@ -38,23 +39,23 @@ class Codebook:
     """A code as the encoder needs it, and as a file holds it.
 
     Attributes:
-        bits: the code of each exponent; its first bit is the highest of `lengths`.
-        lengths: of the codes; 0 for exponents without one.
-        end: the end symbol's code.
+        bits: the codeword of each exponent; its first bit is the highest of `lengths`.
+        lengths: the lengths of the codewords; 0 for exponents without one.
+        end: the end symbol's codeword.
         luts: the look-up tables, and `lengths` as their last row.
     """
 
     bits: UInt32[np.ndarray, "256"]
     lengths: UInt8[np.ndarray, "256"]
-    end: Leaf
+    end: Codeword
     luts: UInt8[np.ndarray, "rows_and_lengths 256"]
 
 
 def build_codebook(counts: Int[np.ndarray, "256"]) -> Codebook:
-    """The code for exponents that occur as often as this: the one that the reference would use.
+    """Builds the code that the reference would use for exponents with these counts.
 
     Args:
-        counts: how often each exponent occurs.
+        counts: the number of occurrences of each exponent.
 
     Raises:
         ValueError: an exponent occurs that the layout cannot hold, none occurs, or the code needs
@@ -75,12 +76,12 @@ def build_codebook(counts: Int[np.ndarray, "256"]) -> Codebook:
     return Codebook(bits=bits, lengths=lengths, end=end, luts=luts)
 
 
-def _limited_code(symbols: Int[np.ndarray, " n"], counts: Int[np.ndarray, " n"]) -> list[Leaf]:
-    """A code of at most 32 bits.
+def _limited_code(symbols: Int[np.ndarray, " n"], counts: Int[np.ndarray, " n"]) -> list[Codeword]:
+    """Builds a code of at most 32 bits.
 
-    While one is longer, the 2, 3, ... least frequent exponents are taken to occur once. Where
-    counts are equal at that limit, the reference leaves it to `numpy.argpartition` which ones are
-    taken, so that this does the same; numpy may choose others on another processor.
+    While a code is longer, the 2, 3, ... least frequent exponents are taken to occur once. If
+    counts are equal at that limit, the reference lets `numpy.argpartition` choose among them, and
+    so does this; numpy may choose others on another processor.
     """
     leaves = _huffman_code(symbols, counts)
     rarest = 2
@@ -92,26 +93,26 @@ def _limited_code(symbols: Int[np.ndarray, " n"], counts: Int[np.ndarray, " n"])
     return leaves
 
 
-def _huffman_code(symbols: Int[np.ndarray, " n"], counts: Int[np.ndarray, " n"]) -> list[Leaf]:
+def _huffman_code(symbols: Int[np.ndarray, " n"], counts: Int[np.ndarray, " n"]) -> list[Codeword]:
     """The code with the end symbol added, in the order of the tree's leaves."""
     # Each node: its count, its first symbol (which decides between equal counts), its leaves.
     nodes = [
-        (count, symbol, [Leaf(symbol, 0, 0)])
+        (count, symbol, [Codeword(symbol, 0, 0)])
         for symbol, count in zip(symbols.tolist(), counts.tolist(), strict=True)
     ]
-    nodes.append((1, END, [Leaf(END, 0, 0)]))
+    nodes.append((1, END, [Codeword(END, 0, 0)]))
     heapq.heapify(nodes)
     while len(nodes) > 1:
         low_count, first, low = heapq.heappop(nodes)
         high_count, _, high = heapq.heappop(nodes)
-        merged = [Leaf(s, length + 1, bits) for s, length, bits in low]
-        merged += [Leaf(s, length + 1, bits | 1 << length) for s, length, bits in high]
+        merged = [Codeword(s, length + 1, bits) for s, length, bits in low]
+        merged += [Codeword(s, length + 1, bits | 1 << length) for s, length, bits in high]
         heapq.heappush(nodes, (low_count + high_count, first, merged))
     return nodes[0][2]
 
 
-def _build_tables(leaves: list[Leaf]) -> UInt8[np.ndarray, "rows 256"]:
-    """One row for each string of whole bytes that codes go on after."""
+def _build_tables(leaves: list[Codeword]) -> UInt8[np.ndarray, "rows 256"]:
+    """Builds the look-up tables: a row for each string of whole bytes that begins a longer code."""
     codes = {leaf.symbol: f"{leaf.bits:0{leaf.length}b}" for leaf in leaves if leaf.symbol != END}
     prefixes = dict.fromkeys(["", *(code[: _whole_bytes(code)] for code in codes.values())])
     rows = {prefix: row for row, prefix in enumerate(sorted(prefixes, key=len))}
@@ -127,9 +128,10 @@ def _build_tables(leaves: list[Leaf]) -> UInt8[np.ndarray, "rows 256"]:
             row = rows[code[: at + 8]]
             written[_entry(rows, code[:at], code[at : at + 8])] = ROW_ENTRIES - row
 
-    # What no code writes repeats the entry before, also across rows. At the very beginning, where
-    # the reference fails, it repeats the entry after: a decoder that runs past the stream's end,
-    # where all bits are 0, then finds a code there, and not one of 0 bits that it could never pass.
+    # Entries that no code reaches repeat the entry before, also across rows. At the very beginning,
+    # where the reference fails, they repeat the entry after. A decoder that runs past the end of
+    # the stream, where all bits are 0, then finds a code there, and not one of 0 bits, at which it
+    # would stay for ever.
     tables = np.empty(len(rows) * ROW_ENTRIES, np.uint8)
     value = written[min(written)]
     for at in range(len(tables)):
@@ -139,10 +141,10 @@ def _build_tables(leaves: list[Leaf]) -> UInt8[np.ndarray, "rows 256"]:
 
 
 def _whole_bytes(code: str) -> int:
-    """Bits of a code before its last byte, whole or not."""
+    """The number of bits of a code before its last byte, which may be incomplete."""
     return (len(code) - 1) // 8 * 8
 
 
 def _entry(rows: dict[str, int], prefix: str, byte: str) -> int:
-    """Where in all tables a byte after a prefix is looked up."""
+    """The index in all tables at which a byte after a prefix is looked up."""
     return rows[prefix] * ROW_ENTRIES + int(byte, 2)

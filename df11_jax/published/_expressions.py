@@ -1,10 +1,10 @@
 r"""The regular expressions of pattern dicts, matched without backtracking.
 
-A checkpoint brings its own, and Python's matcher can take for ever on one. Those that checkpoints
-have are simple (`model\.layers\.\d+`), so the language here is small; what it has means what it
-means in Python. All ways to match are followed at once, as a set of positions in the text, which is
-an integer: bit i is set if what was read of the expression can match the first i characters. So a
-piece of the expression takes a few operations on integers, whatever the text.
+A checkpoint brings its own expressions, and Python's matcher can take for ever on one. Those of
+checkpoints are simple (`model\.layers\.\d+`), so this language is a small part of Python's, with
+the same meaning. All possible matches are followed at once, as a set of positions in the text. The
+set is an integer: bit i is set if the part of the expression that was read can match the first i
+characters. So each piece of the expression takes a few operations on integers, for any text.
 """
 
 import functools
@@ -32,7 +32,7 @@ _PIECE = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 
-# Of each character of a text, where it is: bit i is set if it is character i.
+# The places of each character in a text: bit i is set if it is character i.
 _Places = Mapping[str, int]
 
 
@@ -41,9 +41,9 @@ class _Piece(NamedTuple):
 
     Attributes:
         kind: the name of a group of `_PIECE`.
-        text: that group.
-        repeat: how it is repeated: empty, or "?", "*" or "+".
-        find: where characters are that match it.
+        text: the text of that group.
+        repeat: the repetition that follows: "?", "*", "+", or nothing.
+        find: a function that returns the places of the characters that match the piece.
     """
 
     kind: str
@@ -56,7 +56,7 @@ def check(expression: str) -> None:
     """Checks that an expression is one that `fullmatch` can match.
 
     Raises:
-        ValueError: it is not; the message says what is supported.
+        ValueError: the expression cannot be matched; the message says what is supported.
     """
     _parse(expression)
 
@@ -65,14 +65,14 @@ def fullmatch(expression: str, text: str) -> bool:
     """Whether an expression matches a whole text.
 
     Raises:
-        ValueError: as `check`.
+        ValueError: the expression cannot be matched; see `check`.
     """
     places: dict[str, int] = {}
     for i, character in enumerate(text):
         places[character] = places.get(character, 0) | 1 << i
     end = 1 << len(text)
     now = 1
-    # Of each group that is open: where it begins, and where its alternatives so far end.
+    # The positions at which each open group begins, and at which its alternatives so far end.
     groups = [(1, 0)]
     for piece in _parse(expression):
         begin, ends = groups[-1]
@@ -94,13 +94,13 @@ def fullmatch(expression: str, text: str) -> bool:
 
 
 def _step(before: int, matching: int, repeat: str) -> int:
-    """The positions after characters, from those before them, and where characters match."""
+    """The positions after a piece, given those before it and the characters that match it."""
     after = (before & matching) << 1
     if repeat == "?":
         return before | after
     if repeat:
         start = before if repeat == "*" else after
-        # A carry runs through all that match, up to the first that does not.
+        # A carry runs through all characters that match, up to the first that does not.
         return start | ((start & matching) + matching ^ matching)
     return after
 
@@ -115,7 +115,7 @@ def _parse(expression: str) -> tuple[_Piece, ...]:
         depth += (kind == "open") - (kind == "close")
         if depth < 0:
             break
-        # Of "++", too, the first.
+        # Only the first plus of "++" counts.
         repeat = expression[match.end(kind) : match.end()][:1]
         pieces.append(_Piece(kind, text, repeat, _finder(kind, text)))
         at = match.end()

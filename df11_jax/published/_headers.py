@@ -1,4 +1,4 @@
-"""What the headers of a published checkpoint's files tell, and whether it fits together."""
+"""The tensors and units in the headers of a published checkpoint's files, and checks of them."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from df11_jax.published._unit import ARRAYS, BLOCK_BYTES, BLOCK_GAP_BYTES
 PARTS = (*ARRAYS, "split_positions")
 
 _PICKLES = (".pkl", ".pickle", ".bin", ".pt", ".pth")
-_PICKLE_MAGIC = (b"\x80", b"PK\x03\x04")  # of a pickle, and of the zip that torch puts it in
+_PICKLE_MAGIC = (b"\x80", b"PK\x03\x04")  # a pickle, and the zip file that torch puts it in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class StoredTensor:
     """A tensor, as it lies in a file.
 
     Attributes:
-        name: of the tensor.
+        name: the name of the tensor.
         source: the open file.
     """
 
@@ -60,7 +60,7 @@ class StoredUnit:
     """A unit's six tensors, as they lie in files.
 
     Attributes:
-        name: of the module that owns them, such as `model.layers.0`.
+        name: the name of the module that owns them, such as `model.layers.0`.
         parts: the tensors, by the names of `PARTS`.
     """
 
@@ -72,17 +72,17 @@ class StoredUnit:
 
     @property
     def file(self) -> Path:
-        """The file that holds the unit, or most of it, should it be spread over several."""
+        """The file that holds the unit, or most of it if it is spread over several."""
         return (self.parts.get("sign_mantissa") or next(iter(self.parts.values()))).file
 
     @property
     def size(self) -> int:
-        """How many elements the unit has."""
+        """The number of elements of the unit."""
         return self.parts["sign_mantissa"].shape[0]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all parts."""
+        """The bytes of all parts."""
         return sum(part.nbytes for part in self.parts.values())
 
 
@@ -90,12 +90,12 @@ def read_headers(path: Path) -> dict[str, StoredTensor]:
     """All tensors in the files of a checkpoint, in the order of the files.
 
     Args:
-        path: of the directory or file.
+        path: the path of the directory or file.
 
     Raises:
         OSError: there is nothing at `path`, or it cannot be read.
-        ValueError: a file is damaged, a pickle, or not finished; there is none; two hold the same
-            tensor; or an index says otherwise.
+        ValueError: a file is damaged, a pickle, or not finished; there is no file; two files hold
+            the same tensor; or an index names another file for a tensor.
     """
     tensors: dict[str, StoredTensor] = {}
     for file in _find_files(path):
@@ -110,7 +110,7 @@ def read_headers(path: Path) -> dict[str, StoredTensor]:
                     "not belong to the checkpoint"
                 )
             tensors[name] = StoredTensor(name, source)
-    # DFloat11's own index lists only the tensors that no unit owns, so there may be others.
+    # DFloat11's own index lists only the tensors that no unit owns, so others may be missing.
     for index in sorted(path.glob("*.safetensors.index.json")):
         for name, shard in read_index(index).items():
             if name not in tensors or tensors[name].file.name != shard:
@@ -122,10 +122,10 @@ def read_headers(path: Path) -> dict[str, StoredTensor]:
 
 
 def find_units(path: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredUnit]:
-    """The units among tensors, with their headers checked.
+    """Finds the units among tensors, and checks their headers.
 
     Raises:
-        ValueError: there are none; one lacks a part; or parts do not fit each other.
+        ValueError: there are no units, a unit lacks a part, or its parts do not fit each other.
     """
     modules: dict[str, dict[str, StoredTensor]] = {}
     for name, tensor in tensors.items():
@@ -170,7 +170,7 @@ def _find_files(path: Path) -> list[Path]:
         return files
     with open(path, "rb") as stream:
         start = stream.read(8)
-    # A safetensors file begins with the length of its header, which is far from 2**32.
+    # A safetensors file begins with the length of its header, which is far below 2**32.
     if path.suffix in _PICKLES or (start.startswith(_PICKLE_MAGIC) and any(start[4:])):
         raise _pickle_error(path)
     if path.suffix == PARTIAL:
@@ -201,7 +201,7 @@ def _check_parts(unit: StoredUnit) -> None:
     if rows < 2 or columns != 256:
         raise _part_error(unit, "luts", "U8[2 or more, 256]")
     blocks = -(-n_bytes // BLOCK_BYTES)
-    # If no code starts in the last block, the end takes the place of its entry.
+    # If no code starts in the last block, the end takes the place of the block's entry.
     for part, expected in (
         ("output_positions", {4 * (blocks + 1), 4 * max(blocks, 1)}),
         ("gaps", {BLOCK_GAP_BYTES * blocks}),

@@ -1,14 +1,15 @@
-"""Pattern dicts: which modules of a model are units, and which tensors a unit consists of."""
+"""Pattern dicts, which define the units of a model and the tensors of each unit."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from df11_jax._files.model_config import DEFAULTS, ModelConfig
 from df11_jax.published import _expressions
-from df11_jax.published._shapes import FAMILIES, ModelConfig
 
 PatternDict = Mapping[str, Sequence[str]]
 
-# Of all expressions together, four times as much as in any that is known. Matching is linear in it.
+# The length of all expressions together: four times that of any known pattern dict. The time to
+# match is proportional to it.
 _MAX_CHARACTERS = 4000
 
 _LAYER_WEIGHTS = (
@@ -23,14 +24,15 @@ _LAYER_WEIGHTS = (
 
 
 def check_pattern_dict(pattern_dict: Any, where: str) -> dict[str, list[str]]:
-    """The pattern dict, if it is one.
+    """Checks a pattern dict, and returns a copy of it.
 
     Args:
-        pattern_dict: regular expressions of module names, and lists of attributes.
-        where: it comes from, for messages.
+        pattern_dict: regular expressions for module names, and lists of attributes.
+        where: the origin of the pattern dict, for messages.
 
     Raises:
-        ValueError: it is something else, or an expression is not one, or not a supported one.
+        ValueError: the pattern dict has other contents, or an expression is invalid or not
+            supported.
     """
     if not isinstance(pattern_dict, Mapping):
         raise ValueError(f"{where}: pattern_dict is {pattern_dict!r:.80}, expected a dict")
@@ -59,11 +61,11 @@ def check_pattern_dict(pattern_dict: Any, where: str) -> dict[str, list[str]]:
 
 
 def match_module(pattern_dict: PatternDict, module: str) -> tuple[str, ...] | None:
-    """The tensors of the unit that a module is, in the order in which they are joined.
+    """The tensors of a module's unit, in the order in which they are joined.
 
     Args:
-        pattern_dict: the first pattern that matches the whole name counts.
-        module: its name, such as `model.layers.0`.
+        pattern_dict: the pattern dict; the first pattern that matches the whole name counts.
+        module: the name of the module, such as `model.layers.0`.
 
     Returns:
         Names such as `model.layers.0.self_attn.q_proj.weight`, or None if no pattern matches.
@@ -77,14 +79,14 @@ def match_module(pattern_dict: PatternDict, module: str) -> tuple[str, ...] | No
 
 
 def match_units(pattern_dict: PatternDict, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """The units among the modules that own tensors of the given names.
+    """Finds the units among the modules that own tensors of the given names.
 
     Args:
-        pattern_dict: regular expressions of module names, and lists of attributes.
-        names: of all tensors of a model.
+        pattern_dict: regular expressions for module names, and lists of attributes.
+        names: the names of all tensors of a model.
 
     Returns:
-        Modules and their units' tensors, in the order of `names`.
+        The modules, and the tensors of their units, in the order of `names`.
 
     Raises:
         ValueError: a unit lacks a tensor, or a tensor would be part of two units.
@@ -119,10 +121,10 @@ def match_units(pattern_dict: PatternDict, names: Iterable[str]) -> dict[str, tu
 def default_pattern_dict(config: Mapping[str, Any] | None) -> dict[str, list[str]]:
     """The pattern dict that DFloat11's own checkpoints of a model family have.
 
-    Each layer is a unit of its seven matrices. So are `lm_head` and the embeddings, each of its
-    own, if they are not tied: what reads a tied `lm_head` does not know that it is compressed.
+    Each layer is a unit of its seven matrices. `lm_head` and the embeddings are one unit each if
+    they are not tied: readers of a tied `lm_head` do not know that it is compressed.
     (DFloat11/Qwen3-8B-DF11, Llama-3.1-8B-Instruct-DF11 and Mistral-Nemo-Instruct-2407-DF11 are
-    like that; Qwen3-4B-DF11 and gemma-3-4b-it-DF11, which are tied, have layers only.)
+    like that; the units of Qwen3-4B-DF11 and gemma-3-4b-it-DF11, which are tied, are layers only.)
 
     Args:
         config: the content of the model's config.json. Model types llama, mistral, qwen2, qwen3,
@@ -135,7 +137,7 @@ def default_pattern_dict(config: Mapping[str, Any] | None) -> dict[str, list[str
     if not model.is_known:
         raise ValueError(
             f"there is no default pattern dict for the model type {model.family!r}, only for "
-            f"{', '.join(FAMILIES)}; pass one (--pattern-dict)"
+            f"{', '.join(DEFAULTS)}; pass one (--pattern-dict)"
         )
     inner = r"(?:language_model\.model|model\.language_model)" if model.is_nested else "model"
     patterns: dict[str, list[str]] = {}

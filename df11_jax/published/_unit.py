@@ -1,30 +1,27 @@
-"""`PublishedUnit`: one unit of a published checkpoint, as it is, as a pytree."""
+"""`PublishedUnit`, one unit of a published checkpoint as a pytree, and its decoders."""
 
 import dataclasses
-import functools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.export
-import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, BFloat16, UInt8, UInt32
 
 from df11_jax import _ffi
+from df11_jax._ffi_call import DecoderCall, call_decoder
+from df11_jax._host_arrays import BFLOAT16
 from df11_jax._host_codec import available_threads, cpu_library
-from df11_jax.published import _codebook, _xla_decoder
+from df11_jax.published import _codebook, xla_decoder
 
 ARRAYS = ("sign_mantissa", "encoded_exponent", "luts", "output_positions", "gaps")
 
 BLOCK_BYTES = 4096
 BLOCK_GAP_BYTES = 320
 MAX_SIZE = 2**32 - 1  # positions have 32 bits
-
-_BFLOAT16 = np.dtype(jnp.bfloat16)
 
 
 @jax.tree_util.register_dataclass
@@ -38,12 +35,12 @@ class PublishedUnit:
     Attributes:
         sign_mantissa: sign and mantissa of each element.
         encoded_exponent: the coded exponents, a stream of bits in blocks of 4096 bytes.
-        luts: the look-up tables of the code, and as the last row the lengths of the codes.
+        luts: the look-up tables of the code; the last row has the lengths of the codes.
         output_positions: the first element whose code starts in each block, and the number of
             elements. A file has these as bytes.
         gaps: the place of the first code in each 8 bytes of the stream.
-        names: of the tensors, in the order in which they were concatenated; static.
-        shapes: of the tensors; static.
+        names: the names of the tensors, in the order in which they were concatenated; static.
+        shapes: the shapes of the tensors; static.
     """
 
     sign_mantissa: UInt8[Array | np.ndarray, " n"]
@@ -56,17 +53,17 @@ class PublishedUnit:
 
     @property
     def size(self) -> int:
-        """Number of elements, of all tensors."""
+        """The number of elements of all tensors."""
         return sum(map(math.prod, self.shapes))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the bfloat16 tensors that this stands for."""
+        """The bytes of the bfloat16 tensors that this stands for."""
         return 2 * self.size
 
     @property
     def compressed_nbytes(self) -> int:
-        """Bytes of the five arrays."""
+        """The bytes of the five arrays."""
         return sum(array.dtype.itemsize * math.prod(array.shape) for array in self.arrays)
 
     @property
@@ -75,14 +72,14 @@ class PublishedUnit:
         return tuple(getattr(self, name) for name in ARRAYS)
 
     def __repr__(self) -> str:
-        # Leaves may be tracers, shapes, or whatever a tree_map put there; none may break this.
+        # Leaves may be tracers, shapes, or anything else that a tree_map put there.
         try:
             bits = f"{8 * self.compressed_nbytes / self.size:.2f} bits/weight"
         except Exception:
             bits = ", ".join(
                 f"{name}={type(getattr(self, name, None)).__name__}" for name in ARRAYS
             )
-        return f"PublishedUnit({_label(self.names)}, {self.size} weights, {bits})"
+        return f"PublishedUnit({unit_label(self.names)}, {self.size} weights, {bits})"
 
 
 jax.export.register_pytree_node_serialization(
@@ -93,74 +90,19 @@ jax.export.register_pytree_node_serialization(
 )
 
 
-def encode_unit(
-    tensors: Mapping[str, BFloat16[np.ndarray, "..."]], *, threads: int | None = None
-) -> PublishedUnit:
-    """Compresses tensors as one unit, on the host.
-
-    The arrays are those that the reference implementation makes of the same tensors. It fails to
-    make `luts` where the end symbol's code is at most eight bits long and all 0 (with one distinct
-    exponent always, with few often): those entries then lead to a code too.
-
-    Args:
-        tensors: the tensors by name, in the order in which they are to be concatenated.
-        threads: how many threads to use; None for all that this process may run on.
-
-    Returns:
-        The unit, of numpy arrays.
-
-    Raises:
-        TypeError: a tensor is not bfloat16.
-        ValueError: there are no elements, or the layout cannot hold them: because of an exponent
-            of 240 or more (which infinities and NaNs have too), because there are 2^32 elements or
-            more, or because of a code that it has no room for.
-    """
-    parts = [_bits(name, tensor) for name, tensor in tensors.items()]
-    shapes = tuple(tuple(np.shape(tensor)) for tensor in tensors.values())
-    size = sum(map(len, parts))
-    if not 0 < size <= MAX_SIZE:
-        raise ValueError(
-            f"{_label(tuple(tensors))}: {size} elements in all, and a unit has at least 1 and at "
-            f"most {MAX_SIZE}"
-        )
-    threads = threads or available_threads()
-    piece_counts = cpu_library().published_histogram(parts, threads)
-    counts = piece_counts.sum(axis=0, dtype=np.int64)
-    if counts[_codebook.FIRST_POINTER :].any():
-        _refuse_large_exponents(tensors)
-    try:
-        code = _codebook.build_codebook(counts)
-    except ValueError as error:
-        raise ValueError(
-            f"{_label(tuple(tensors))}: cannot be published as one unit: {error}"
-        ) from None
-    encoded_exponent, sign_mantissa, output_positions, gaps = cpu_library().published_encode(
-        parts, piece_counts, code.bits, code.lengths, code.end.bits, code.end.length, threads
-    )
-    return PublishedUnit(
-        sign_mantissa,
-        encoded_exponent,
-        code.luts,
-        output_positions,
-        gaps,
-        names=tuple(tensors),
-        shapes=shapes,
-    )
-
-
 def decode_host(
     unit: PublishedUnit, start: int = 0, stop: int | None = None, *, threads: int | None = None
 ) -> BFloat16[np.ndarray, " elements"]:
-    """Decodes some elements of a unit on the host, from the blocks that they are in alone.
+    """Decodes some elements of a unit on the host, and reads only the blocks that hold them.
 
     Args:
-        unit: of numpy arrays; memory-mapped ones are read only where they must be.
+        unit: a unit of numpy arrays, which may be memory-mapped.
         start: the first element, counted over all tensors.
         stop: the element after the last; None for all.
-        threads: how many threads to use; None for all that this process may run on.
+        threads: the number of threads; None for all that this process may run on.
 
     Raises:
-        ValueError: the unit is corrupt, at least where it was read; the message has its name.
+        ValueError: the part of the unit that was read is corrupt; the message has the unit's name.
         IndexError: there are no such elements.
     """
     _check_arrays(unit)
@@ -174,8 +116,8 @@ def decode_host(
             sign_mantissa, encoded_exponent, luts, output_positions, gaps, start, stop, threads
         )
     except ValueError as error:
-        raise ValueError(f"{_label(unit.names)}: is corrupt: {error}") from None
-    return out.view(_BFLOAT16)
+        raise ValueError(f"{unit_label(unit.names)}: is corrupt: {error}") from None
+    return out.view(BFLOAT16)
 
 
 def decompress(unit: PublishedUnit) -> dict[str, BFloat16[Array, "..."]]:
@@ -188,23 +130,30 @@ def decompress(unit: PublishedUnit) -> dict[str, BFloat16[Array, "..."]]:
         unit: the unit.
 
     Returns:
-        Its tensors by name, bit for bit what was compressed.
+        Its tensors by name, bit for bit those that were compressed.
 
     Raises:
         TypeError: `unit` is not a `PublishedUnit`.
         ValueError: its arrays do not fit each other, or its shapes.
-        jax.errors.JaxRuntimeError: when the program runs on a CPU, if the unit is corrupt.
-            (Elsewhere the weights of blocks that are corrupt become NaNs instead.)
+        jax.errors.JaxRuntimeError: the unit is corrupt, and the program runs on a CPU. (On other
+            devices, the weights of corrupt blocks become NaNs instead.)
     """
     if not isinstance(unit, PublishedUnit):
         raise TypeError(f"decompress takes a PublishedUnit, got {type(unit).__name__}")
     _check_arrays(unit)
-    weights = _decode(_label(unit.names), *unit.arrays)
+    decoder = DecoderCall(
+        _ffi.PUBLISHED_DECODE_TARGET,
+        "sequential",
+        attributes=(("name", unit_label(unit.names)),),
+        xla=xla_decoder.decode,
+        falls_back=unit.size <= xla_decoder.MAX_SIZE,
+    )
+    weights = call_decoder(decoder, *unit.arrays)
     return {name: weights[start:stop].reshape(shape) for name, shape, start, stop in _places(unit)}
 
 
 def _places(unit: PublishedUnit) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
-    """Each tensor's name, shape, and elements."""
+    """The name, the shape, the first element and the end of each tensor."""
     start = 0
     for name, shape in zip(unit.names, unit.shapes, strict=True):
         stop = start + math.prod(shape)
@@ -212,8 +161,8 @@ def _places(unit: PublishedUnit) -> Iterator[tuple[str, tuple[int, ...], int, in
         start = stop
 
 
-def _label(names: Sequence[str]) -> str:
-    """A unit of tensors with these names, in messages."""
+def unit_label(names: Sequence[str]) -> str:
+    """The name that messages give to a unit of these tensors."""
     if len(names) <= 1:
         return names[0] if names else "unit"
     return f"{names[0]} and {len(names) - 1} more"
@@ -224,7 +173,7 @@ def _static_fields(names: list[str], shapes: list[list[int]]) -> tuple[Any, ...]
 
 
 def _check_arrays(unit: PublishedUnit) -> None:
-    """Checks types and shapes, of which nothing is known when a unit comes out of a tree_map."""
+    """Checks dtypes and shapes, since a tree_map can put anything into a unit."""
     stream_bytes = math.prod(unit.encoded_exponent.shape)
     blocks = -(-stream_bytes // BLOCK_BYTES)
     rows, positions = unit.luts.shape[0], unit.output_positions.shape[0]
@@ -232,7 +181,7 @@ def _check_arrays(unit: PublishedUnit) -> None:
         "sign_mantissa": (np.uint8, (unit.size,)),
         "encoded_exponent": (np.uint8, (max(stream_bytes, 1),)),
         "luts": (np.uint8, (min(max(rows, 2), _codebook.MAX_ROWS + 1), _codebook.ROW_ENTRIES)),
-        # One less is right where no code starts in the last block.
+        # There is one position less if no code starts in the last block.
         "output_positions": (np.uint32, (blocks + (positions != blocks or blocks < 2),)),
         "gaps": (np.uint8, (blocks * BLOCK_GAP_BYTES,)),
     }
@@ -240,69 +189,11 @@ def _check_arrays(unit: PublishedUnit) -> None:
         array = getattr(unit, name)
         if array.dtype != dtype or tuple(array.shape) != shape:
             raise ValueError(
-                f"{_label(unit.names)}: {name} is {array.dtype}{list(array.shape)}, expected "
+                f"{unit_label(unit.names)}: {name} is {array.dtype}{list(array.shape)}, expected "
                 f"{np.dtype(dtype)}{list(shape)} for {unit.size} elements and {stream_bytes} bytes "
                 "of encoded_exponent"
             )
     if not 0 < unit.size <= MAX_SIZE:
         raise ValueError(
-            f"{_label(unit.names)}: has {unit.size} elements, expected 1 to {MAX_SIZE}"
+            f"{unit_label(unit.names)}: has {unit.size} elements, expected 1 to {MAX_SIZE}"
         )
-
-
-def _bits(name: str, tensor: Any) -> np.ndarray:
-    if not isinstance(tensor, np.ndarray) or tensor.dtype != _BFLOAT16:
-        raise TypeError(
-            f"{name}: a published unit is made of numpy arrays of bfloat16, got "
-            f"{getattr(tensor, 'dtype', type(tensor).__name__)}"
-        )
-    return np.ascontiguousarray(tensor).reshape(-1).view(np.uint16)
-
-
-def _refuse_large_exponents(tensors: Mapping[str, np.ndarray]) -> None:
-    for name, tensor in tensors.items():
-        exponents = _bits(name, tensor) >> 7 & 0xFF
-        at = int(np.argmax(exponents >= _codebook.FIRST_POINTER))
-        if exponents.size and exponents[at] >= _codebook.FIRST_POINTER:
-            index = tuple(map(int, np.unravel_index(at, tensor.shape)))
-            raise ValueError(
-                f"{name}: element {index} is {float(tensor[index])!r}, and the published layout "
-                f"holds only numbers below 2^113 in magnitude (its exponent is {exponents[at]}, of "
-                f"which there are 0 to {_codebook.FIRST_POINTER - 1}). Leave this tensor as it is, "
-                "or use the native layout, which holds all"
-            )
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _decode(name: str, *arrays: Array) -> BFloat16[Array, " n"]:
-    _ffi.warn_if_slow()
-    platforms = _ffi.platforms(_ffi.PUBLISHED_DECODE_TARGET)
-    with jax.numpy_rank_promotion("allow"):  # whatever the user wants of their own code
-        return _decode_on_any_platform(name, platforms, *arrays)
-
-
-# Under jit even where the caller is not: platform_dependent would otherwise go by the default
-# device, and not by where the arrays are.
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _decode_on_any_platform(
-    name: str, platforms: tuple[str, ...], *arrays: Array
-) -> BFloat16[Array, " n"]:
-    def ffi(*arrays: Array) -> BFloat16[Array, " n"]:
-        # Not only the shape: in a shard_map, the type also says along which axes results differ.
-        out = jax.eval_shape(_xla_decoder.decode, *arrays)
-        call = jax.ffi.ffi_call(_ffi.PUBLISHED_DECODE_TARGET, out, vmap_method="sequential")
-        return call(*arrays, name=name)
-
-    compiled = dict.fromkeys(platforms, ffi)
-    default = _xla_decoder.decode if arrays[0].shape[0] <= _xla_decoder.MAX_SIZE else None
-    return jax.lax.platform_dependent(*arrays, **compiled, default=default)
-
-
-@functools.partial(_decode.defjvp, symbolic_zeros=True)
-def _decode_jvp(
-    name: str, primals: tuple[Array, ...], tangents: tuple[Any, ...]
-) -> tuple[Array, Any]:
-    # A tangent's zeros are symbolic: as an array, they would be as large as the weights.
-    del tangents
-    weights = _decode(name, *primals)
-    return weights, SymbolicZero.from_primal_value(weights)

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from df11_jax import bench
-from df11_jax.bench import peers, run, timing
+from df11_jax.bench import decoding, peers, timing
 from df11_jax.bench.blocks import BLOCKS
 from df11_jax.cli import _commands
 
@@ -17,7 +17,7 @@ TINY = ["--quick", "--max-weights", str(2**18)]
 
 @pytest.fixture
 def invoke(monkeypatch):
-    monkeypatch.setattr(run, "Effort", lambda **_: timing.Effort(2, 0.001, 0.001))
+    monkeypatch.setattr(decoding, "Effort", lambda **_: timing.Effort(2, 0.001, 0.001))
     monkeypatch.setattr(bench.workload, "_CACHE_BYTES", 2**22)
     return lambda *options: CliRunner().invoke(_commands.commands, ["bench", *TINY, *options])
 
@@ -32,17 +32,17 @@ def test_json(invoke, monkeypatch):
     assert report["weights"] == "normal(0, 0.02)"
     assert [d["name"] for d in report["decodings"]] == ["256 K", "Llama-3.1-8B / 32"]
     assert [d["matrices"] for d in report["decodings"]] == [1, 7]
-    for decoding in report["decodings"]:
-        assert 10.5 < decoding["bits_per_weight"] < 10.9
-        assert len(decoding["seconds"]) == 2
-        bits = decoding["bits_per_weight"]
-        limit = decoding["copy_bytes_per_second"] * 16 / (16 + bits)
-        assert decoding["limit_bytes_per_second"] == pytest.approx(limit)
-        rate = 2 * decoding["weights"] / statistics.median(decoding["seconds"])
-        assert decoding["output_bytes_per_second"] == pytest.approx(rate)
+    for figures in report["decodings"]:
+        assert 10.5 < figures["bits_per_weight"] < 10.9
+        assert len(figures["seconds"]) == 2
+        bits = figures["bits_per_weight"]
+        limit = figures["copy_bytes_per_second"] * 16 / (16 + bits)
+        assert figures["limit_bytes_per_second"] == pytest.approx(limit)
+        rate = 2 * figures["weights"] / statistics.median(figures["seconds"])
+        assert figures["output_bytes_per_second"] == pytest.approx(rate)
         # No more is asserted of times that a loaded machine may stretch.
-        assert decoding["share_of_limit"] == pytest.approx(rate / limit)
-        assert decoding["kernel_seconds"] is None
+        assert figures["share_of_limit"] == pytest.approx(rate / limit)
+        assert figures["kernel_seconds"] is None
     assert report["scan"]["blocks"] == 8
     assert report["scan"]["distinct_blocks"] == 4
     assert not report["errors"] and not report["skipped"]
@@ -101,7 +101,7 @@ def test_wrong_bits_are_an_error(invoke, monkeypatch):
 
 
 def test_too_little_memory(invoke, monkeypatch):
-    monkeypatch.setattr(run, "free_bytes", lambda: 2**20)
+    monkeypatch.setattr(decoding, "free_bytes", lambda: 2**20)
     monkeypatch.setattr(peers, "_is_installed", lambda module: False)
     result = invoke()
     assert result.exit_code == 0, result.output

@@ -12,9 +12,12 @@ from payloads import random_weights
 from safetensors.flax import load_file
 
 from df11_jax import checkpoints
+from df11_jax._files.journal import fingerprint
 from df11_jax._files.safetensors import DTYPES, TensorFile
-from df11_jax.checkpoints import _convert, open_checkpoint
-from df11_jax.checkpoints._convert import write_native, write_plain
+from df11_jax.checkpoints import _shard_files, open_checkpoint
+from df11_jax.checkpoints._native_format import METADATA
+from df11_jax.checkpoints._plain import PlainCheckpoint
+from df11_jax.checkpoints.convert import write_native, write_plain
 
 JOURNAL = "df11_jax-incomplete.json"
 
@@ -31,7 +34,7 @@ def plain(tmp_path, weights):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(_convert, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr(_shard_files, "SHARD_BYTES", 50_000)
 
 
 def inodes(path):
@@ -52,7 +55,7 @@ def break_source(monkeypatch, source, name):
 
 @pytest.mark.parametrize("verify", [True, False])
 def test_there_and_back(tmp_path, weights, plain, small_shards, verify, capsys):
-    write_native(plain, tmp_path / "native", verify=verify, threads=2, progress=True)
+    write_native(plain, tmp_path / "native", verify=verify, progress=True)
     native = open_checkpoint(tmp_path / "native")
     model_files.assert_holds(native, weights)
     assert "compress: 100%" in capsys.readouterr().err
@@ -133,7 +136,7 @@ def test_files_beside_the_weights(tmp_path, weights):
         (path / "config.json").write_text(text)
         target = tmp_path / f"native {len(text)}"
         # It would be taken for a published checkpoint, which it is not.
-        write_native(checkpoints._plain.PlainCheckpoint(path, _files(path)), target)
+        write_native(PlainCheckpoint(path, _files(path)), target)
         assert {file.name for file in target.iterdir()} == {
             "chat_template.jinja",
             "config.json",
@@ -187,9 +190,9 @@ def test_a_run_that_lost_only_its_end(tmp_path, weights, plain, small_shards):
     write_native(plain, target)
     # Killed between the index and the removal of the journal.
     job = {
-        "writes": f"native {json.dumps(_convert.METADATA)}",
+        "writes": f"native {json.dumps(METADATA)}",
         "from": str(plain.path),
-        "fingerprint": _convert.fingerprint(plain),
+        "fingerprint": fingerprint(plain),
     }
     (target / JOURNAL).write_text(json.dumps(job, indent=2) + "\n")
     model_files.assert_holds(open_checkpoint(target), weights)
@@ -281,7 +284,7 @@ def test_dtypes_that_cannot_be_read(tmp_path, plain, small_shards, write):
 
 def test_shards_are_filled_in_order():
     sizes = {"a": 5, "b": 2 * 10**9, "c": 1, "d": 3 * 10**9, "e": 10**9, "f": 10**9, "g": 1}
-    plan = _convert.plan_shards(Path("x"), sizes)
+    plan = _shard_files.plan_shards(Path("x"), sizes)
     assert list(plan.values()) == [["a"], ["b"], ["c"], ["d"], ["e", "f"], ["g"]]
     assert next(iter(plan)) == Path("x/model-00001-of-00006.safetensors")
 
@@ -294,7 +297,7 @@ def test_memory_is_bounded_by_one_tensor(tmp_path):
 import re, sys
 from pathlib import Path
 from df11_jax.checkpoints import open_checkpoint
-from df11_jax.checkpoints._convert import write_native, write_plain
+from df11_jax.checkpoints.convert import write_native, write_plain
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) // 1024
 before = peak()

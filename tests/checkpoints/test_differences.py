@@ -8,8 +8,8 @@ import pytest
 
 from df11_jax import checkpoints, compress
 from df11_jax.checkpoints import open_checkpoint
-from df11_jax.checkpoints._convert import write_native
-from df11_jax.checkpoints._differences import differences
+from df11_jax.checkpoints.convert import write_native
+from df11_jax.checkpoints.differences import differences
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

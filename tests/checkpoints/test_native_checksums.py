@@ -14,8 +14,9 @@ from safetensors.flax import save_file
 import df11_jax
 from df11_jax import checkpoints
 from df11_jax._files.safetensors import TensorFile
-from df11_jax.checkpoints import _convert
+from df11_jax.checkpoints import _shard_files
 from df11_jax.checkpoints._native_format import METADATA
+from df11_jax.checkpoints.convert import write_plain
 from df11_jax.cli import _commands
 
 INDEX = "model.safetensors.index.json"
@@ -173,7 +174,7 @@ def test_what_is_native_is_not_taken_for_plain(tmp_path, name):
 @pytest.fixture
 def directories(tmp_path, monkeypatch):
     """Two of the same names and shapes, all plain, so that only checksums can tell."""
-    monkeypatch.setattr(_convert, "SHARD_BYTES", 100)
+    monkeypatch.setattr(_shard_files, "SHARD_BYTES", 100)
     for seed in (0, 1):
         tree = {f"layer{i}": jnp.arange(40.0) + seed for i in range(3)}
         checkpoints.save(tree, tmp_path / str(seed))
@@ -231,7 +232,7 @@ def test_a_tensor_that_the_index_lacks(tmp_path):
 
 def test_plain_checkpoints_get_none(file, tmp_path):
     source = checkpoints.open_checkpoint(file)
-    _convert.write_plain(source, tmp_path / "plain")
+    write_plain(source, tmp_path / "plain")
     (shard,) = (tmp_path / "plain").glob("*.safetensors")
     assert TensorFile(shard).metadata == {"format": "pt"}
     assert json.loads((tmp_path / "plain" / INDEX).read_text())["metadata"].keys() == {"total_size"}

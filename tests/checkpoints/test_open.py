@@ -6,7 +6,7 @@ import pytest
 from payloads import random_weights
 
 from df11_jax import checkpoints, published
-from df11_jax.checkpoints._convert import write_native
+from df11_jax.checkpoints.convert import write_native
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from safetensors.flax import save_file
 
 import df11_jax
 from df11_jax import DF11Array, checkpoints
-from df11_jax.checkpoints import _convert
+from df11_jax.checkpoints import _shard_files
 from df11_jax.checkpoints._native_format import METADATA
-from df11_jax.checkpoints._orbax import write_orbax
+from df11_jax.checkpoints.convert import write_native, write_orbax
 
 
 def params():
@@ -49,7 +49,7 @@ def test_round_trip_of_a_file(tmp_path):
 
 
 def test_round_trip_of_a_directory(tmp_path, monkeypatch):
-    monkeypatch.setattr(_convert, "SHARD_BYTES", 100)
+    monkeypatch.setattr(_shard_files, "SHARD_BYTES", 100)
     tree = params()
     checkpoints.save(tree, tmp_path / "model")
     assert_same(checkpoints.load(tmp_path / "model"), tree)
@@ -96,7 +96,7 @@ def test_failed_save_leaves_no_directory(tmp_path):
 
 
 def test_an_interrupted_save_starts_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr(_convert, "SHARD_BYTES", 100)
+    monkeypatch.setattr(_shard_files, "SHARD_BYTES", 100)
     bad = params() | {"zzz": jnp.zeros(1, jnp.int4)}
     with pytest.raises(ValueError, match="zzz"):
         checkpoints.save(bad, tmp_path / "model")
@@ -154,7 +154,7 @@ def test_where_leaves_go(tmp_path, format_, where):
         tmp_path / "plain", {k: np.asarray(v) for k, v in weights.items()}
     )
     if format_ == "native":
-        _convert.write_native(checkpoints.open_checkpoint(path), path := tmp_path / "it")
+        write_native(checkpoints.open_checkpoint(path), path := tmp_path / "it")
     elif format_ == "orbax":
         write_orbax(checkpoints.open_checkpoint(path), path := tmp_path / "it")
     last = jax.devices()[-1]

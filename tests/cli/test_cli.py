@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from df11_jax.checkpoints import open_checkpoint
-from df11_jax.cli import _commands, _main
+from df11_jax.cli import _commands, main
 
 FIXTURE = Path(__file__).parents[1] / "published" / "fixtures" / "tiny_llama"
 ORIGINAL, PUBLISHED = FIXTURE / "original", FIXTURE / "sharded"
@@ -36,14 +36,14 @@ def process(program, *args, **options):
     """A real `df11-jax`, with small shards, after the given statements."""
     code = f"""
 import os, signal, resource
-from df11_jax.checkpoints import _convert
-_convert.SHARD_BYTES = 50_000
+from df11_jax.checkpoints import _shard_files
+_shard_files.SHARD_BYTES = 50_000
 {program}
-from df11_jax.cli._main import main
+from df11_jax.cli import main
 main()
 """
     command = [sys.executable, "-P", "-c", code, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, **options)
 
 
 def die(function, signal_name):
@@ -197,9 +197,9 @@ def test_wrong_use_ends_in_one_line(tmp_path, plain, monkeypatch, args, message)
 @pytest.mark.parametrize(
     ("command", "function"),
     [
-        ("compress", "df11_jax.checkpoints._convert.encode"),
+        ("compress", "df11_jax.checkpoints.convert.encode"),
         ("decompress", "df11_jax.checkpoints._native_format.decode"),
-        ("compress --format published", "df11_jax.published._write.encode_unit"),
+        ("compress --format published", "df11_jax.published._unit_files.encode_unit"),
     ],
 )
 def test_killed_and_resumed(tmp_path, plain, command, function):
@@ -225,7 +225,7 @@ def test_killed_and_resumed(tmp_path, plain, command, function):
 
 def test_interrupted_and_resumed(tmp_path, plain):
     target = tmp_path / "target"
-    function = "df11_jax.checkpoints._convert.encode"
+    function = "df11_jax.checkpoints.convert.encode"
     stopped = process(die(function, "SIGINT"), "compress", plain, target)
     assert stopped.returncode == 130
     assert stopped.stderr.splitlines() == [
@@ -256,7 +256,7 @@ def test_says_what_to_install():
 import importlib.util, sys
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name: None if name in ("click", "rich") else find(name)
-from df11_jax.cli._main import main
+from df11_jax.cli import main
 main()
 """
     ended = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True)
@@ -308,7 +308,7 @@ def test_generate_downloads_nothing():
 def test_help(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["df11-jax", "--help"])
     with pytest.raises(SystemExit) as end:
-        _main.main()
+        main()
     assert end.value.code == 0
     for command in ("info", "compress", "decompress", "verify"):
         assert "Usage" in run(command, "--help")

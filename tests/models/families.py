@@ -1,15 +1,22 @@
 """Tiny models of every family: their configurations, and Hugging Face directories of them."""
 
+import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import tokenizers
 from safetensors.numpy import save_file
 
 from df11_jax.models import RandomSource, read_config
+
+needs_transformers = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None,
+    reason="needs transformers and torch: pip install 'df11_jax[test-hf]'",
+)
 
 VOCAB = 300
 BOS, EOS = 256, 257
@@ -34,7 +41,7 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 
-# `config.json` of each; between them they have everything that the decoder can do.
+# `config.json` of each; between them they have everything that the transformer can do.
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _SIZES
     | {"model_type": "llama", "rope_theta": 500_000.0, "rope_scaling": _LLAMA3_ROPE},
@@ -74,6 +81,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+class NoisySource(RandomSource):
+    """Random weights, of which some kernels cannot be compressed."""
+
+    def read(self, name):
+        tensor = super().read(name)
+        if "up_proj" not in name:
+            return tensor
+        bits = np.random.default_rng(0).integers(0, 2**16, tensor.shape, np.uint16)
+        return bits.view(tensor.dtype)
+
+
 def source_of(family: str) -> RandomSource:
     """Random weights of the tiny model."""
     return RandomSource(read_config(CONFIGS[family]))
@@ -88,10 +106,10 @@ def write_directory(
     """Writes a Hugging Face directory.
 
     Args:
-        path: of the directory, which is made.
-        fields: `config.json`.
-        tensors: by name.
-        shards: how many files the tensors are spread over, with an index if several.
+        path: the path of the directory, which is made.
+        fields: the content of `config.json`.
+        tensors: the tensors by name.
+        shards: the number of files that the tensors are spread over, with an index if several.
     """
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(fields))

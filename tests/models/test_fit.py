@@ -9,7 +9,8 @@ import shapes
 from known_configs import KNOWN
 
 from df11_jax import models, size_report
-from df11_jax.models import _estimate
+from df11_jax._files.source import TensorInfo
+from df11_jax.models import estimate, fit
 
 # As the models' cards have them; of Gemma, without what it sees with.
 PARAMETERS = [
@@ -25,8 +26,8 @@ PARAMETERS = [
 @pytest.mark.parametrize(("name", "count"), PARAMETERS)
 def test_parameters_are_as_many_as_the_models_have(name, count):
     config = models.read_config(KNOWN[name])
-    assert _estimate.count_parameters(config) == count
-    weights = _estimate.estimate_weights(config)
+    assert estimate.count_parameters(config) == count
+    weights = estimate.estimate_weights(config)
     # Tables are filled up to whole groups of rows.
     assert 2 * count <= weights.plain <= 2 * count * 1.001
     assert weights.least < weights.compressed < weights.most
@@ -67,7 +68,7 @@ def test_documentation_has_the_caches_that_models_take():
         contexts = [n for n in (8192, 32_768, 131_072) if n <= config.max_length]
         full = dataclasses.replace(config, sliding=(False,) * config.layers)
         kept, all_ = (
-            [f"{_estimate.cache_nbytes(c, 1, context) / 1e9:.2f}" for context in contexts]
+            [f"{estimate.cache_nbytes(c, 1, context) / 1e9:.2f}" for context in contexts]
             for c in (config, full)
         )
         cells = [name, *kept, *[""] * (3 - len(kept)), ", ".join(all_)]
@@ -95,7 +96,7 @@ def test_estimate_holds_for_compressed_weights():
     )
     params = models.load_params(models.RandomSource(config), config)
     report = size_report(params)
-    weights = _estimate.estimate_weights(config)
+    weights = estimate.estimate_weights(config)
     assert weights.plain == report.nbytes_before
     # Codebooks and padding count in a model as small as this.
     assert weights.least <= report.nbytes * 1.01
@@ -180,9 +181,9 @@ def test_weights_and_cache_of_each_device_are_those_of_the_shapes(name, devices)
         assert (
             getattr(whole, field) < devices * getattr(each, field) < 1.002 * getattr(whole, field)
         )
-    weights = _estimate.estimate_weights(config)
-    assert _estimate.share_weights(config, weights, devices).plain == each.plain_weights
-    assert _estimate.share_weights(config, weights, 1) == weights
+    weights = estimate.estimate_weights(config)
+    assert estimate.shard_weights(config, weights, devices).plain == each.plain_weights
+    assert estimate.shard_weights(config, weights, 1) == weights
 
 
 @pytest.mark.parametrize("compress", [True, False])
@@ -200,11 +201,9 @@ def test_more_never_takes_less(compress):
 def test_largest_that_fits():
     config = models.read_config(KNOWN["Llama-3.1-8B"])
     for limit in (0, 1, 2, 63, 64, 1000, 131_071, 131_072, 10**6):
-        assert _estimate.longest_context(config, lambda n, most=limit: n <= most) == min(
-            limit, 131_072
-        )
-        assert _estimate.largest_batch(lambda n, most=limit: n <= most) == limit
-    assert _estimate.largest_batch(lambda n: True) == _estimate.MOST_SEQUENCES
+        assert fit.longest_context(config, lambda n, most=limit: n <= most) == min(limit, 131_072)
+        assert fit.largest_batch(lambda n, most=limit: n <= most) == limit
+    assert fit.largest_batch(lambda n: True) == fit.MOST_SEQUENCES
 
 
 @pytest.mark.parametrize(
@@ -232,9 +231,12 @@ def test_single_tensors():
         ((0, 5), "BF16", 0),
         ((1,) * 8 + (1 << 15,), "BF16", 1 << 16),  # too many dimensions
     ]
-    small, large, floats, *rest = (_estimate.estimate_tensors([tensor]) for tensor in tensors)
+    small, large, floats, *rest = (
+        estimate.estimate_tensors([TensorInfo(*tensor, stored_nbytes=tensor[-1])])
+        for tensor in tensors
+    )
     for weights in (small, floats, *rest):
         assert weights.exact and weights.compressed == weights.plain
     assert large.least < large.compressed < large.most < large.plain
-    assert _estimate.sum_weights([small, large]).plain == small.plain + large.plain
-    assert _estimate.estimate_tensors([]) == (0, 0, 0, 0)
+    assert estimate.sum_weights([small, large]).plain == small.plain + large.plain
+    assert estimate.estimate_tensors([]) == (0, 0, 0, 0)

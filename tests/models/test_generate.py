@@ -1,7 +1,6 @@
 """Generation: batches, sampling, stop tokens, streaming; and that compression changes no bit."""
 
 import dataclasses
-import functools
 import itertools
 
 import families
@@ -10,21 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from payloads import count_decodes
+from runs import BF16, DRAWN, F32, GREEDY, NONE, PROMPTS, assert_same_bits, begin, load, run
 
 import df11_jax
 from df11_jax import models
-from df11_jax.models import _generate, _table
+from df11_jax.models import _programs, tables
 from df11_jax.models._sampling import choose
-
-NONE = np.array([], np.int32)  # no stop tokens
-PROMPTS = [[5, 6, 7], list(range(100, 170)), [42], list(range(20))]  # of more than one bucket
-
-
-@functools.cache
-def load(family, compress=True):
-    """Parameters and configuration of a tiny model."""
-    config = models.read_config(families.CONFIGS[family])
-    return models.load_params(families.source_of(family), config, compress=compress), config
 
 
 @pytest.fixture(scope="module")
@@ -32,20 +22,7 @@ def llama():
     return load("llama")
 
 
-def assert_same_bits(actual, expected):
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        a, b = np.asarray(a), np.asarray(b)
-        assert a.shape == b.shape and a.dtype == b.dtype
-        np.testing.assert_array_equal(
-            np.atleast_1d(a).view(np.uint8), np.atleast_1d(b).view(np.uint8)
-        )
-
-
 # Compressed and plain weights.
-
-
-BF16, F32 = jnp.bfloat16, jnp.float32
-GREEDY, DRAWN = models.Sampling(), models.Sampling(0.8, top_k=50, top_p=0.9)
 
 
 @pytest.mark.parametrize(
@@ -58,16 +35,7 @@ def test_same_bits_as_with_plain_weights(family, dtype, batch, sampling):
     compressed, config = load(family)
     plain, _ = load(family, compress=False)
     config = dataclasses.replace(config, dtype=dtype)
-    prompts = families.prompts(batch)
-    lengths = np.arange(24, 24 - batch, -1, dtype=np.int32)
-    keys = jax.random.split(jax.random.key(0), batch)
-
-    def run(params):
-        state = models.prefill(params, prompts, lengths, sampling, keys, NONE, 40, config)
-        first = jax.tree.map(np.asarray, state)  # the state itself is used up
-        return first, models.decode(params, state, 10, sampling, keys, NONE, 12, config)
-
-    assert_same_bits(run(compressed), run(plain))
+    assert_same_bits(*(run(params, config, batch, sampling) for params in (compressed, plain)))
 
 
 @pytest.mark.parametrize("family", families.CONFIGS)
@@ -83,17 +51,9 @@ def test_weights_are_decoded_once_a_token(llama):
     params, config = llama
     leaves = df11_jax.size_report(params["layers"]).leaves
     groups = params["embed_tokens"].shape[0]
-    keys = jax.random.split(jax.random.key(0), 1)
-    prompts, lengths = np.ones((1, 2), np.int32), np.array([2], np.int32)
-    state = models.prefill(params, prompts, lengths, GREEDY, keys, NONE, 16, config)
-    state = jax.block_until_ready(state)
-
-    def run():
-        return models.decode(params, state, 5, GREEDY, keys, NONE, 8, config)
-
     # One group of the embedding, each block, and the head.
     blocks = config.layers * sum(leaf.compressed for leaf in leaves)
-    assert count_decodes(run) == 5 * (1 + blocks + groups)
+    assert count_decodes(begin(params, config)) == 5 * (1 + blocks + groups)
 
 
 # Batches.
@@ -103,7 +63,7 @@ def test_prompts_are_read_in_pieces(monkeypatch):
     params, config = load("gemma3_text")
     config = dataclasses.replace(config, dtype=F32)
     whole = models.generate(params, PROMPTS, config, tokens=5)
-    monkeypatch.setattr(_generate, "PIECE_TOKENS", 36 * len(PROMPTS))
+    monkeypatch.setattr(_programs, "PIECE_TOKENS", 36 * len(PROMPTS))
     # Another length, for another program.
     assert models.generate(params, PROMPTS, config, tokens=5, length=130) == whole
 
@@ -221,12 +181,12 @@ def test_what_can_be_drawn(sampling, kept):
 
 
 def test_other_numbers_cost_no_compilation():
-    run = jax.jit(choose)
+    draw = jax.jit(choose)
     keys = jax.random.split(jax.random.key(0), 1)
     for number in (0.5, 0.9, 1, np.float64(0.3)):
         sampling = models.Sampling(number, top_k=3, top_p=number if number < 1 else 0.5)
-        run(jnp.zeros((1, 5)), sampling.checked(), keys)
-    assert run._cache_size() == 1
+        draw(jnp.zeros((1, 5)), sampling.checked(), keys)
+    assert draw._cache_size() == 1
 
 
 def test_lengths_of_the_same_bucket_cost_no_compilation(llama):
@@ -244,22 +204,22 @@ def test_lengths_of_the_same_bucket_cost_no_compilation(llama):
 @pytest.mark.parametrize("tokens", [(), (3,), (2, 3), (40,), (3, 200)])
 @pytest.mark.parametrize("piece", [1, 2, 3, 5, 100])
 def test_tables_in_pieces(monkeypatch, tokens, piece):
-    dim, vocab = 64, 5 * _table.ROWS - 37
-    monkeypatch.setattr(_table, "PIECE_BYTES", piece * 2 * _table.ROWS * dim)
+    dim, vocab = 64, 5 * tables.ROWS - 37
+    monkeypatch.setattr(tables, "PIECE_BYTES", piece * 2 * tables.ROWS * dim)
     rng = np.random.default_rng(0)
-    plain = rng.standard_normal(_table.table_shape(vocab, dim)).astype(jnp.bfloat16)
+    plain = rng.standard_normal(tables.table_shape(vocab, dim)).astype(jnp.bfloat16)
     table = df11_jax.compress(plain, stack_axes=1)
     ids = rng.integers(0, vocab, tokens).astype(np.int32)
     expected = plain.reshape(-1, dim)[ids]
     for either in (table, jnp.asarray(plain)):
-        rows = jax.jit(_table.look_up)(either, ids)
+        rows = jax.jit(tables.look_up)(either, ids)
         assert_same_bits(rows, expected)
         x = rng.standard_normal((*tokens[:1], dim)).astype(np.float32)
-        products = jax.jit(_table.project)(either, x)
+        products = jax.jit(tables.project)(either, x)
         exact = x @ plain.reshape(-1, dim).astype(np.float32).T
         np.testing.assert_allclose(products, exact, atol=1e-4)
     if jax.default_backend() == "cpu" and 0 < ids.size < 5:
-        assert count_decodes(jax.jit(_table.look_up), table, ids) <= -(-ids.size // piece) * piece
+        assert count_decodes(jax.jit(tables.look_up), table, ids) <= -(-ids.size // piece) * piece
 
 
 # Errors.

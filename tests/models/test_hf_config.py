@@ -1,7 +1,6 @@
 """What is read from `config.json`, and what is refused."""
 
 import copy
-import importlib.util
 import json
 import math
 
@@ -12,7 +11,7 @@ from known_configs import KNOWN
 
 from df11_jax.models import Rope, UnsupportedModelError, read_config
 from df11_jax.models._rope import frequencies
-from df11_jax.models._weights import make_slots
+from df11_jax.models._weights import list_places
 
 LLAMA = families.CONFIGS["llama"]
 
@@ -39,14 +38,11 @@ SIZES = {
 @pytest.mark.parametrize("name", KNOWN)
 def test_known_models(name):
     config = read_config(KNOWN[name])
-    parameters = sum(math.prod(slot.shape) for slot in make_slots(config).values())
+    parameters = sum(math.prod(place.shape) for place in list_places(config).values())
     assert (round(parameters / 1e9, 3), sum(config.sliding)) == SIZES[name]
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None,
-    reason="needs transformers and torch: pip install 'df11_jax[test-hf]'",
-)
+@families.needs_transformers
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", KNOWN)
 def test_known_models_are_what_transformers_takes_them_for(name, tmp_path):
@@ -61,16 +57,16 @@ def test_known_models_are_what_transformers_takes_them_for(name, tmp_path):
     assert (config.max_length, config.norm_eps) == (text.max_position_embeddings, text.rms_norm_eps)
     assert config.tied == theirs.tie_word_embeddings
     assert config.attention_scale == getattr(text, "query_pre_attn_scalar", head_dim) ** -0.5
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * config.layers
-    assert config.sliding == tuple(kind == "sliding_attention" for kind in kinds)
+    types = getattr(text, "layer_types", None) or ["full_attention"] * config.layers
+    assert config.sliding == tuple(type_ == "sliding_attention" for type_ in types)
     assert config.window == (text.sliding_window if any(config.sliding) else 0)
-    for kind, rope in (("full_attention", config.rope), ("sliding_attention", config.local_rope)):
-        nested = kind in text.rope_parameters
-        fields = text.rope_parameters[kind] if nested else text.rope_parameters
+    for type_, rope in (("full_attention", config.rope), ("sliding_attention", config.local_rope)):
+        nested = type_ in text.rope_parameters
+        fields = text.rope_parameters[type_] if nested else text.rope_parameters
         turning = frequencies(Rope(fields["rope_theta"]), head_dim)
         if fields["rope_type"] != "default":
             scale = ROPE_INIT_FUNCTIONS[fields["rope_type"]]
-            turning = scale(text, "cpu", layer_type=kind if nested else None)[0]
+            turning = scale(text, "cpu", layer_type=type_ if nested else None)[0]
         np.testing.assert_allclose(frequencies(rope, head_dim), turning, rtol=1e-5)
     # As it writes them itself, in its own new way, and without what is the default.
     theirs.save_pretrained(tmp_path)

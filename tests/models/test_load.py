@@ -17,7 +17,7 @@ from payloads import assert_same_bits
 import df11_jax
 from df11_jax import checkpoints, models
 from df11_jax.cli import _commands
-from df11_jax.models import _text
+from df11_jax.models import prompts
 from df11_jax.models._leaf_builders import transpose
 
 
@@ -94,16 +94,8 @@ def test_compressed_checkpoints_load_as_well(directory, tmp_path, format_):
 
 def test_incompressible_and_small_leaves_stay_plain():
     config = models.read_config(families.CONFIGS["llama"])
-
-    class Noise(models.RandomSource):
-        def read(self, name):
-            tensor = super().read(name)
-            if "up_proj" in name:
-                bits = np.random.default_rng(0).integers(0, 2**16, tensor.shape, np.uint16)
-                return bits.view(tensor.dtype)
-            return tensor
-
-    params = models.load_params(Noise(config), config)
+    source = families.NoisySource(config)
+    params = models.load_params(source, config)
     compressed = {leaf.path for leaf in df11_jax.size_report(params).leaves if leaf.compressed}
     assert compressed == {
         "embed_tokens",
@@ -111,7 +103,7 @@ def test_incompressible_and_small_leaves_stay_plain():
         "layers/mlp/gate_proj/kernel",
         "layers/mlp/down_proj/kernel",
     }
-    plain = models.load_params(Noise(config), config, compress=False)
+    plain = models.load_params(source, config, compress=False)
     up = params["layers"]["mlp"]["up_proj"]["kernel"]
     np.testing.assert_array_equal(
         np.asarray(up).view(np.uint16),
@@ -300,7 +292,7 @@ def test_a_damaged_tokenizer(tmp_path):
 def test_a_tokenizer_that_cannot_encode():
     model = tokenizers.models.WordLevel({"a": 0}, unk_token="b")
     with pytest.raises(ValueError, match=r"tokenizer\.json cannot encode the prompts \(.*Missing"):
-        _text.encode(tokenizers.Tokenizer(model), ["c"])
+        prompts.encode(tokenizers.Tokenizer(model), ["c"])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 import shapes
 
 from df11_jax import models
-from df11_jax.models import _generate, _table
+from df11_jax.models import _programs
 
 SIZES = {
     "vocab_size": 40_000,
@@ -29,7 +29,7 @@ on_cpu = pytest.mark.skipif(
 def test_generation_holds_one_block_and_a_piece_of_the_head(family):
     config = models.read_config({**SIZES, "model_type": family})
     params = shapes.param_shapes(config, compress=True)
-    piece = 2 * _table.groups_in_piece(params["embed_tokens"]) * _table.ROWS * config.dim
+    piece = shapes.piece_nbytes(params)
     assert piece < 2 * config.vocab * config.dim
     # Of products with a single row, the CPU backend makes float32 copies even now.
     programs = models.compile_programs(params, config, batch=2, prompt=10, tokens=500)
@@ -44,7 +44,7 @@ def test_generation_holds_one_block_and_a_piece_of_the_head(family):
 def test_caches_are_not_copied(family, batch, monkeypatch):
     # Pieces of 70 tokens and of 10, both shorter than the window, and of 300.
     for tokens in (70, 300):
-        monkeypatch.setattr(_generate, "PIECE_TOKENS", tokens)
+        monkeypatch.setattr(_programs, "PIECE_TOKENS", tokens)
         sizes = SIZES | {"num_hidden_layers": 14, "sliding_window": 128}
         # Another vocabulary, for other programs.
         config = models.read_config(sizes | {"model_type": family, "vocab_size": tokens})

@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 import shapes
 from payloads import count_decodes
-from test_generate import DRAWN, GREEDY, NONE, PROMPTS, assert_same_bits
+from runs import BF16, DRAWN, F32, PROMPTS, assert_same_bits, begin, run
 
 import df11_jax
 from df11_jax import checkpoints, models
-from df11_jax.models import _placement, _shares, _table
+from df11_jax.models import _collectives, _devices, _sharding, tables
 
-BF16, F32 = jnp.bfloat16, jnp.float32
-# Others have two key-value heads; and parts of a smaller one would be too small to be compressed.
+# Others have two key-value heads; and shards of a smaller one would be too small to be compressed.
 CONFIGS = families.CONFIGS | {
     "wide": families.CONFIGS["llama-biases"] | {"hidden_size": 256, "intermediate_size": 512}
 }
@@ -33,17 +32,6 @@ def load(family, devices, compress=True):
     config = models.read_config(CONFIGS[family])
     source = models.RandomSource(config)
     return models.load_params(source, config, compress=compress, devices=devices), config
-
-
-def run(params, config, batch=3, sampling=GREEDY):
-    """The states after the prompts and after some tokens, and these tokens."""
-    mesh = models.find_mesh(params)
-    prompts = families.prompts(batch)
-    lengths = np.arange(24, 24 - batch, -1, dtype=np.int32)
-    keys = jax.random.split(jax.random.key(0), batch)
-    state = models.prefill(params, prompts, lengths, sampling, keys, NONE, 40, config, mesh)
-    first = jax.tree.map(np.asarray, state)  # the state itself is used up
-    return first, models.decode(params, state, 10, sampling, keys, NONE, 12, config, mesh)
 
 
 # What is computed.
@@ -125,13 +113,13 @@ def test_prompts_of_any_lengths_and_stop_tokens():
 
 
 def test_negative_zeros_and_nans_of_an_embedding_arrive():
-    bits = np.random.default_rng(0).integers(0, 2**16, (4, _table.ROWS, 64)).astype(np.uint16)
+    bits = np.random.default_rng(0).integers(0, 2**16, (4, tables.ROWS, 64)).astype(np.uint16)
     bits[0, 0], bits[3, 5] = 0x8000, 0x7FC1
-    table, tokens = bits.view(BF16), np.array([0, 3 * _table.ROWS + 5, 200, 400], np.int32)
+    table, tokens = bits.view(BF16), np.array([0, 3 * tables.ROWS + 5, 200, 400], np.int32)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("model",))
     divided, whole = jax.sharding.PartitionSpec("model"), jax.sharding.PartitionSpec()
     for stack in (df11_jax.compress(table, stack_axes=1), jnp.asarray(table)):
-        look_up = functools.partial(models._collectives.look_up, axis="model")
+        look_up = functools.partial(_collectives.look_up, axis="model")
         specs = {"in_specs": (divided, whole), "out_specs": whole, "check_vma": False}
         rows = jax.shard_map(look_up, mesh=mesh, **specs)
         assert_same_bits(jax.jit(rows)(stack, tokens), table.reshape(-1, 64)[tokens])
@@ -141,12 +129,13 @@ def test_negative_zeros_and_nans_of_an_embedding_arrive():
 
 
 @pytest.mark.parametrize("compress", [True, False])
-def test_every_device_has_its_share_and_no_more(compress):
+def test_every_device_has_its_shard_and_no_more(compress):
     params, config = load("wide", 4, compress)
     for path, leaf in jax.tree.leaves_with_path(params):
-        parts = 4 if _shares.is_divided([key.key for key in path if hasattr(key, "key")]) else 1
+        spec = _sharding.partition_spec([key.key for key in path if hasattr(key, "key")])
+        shards = 4 if spec else 1
         for shard in leaf.addressable_shards:
-            assert shard.data.nbytes * parts == leaf.nbytes
+            assert shard.data.nbytes * shards == leaf.nbytes
     plain = df11_jax.decompress_params(jax.tree.map(np.asarray, params))["layers"]
     source = models.RandomSource(config)
     block = {
@@ -169,7 +158,7 @@ def test_every_device_has_its_share_and_no_more(compress):
 @pytest.mark.parametrize("devices", [1, 2, 3, 4])
 def test_tables_have_as_many_groups_on_each_device(devices):
     config = dataclasses.replace(models.read_config(families.CONFIGS["qwen2"]), hidden=240)
-    sizes = {"heads": 12, "kv_heads": 12, "head_dim": 8, "vocab": 2 * _table.ROWS + 1}
+    sizes = {"heads": 12, "kv_heads": 12, "head_dim": 8, "vocab": 2 * tables.ROWS + 1}
     config = dataclasses.replace(config, **sizes)
     params = models.load_params(models.RandomSource(config), config, devices=devices)
     assert params["embed_tokens"].shape[0] == -(-3 // devices) * devices
@@ -183,16 +172,8 @@ def test_tables_have_as_many_groups_on_each_device(devices):
 
 def test_weights_that_do_not_compress_are_plain_on_each_device():
     config = models.read_config(families.CONFIGS["llama"])
-
-    class Noise(models.RandomSource):
-        def read(self, name):
-            tensor = super().read(name)
-            if "up_proj" not in name:
-                return tensor
-            bits = np.random.default_rng(0).integers(0, 2**16, tensor.shape, np.uint16)
-            return bits.view(tensor.dtype)
-
-    loaded = [models.load_params(Noise(config), config, devices=2, compress=c) for c in (1, 0)]
+    source = families.NoisySource(config)
+    loaded = [models.load_params(source, config, devices=2, compress=c) for c in (1, 0)]
     up, expected = (params["layers"]["mlp"]["up_proj"]["kernel"] for params in loaded)
     assert_same_bits(up, expected)
     assert up.sharding == expected.sharding
@@ -239,7 +220,7 @@ LARGE = {
 
 
 @pytest.mark.parametrize("devices", [2, 4])
-def test_memory_of_each_device_is_that_of_its_share(devices):
+def test_memory_of_each_device_is_that_of_its_shard(devices):
     config = models.read_config(LARGE)
     plans = []
     for count in (1, devices):
@@ -250,15 +231,15 @@ def test_memory_of_each_device_is_that_of_its_share(devices):
     for name in ("weights", "plain_weights", "cache"):
         whole, part = getattr(one, name), getattr(each, name)
         assert whole <= devices * part <= 1.03 * whole
-    # Decompressed: a block's share, or a piece of the head, which is of the same size on all.
-    piece = _table.PIECE_BYTES + 4 * 2 * 2 * config.vocab
+    # Decompressed: a block's shard, or a piece of the head, which is of the same size on all.
+    piece = tables.PIECE_BYTES + 4 * 2 * 2 * config.vocab
     assert each.decode <= max(1.1 * shapes.block_nbytes(config) / devices, piece)
     # What comes from other devices are activations, and never weights.
     text = programs.decode.as_text()
     moved = re.findall(r"= (\w+)\[([\d,]*)\]\S* (all-\w+|collective-\w+|reduce-scatter)\(", text)
     assert {what for _, _, what in moved} == {"all-reduce", "all-gather"}
     assert {(dtype, size) for dtype, size, what in moved if what == "all-gather"} == {
-        ("f32", f"2,{_shares.table_shape(config, devices)[0] * _table.ROWS}")
+        ("f32", f"2,{_sharding.table_shape(config, devices)[0] * tables.ROWS}")
     }
     assert {size for _, size, what in moved if what == "all-reduce"} == {f"2,1,{config.dim}"}
 
@@ -278,16 +259,8 @@ def test_each_device_decodes_its_slices_once_a_token():
     params, config = load("llama", 2)
     leaves = df11_jax.size_report(params["layers"]).leaves
     groups = params["embed_tokens"].shape[0]
-    keys = jax.random.split(jax.random.key(0), 1)
-    mesh, prompts, lengths = models.find_mesh(params), np.ones((1, 2), np.int32), np.array([2])
-    state = models.prefill(params, prompts, lengths, GREEDY, keys, NONE, 16, config, mesh)
-    state = jax.block_until_ready(state)
-
-    def decode():
-        return models.decode(params, state, 5, GREEDY, keys, NONE, 8, config, mesh)
-
     blocks = 2 * config.layers * sum(leaf.compressed for leaf in leaves)
-    assert count_decodes(decode) == 5 * (2 + blocks + groups)
+    assert count_decodes(begin(params, config)) == 5 * (2 + blocks + groups)
 
 
 # Errors.
@@ -326,7 +299,7 @@ def test_layers_in_host_memory_are_for_one_device():
 
 def test_places_of_leaves():
     config = models.read_config(families.CONFIGS["llama"])
-    alone, some = (_placement.Placement(config, devices) for devices in (None, 2))
+    alone, some = (_devices.ParamDevices(config, devices) for devices in (None, 2))
     assert alone.of(("norm",)) is None and alone.count == 1
     assert some.of(("norm",)).is_fully_replicated
     assert not some.of(("lm_head",)).is_fully_replicated

@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from df11_jax import models
 from df11_jax.cli import _commands
+from df11_jax.models._text import GrowingText
 
 PROMPT = "It is raining."
 
@@ -48,7 +49,7 @@ def test_callback_gets_the_text_in_parts(model, every):
 
 def in_parts(tokenizer, tokens, prompt=()):
     """What is shown after each token, and at the end."""
-    text = models._text._Text(tokenizer, prompt)
+    text = GrowingText(tokenizer, prompt)
     parts = [text.add([token]) for token in tokens]
     parts.append(text.add([], last=True))
     assert text.shown == "".join(parts)

@@ -1,14 +1,13 @@
 """Logits and greedy tokens of every family, as transformers has them."""
 
 import dataclasses
-import functools
-import importlib.util
 
 import families
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 import transformers_logits
 
 from df11_jax import models
@@ -23,50 +22,37 @@ def family(request):
     return request.param
 
 
-@functools.cache
 def load(family):
     """Compressed parameters, and the configuration for float32."""
-    config = models.read_config(families.CONFIGS[family])
-    params = models.load_params(families.source_of(family), config)
+    params, config = runs.load(family)
     return params, dataclasses.replace(config, dtype=jnp.float32)
 
 
 @pytest.fixture
-def decoder(family):
+def transformer(family):
     return load(family)
 
 
 def all_logits(params, config, tokens):
     """Logits at all positions, in one pass."""
-
-    @jax.jit
-    def run(params, tokens):
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        cache = models.init_cache(config, *tokens.shape)
-        x, _ = models.forward(params, tokens, positions, 0, cache, config)
-        return models.project(params, x, config)
-
-    return np.asarray(run(params, tokens))
+    return np.stack(runs.all_logits(params, config, tokens))
 
 
-def test_logits_are_those_of_transformers(family, decoder):
-    logits = all_logits(*decoder, families.prompts())[:, transformers_logits.POSITIONS]
+def test_logits_are_those_of_transformers(family, transformer):
+    logits = all_logits(*transformer, families.prompts())[:, transformers_logits.POSITIONS]
     np.testing.assert_allclose(logits, EXPECTED[f"{family}/logits"], rtol=0, atol=TOLERANCE)
 
 
-def test_greedy_tokens_are_those_of_transformers(family, decoder):
-    params, config = decoder
+def test_greedy_tokens_are_those_of_transformers(family, transformer):
+    params, config = transformer
     prompts = families.prompts().tolist()
     tokens = models.generate(params, prompts, config, tokens=transformers_logits.TOKENS, every=3)
     np.testing.assert_array_equal(tokens, EXPECTED[f"{family}/tokens"])
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None,
-    reason="needs transformers and torch: pip install 'df11_jax[test-hf]'",
-)
+@families.needs_transformers
 @pytest.mark.filterwarnings("ignore")
-def test_transformers_computes_what_is_expected_here(family, decoder, tmp_path):
+def test_transformers_computes_what_is_expected_here(family, transformer, tmp_path):
     logits, tokens = transformers_logits.compute(family, tmp_path)
     expected = EXPECTED[f"{family}/logits"]
     np.testing.assert_allclose(
@@ -74,7 +60,7 @@ def test_transformers_computes_what_is_expected_here(family, decoder, tmp_path):
     )
     np.testing.assert_array_equal(tokens, EXPECTED[f"{family}/tokens"])
     np.testing.assert_allclose(
-        all_logits(*decoder, families.prompts()), logits, rtol=0, atol=TOLERANCE
+        all_logits(*transformer, families.prompts()), logits, rtol=0, atol=TOLERANCE
     )
 
 

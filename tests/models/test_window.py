@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import all_logits, assert_same_bits
 
 from df11_jax import models
 from df11_jax.bench import ways
-from df11_jax.models import _cache, _generate
+from df11_jax.models import _cache, _programs
+from df11_jax.models.prompts import pad_prompts
 
 WINDOW = 8
 GEMMA = families.CONFIGS["gemma3_text"]
@@ -36,28 +38,10 @@ def load(order, compress=True):
     return models.load_params(models.RandomSource(config), config, compress=compress), config
 
 
-def all_logits(params, config, rows):
-    """For each token the logits of the next, all tokens read in one pass, into an empty cache."""
-    length = max(map(len, rows))
-    tokens = np.array([[0] * (length - len(row)) + row for row in rows], np.int32)
-    positions = np.array(
-        [[_cache.NOWHERE] * (length - len(row)) + list(range(len(row))) for row in rows], np.int32
-    )
-
-    @jax.jit
-    def run(params):
-        cache = models.init_cache(config, *tokens.shape)
-        x, _ = models.forward(params, tokens, positions, 0, cache, config)
-        return models.project(params, x, config)
-
-    logits = np.asarray(run(params))
-    return [line[-len(row) :] for line, row in zip(logits, rows, strict=True)]
-
-
 def generate(params, config):
     """The tokens of each row, prompts included, and the logits that the last ones are of."""
     length = max(map(len, PROMPTS))
-    prompts = np.array([[0] * (length - len(row)) + row for row in PROMPTS], np.int32)
+    prompts = pad_prompts(PROMPTS, length)
     lengths = np.array([len(row) for row in PROMPTS], np.int32)
     keys = jax.random.split(jax.random.key(0), len(PROMPTS))
     sampling, none = models.Sampling(temperature=3.0).checked(), np.array([], np.int32)
@@ -71,7 +55,7 @@ def generate(params, config):
 
 def with_pieces(config, piece, monkeypatch):
     """Has prompts read in pieces of so many tokens of each row, by programs of their own."""
-    monkeypatch.setattr(_generate, "PIECE_TOKENS", piece * len(PROMPTS))
+    monkeypatch.setattr(_programs, "PIECE_TOKENS", piece * len(PROMPTS))
     return dataclasses.replace(config, max_length=200 + piece)
 
 
@@ -99,8 +83,7 @@ def test_same_bits_as_with_plain_weights(monkeypatch):
         generate(params, with_pieces(config, 6, monkeypatch))[1]
         for params, config in (load("pattern"), load("pattern", compress=False))
     )
-    for a, b in zip(jax.tree.leaves(compressed), jax.tree.leaves(plain), strict=True):
-        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert_same_bits(compressed, plain)
 
 
 def test_whether_numbers_have_64_bits_does_not_matter(monkeypatch):
@@ -129,7 +112,7 @@ def test_sliding_layers_have_no_more_slots_than_the_window(slots, expected):
     assert cache.sliding.positions.shape == (2, expected)
 
 
-def test_models_with_layers_of_one_kind_have_slots_of_one_kind():
+def test_models_with_layers_of_one_type_have_slots_of_one_type():
     assert models.init_cache(load("all sliding")[1], 1, 100).full is None
     llama = models.read_config(families.CONFIGS["llama"])
     assert models.init_cache(llama, 1, 100).sliding is None
@@ -148,7 +131,7 @@ def test_slots_hold_the_last_tokens_that_are_kept(size):
         new = _cache.to_bits(tokens[..., None, None] + jnp.zeros((1, seq, 1, 2), jnp.float32))
         seen, (slots, inputs) = (
             slots,
-            _cache.place(slots, tokens, jnp.int32(slot), keep, "sliding", config),
+            _cache.assign_slots(slots, tokens, jnp.int32(slot), keep, "sliding", config),
         )
         slots = _cache.write(slots, new, new + 1, layer, inputs)
         end = slot + (keep if seq > 1 else 1)

@@ -21,6 +21,7 @@ from orbax_helpers import (
 
 import df11_jax
 from df11_jax import _layout
+from df11_jax._layout import make_layout
 
 
 def flip_a_bit(folder, data):
@@ -164,7 +165,7 @@ def test_header_that_disagrees_with_the_metadata(tmp_path):
 def test_saving_what_does_not_fit_together(tmp_path):
     small = compressed_params()["embedding"]
     for shape in ((128, 200), (100, 256)):
-        wrong = df11_jax.DF11Array(*small.payload, slice_shape=shape)
+        wrong = df11_jax.DF11Array.from_payload(small.payload, make_layout(shape))
         with pytest.raises(ValueError, match="a/b: "):
             save(tmp_path / "x", {"a": {"b": wrong}})
     assert not (tmp_path / "x").exists()

@@ -1,3 +1,5 @@
+import dataclasses
+
 """Targets, and leaves that change their form on the way."""
 
 import jax
@@ -20,6 +22,7 @@ from orbax_helpers import (
 from payloads import assert_same_bits, random_weights
 
 import df11_jax
+from df11_jax._layout import make_layout
 from df11_jax.orbax import DF11Restore
 
 STACKED = {"stacked": "^layers/"}
@@ -244,8 +247,8 @@ def test_disagreements(compressed, plain):
         "embedding: the target has float32[200,128], stored is bfloat16[200,128]",
     )
     up = small["layers"]["up"]
-    unstacked = df11_jax.DF11Array(
-        *(shape(a.shape[1:], a.dtype) for a in up.payload), slice_shape=up.shape
+    unstacked = df11_jax.DF11Array.from_payload(
+        (shape(a.shape[1:], a.dtype) for a in up.payload), make_layout(up.shape)
     )
     check(
         compressed,
@@ -254,7 +257,7 @@ def test_disagreements(compressed, plain):
         "stored is bfloat16[3,128,192], compressed in slices of [128, 192]",
     )
     # The static field, which Orbax alone ignores.
-    wrong = df11_jax.DF11Array(*up.payload, slice_shape=(192, 128))
+    wrong = dataclasses.replace(up, layout=make_layout((192, 128)))
     check(
         compressed,
         small | {"layers": {**small["layers"], "up": wrong}},

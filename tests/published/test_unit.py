@@ -17,8 +17,8 @@ from payloads import assert_same_bits, bits, random_weights
 
 import df11_jax
 from df11_jax import _cpu_library, _ffi
-from df11_jax.published import _unit, _xla_decoder
-from df11_jax.published._unit import decode_host, decompress, encode_unit
+from df11_jax.published import _unit, decompress, encode_unit, xla_decoder
+from df11_jax.published._unit import decode_host
 
 FIXTURES = json.loads((pathlib.Path(__file__).parent / "fixtures" / "encoder.json").read_text())
 CASES = published_cases.cases()
@@ -111,7 +111,7 @@ def test_every_decoder(name):
     assert_same_bits(decode_host(unit), expected)
     assert_same_tensors(decompress(unit), as_tensors(CASES[name]))
     if name != LARGE:  # which would take half a minute
-        assert_same_bits(_xla_decoder.decode(*unit.arrays), expected)
+        assert_same_bits(xla_decoder.decode(*unit.arrays), expected)
 
 
 @on_cpu
@@ -128,7 +128,7 @@ def test_every_instruction_set(level, tensors, unit):
 def test_sizes(size):
     weights = {"w": published_cases.normal(size, str(size)).view(jnp.bfloat16)}
     unit = encode_unit(weights)
-    assert_same_bits(_xla_decoder.decode(*unit.arrays), weights["w"])
+    assert_same_bits(xla_decoder.decode(*unit.arrays), weights["w"])
     assert_same_tensors(decompress(unit), weights)
 
 

@@ -12,8 +12,8 @@ import pytest
 from payloads import bits
 
 from df11_jax import _cpu_library
-from df11_jax.published import _unit, _xla_decoder
-from df11_jax.published._unit import decode_host, decompress, encode_unit
+from df11_jax.published import _unit, decompress, encode_unit, xla_decoder
+from df11_jax.published._unit import decode_host
 
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the CPU handler's errors")
 STREAM_FIELDS = ("encoded_exponent", "output_positions", "gaps")
@@ -89,7 +89,7 @@ def test_xla_decoder_agrees_with_the_host(unit):
     poisoned = 0
     for _ in range(200):
         bad = damage(unit, rng, STREAM_FIELDS)
-        out = bits(_xla_decoder.decode(*bad.arrays))
+        out = bits(xla_decoder.decode(*bad.arrays))
         # Among other positions, the host may not find a block that is good.
         same_positions = np.array_equal(bad.output_positions, unit.output_positions)
         for start, stop in itertools.pairwise(unit.output_positions):
@@ -107,7 +107,7 @@ def test_xla_decoder_agrees_with_the_host(unit):
 
 def test_xla_decoder_survives_any_tables(unit):
     rng = np.random.default_rng(0)
-    good = bits(_xla_decoder.decode(*unit.arrays))
+    good = bits(xla_decoder.decode(*unit.arrays))
     for luts in (
         np.full_like(unit.luts, 255),
         np.full_like(unit.luts, 240),
@@ -115,10 +115,10 @@ def test_xla_decoder_survives_any_tables(unit):
         rng.integers(256, size=unit.luts.shape, dtype=np.uint8),
         replace(unit, luts=(-1, 255)).luts,
     ):
-        out = bits(_xla_decoder.decode(*dataclasses.replace(unit, luts=luts).arrays))
+        out = bits(xla_decoder.decode(*dataclasses.replace(unit, luts=luts).arrays))
         assert (out == 0xFFFF).all()
     for _ in range(50):
-        out = bits(_xla_decoder.decode(*damage(unit, rng, ["luts"]).arrays))
+        out = bits(xla_decoder.decode(*damage(unit, rng, ["luts"]).arrays))
         # What does not need the entry is right.
         assert ((out == good) | (out == 0xFFFF)).mean() > 0.2
 
@@ -134,7 +134,7 @@ def test_tables_with_cycles(unit, kind):
     with pytest.raises(ValueError, match="w: is corrupt: luts has "):
         decode_host(bad)
     assert _cpu_library.published_check(*bad.arrays).startswith("luts ")
-    assert (bits(_xla_decoder.decode(*bad.arrays)) == 0xFFFF).all()
+    assert (bits(xla_decoder.decode(*bad.arrays)) == 0xFFFF).all()
 
 
 FREQUENT = 121  # an exponent of `weights` with a short code

@@ -7,15 +7,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import safetensors.numpy
 from payloads import assert_same_bits, random_weights
 from tiny_llama import LAYER, ORIGINAL, SHARDED, load, original, save
 
 import df11_jax
 from df11_jax import published
 from df11_jax._files.directory import JOURNAL
-from df11_jax._files.safetensors import DTYPES, TensorFile
-from df11_jax.published._serialize import write_file
+from df11_jax._files.safetensors import TensorFile
+from df11_jax.published._pytree_source import PyTreeSource
 
 CONFIG = json.loads((ORIGINAL / "config.json").read_text())
 PATTERNS = published.default_pattern_dict(CONFIG)
@@ -41,12 +40,13 @@ class Recorded:
     """A checkpoint that remembers what was read, and can stop."""
 
     path = pathlib.Path("no directory")
+    format = "plain"
 
     def __init__(self, tensors, stop_at=None):
         self.reads = []
         self._source = tensors
         self._stop_at = stop_at
-        self.tensors = published._write._Tree(tensors).tensors
+        self.tensors = PyTreeSource(tensors).tensors
 
     def read(self, name):
         if name == self._stop_at:
@@ -284,30 +284,6 @@ def test_another_config_is_replaced(tmp_path):
         "pattern_dict": {"a": []},
     }
     assert config["dfloat11_config"]["pattern_dict"] == {"old": []}
-
-
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
-def test_same_bytes_as_the_safetensors_library(tmp_path, metadata):
-    random = np.random.default_rng(0)
-    tensors = {}
-    for i, (name, dtype) in enumerate(DTYPES.items()):
-        for letter, shape in (("z", (i % 3, 5)), ("a", (3,)), ("ü.é", ())):
-            data = random.integers(0, 2, (*shape, dtype.itemsize), np.uint8)
-            tensors[f"{letter}.{name}"] = data.view(dtype)[..., 0]
-    save_as(tmp_path / "ours", tensors, metadata)
-    assert (tmp_path / "ours").read_bytes() == safetensors.numpy.save(tensors, metadata)
-
-
-def save_as(path, tensors, metadata):
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    infos = {name: (names[array.dtype], array.shape) for name, array in tensors.items()}
-    write_file(path, infos, tensors.__getitem__, metadata)
-
-
-def test_a_source_that_changes(tmp_path):
-    with pytest.raises(ValueError, match=r"a: was announced as BF16\[2\], but is float32\[2\]"):
-        write_file(tmp_path / "x", {"a": ("BF16", (2,))}, lambda name: np.zeros(2, np.float32))
-    assert not list(tmp_path.iterdir())
 
 
 def test_units_of_the_library_are_read_back_from_any_file(tmp_path):

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.flax import load_file
 
+from df11_jax._files.canonical_safetensors import write_file
 from df11_jax._files.safetensors import DTYPE_NAMES, TensorFile
-from df11_jax.published._serialize import write_file
 
 FIXTURE = Path(__file__).parent / "fixtures" / "tiny_llama"
 ORIGINAL = FIXTURE / "original"

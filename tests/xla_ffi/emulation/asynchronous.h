@@ -37,6 +37,9 @@ void store_shared(uint32_t address, const T& value) {
 struct PhaseBarrier {
   uint32_t phase = 0;
   bool fenced = false, armed = false;
+  uint32_t armed_by = 0;  // this thread, at its time
+  Time armed_at;
+  std::map<uint32_t, Time> seen;  // when each thread saw the last phase complete
   size_t expected = 0, under_way = 0;
   std::vector<std::function<void()>> copies;
 };
@@ -60,12 +63,22 @@ inline PhaseBarrier& find_barrier(uint32_t address) {
   check(found != barriers.end(), "a barrier has not been initialized");
   return found->second;
 }
+// That a barrier of the threads lies between.
+inline void check_is_before(uint32_t thread, const Time& time) {
+  const bool same_warp = thread / 32 == this_thread / 32;
+  check(thread == this_thread || (same_warp ? time.warp != now.warp : time.block != now.block),
+        "a phase begins before all threads have waited for the one before");
+}
 inline void expect_bytes(uint32_t address, uint32_t bytes) {
   shared->before_load(address, sizeof(uint2));
   const std::lock_guard lock(barriers_mutex);
   PhaseBarrier& barrier = find_barrier(address);
   check(!barrier.armed, "a thread arrives at a phase that has had its arrival");
+  // Who still waits for the phase before could find this one complete, too, and wait for ever.
+  for (const auto& [thread, time] : barrier.seen) check_is_before(thread, time);
   barrier.armed = true;
+  barrier.armed_by = this_thread;
+  barrier.armed_at = now;
   barrier.expected += bytes;
 }
 inline void copy_to_shared(uint32_t to, const void* from, uint32_t bytes, uint32_t address) {
@@ -88,9 +101,14 @@ inline void wait_for_phase(uint32_t address, uint32_t parity) {
       PhaseBarrier& barrier = find_barrier(address);
       if (barrier.phase % 2 == parity && barrier.armed && barrier.under_way == barrier.expected) {
         for (const auto& copy : barrier.copies) copy();
-        barrier = {barrier.phase + 1, true, false, 0, 0, {}};
+        barrier.copies.clear();
+        barrier.expected = barrier.under_way = 0;
+        barrier.armed = false;
+        ++barrier.phase;
       }
       if (barrier.phase % 2 != parity) {
+        if (barrier.armed) check_is_before(barrier.armed_by, barrier.armed_at);
+        barrier.seen[this_thread] = now;
         observed_phases[address] = barrier.phase;
         return;
       }

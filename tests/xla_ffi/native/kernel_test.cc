@@ -1,220 +1,21 @@
 // Tests of the CUDA decoder against the CPU decoder and the weights that were encoded.
 // Compiled by g++ against ../emulation (test_kernel_emulated.py) it runs the
-// kernel on host threads; compiled by nvcc, on a GPU.
+// kernels on host threads, those for older GPUs, too; compiled by nvcc, on a GPU.
+//
+//     kernel_test [ROUNDS of damage] [the only SECTION to run]
 #include <cuda_runtime.h>
 
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
 #include <memory>
-#include <random>
 #include <string>
 #include <vector>
 
-#include "../kernel_driver.h"
-#include "encoded_slice.h"
-#include "native/codebook.h"
-#include "native/cpu/decode_slices.h"
-#include "native/cuda/decode.h"
+#include "device_payload.h"
 
 namespace df11::native {
 namespace {
-
-using Array = std::vector<uint32_t>;
-using Weights = std::vector<uint16_t>;
-using Shape = std::vector<int64_t>;
-
-constexpr uint16_t kUnwritten = 0x5a5a;
-constexpr uint16_t kPoison = 0xffff;
-
-// A stack of slices on the host, as a compressed tensor holds it.
-struct Payload {
-  View view;
-  uint32_t geometry = 0;
-  int64_t slices = 0, exponents_words = 0;
-  Array header, codebook, chunk_offsets, exponents, sign_mantissa;
-};
-
-Payload compress(const Layout& layout, const std::vector<Weights>& slices) {
-  Payload payload;
-  payload.view = make_view(layout);
-  payload.slices = static_cast<int64_t>(slices.size());
-  std::vector<EncodedSlice> encoded;
-  for (const Weights& weights : slices) {
-    encoded.push_back(encode_slice(weights.data(), layout, 1));
-    payload.exponents_words =
-        std::max(payload.exponents_words, int64_t(encoded.back().exponents.size()));
-  }
-  const auto append = [](Array& to, const auto& from) {
-    to.insert(to.end(), from.begin(), from.end());
-  };
-  for (const EncodedSlice& slice : encoded) {
-    Header header = pack_header(layout);
-    payload.geometry = header[kGeometryWord];
-    const uint64_t id = codebook_id(slice.codebook.data());
-    header[kCodebookIdWord] = static_cast<uint32_t>(id);
-    header[kCodebookIdWord + 1] = static_cast<uint32_t>(id >> 32);
-    append(payload.header, header);
-    append(payload.codebook, slice.codebook);
-    append(payload.chunk_offsets, slice.chunk_offsets);
-    append(payload.exponents, slice.exponents);
-    payload.exponents.resize(payload.header.size() / kHeaderWords * payload.exponents_words);
-    append(payload.sign_mantissa, slice.sign_mantissa);
-  }
-  return payload;
-}
-
-Layout layout_of(const Shape& shape) {
-  return default_layout(shape.data(), static_cast<int>(shape.size()));
-}
-Layout layout_of(const Shape& shape, bool along_columns, int steps) {
-  Layout layout = layout_of(shape);
-  layout.along_columns = along_columns;
-  layout.steps = steps;
-  return layout;
-}
-
-// What a slice should decode to, by the CPU decoder: corrupt chunks are poison.
-Weights decode_on_cpu(const Payload& payload, int64_t slice) {
-  const View& view = payload.view;
-  Weights out(view.size, kPoison);
-  // The kernel looks at one word of the header.
-  const auto decoder = std::make_unique<ChunkDecoder>(best_simd());
-  if (payload.header[slice * kHeaderWords + kGeometryWord] != payload.geometry ||
-      !decoder->set_slice({view, payload.codebook.data() + slice * kCodebookWords,
-                           payload.chunk_offsets.data() + slice * (view.chunks() + 1),
-                           payload.exponents.data() + slice * payload.exponents_words,
-                           payload.exponents_words,
-                           payload.sign_mantissa.data() + slice * view.sign_mantissa_words()})) {
-    return out;
-  }
-  std::vector<uint16_t> decoded(view.size);
-  for (int64_t c = 0; c < view.chunks(); ++c) {
-    ++checked;
-    if (!decoder->decode(c, decoded.data())) {
-      ++poisoned;
-      continue;
-    }
-    const Chunk chunk = locate_chunk(view, c);
-    const Extent extent(view, chunk);
-    for (int64_t k = 0; k < extent.k; ++k) {
-      for (int64_t n = 0; n < extent.n_of(k); ++n) {
-        const int64_t element = chunk.element + k * view.stride_k() + n * view.stride_n();
-        out[element] = decoded[element];
-      }
-    }
-  }
-  return out;
-}
-
-// A tensor of one call: by default one batch element for each index, all of one stack.
-struct Operand {
-  const Payload* payload;
-  std::vector<int32_t> index = {0};
-  std::vector<BatchAxis> axes = {};
-  int64_t stack = 0;  // 0: all of the payload's slices
-  size_t exponents_offset = 0, out_offset = 0;
-};
-
-// An operand's copy on the device.
-struct DeviceOperand {
-  explicit DeviceOperand(const Operand& operand)
-      : operand(operand),
-        header(operand.payload->header),
-        codebook(operand.payload->codebook),
-        chunk_offsets(operand.payload->chunk_offsets),
-        exponents(operand.payload->exponents, operand.exponents_offset),
-        sign_mantissa(operand.payload->sign_mantissa),
-        index(operand.index),
-        out(Weights(batch() * operand.payload->view.size, kUnwritten), operand.out_offset) {}
-
-  std::vector<BatchAxis> axes() const {
-    if (!operand.axes.empty()) return operand.axes;
-    return {{static_cast<int64_t>(operand.index.size()), 0, 1}};
-  }
-  int64_t batch() const {
-    int64_t batch = 1;
-    for (const BatchAxis& axis : axes()) batch *= axis.size;
-    return batch;
-  }
-  // As the kernel finds it in device memory, but on the host.
-  int64_t slice_of(int64_t b) const {
-    TensorSlices on_host = slices();
-    on_host.index = operand.index.data();
-    return on_host.slice_of(b);
-  }
-  TensorSlices slices() const {
-    TensorSlices slices;
-    slices.view = operand.payload->view;
-    slices.geometry = operand.payload->geometry;
-    slices.stack = operand.stack ? operand.stack : operand.payload->slices;
-    slices.batch = batch();
-    slices.exponents_words = operand.payload->exponents_words;
-    slices.index = index.get();
-    slices.header = header.get();
-    slices.codebook = codebook.get();
-    slices.chunk_offsets = chunk_offsets.get();
-    slices.exponents = exponents.get();
-    slices.sign_mantissa = sign_mantissa.get();
-    slices.out = out.get();
-    for (const BatchAxis& axis : axes()) slices.axes[slices.batch_axes++] = axis;
-    return slices;
-  }
-
-  Operand operand;
-  Buffer<uint32_t> header, codebook, chunk_offsets, exponents, sign_mantissa;
-  Buffer<int32_t> index;
-  Buffer<uint16_t> out;
-};
-
-// Decodes the operands in one call; returns what came out, operand by operand.
-std::vector<Weights> decode(const std::vector<Operand>& operands) {
-  std::vector<std::unique_ptr<DeviceOperand>> device;
-  std::vector<TensorSlices> tensors;
-  for (const Operand& operand : operands) {
-    device.push_back(std::make_unique<DeviceOperand>(operand));
-    tensors.push_back(device.back()->slices());
-  }
-  const cudaError_t error =
-      launch_decode(nullptr, tensors.data(), static_cast<int>(tensors.size()));
-  expect(error == cudaSuccess, "launch_decode returned " + std::to_string(error));
-  expect(cudaDeviceSynchronize() == cudaSuccess, "cudaDeviceSynchronize");
-  std::vector<Weights> out;
-  for (const auto& operand : device) out.push_back(operand->out.copy());
-  return out;
-}
-
-// Expects each batch element to be the slice it should be, as the CPU decodes it, which
-// should be `original` where that is given.
-void check(const std::string& name, const std::vector<Operand>& operands,
-           const std::vector<const std::vector<Weights>*>& originals = {}) {
-  const std::vector<Weights> decoded = decode(operands);
-  for (size_t i = 0; i < operands.size(); ++i) {
-    const DeviceOperand device(operands[i]);
-    const TensorSlices slices = device.slices();
-    const int64_t size = slices.view.size;
-    for (int64_t b = 0; b < slices.batch; ++b) {
-      const int64_t slice = device.slice_of(b);
-      const Weights got(decoded[i].begin() + b * size, decoded[i].begin() + (b + 1) * size);
-      const std::string which =
-          name + ", tensor " + std::to_string(i) + ", batch element " + std::to_string(b);
-      if (slice < 0) {
-        expect(got == Weights(size, kUnwritten), which + " is written");
-        continue;
-      }
-      const Weights expected = decode_on_cpu(*operands[i].payload, slice);
-      for (int64_t e = 0; e < size; ++e) {
-        if (got[e] == expected[e]) continue;
-        char text[80];
-        std::snprintf(text, sizeof text, ": element %lld is %04x, should be %04x",
-                      static_cast<long long>(e), got[e], expected[e]);
-        expect(false, which + text);
-        break;
-      }
-      if (!originals.empty()) expect(got == (*originals[i])[slice], which + ": not the original");
-    }
-  }
-}
 
 // Weights
 
@@ -315,6 +116,60 @@ void test_stacks() {
   const std::vector<Weights> odd = {fill(8195, normal), fill(8195, mostly_normal)};
   const Payload odd_payload = compress(layout_of({8195}), odd);
   check("odd size", {{&odd_payload, {0, 1, 0}}}, {&odd});
+}
+
+// What the decoder for pairs of chunks meets: several pairs a warp, of several slices, with and
+// without patches, and among them chunks that are raw, long, corrupt, at an edge or alone.
+void test_pairs() {
+  struct Case {
+    Shape shape;
+    int steps;
+  };
+  // The last tile of k not full; odd numbers of tiles along n; the last of them not full.
+  const std::vector<Case> cases = {{{512, 512}, 8}, {{384, 640}, 4}, {{208, 512}, 2},
+                                   {{200, 448}, 4}, {{96, 1352}, 2}, {{384, 328}, 8},
+                                   {{16, 2048}, 2}, {{112, 128}, 8}};
+  std::vector<Payload> payloads;
+  std::vector<std::vector<Weights>> weights;
+  for (const Case& c : cases) {
+    int64_t at = 0;
+    const int64_t cols = c.shape[1];
+    const auto draw = [&]() -> uint16_t {
+      // Some tiles are raw, or their exponents take 4 bits each.
+      const int64_t tile = at / cols / (16 * c.steps) * (cols / 64) + at % cols / 64;
+      ++at;
+      return tile % 13 == 5 ? any_bits() : tile % 11 == 7 ? sixteen_exponents() : mostly_normal();
+    };
+    weights.push_back({fill(size_of(c.shape), draw), fill(size_of(c.shape), normal)});
+    payloads.push_back(compress(layout_of(c.shape, false, c.steps), weights.back()));
+  }
+  std::vector<Operand> operands;
+  std::vector<const std::vector<Weights>*> originals;
+  for (size_t i = 0; i < cases.size(); ++i) {
+    operands.push_back({&payloads[i], {0, 1, -1, 1, 0}});
+    originals.push_back(&weights[i]);
+  }
+  check("pairs", operands, originals);
+  // One chunk of each slice is corrupt: after its weights have been stored.
+  for (Payload& payload : payloads) {
+    for (int64_t slice = 0; slice < payload.slices; ++slice) {
+      const int64_t words = payload.view.sign_mantissa_words();
+      payload.sign_mantissa[slice * words + random_below(words)] ^= 1 << random_below(32);
+    }
+  }
+  check("pairs, corrupt", operands);
+  // Patches that are not sorted by step.
+  Payload unsorted = compress(layout_of({256, 128}, false, 4), {fill(256 * 128, mostly_normal)});
+  for (int64_t chunk = 0; chunk < unsorted.view.chunks(); ++chunk) {
+    const uint32_t begin = unsorted.chunk_offsets[chunk], end = unsorted.chunk_offsets[chunk + 1];
+    const uint32_t patches = unsorted.exponents[begin + 1] & 0xffff;
+    expect(patches > 40, "there are many patches");
+    std::swap(unsorted.exponents[end - 1], unsorted.exponents[end - patches]);
+  }
+  const Weights out = decode({{&unsorted}})[0], sorted = decode_on_cpu(unsorted, 0);
+  for (size_t e = 0; e < out.size(); ++e) {
+    if (out[e] != sorted[e] && out[e] != kPoison) expect(false, "unsorted patches are not noticed");
+  }
 }
 
 void test_alignment() {
@@ -429,7 +284,9 @@ void test_damage(int rounds) {
                                    {layout_of({3000}), mostly_normal},
                                    {layout_of({32, 128}), any_bits},
                                    {layout_of({128, 64}), sixteen_exponents},
-                                   {layout_of({72, 144}, true, 4), mostly_normal}};
+                                   {layout_of({128, 144}, true, 4), mostly_normal},
+                                   {layout_of({128, 384}, false, 2), mostly_normal},
+                                   {layout_of({256, 256}), normal}};
   std::vector<Weights> originals;
   std::vector<Payload> sound;
   for (const Case& c : cases) {
@@ -465,14 +322,27 @@ int main(int argc, char** argv) {
     return 2;
   }
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 100;
+  const std::string only = argc > 2 ? argv[2] : "";
   using namespace df11::native;
-  df11::section("values", "chunks", test_values);
-  df11::section("shapes", "chunks", test_shapes);
-  df11::section("stacks", "chunks", test_stacks);
-  df11::section("alignment", "chunks", test_alignment);
-  df11::section("many tensors", "chunks", test_many_tensors);
-  df11::section("launches", "chunks", test_launches);
-  df11::section("damage", "chunks", [&] { test_damage(rounds); });
+  const auto run = [&](const char* name, const std::function<void()>& test) {
+    if (only.empty() || only == name) df11::section(name, "chunks", test);
+  };
+  const auto run_all = [&] {
+    run("values", test_values);
+    run("shapes", test_shapes);
+    run("stacks", test_stacks);
+    run("pairs", test_pairs);
+    run("alignment", test_alignment);
+    run("many tensors", test_many_tensors);
+    run("launches", test_launches);
+    run("damage", [&] { test_damage(rounds); });
+  };
+  run_all();
+#ifndef __CUDACC__
+  std::printf("As on an older GPU:\n");
+  cuda_emulation::compute_capability = 8;
+  if (only != "pairs") run_all();
+#endif
   std::printf("%d failures\n", df11::failures);
   return df11::failures != 0;
 }

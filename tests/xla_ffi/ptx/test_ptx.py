@@ -92,7 +92,7 @@ def decode_native(ptx, arrays, indices, *, blocks=2, moved=None, seed=0):
     moved = moved or {}
     memory, batch = GlobalMemory(), DecodeBatch()
     for array, index in zip(arrays, indices, strict=True):
-        view = _layout.make_view(array.slice_shape)
+        view = array.layout.view
         tensor = batch.tensors[batch.count]
         tensor.view = View(view.size, view.rows, view.cols)
         tensor.stack, tensor.batch = (array.stack_shape or (1,))[0], len(index)
@@ -193,7 +193,7 @@ def test_corrupt_native(native_ptx):
         bad = dataclasses.replace(good, **{k: jnp.asarray(v) for k, v in parts.items()})
         (out,) = decode_native(native_ptx, [bad], [[0]])
         payload = [part[None] for part in bad.payload]
-        expected = _xla_decoder.decode(jnp.int32(0), *payload, slice_shape=bad.slice_shape)
+        expected = _xla_decoder.decode(jnp.int32(0), *payload, layout=bad.layout)
         np.testing.assert_array_equal(out, to_bits(expected))
         poisoned += np.any(out == 0xFFFF)
     assert poisoned > 30

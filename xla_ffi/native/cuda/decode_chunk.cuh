@@ -167,7 +167,9 @@ __device__ inline bool open_record(const Slice& slice, int64_t index, const Lane
                        : kRecordHeaderWords + (total + 31) / 32 + patches);
 }
 
-// Decodes all of the chunk but its patches; returns the lane's part of the checksum.
+// Decodes all of the chunk but its patches; returns the lane's part of the checksum. Here and
+// below, kColumns tells whether pairs may be along columns.
+template <bool kColumns>
 __device__ inline uint32_t decode_record(const Slice& slice, const Record& record,
                                          const StagedRecord* staged, uint32_t start,
                                          const uint32_t* table, const Lane& lane) {
@@ -180,7 +182,7 @@ __device__ inline uint32_t decode_record(const Slice& slice, const Record& recor
   if (record.fast) {
     const uint32_t* in_place = staged->words + reinterpret_cast<uintptr_t>(words) / 4 % 4;
     const CodedPairs pairs(StagedWords(in_place + word), start - 32 * word, table);
-    if (view.along_columns) {
+    if (kColumns && view.along_columns) {
       return decode_steps(pairs, InnerColumns(out, view, lane), sign_mantissa, chunk.steps, lane);
     }
     return decode_steps(pairs, InnerRows(out, view, lane), sign_mantissa, chunk.steps, lane);
@@ -194,16 +196,17 @@ __device__ inline uint32_t decode_record(const Slice& slice, const Record& recor
     return decode_steps(CodedPairs(in_global, start - 32 * word, table), sink, sign_mantissa,
                         chunk.steps, lane);
   };
-  if (view.along_columns) return decode_to(EdgeColumns(out, view, chunk, lane));
+  if (kColumns && view.along_columns) return decode_to(EdgeColumns(out, view, chunk, lane));
   return decode_to(EdgeRows(out, view, chunk, lane));
 }
 
 // Decodes chunk `index`; false if it is corrupt. Without `staged` nothing is staged.
+template <bool kColumns>
 __device__ inline bool decode_chunk(const Slice& slice, int64_t index, Record& record,
                                     StagedRecord* staged, const uint32_t* table, const Lane& lane) {
   uint32_t start;
   if (!open_record(slice, index, lane, record, staged, start)) return false;
-  uint32_t sum = decode_record(slice, record, staged, start, table, lane);
+  uint32_t sum = decode_record<kColumns>(slice, record, staged, start, table, lane);
 
   const Chunk& chunk = record.chunk;
   const View& view = slice.view;
@@ -239,11 +242,12 @@ __device__ inline void poison_steps(Sink sink, int steps) {
   }
 }
 
+template <bool kColumns>
 __device__ inline void poison_chunk(const Slice& slice, int64_t index, const Lane& lane) {
   const Chunk chunk = locate_chunk(slice.view, index);
   uint16_t* out = slice.out + chunk.element;
   __syncwarp();  // Poison comes after all other stores.
-  if (slice.view.along_columns) {
+  if (kColumns && slice.view.along_columns) {
     poison_steps(EdgeColumns(out, slice.view, chunk, lane), chunk.steps);
   } else {
     poison_steps(EdgeRows(out, slice.view, chunk, lane), chunk.steps);

@@ -93,15 +93,16 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     __syncthreads();
     if (work.count == 0) return;
     if (work.new_table) {
-      const bool sound = build_table_in_block(work.table.codebook, scratch, table);
+      const bool sound = build_table_in_block<kWarps>(work.table.codebook, scratch, table);
       if (threadIdx.x == 0) work.table.sound = sound;
       __syncthreads();
     }
     const bool sound = work.header_sound && work.table.sound;
     for (uint32_t i = warp; i < work.count; i += kWarps) {
       const int64_t index = work.first + i;
-      if (!sound || !decode_chunk(work.slice, index, records[warp], &staged[warp], table, lane)) {
-        poison_chunk(work.slice, index, lane);
+      if (!sound ||
+          !decode_chunk<true>(work.slice, index, records[warp], &staged[warp], table, lane)) {
+        poison_chunk<true>(work.slice, index, lane);
       }
     }
   }

@@ -1,0 +1,74 @@
+"""Shapes of parameters of any size, to compile programs without them."""
+
+import re
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from stack_shapes import compressed_stack
+
+from df11_jax.models import Config, Params, _sharding, tables
+from df11_jax.models._devices import ParamDevices
+from df11_jax.models._parallel import on_one_device
+from df11_jax.models._transformer import block_shapes
+
+
+def block_nbytes(config: Config, devices: int = 1) -> int:
+    """Bytes of the weights of one block on each device, not compressed."""
+    shard = _sharding.shard_config(config, devices)
+    return sum(2 * leaf.size for leaf in jax.tree.leaves(block_shapes(shard)))
+
+
+def piece_nbytes(params: Params) -> int:
+    """Bytes of the piece of a table that each device decompresses at a time."""
+    table = on_one_device(params["embed_tokens"])
+    return 2 * tables.groups_in_piece(table) * tables.ROWS * table.shape[-1]
+
+
+def cache_copies(program: jax.stages.Compiled) -> list[str]:
+    """The whole caches that a program copies, but for the zeros that they begin with."""
+    text = program.as_text()
+    copies = re.findall(r"= u16\[(\d+),(\d+,\d+,\d+,\d+)\]\S* copy\((%[\w.\-]+)", text)
+    zeros = set(re.findall(r"(%[\w.\-]+) = \S+ broadcast\(", text))
+    return [
+        f"{layers},{rest}"
+        for layers, rest, operand in copies
+        if layers != "1" and "broadcast" not in operand and operand not in zeros
+    ]
+
+
+def param_shapes(
+    config: Config,
+    *,
+    compress: bool,
+    sharding: jax.sharding.Sharding | None = None,
+    devices: Sequence[jax.Device] = (),
+) -> Params:
+    """Shapes of what `load_params` returns, with exponents as normal weights have them.
+
+    Args:
+        config: the configuration of the transformer.
+        compress: False for plain parameters.
+        sharding: the sharding of all leaves, if there are not several devices.
+        devices: the devices that they are divided over, if there are several.
+    """
+    target = ParamDevices(config, devices or None)
+    shard = _sharding.shard_config(config, target.count)
+
+    def leaf(path, shape):
+        def array(shape, dtype):
+            where = target.of(path) if target.count > 1 else sharding
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+        if not compress or len(shape) < 3:
+            return array(shape, jnp.bfloat16)
+        return compressed_stack(shape[0], shape[1:], array)
+
+    def stack(keys, x):
+        path = ("layers", *(key.key for key in keys))
+        return leaf(path, (_sharding.leaf_length(path, config, target.count), *x.shape))
+
+    table = leaf(("embed_tokens",), _sharding.table_shape(config, target.count))
+    layers = jax.tree.map_with_path(stack, block_shapes(shard))
+    params = {"embed_tokens": table, "layers": layers, "norm": leaf(("norm",), (config.dim,))}
+    return params if config.tied else params | {"lm_head": table}

@@ -1,0 +1,91 @@
+"""The shards of a checkpoint: which leaves each holds, and how one is written."""
+
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from df11_jax._files.atomic import new_file
+from df11_jax._files.safetensors import TensorWriter, header_room
+from df11_jax.checkpoints import _native_checksums
+
+# The most bytes that the leaves of a shard have before compression, which leaves about two thirds
+# of them. An interruption costs no more than one shard.
+SHARD_BYTES = 2_000_000_000
+_SYNC_BYTES = 1 << 26
+
+Tensors = Iterable[tuple[str, np.ndarray]]
+Places = Iterable[tuple[str, int]]
+
+
+def plan_shards(path: Path, nbytes: Mapping[str, int]) -> dict[Path, list[str]]:
+    """Divides leaves among files in their order, up to `SHARD_BYTES` in each.
+
+    Args:
+        path: the path of the directory.
+        nbytes: the bytes of each leaf, by its name.
+
+    Returns:
+        The files, with names as Hugging Face gives them, and the names of their leaves.
+    """
+    shards: list[list[str]] = []
+    room = -1
+    for name, size in nbytes.items():
+        if size > room:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(name)
+        room -= size
+    count = len(shards)
+    return {
+        path / f"model-{i + 1:05}-of-{count:05}.safetensors": shard
+        for i, shard in enumerate(shards)
+    }
+
+
+def write_shard(
+    path: Path,
+    places: Places,
+    leaves: Iterable[Tensors],
+    metadata: Mapping[str, str],
+    *,
+    checksums: bool,
+) -> None:
+    """Writes one file, which gets its name only when it is complete.
+
+    Args:
+        path: the path of the file.
+        places: the names and numbers of dimensions of all tensors that there may be.
+        leaves: the tensors of leaf after leaf; while one leaf is written, the next is computed.
+        metadata: the strings for the header.
+        checksums: whether to add checksums to them, as native files have them.
+    """
+    places = list(places)
+    keys = {name: _native_checksums.metadata_key(name) for name, _ in places} if checksums else {}
+    room = header_room(places, {**metadata, **{key: "1c291ca3" for key in keys.values() if key}})
+    with new_file(path) as file, ThreadPoolExecutor(1) as writing_thread:
+        writer = TensorWriter(file, room, metadata)
+        synced = 0
+
+        def write(tensors: Tensors) -> None:
+            nonlocal synced
+            for name, array in tensors:
+                writer.add(name, array)
+                if key := keys.get(name):
+                    writer.metadata[key] = _native_checksums.checksum(name, array)
+            # Syncing everything at the end would leave the processor idle meanwhile.
+            if file.tell() - synced > _SYNC_BYTES:
+                file.flush()
+                os.fsync(file.fileno())
+                synced = file.tell()
+
+        writing = None
+        for tensors in leaves:
+            if writing is not None:
+                writing.result()
+            writing = writing_thread.submit(write, tensors)
+        if writing is not None:
+            writing.result()
+        writer.finish()

@@ -1,0 +1,121 @@
+"""Arguments, options and examples that several commands share."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from df11_jax._units import parse_bytes
+from df11_jax.cli._errors import FAILED, fail
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+PATH = click.Path(path_type=Path)
+COUNT = click.IntRange(min=1)
+TEMPERATURE = click.FloatRange(min=0)
+
+
+def examples(*lines: str) -> str:
+    """The examples at the end of a command's help; each line follows `df11-jax`."""
+    title = "Examples:" if len(lines) > 1 else "Example:"
+    # \b keeps click from joining lines.
+    return "\n".join(("\b", title, *(f"  df11-jax {line}" for line in lines)))
+
+
+def prompt_option(**attributes: Any) -> Decorator:
+    """`--prompt`, with further attributes of the option."""
+    return click.option("--prompt", callback=_not_empty, help="Text to continue.", **attributes)
+
+
+def memory_option(otherwise: str) -> Decorator:
+    """`--memory`, in bytes.
+
+    Args:
+        otherwise: the end of the help: what the memory decides, and what is taken without it.
+    """
+    return click.option(
+        "--memory",
+        metavar="SIZE",
+        callback=_parse_memory,
+        help="Memory of a device, of which XLA allocates 75 %: 24GB are 24 x 10^9 bytes, 24GiB "
+        "or 24G are 24 x 2^30, which is what cards of 24 GB have, or a little less. " + otherwise,
+    )
+
+
+def published_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--shapes` and `--pattern-dict`: what a published checkpoint without config.json lacks."""
+    shapes = click.option(
+        "--shapes",
+        type=click.Path(exists=True, path_type=Path),
+        help="The original model; its headers tell the shapes of a published checkpoint whose own "
+        "config.json does not.",
+    )
+    pattern_dict = click.option(
+        "--pattern-dict",
+        type=click.Path(exists=True, path_type=Path),
+        help="JSON file that tells the units of a published checkpoint: of one to be written, for "
+        "model types without a default, or of one that lacks its config.json. The config.json of a "
+        "DFloat11 checkpoint is such a file.",
+    )
+    return shapes(pattern_dict(command))
+
+
+def _not_empty(context: click.Context, option: click.Parameter, value: str) -> str:
+    if not value:
+        raise click.BadParameter("must not be empty")
+    return value
+
+
+def _parse_memory(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    try:
+        nbytes = parse_bytes(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    if nbytes < 2**20 and value.strip()[-1].isdigit():  # 24 for 24GB
+        raise click.BadParameter(f"{value!r} is {nbytes:,} bytes: expected a unit, as in 24GB")
+    return nbytes
+
+
+def _check_plot(context: click.Context, option: click.Parameter, path: str | None) -> str | None:
+    """Fails before anything runs if a plot could not be written afterwards."""
+    if path is None:
+        return None
+    if importlib.util.find_spec("matplotlib") is None:
+        fail('--plot needs matplotlib: pip install "df11_jax[plot]"', FAILED)
+    if not os.access(os.path.dirname(path) or ".", os.W_OK):
+        fail(f"--plot: {path}: there is no directory to write it to", FAILED)
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    suffix = os.path.splitext(path)[1].lower()
+    known = FigureCanvasBase.get_supported_filetypes()
+    if suffix and suffix[1:] not in known:
+        fail(f"--plot: {path}: expected a file such as plot.png or plot.svg, not {suffix}", FAILED)
+    return path
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+plot_option = click.option(
+    "--plot",
+    type=click.Path(dir_okay=False),
+    callback=_check_plot,
+    help="Draw a plot to this file.",
+)
+seed_option = click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),  # what jax.random.key tells apart
+    default=0,
+    show_default=True,
+    help="Seed of the random numbers.",
+)
+devices_option = click.option(
+    "--devices",
+    type=COUNT,
+    default=1,
+    show_default=True,
+    help="Number of devices that the model is divided over.",
+)

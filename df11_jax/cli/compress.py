@@ -1,0 +1,109 @@
+"""The command `df11-jax compress`."""
+
+from pathlib import Path
+
+import click
+
+from df11_jax._files.directory import read_config
+from df11_jax._progress import say
+from df11_jax._select import MIN_SIZE, is_candidate
+from df11_jax._units import format_bytes
+from df11_jax.checkpoints import Source
+from df11_jax.checkpoints.convert import write_native, write_orbax
+from df11_jax.cli._checkpoints import open_source, print_outcome, read_patterns, require_directory
+from df11_jax.cli._errors import failures
+from df11_jax.cli._options import PATH, examples, published_options
+from df11_jax.cli._output import show_progress
+
+
+@click.command(
+    short_help="Compress a checkpoint to a new directory.",
+    epilog=examples(
+        "compress Qwen3-8B Qwen3-8B-native",
+        "compress Qwen3-8B Qwen3-8B-DF11 --format published",
+        "compress Qwen3-8B-DF11 Qwen3-8B-native",
+        "compress Qwen3-8B-DF11 Qwen3-8B-orbax --format orbax",
+    ),
+)
+@click.argument("source", metavar="SRC", type=PATH)
+@click.argument("target", metavar="DST", type=PATH)
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["native", "published", "orbax"]),
+    default="native",
+    show_default=True,
+    help="What to write: df11_jax's own format, that of DFloat11's checkpoints, or Orbax's.",
+)
+@click.option(
+    "--verify/--no-verify",
+    default=True,
+    show_default=True,
+    help="Decode each tensor, and compare it bit by bit before it is written. (Only for the "
+    "native format; the others are always verified.)",
+)
+@published_options
+def compress(
+    source: Path,
+    target: Path,
+    format_: str,
+    verify: bool,
+    pattern_dict: Path | None,
+    shapes: Path | None,
+) -> None:
+    """Compress the checkpoint SRC to the new directory DST.
+
+    SRC is a safetensors file or the directory of a model, in another format than DST is to have:
+    a published checkpoint is transcoded to the native format. Tokenizer, configuration and the
+    like are copied. If this is interrupted, the same command goes on from there. (With Orbax, it
+    starts anew, the weights alone are written, and they are in memory at once, compressed.)
+    """
+    with failures(target):
+        checkpoint = open_source(source, shapes, pattern_dict)
+        if checkpoint.format == format_:
+            raise ValueError(f"{source}: is in the {format_} format already")
+        require_directory(target)
+        if checkpoint.format == "orbax":
+            raise ValueError(
+                f"{source}: is an Orbax checkpoint, whose leaves may be stacks of layers. Convert "
+                "it in Python, with df11_jax.checkpoints.load and save"
+            )
+        if format_ == "native":
+            write_native(checkpoint, target, verify=verify, progress=show_progress())
+        elif format_ == "orbax":
+            write_orbax(checkpoint, target, progress=show_progress())
+        else:
+            _write_published(checkpoint, target, pattern_dict)
+        written = print_outcome(checkpoint, target)
+        if format_ != "published" and written.nbytes == written.nbytes_before:
+            say(_why_not(checkpoint))
+
+
+def _write_published(source: Source, target: Path, pattern_dict: Path | None) -> None:
+    from df11_jax import published
+
+    config = read_config(source.path)
+    if pattern_dict is None:
+        patterns = published.default_pattern_dict(config)
+    else:
+        patterns = read_patterns(pattern_dict)
+    published.write(source, target, patterns, config=config, progress=show_progress())
+
+
+def _why_not(source: Source) -> str:
+    """Why nothing became smaller."""
+    reason = f"Nothing got smaller: only bfloat16 tensors of {MIN_SIZE:,} weights and more do"
+    others = [
+        info
+        for info in source.tensors.values()
+        if not is_candidate(info.shape, info.numpy_dtype)
+        and is_candidate(info.shape, info.numpy_dtype, cast=True)
+    ]
+    if not others:
+        return f"{reason}."
+    types = " or ".join(sorted({str(info.numpy_dtype) for info in others}))
+    size = format_bytes(sum(info.nbytes for info in others))
+    return (
+        f"{reason}, and {len(others):,} ({size}) are {types}. To round them to bfloat16, which "
+        "changes results, in Python: compress_params(checkpoints.load(SRC), cast=True)"
+    )

@@ -1,0 +1,73 @@
+"""The types of layers, full attention and sliding windows, and the order in which they come."""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, TypeVar
+
+import jax
+from jaxtyping import Array, Int
+
+from df11_jax.models._config import Config
+
+LayerType = Literal["full", "sliding"]
+Carry = TypeVar("Carry")
+Number = Int[Array, ""] | int
+
+
+def layer_types(config: Config) -> tuple[LayerType, ...]:
+    """The type of each layer."""
+    return tuple("sliding" if sliding else "full" for sliding in config.sliding)
+
+
+def fold_runs(
+    function: Callable[[Carry, LayerType, Number, int], Carry],
+    carry: Carry,
+    types: Sequence[LayerType],
+    before: Sequence[LayerType] = (),
+) -> Carry:
+    """Calls a function for each run of layers of one type, in their order.
+
+    Where the types repeat a pattern, the calls for one pattern are in a loop. A program then
+    contains the runs of a single pattern, and those that are left at the end, however many layers
+    there are.
+
+    Args:
+        function: `function(carry, type, number, count) -> carry`, for a run of `count` layers;
+            `number` is the index of its first layer among all layers of this type.
+        carry: the carry that the first call gets.
+        types: the types of the layers.
+        before: the types of the layers that come before these.
+
+    Returns:
+        The last carry.
+    """
+
+    def fold(
+        carry: Carry, types: Sequence[LayerType], numbers: Mapping[LayerType, Number]
+    ) -> Carry:
+        done: Counter[LayerType] = Counter()
+        for type_, run in itertools.groupby(types):
+            count = len(list(run))
+            carry = function(carry, type_, numbers[type_] + done[type_], count)
+            done[type_] += count
+        return carry
+
+    pattern = types[: _period(types)]
+    times, in_loop = len(types) // max(1, len(pattern)), 0
+    if times > 1:
+        first, each = Counter(before), Counter(pattern)
+
+        def fold_pattern(i: Array, carry: Carry) -> Carry:
+            return fold(carry, pattern, {type_: first[type_] + i * each[type_] for type_ in each})
+
+        carry = jax.lax.fori_loop(0, times, fold_pattern, carry)
+        in_loop = times * len(pattern)
+    return fold(carry, types[in_loop:], Counter([*before, *types[:in_loop]]))
+
+
+def _period(types: Sequence[LayerType]) -> int:
+    """The number of layers after which the types repeat; all of them if there is only one type."""
+    if len(set(types)) < 2:
+        return len(types)
+    return next(n for n in range(1, len(types) + 1) if types[n:] == types[:-n])

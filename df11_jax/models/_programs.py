@@ -1,0 +1,251 @@
+"""The two jitted programs of text generation: one reads the prompts, one runs the token loop.
+
+Both call `_transformer.forward`, so the layer scan, and with compressed weights the decompression
+of each block, is inside the token loop: no decompressed weights outlive their use.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from df11_jax.models import _cache, _transformer
+from df11_jax.models._cache import Cache
+from df11_jax.models._config import Config
+from df11_jax.models._devices import find_mesh
+from df11_jax.models._parallel import cache_specs, on_each_device, on_one_device
+from df11_jax.models._sampling import Sampling, choose
+from df11_jax.models._sharding import shard_config
+from df11_jax.models._transformer import Params
+from df11_jax.models.prompts import cache_length, padded_length
+
+# Prompts are read in pieces of about this many tokens, all rows together: enough to be worth the
+# decompression of all blocks for each piece, and few enough to need little memory.
+PIECE_TOKENS = 2048
+# What `decode` gives in the place of a token where none was chosen.
+NO_TOKEN = -1
+
+
+class State(NamedTuple):
+    """The state of generation.
+
+    Attributes:
+        tokens: the tokens that were chosen last, and are not read yet.
+        logits: the logits from which they were chosen.
+        positions: their positions. Rows have prompts of different lengths, so each has its own.
+        done: a flag for each row, whether a stop token was chosen; nothing comes after it.
+        slot: the slot of the cache for these tokens.
+        cache: the cache of all tokens before.
+    """
+
+    tokens: Int[Array, " batch"]
+    logits: Float[Array, "batch vocab"]
+    positions: Int[Array, " batch"]
+    done: Bool[Array, " batch"]
+    slot: Int[Array, ""]
+    cache: Cache
+
+
+@functools.partial(jax.jit, static_argnames=("length", "config", "mesh"))
+def prefill(
+    params: Params,
+    prompts: Int[Array, "batch seq"],
+    lengths: Int[Array, " batch"],
+    sampling: Sampling,
+    keys: PRNGKeyArray,
+    stop: Int[Array, " stops"],
+    length: int,
+    config: Config,
+    mesh: Mesh | None = None,
+) -> State:
+    """Reads the prompts, and chooses the first tokens.
+
+    Args:
+        params: plain or compressed parameters.
+        prompts: the prompts, padded at their beginnings with any tokens.
+        lengths: the lengths of the prompts, at least 1.
+        sampling: the way to choose tokens.
+        keys: one key for each row.
+        stop: tokens that end a row.
+        length: the length of the cache, static.
+        config: the configuration of the transformer, static.
+        mesh: the mesh that the parameters are divided over, static; see `find_mesh`.
+
+    Returns:
+        The state after that, for `decode`.
+
+    Raises:
+        ValueError: the prompts are longer than the cache.
+    """
+    if mesh is not None:
+        shard = shard_config(config, mesh.size)
+        run = functools.partial(prefill, length=length, config=shard)
+        everywhere = on_each_device(run, mesh, params, (P(),) * 5, _state_specs(config))
+        return everywhere(params, prompts, lengths, sampling, keys, stop)
+    batch, seq = prompts.shape
+    if seq > length:
+        raise ValueError(f"prompts have {seq} tokens, but the cache has room for {length}")
+    size = min(seq, max(1, PIECE_TOKENS // batch))
+    pieces = -(-seq // size)
+    # Rows end together, so that the last slots have the last tokens of all of them.
+    positions = jnp.arange(seq, dtype=jnp.int32) - (seq - lengths[:, None])
+    positions = jnp.where(positions >= 0, positions, _cache.NOWHERE)
+
+    def begin(i: Array) -> Array:
+        # All pieces are equally long. The second one begins early enough for that; the tokens that
+        # it reads again come out as before.
+        return jnp.maximum(seq - (pieces - i) * size, 0)
+
+    def read(i: Array, state: tuple[Array, Cache]) -> tuple[Array, Cache]:
+        _, cache = state
+        start = begin(i)
+        tokens, places = (
+            jax.lax.dynamic_slice_in_dim(array, start, size, axis=1)
+            for array in (prompts, positions)
+        )
+        keep = begin(i + 1) - start
+        x, cache = _transformer.forward(params, tokens, places, start, cache, config, keep)
+        return x[:, -1], cache
+
+    last = jnp.zeros((batch, config.dim), config.dtype)
+    cache = _cache.init_cache(config, batch, length)
+    last, cache = jax.lax.fori_loop(0, pieces, read, (last, cache))
+    return _next(params, last, lengths, jnp.int32(seq), cache, sampling, keys, stop, config)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "room", "mesh"), donate_argnames=("state",))
+def decode(
+    params: Params,
+    state: State,
+    steps: Int[Array, ""] | int,
+    sampling: Sampling,
+    keys: PRNGKeyArray,
+    stop: Int[Array, " stops"],
+    room: int,
+    config: Config,
+    mesh: Mesh | None = None,
+) -> tuple[State, Int[Array, "batch room"]]:
+    """Chooses tokens, one after the other, until all rows are done.
+
+    Args:
+        params: plain or compressed parameters.
+        state: the state from `prefill` or an earlier call, which is donated. Its cache has room for
+            `steps` more tokens.
+        steps: the most tokens to choose, no more than `room`.
+        sampling: the way to choose tokens.
+        keys: the keys that `prefill` got.
+        stop: tokens that end a row.
+        room: the number of tokens that the result has room for, static.
+        config: the configuration of the transformer, static.
+        mesh: the mesh that `prefill` got, static.
+
+    Returns:
+        The state, and the tokens chosen, `NO_TOKEN` after a row's stop token and after `steps`.
+    """
+    if mesh is not None:
+        shard = shard_config(config, mesh.size)
+        run, specs = functools.partial(decode, room=room, config=shard), _state_specs(config)
+        everywhere = on_each_device(run, mesh, params, (specs, *(P(),) * 4), (specs, P()))
+        return everywhere(params, state, steps, sampling, keys, stop)
+
+    def is_unfinished(loop: tuple[Array, State, Array]) -> Array:
+        step, state, _ = loop
+        return (step < steps) & ~jnp.all(state.done)
+
+    def next_token(loop: tuple[Array, State, Array]) -> tuple[Array, State, Array]:
+        step, state, out = loop
+        tokens, positions = state.tokens[:, None], state.positions[:, None]
+        x, cache = _transformer.forward(params, tokens, positions, state.slot, state.cache, config)
+        after = (state.positions + 1, state.slot + 1, cache)
+        new = _next(params, x[:, 0], *after, sampling, keys, stop, config)
+        out = out.at[:, step].set(jnp.where(state.done, NO_TOKEN, new.tokens))
+        return step + 1, new._replace(done=new.done | state.done), out
+
+    out = jnp.full((state.tokens.size, room), NO_TOKEN, jnp.int32)
+    _, state, out = jax.lax.while_loop(is_unfinished, next_token, (jnp.int32(0), state, out))
+    return state, out
+
+
+class Programs(NamedTuple):
+    """The programs that `generate` runs, compiled; afterwards it need not compile them again.
+
+    Attributes:
+        prefill: the program that reads the prompts.
+        decode: the program that runs the token loop.
+        cache_bytes: the bytes of keys and values on each device.
+    """
+
+    prefill: jax.stages.Compiled
+    decode: jax.stages.Compiled
+    cache_bytes: int
+
+
+def compile_programs(
+    params: Params,
+    config: Config,
+    *,
+    batch: int,
+    prompt: int,
+    tokens: int,
+    sampling: Sampling | None = None,
+    stops: int = 0,
+    every: int = 8,
+) -> Programs:
+    """Compiles the programs that `generate` would run.
+
+    Args:
+        params: plain or compressed parameters, or their shapes, with shardings if they are
+            divided.
+        config: the configuration of the transformer.
+        batch: the number of prompts.
+        prompt: the number of tokens of the longest prompt.
+        tokens: the number of tokens to generate for each.
+        sampling: the way to choose them; None for the likeliest ones.
+        stops: the number of stop tokens.
+        every: the number of tokens between callbacks.
+    """
+    sampling = (sampling or Sampling()).checked()
+    length = cache_length(prompt, tokens)
+    padded = padded_length(prompt, tokens, length)
+    prompts = jax.ShapeDtypeStruct((batch, padded), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    stop = jax.ShapeDtypeStruct((stops,), jnp.int32)
+    mesh = find_mesh(params)
+    lowered = prefill.lower(params, prompts, lengths, sampling, keys, stop, length, config, mesh)
+    first, state = lowered.compile(), lowered.out_info
+    if mesh is not None:
+        state = jax.tree.map(_with_sharding, state, first.output_shardings)
+    lowered = decode.lower(params, state, every, sampling, keys, stop, every, config, mesh)
+    return Programs(first, lowered.compile(), _cache.count_bytes(on_one_device(state.cache)))
+
+
+def _next(
+    params: Params,
+    x: Float[Array, "batch dim"],
+    positions: Int[Array, " batch"],
+    slot: Int[Array, ""],
+    cache: Cache,
+    sampling: Sampling,
+    keys: PRNGKeyArray,
+    stop: Int[Array, " stops"],
+    config: Config,
+) -> State:
+    """Chooses the tokens at `positions`, from the transformer's outputs for those before."""
+    logits = _transformer.project(params, x, config)
+    tokens = choose(logits, sampling, jax.vmap(jax.random.fold_in)(keys, positions))
+    return State(tokens, logits, positions, jnp.isin(tokens, stop), slot, cache)
+
+
+def _state_specs(config: Config) -> State:
+    """The sharding of the state: all of it is replicated, but for keys and values of the cache."""
+    whole: Any = P()
+    return State(whole, whole, whole, whole, whole, cache_specs(config))
+
+
+def _with_sharding(shape: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)

@@ -1,0 +1,249 @@
+"""Formulas for the memory that generation takes on each device.
+
+They need a configuration only: nothing is read from files or compiled. Whether a model fits on a
+device, by these formulas, is found out in `fit`.
+"""
+
+import functools
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from df11_jax import _layout
+from df11_jax._files.source import TensorInfo
+from df11_jax._select import is_candidate
+from df11_jax.models import _attention, _cache, _programs, _transformer, tables
+from df11_jax.models._config import Config
+from df11_jax.models._leaf_builders import is_candidate_stack
+from df11_jax.models._memory import Memory
+from df11_jax.models._sharding import shard_config, table_shape
+from df11_jax.models.prompts import cache_length
+
+# Bits of the coded exponent of a weight; the rest of a compressed tensor follows from its shape.
+# Normally distributed weights take the least, the matrices of trained models what is expected, and
+# word embeddings in groups that are padded to the longest the most.
+LEAST_BITS, EXPECTED_BITS, MOST_BITS = 2.62, 2.70, 2.82
+
+
+class WeightBytes(NamedTuple):
+    """The bytes that weights take.
+
+    Attributes:
+        plain: their bytes without compression.
+        compressed: their bytes when compressed, known exactly or as expected.
+        least, most: the limits within which the expected bytes may lie; equal to `compressed` if
+            these are known exactly.
+    """
+
+    plain: int
+    compressed: int
+    least: int
+    most: int
+
+    @property
+    def exact(self) -> bool:
+        """Whether the bytes of the compressed weights are known exactly."""
+        return self.least == self.most
+
+
+class Temporary(NamedTuple):
+    """The bytes beside weights and cache at the peak, which is in a block or in the output head.
+
+    Attributes:
+        block: the decompressed weights of a block; 0 if the peak is in the head.
+        head: the piece of the output head that is decompressed at a time; 0 if the peak is in a
+            block.
+        cache_copy: the part of the cache that XLA copies.
+        activations: everything else.
+    """
+
+    block: int
+    head: int
+    cache_copy: int
+    activations: int
+
+    @property
+    def nbytes(self) -> int:
+        """All of these bytes."""
+        return sum(self)
+
+
+def estimate_memory(
+    config: Config, *, batch: int, context: int, compress: bool = True, devices: int = 1
+) -> Memory:
+    """Estimates the result of `measure_memory`, without compiling anything.
+
+    Weights are expected to compress like those of trained models. Temporary memory is that of the
+    programs as XLA plans them for a GPU, rather too high than too low. Plain weights are assumed to
+    need as much of it as compressed ones, since XLA copies them out of their stacks, often a block
+    at a time.
+
+    Args:
+        config: the configuration of the transformer.
+        batch: the number of sequences.
+        context: the number of tokens of each sequence in the cache, read or generated.
+        compress: False for plain weights.
+        devices: the number of devices that the model is divided over.
+
+    Returns:
+        Bytes on each device.
+
+    Raises:
+        ValueError: the context is longer than the model allows, a number is less than 1, or the
+            model cannot be divided among the devices.
+    """
+    check_sizes(config, batch, context, devices)
+    weights = estimate_weights(config, devices)
+    return Memory(
+        weights=weights.compressed if compress else weights.plain,
+        plain_weights=weights.plain,
+        cache=cache_nbytes(config, batch, context, devices),
+        prefill=estimate_temporary(config, batch, context, devices=devices).nbytes,
+        decode=estimate_temporary(config, batch, context, prompt=1, devices=devices).nbytes,
+    )
+
+
+def check_sizes(config: Config, batch: int, context: int, devices: int = 1) -> None:
+    """Raises ValueError if the model cannot run with these sizes."""
+    for name, value in (("batch", batch), ("context", context), ("devices", devices)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}, expected at least 1")
+    if context > config.max_length:
+        raise ValueError(
+            f"context is {context}, but the model was made for {config.max_length} positions"
+        )
+    shard_config(config, devices)
+
+
+@functools.lru_cache(maxsize=8)
+def estimate_weights(config: Config, devices: int = 1) -> WeightBytes:
+    """The bytes on each device of the parameters that `load_params` returns."""
+    block, table = _block_shapes(shard_config(config, devices)), _table_shard(config, devices)
+    shapes = [(config.layers, *shape) for shape in block]
+    shapes += [(config.dim,), table] if config.tied else [(config.dim,), table, table]
+    return sum_weights(
+        _compressed_bytes(shape, stack_axes=1)
+        if is_candidate_stack(shape)
+        else _plain_bytes(2 * math.prod(shape))
+        for shape in shapes
+    )
+
+
+def estimate_tensors(tensors: Iterable[TensorInfo]) -> WeightBytes:
+    """The bytes of tensors that are compressed one by one."""
+    return sum_weights(
+        _compressed_bytes(tensor.shape, stack_axes=0)
+        if is_candidate(tensor.shape, tensor.numpy_dtype)
+        else _plain_bytes(tensor.nbytes)
+        for tensor in tensors
+    )
+
+
+def sum_weights(parts: Iterable[WeightBytes]) -> WeightBytes:
+    """The sum of the bytes of several weights."""
+    return WeightBytes(*map(sum, zip(WeightBytes(0, 0, 0, 0), *parts, strict=True)))
+
+
+def count_parameters(config: Config) -> int:
+    """The number of weights of the model."""
+    in_tables = (1 if config.tied else 2) * config.vocab * config.dim
+    return config.layers * sum(map(math.prod, _block_shapes(config))) + config.dim + in_tables
+
+
+def shard_weights(config: Config, weights: WeightBytes, devices: int) -> WeightBytes:
+    """The bytes on each device of known weights, in proportion to the estimated plain weights."""
+    shard, whole = estimate_weights(config, devices).plain, estimate_weights(config).plain
+    return WeightBytes(*(-(-nbytes * shard // whole) for nbytes in weights))
+
+
+def cache_nbytes(config: Config, batch: int, context: int, devices: int = 1) -> int:
+    """Bytes of keys, values and positions on each device."""
+    shard, slots = shard_config(config, devices), cache_length(context, 1)
+    return _cache.count_bytes(
+        jax.eval_shape(functools.partial(_cache.init_cache, shard, batch, slots))
+    )
+
+
+def estimate_temporary(
+    config: Config, batch: int, context: int, prompt: int | None = None, devices: int = 1
+) -> Temporary:
+    """The memory of a program beside weights and cache, as XLA plans it for a GPU.
+
+    Args:
+        config: the configuration of the transformer.
+        batch: the number of sequences.
+        context: the number of tokens that the cache has room for.
+        prompt: the most tokens of a sequence that are read at once; None for as many as `prefill`
+            reads.
+        devices: the number of devices that the model is divided over.
+    """
+    c, width = shard_config(config, devices), np.dtype(config.dtype).itemsize
+    slots = cache_length(context, 1)
+    seq = min(slots if prompt is None else prompt, max(1, _programs.PIECE_TOKENS // batch))
+    tokens = batch * seq
+    # The most keys that a layer attends to: in sliding layers, those of the slots and the new ones.
+    window = min(slots, c.window)
+    in_window = window if seq == 1 else window + seq
+    keys = max(0 if all(c.sliding) else slots, in_window if any(c.sliding) else 0)
+
+    def part(smallest: int, count: int) -> int:
+        """The bytes that attention handles at a time, of a number of smallest parts."""
+        return min(smallest * count, max(smallest, _attention.PART_BYTES))
+
+    # The smallest part of keys and values is that of a key-value head of a row; the smallest part
+    # of the scores is that of a token and the query heads that share a key-value head.
+    copied = part(2 * keys * c.head_dim * width, batch * c.kv_heads)
+    scores = part(4 * c.heads // c.kv_heads * keys, tokens * c.kv_heads)
+    # Scores are float32; the attention weights computed from them have the dtype of activations.
+    attention = scores + scores * width // 4 + 2 * width * tokens * c.heads * c.head_dim
+    mlp = 2 * width * tokens * c.hidden
+    in_block = Temporary(
+        block=2 * sum(map(math.prod, _block_shapes(c))),
+        head=0,
+        cache_copy=copied,
+        activations=2 * width * tokens * c.dim + max(attention, mlp),
+    )
+    in_head = Temporary(
+        block=0,
+        head=2 * tables.ROWS * c.dim * _head_groups(config, devices),
+        cache_copy=0,
+        activations=width * tokens * c.dim + 2 * 4 * batch * c.vocab,
+    )
+    return max(in_block, in_head, key=lambda temporary: temporary.nbytes)
+
+
+def _plain_bytes(nbytes: int) -> WeightBytes:
+    return WeightBytes(nbytes, nbytes, nbytes, nbytes)
+
+
+def _compressed_bytes(shape: tuple[int, ...], stack_axes: int) -> WeightBytes:
+    """The bytes of a leaf whose slices are compressed, or of a plain one if that is smaller."""
+    plain, slices = 2 * math.prod(shape), math.prod(shape[:stack_axes])
+    view = _layout.make_layout(shape[stack_axes:]).view
+    fixed = _layout.HEADER_WORDS + _layout.CODEBOOK_WORDS + view.chunks + 1
+    fixed += view.sign_mantissa_words
+    return WeightBytes(
+        plain,
+        *(
+            min(plain, 4 * slices * (fixed + 4 * math.ceil(view.size * bits / 128)))
+            for bits in (EXPECTED_BITS, LEAST_BITS, MOST_BITS)
+        ),
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _block_shapes(config: Config) -> tuple[tuple[int, ...], ...]:
+    return tuple(leaf.shape for leaf in jax.tree.leaves(_transformer.block_shapes(config)))
+
+
+def _table_shard(config: Config, devices: int) -> tuple[int, int, int]:
+    groups, rows, dim = table_shape(config, devices)
+    return groups // devices, rows, dim
+
+
+def _head_groups(config: Config, devices: int) -> int:
+    table = jax.ShapeDtypeStruct(_table_shard(config, devices), config.dtype)
+    return tables.groups_in_piece(table)  # type: ignore[arg-type]  # its shape is enough

@@ -1,0 +1,118 @@
+"""Embeddings and output heads as stacks of row groups, of which few are decompressed at a time.
+
+A table [vocab, dim] is kept as [groups, ROWS, dim], its last group padded with zeros. If it is
+compressed, each group is a slice of the stack, and can be decompressed alone: to look up a token,
+its group is decompressed, and the output head goes through the table in pieces.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Float, Int
+
+from df11_jax._array import DF11Array
+from df11_jax._slices import decode_slices
+
+# The rows of a chunk of the compressed layout; smaller groups would be compressed less well.
+ROWS = 128
+
+# Bytes of decompressed weights at a time. Products of that size are efficient on any device, and
+# it is less than a block of all but the smallest models.
+PIECE_BYTES = 64 * 2**20
+
+Table = BFloat16[Array, "groups rows dim"] | DF11Array
+
+
+def table_shape(vocab: int, dim: int) -> tuple[int, int, int]:
+    """Shape of the table of a vocabulary."""
+    return -(-vocab // ROWS), ROWS, dim
+
+
+def look_up(table: Table, tokens: Int[Array, "*batch"]) -> BFloat16[Array, "*batch dim"]:
+    """The rows of some tokens.
+
+    If the table is compressed, the groups of the tokens are decompressed, in pieces if they are
+    many. If it has no more groups than there are tokens, all of it is decompressed, piece by piece.
+    """
+    groups, _, dim = table.shape
+    if not isinstance(table, DF11Array):
+        return table.reshape(-1, dim)[tokens]
+    flat = tokens.reshape(-1)
+    if flat.size < groups:
+        out = _in_pieces(lambda part: _decode_rows(table, part), flat, groups_in_piece(table))
+    else:
+
+        def choose(out: Array, first: Array, piece: Array) -> Array:
+            # As integers: XLA on a CPU would select from float32 copies, which changes some NaNs.
+            rows = jax.lax.bitcast_convert_type(piece, jnp.uint16)
+            is_here = (flat >= first) & (flat < first + len(rows))
+            found = rows[jnp.clip(flat - first, 0, len(rows) - 1)]
+            return jnp.where(is_here[:, None], found, out)
+
+        bits = scan_pieces(table, jnp.zeros((flat.size, dim), jnp.uint16), choose)
+        out = jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
+    return out.reshape(*tokens.shape, dim)
+
+
+def project(table: Table, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch rows_of_all"]:
+    """Float32 products of `x` and all rows, those that pad the last group included."""
+    groups, rows, _ = table.shape
+
+    def add(logits: Array, first: Int[Array, ""], piece: Array) -> Array:
+        products = jnp.einsum(
+            "...d,vd->...v", x, piece.astype(x.dtype), preferred_element_type=jnp.float32
+        )
+        return jax.lax.dynamic_update_slice_in_dim(logits, products, first, axis=-1)
+
+    logits = jnp.zeros((*x.shape[:-1], groups * rows), jnp.float32)
+    return scan_pieces(table, logits, add, after=x)
+
+
+def groups_in_piece(table: Table) -> int:
+    """The number of groups that are decompressed at a time; pieces are as equal as possible."""
+    groups, rows, dim = table.shape
+    most = max(1, PIECE_BYTES // (2 * rows * dim))
+    return -(-groups // -(-groups // most))
+
+
+def scan_pieces(
+    table: Table,
+    carry: Array,
+    step: Callable[[Array, Int[Array, ""], BFloat16[Array, "some_rows dim"]], Array],
+    after: Any = None,
+) -> Array:
+    """`carry = step(carry, first_row, rows)` over all rows, a piece at a time.
+
+    The last piece begins early enough to be as large as the others, so some rows may come twice.
+    """
+    groups, rows, dim = table.shape
+    size = groups_in_piece(table)
+
+    def body(i: Int[Array, ""], carry: Array) -> Array:
+        start = jnp.minimum(i * size, groups - size)
+        if isinstance(table, DF11Array):
+            (piece,) = decode_slices(
+                [table], start + jnp.arange(size), names=["table"], after=(carry, after)
+            )
+        else:
+            piece = jax.lax.dynamic_slice_in_dim(table, start, size)
+        return step(carry, start * rows, piece.reshape(size * rows, dim))
+
+    return jax.lax.fori_loop(0, -(-groups // size), body, carry)
+
+
+def _decode_rows(table: DF11Array, tokens: Int[Array, " n"]) -> BFloat16[Array, "n dim"]:
+    rows = table.shape[1]
+    (decoded,) = decode_slices([table], tokens // rows, names=["table"])
+    return decoded[jnp.arange(tokens.size), tokens % rows]
+
+
+def _in_pieces(function: Callable[[Array], Array], x: Int[Array, " n"], size: int) -> Array:
+    """`function(x)`, computed from at most `size` elements at once."""
+    if x.size <= size:
+        return function(x)
+    padded = jnp.pad(x, (0, -x.size % size)).reshape(-1, size)
+    out = jax.lax.map(function, padded)
+    return out.reshape(-1, *out.shape[2:])[: x.size]

@@ -1,0 +1,63 @@
+"""The arguments of the handlers: what to save, and what to restore."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+
+@dataclasses.dataclass
+class DF11Save(ocp.args.CheckpointArgs):
+    """Arguments for saving, in place of `ocp.args.StandardSave` or `ocp.args.PyTreeSave`.
+
+    Attributes:
+        item: a pytree of parameters, compressed or not.
+        compress: arguments of `compress_params`, such as `{"stacked": "^layers/"}`, or `{}`, to
+            compress plain parameters while they are saved; None to save them as they are.
+            Compression happens leaf by leaf on the host, while the call to save blocks. Leaves that
+            are sharded over several processes are gathered for it.
+        custom_metadata: JSON to be stored with the item; see `ocp.args.PyTreeSave`.
+    """
+
+    __module__ = "df11_jax.orbax"
+
+    item: PyTree
+    compress: Mapping[str, Any] | None = None
+    custom_metadata: Mapping[str, Any] | None = None
+
+
+@dataclasses.dataclass
+class DF11Restore(ocp.args.CheckpointArgs):
+    """Arguments for restoring, in place of `ocp.args.StandardRestore` or `ocp.args.PyTreeRestore`.
+
+    Without a target, the pytree comes back as it was saved. A target is checked against the
+    checkpoint; it determines how each leaf is sharded, and whether it is compressed (unless
+    `compress` or `decompress` does that).
+
+    Attributes:
+        item: the target: a pytree whose leaves are arrays, `jax.ShapeDtypeStruct`s, or
+            `DF11Array`s of these. A stored leaf is decompressed where the target has an array, and
+            compressed where it has a `DF11Array`.
+        compress: arguments of `compress_params`, such as `{"stacked": "^layers/"}`, or `{}`, to
+            compress plain leaves as they are read, a few at a time; None to leave them as they are.
+            This works with plain checkpoints of Orbax, too.
+        decompress: whether to decompress all leaves as they are read, a few at a time.
+        verify: whether to check the checksum of each leaf.
+        partial_restore: whether to restore only the leaves that are in the target.
+    """
+
+    __module__ = "df11_jax.orbax"
+
+    item: PyTree = None
+    compress: Mapping[str, Any] | None = None
+    decompress: bool = False
+    verify: bool = True
+    partial_restore: bool = False
+
+    def __post_init__(self) -> None:
+        if self.compress is not None and self.decompress:
+            raise ValueError("compress and decompress exclude each other")
+        if self.partial_restore and self.item is None:
+            raise ValueError("partial_restore needs a target that says what to restore")

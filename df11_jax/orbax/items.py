@@ -1,0 +1,50 @@
+"""A single item, saved, or read leaf by leaf: for the other packages of df11_jax."""
+
+from typing import Any
+
+import orbax.checkpoint as ocp
+from etils import epath
+from jaxtyping import PyTree
+
+from df11_jax.orbax import _restore
+from df11_jax.orbax._args import DF11Save
+from df11_jax.orbax._manifest import StoredLeaf
+from df11_jax.orbax._stored import StoredItem
+from df11_jax.orbax._v0 import DF11CheckpointHandler
+
+__all__ = ["LeafReader", "StoredLeaf", "save_item"]
+
+
+class LeafReader:
+    """A stored item that this process reads alone, leaf by leaf.
+
+    Attributes:
+        leaves: the descriptions of all leaves by path.
+    """
+
+    def __init__(self, directory: epath.PathLike) -> None:
+        """Reads the metadata.
+
+        Args:
+            directory: the directory of the item.
+
+        Raises:
+            FileNotFoundError: no pytree was saved there.
+            ValueError: the checkpoint is of another format or an unknown version, or is damaged.
+        """
+        self._item = StoredItem(ocp.PyTreeCheckpointHandler(), directory)
+        self.leaves = {leaf.path: leaf for leaf in self._item.manifest.leaves}
+
+    def read(self, path: str) -> Any:
+        """One leaf in the form in which it is stored, verified, on the host.
+
+        Raises:
+            ValueError: its checksum is wrong, or it is not what the manifest says.
+        """
+        return _restore.read_leaf(self._item, self.leaves[path])
+
+
+def save_item(params: PyTree, directory: epath.PathLike) -> None:
+    """Saves parameters; the directory gets its name when it is complete."""
+    with ocp.Checkpointer(DF11CheckpointHandler()) as checkpointer:
+        checkpointer.save(directory, args=DF11Save(params))
