@@ -256,26 +256,30 @@ def count_published(arch: str) -> list[tuple[str, int, float, collections.Counte
     ]
 
 
-def count_product(arch: str) -> list[tuple[int, int, int, collections.Counter]]:
-    """(rows of x, instructions, weights of a lane, instructions by unit) of the product's loop.
+def product_loops(arch: str) -> dict[int, list[str]]:
+    """The product's inner loops of two steps, by the rows of x that they are for.
 
-    Only what is done for each step counts: not patches, and not k that x has not.
+    Without what is not done for each step: patches, and k that x has not.
     """
     with tempfile.TemporaryDirectory() as folder:
         kernels = disassemble(PRODUCT_SOURCE, arch, pathlib.Path(folder))
-    counts = []
+    loops = {}
     for name, lines in kernels.items():
         tiles = int(re.search(r"ILi(\d)E", name)[1])
+        paths = [
+            path
+            for path in Kernel(lines).usual_paths((r"LDG.*\.U16", "SHFL"))
+            # 36 look-ups and loads for two steps; records in shared memory have refills there, too.
+            if sum(opcode(i) == "HMMA" for i in path) == 8 * tiles
+            and sum(opcode(i) == "LDS" for i in path) > 36
+        ]
+        loops[PRODUCT_ROWS[tiles]] = min(paths, key=len)
+    return dict(sorted(loops.items()))
 
-        def steps(path, tiles=tiles):
-            return sum(opcode(i) == "HMMA" for i in path) / (4 * tiles)
 
-        paths = Kernel(lines).usual_paths((r"LDG.*\.U16", "SHFL"))
-        # That of staged records looks the next word of a stream up ahead; the other loads it.
-        paths = [p for p in paths if steps(p) == 2 and sum(opcode(i) == "LDS" for i in p) > 48]
-        path = min(paths, key=len)
-        counts.append((PRODUCT_ROWS[tiles], len(path), 64, units(path)))
-    return sorted(counts)
+def count_product(arch: str) -> list[tuple[int, int, int, collections.Counter]]:
+    """(rows of x, instructions, weights of a lane, instructions by unit) of the product's loops."""
+    return [(rows, len(loop), 64, units(loop)) for rows, loop in product_loops(arch).items()]
 
 
 def main() -> None:
@@ -299,7 +303,6 @@ def main() -> None:
     for arch in ARCHITECTURES:
         for loop, instructions, weights, by_unit in count_published(arch):
             print_row(f"sm_{arch} | {loop}", instructions, weights, by_unit)
-
 
     print()
     print("| product | rows of x | instructions per weight | of them", ", ".join(columns), "|")

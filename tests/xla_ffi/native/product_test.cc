@@ -83,7 +83,7 @@ Results multiply(const Call& call) {
   product.workspace = workspace.get();
   if (call.shares.blocks == 0) {
     Recording recording([&](cudaStream_t stream) { return launch_product(stream, product); });
-    recording.run();
+    for (int i = 0; i < 2; ++i) expect(recording.run() == 1, "one kernel a product");
   } else {
     ProductWork work;
     expect(plan_product(product, call.shares.blocks, call.shares.warps, call.shares.shared_bytes,
@@ -197,8 +197,8 @@ void shapes() {
       check(128, 64);
       check(272, 128);  // a tile of one step
       check(16 + 16 * random_below(12), 64);
-      check(504, 192);
-      check(along_columns ? 256 : 523, along_columns ? 127 : 504);
+      check(64, 504);                                              // columns that there are not
+      check(along_columns ? 504 : 523, along_columns ? 127 : 64);  // and k
     }
   }
 }
@@ -211,7 +211,7 @@ void partners() {
   const CompressedMatrix matrices[] = {matrix(256, 8, 12, 3), matrix(64, 4, 10, 2),
                                        matrix(128, 2, 9, 3), matrix(320, 8, 11, 3)};
   for (const int rows : {1, 12}) {
-    for (const int32_t index : {0, 2, 7, -5}) {
+    for (const int32_t index : {2, 7, -5}) {
       for (int count = 2; count <= 4; ++count) {
         Call call{{}, random_x(rows, 384), rows, index};
         for (int i = 0; i < count; ++i) call.matrices.push_back(&matrices[i]);
@@ -285,8 +285,9 @@ void damage_of(const Layout& layout, const Weights& weights, int tries) {
   }
 }
 
+int tries = 80;  // of damage
+
 void damage() {
-  const int tries = 150;
   damage_of(layout_of({300, 192}, false, 8, 12), rare_weight, tries);
   damage_of(layout_of({304, 128}, false, 4, 9), rare_weight, tries);
   damage_of(layout_of({250, 64}, true, 2, 10), noise, tries);
@@ -297,10 +298,7 @@ int run() {
   section("partners", "results", partners);
   section("devices", "results", devices);
   section("absent", "results", absent);
-#ifndef __SANITIZE_THREAD__
-  // Lanes of a damaged record may read what is behind it, whatever that is.
   section("damage", "results", damage);
-#endif
   std::printf("%d failures\n", failures);
   return failures != 0;
 }
@@ -308,4 +306,7 @@ int run() {
 }  // namespace
 }  // namespace df11::native
 
-int main() { return df11::native::run(); }
+int main(int argc, char** argv) {
+  if (argc > 1) df11::native::tries = std::atoi(argv[1]);
+  return df11::native::run();
+}

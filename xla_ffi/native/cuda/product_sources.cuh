@@ -13,7 +13,8 @@
 
 namespace df11::native {
 
-// A value that is computed once: the compiler would rather compute it anew than keep it in a register.
+// A value that is computed once: the compiler would rather compute it anew than keep it in a
+// register.
 __device__ __forceinline__ uint32_t keep(uint32_t value) {
 #ifdef __CUDACC__
   asm volatile("" : "+r"(value));
