@@ -60,6 +60,7 @@ def with_pieces(config, piece, monkeypatch):
 
 
 # Tokens of a row that are read at once: fewer than the window has, more, and one.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("order", "piece"),
     [
@@ -86,6 +87,7 @@ def test_same_bits_as_with_plain_weights(monkeypatch):
     assert_same_bits(compressed, plain)
 
 
+@pytest.mark.slow
 def test_whether_numbers_have_64_bits_does_not_matter(monkeypatch):
     params, config = load("irregular")
     config = with_pieces(config, 6, monkeypatch)
@@ -95,6 +97,7 @@ def test_whether_numbers_have_64_bits_does_not_matter(monkeypatch):
 
 
 # Of 14 layers in patterns of 4.
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 7, 14])
 def test_layers_in_host_memory(count):
     params, config = load("pattern", compress=False)
@@ -118,6 +121,7 @@ def test_models_with_layers_of_one_type_have_slots_of_one_type():
     assert models.init_cache(llama, 1, 100).sliding is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 5, 8])
 def test_slots_hold_the_last_tokens_that_are_kept(size):
     """Of pieces of any lengths, of which some tokens come again."""

@@ -126,6 +126,8 @@ from orbax.checkpoint import v1
 from df11_jax.orbax import DF11Save
 from test_orbax_interrupted import params
 
+pytestmark = pytest.mark.slow
+
 api, path, obstacle = sys.argv[1:]
 
 def save(step):

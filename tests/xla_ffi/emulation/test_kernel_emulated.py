@@ -3,6 +3,8 @@
 import pytest
 from compiling import FLAGS, needs_compiler, run_under
 
+pytestmark = pytest.mark.slow
+
 
 # Against the CPU decoder for the native layout, against one in the test for the published one.
 @needs_compiler

@@ -19,7 +19,7 @@ from ptx_machine import launch
 import df11_jax
 from df11_jax import _layout, _xla_decoder, published
 
-pytestmark = needs_nvcc
+pytestmark = [needs_nvcc, pytest.mark.slow]
 
 THREADS = 256
 UNWRITTEN = 0x5A5A
