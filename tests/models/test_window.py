@@ -11,7 +11,7 @@ import pytest
 from runs import all_logits, assert_same_bits
 
 from df11_jax import models
-from df11_jax.bench import ways
+from df11_jax.bench import placements
 from df11_jax.models import _cache, _programs
 from df11_jax.models.prompts import pad_prompts
 
@@ -101,8 +101,8 @@ def test_whether_numbers_have_64_bits_does_not_matter(monkeypatch):
 @pytest.mark.parametrize("count", [1, 7, 14])
 def test_layers_in_host_memory(count):
     params, config = load("pattern", compress=False)
-    way = ways.Way("offloaded", ways.offload(params, count))
-    placed = way.put(jax.devices()[0])
+    weights = placements.PlacedWeights("offloaded", placements.offload(params, count))
+    placed = weights.put(jax.devices()[0])
     expected = models.generate(params, PROMPTS, config, tokens=5)
     assert models.generate(placed, PROMPTS, config, tokens=5) == expected
 

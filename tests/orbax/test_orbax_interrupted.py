@@ -19,6 +19,8 @@ from payloads import random_weights
 import df11_jax
 from df11_jax.orbax import DF11Restore
 
+pytestmark = pytest.mark.slow
+
 KILLS = 25
 
 # Forks a process for each save, so that not each of them has to import everything again. Before
@@ -125,8 +127,6 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import v1
 from df11_jax.orbax import DF11Save
 from test_orbax_interrupted import params
-
-pytestmark = pytest.mark.slow
 
 api, path, obstacle = sys.argv[1:]
 

@@ -2,17 +2,19 @@
 
 import socket
 
+import pytest
 from orbax_helpers import finish, restore, start_python
 from test_orbax_sharding import params
 
 import df11_jax
+
+pytestmark = pytest.mark.slow
 
 # Each has two of the four devices. Arrays are spread over both processes, except for the tensor's,
 # which both have.
 START = """
 import sys
 import jax
-import pytest
 
 path, port, process = sys.argv[1], sys.argv[2], int(sys.argv[3])
 jax.distributed.initialize(f"localhost:{port}", 2, process)
@@ -29,8 +31,6 @@ import df11_jax
 from df11_jax.orbax import DF11Restore, DF11Save
 from orbax_helpers import assert_same_tree
 from test_orbax_sharding import params, shardings
-
-pytestmark = pytest.mark.slow
 
 mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("x", "y"))
 
