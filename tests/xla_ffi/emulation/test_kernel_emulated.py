@@ -3,6 +3,8 @@
 import pytest
 from compiling import FLAGS, needs_compiler, run_under
 
+pytestmark = pytest.mark.slow
+
 ARGUMENTS = ["-Itests/xla_ffi/emulation", "-Wno-unknown-pragmas", "-Wno-psabi"]
 # The kernels read words two and four at a time.
 ARGUMENTS += ["-fno-strict-aliasing"]

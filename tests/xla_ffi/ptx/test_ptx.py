@@ -19,7 +19,7 @@ from ptx_machine import launch
 import df11_jax
 from df11_jax import _layout, _xla_decoder, published
 
-pytestmark = needs_nvcc
+pytestmark = [needs_nvcc, pytest.mark.slow]
 
 THREADS = 256
 PAIRS_THREADS = 64  # of the narrow kernel for pairs of chunks
