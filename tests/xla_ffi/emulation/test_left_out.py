@@ -8,6 +8,8 @@ import pytest
 from compiling import ROOT, needs_compiler
 from test_kernel_emulated import ARGUMENTS
 
+pytestmark = pytest.mark.slow
+
 SOURCE = "native/cuda/chunk_pair.cuh"
 ORDERS = re.compile(r"^\s*(wait_\w+(<\d>)?|fence_\w+|__syncwarp)\(.*\);")
 

@@ -4,6 +4,8 @@ import pytest
 from compiling import FLAGS, needs_compiler, run_under
 from test_kernel_emulated import ARGUMENTS
 
+pytestmark = pytest.mark.slow
+
 
 @needs_compiler
 @pytest.mark.parametrize("sanitizer", FLAGS)
