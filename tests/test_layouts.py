@@ -88,7 +88,7 @@ def test_no_slice_of_what_is_corrupt(stacks):
     corrupt = dataclasses.replace(small[0], exponents=small[0].exponents.at[0, :100].set(0))
     (decoded,) = decode_slices([corrupt], np.array([-1, 1]))
     assert_same_bits(decoded[1], plain[0][1])
-    with pytest.raises(jax.errors.JaxRuntimeError, match="DATA_LOSS"):
+    with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="DATA_LOSS"):
         jax.block_until_ready(decode_slices([corrupt], np.array([0, 1])))
 
 
@@ -210,9 +210,9 @@ def test_normal_weights_of_any_scale_have_equal_lengths(shape):
     }
     assert len(lengths) == 1
     ((words,),) = lengths
-    padded = 4 * layout.view.sign_mantissa_words
+    thirds = 8 * layout.view.sign_mantissa_words + layout.view.size
     first = {8: 2634, 4: 2675}[layout.steps] % 40
-    series = [4 * -(-(first + 40 * i) * padded // 128_000) for i in range(400)]
+    series = [4 * -(-(first + 40 * i) * thirds // 384_000) for i in range(400)]
     assert words in series
 
 
@@ -238,8 +238,8 @@ def test_layers_of_a_tree_have_equal_shapes():
     longest = max(a.exponents.shape for a in alone)
     assert alone[1].exponents.shape < longest
     small = df11_jax.compress_params(params)
-    shapes = [jax.tree.map(jnp.shape, layer["kernel"]) for layer in small["layers"]]
+    shapes = [[leaf.shape for leaf in layer["kernel"].payload] for layer in small["layers"]]
     assert shapes[0] == shapes[1] == shapes[2]
-    assert shapes[0].exponents == longest
+    assert small["layers"][1]["kernel"].exponents.shape == longest
     assert small["head"].exponents.shape < longest
     jax.tree.map(assert_same_bits, df11_jax.decompress_params(small), params)

@@ -227,12 +227,13 @@ inline int64_t padded_exponents_words(const View& view, int code_bits, int64_t w
   const int by_code[] = {58, 25, 8, 0};  // 9 to 12 bits
   const int by_steps = view.steps == 8 ? 0 : view.steps == 4 ? 41 : 123;
   const int first = (2634 + by_code[code_bits - kMinCodeBits] + by_steps) % kStep;
-  const int64_t weights = 4 * view.sign_mantissa_words();
+  // Padding has the shortest codes, and counts as two thirds of a weight.
+  const int64_t thirds = 8 * view.sign_mantissa_words() + view.size;
   const auto length = [&](int64_t i) {
-    return 4 * (((first + kStep * i) * weights + 127'999) / 128'000);
+    return 4 * (((first + kStep * i) * thirds + 383'999) / 384'000);
   };
-  if (weights == 0) return words;
-  int64_t i = words * 32'000 / weights / kStep;
+  if (thirds == 0) return words;
+  int64_t i = words * 96'000 / thirds / kStep;
   while (i > 0 && length(i - 1) >= words) --i;
   while (length(i) < words) ++i;
   return length(i);
