@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #ifndef __CUDACC__
-#include "tensor_core.h"  // of the emulation
+#include <tensor_core.h>  // of the emulation
 #endif
 
 namespace df11 {
