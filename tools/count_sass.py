@@ -48,7 +48,7 @@ BULK_ARCHITECTURES = ("90", "100", "120")
 
 BULK_SOURCE = """
 #include "native/cuda/decode_bulk.cuh"
-template __global__ void df11::native::decode_bulk_kernel<8>(
+template __global__ void df11::native::bulk_decode_kernel<8>(
     const __grid_constant__ df11::native::BulkBatch);
 """
 BULK_WEIGHTS = 64

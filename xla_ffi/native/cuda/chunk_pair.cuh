@@ -354,7 +354,8 @@ class PairDecoder {
     for (int u = 0; u < 2; ++u) {
       const uint32_t sum = sum_of_warp(sum_[u]) + checksum_chunk(pair.chunk + u);
       if (sum == checksum_[u] && left_[u] == 0) continue;
-      wait_stores();  // Poison comes after all other stores.
+      wait_stores();
+      __syncwarp();  // The stores are done, whichever lane's they were.
       poison_chunk<false>(slice, pair.chunk + u, lane_);
     }
   }

@@ -134,7 +134,7 @@ class BulkLaunches {
     constexpr size_t kBytes = BulkMemory<kBlockWarps>::kEnd;
     int resident = 0;
     if (cudaError_t error =
-            resident_blocks<decode_bulk_kernel<kBlockWarps>>(kBlockThreads, kBytes, &resident);
+            resident_blocks<bulk_decode_kernel<kBlockWarps>>(kBlockThreads, kBytes, &resident);
         error != cudaSuccess)
       return error;
     // Few chunks are better spread over all multiprocessors than decoded side by side on some.
@@ -144,7 +144,7 @@ class BulkLaunches {
     config.blockDim = dim3(kBlockThreads);
     config.dynamicSmemBytes = kBytes;
     config.stream = stream_;
-    return cudaLaunchKernelEx(&config, decode_bulk_kernel<kBlockWarps>, batch_);
+    return cudaLaunchKernelEx(&config, bulk_decode_kernel<kBlockWarps>, batch_);
   }
 
   cudaStream_t stream_;

@@ -166,7 +166,7 @@ __device__ inline void decode_single(const BulkAssignment& work, uint32_t chunk,
 
 template <int kWarps>
 __global__ void __launch_bounds__(kWarps* kLanes, 1)
-    decode_bulk_kernel(const __grid_constant__ BulkBatch batch) {
+    bulk_decode_kernel(const __grid_constant__ BulkBatch batch) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   using Memory = BulkMemory<kWarps>;
   DF11_DYNAMIC_SHARED(memory);

@@ -242,11 +242,11 @@ __device__ inline void poison_steps(Sink sink, int steps) {
   }
 }
 
+// A lane poisons the weights that it decodes, so that its stores are in order.
 template <bool kColumns>
 __device__ inline void poison_chunk(const Slice& slice, int64_t index, const Lane& lane) {
   const Chunk chunk = locate_chunk(slice.view, index);
   uint16_t* out = slice.out + chunk.element;
-  __syncwarp();  // Poison comes after all other stores.
   if (kColumns && slice.view.along_columns) {
     poison_steps(EdgeColumns(out, slice.view, chunk, lane), chunk.steps);
   } else {
