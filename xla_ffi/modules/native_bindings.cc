@@ -211,15 +211,6 @@ void add_bindings(nb::module_& m) {
   m.def("encode", &encode, nb::arg("weights"), nb::arg("header"), nb::arg("share_codebook"),
         nb::arg("threads"),
         "Encodes uint16[stack, size]: header, codebook, chunk_offsets, exponents, sign_mantissa.");
-  m.def(
-      "padded_exponents_words",
-      [](HeaderIn header, int64_t words) {
-        Layout layout;
-        if (!unpack_header(header.data(), layout)) throw std::invalid_argument("not a header");
-        return padded_exponents_words(make_view(layout), layout.code_bits, words);
-      },
-      nb::arg("header"), nb::arg("words"),
-      "The length of `exponents` for records of so many words.");
   m.def("find_difference", &find_difference, nb::arg("weights"), nb::arg("header"),
         nb::arg("codebook"), nb::arg("chunk_offsets"), nb::arg("exponents"),
         nb::arg("sign_mantissa"), nb::arg("threads"),

@@ -174,18 +174,19 @@ class ChunkEncoder {
     const Chunk chunk = locate_chunk(view_, index), next = locate_chunk(view_, index + 1);
     half_steps_ = 2 * chunk.steps;
     extent_ = Extent(view_, chunk);
+    rows_ = chunk_rows(weights_, view_, chunk, tile_);
     sign_mantissa += chunk.sign_mantissa_word;
     patches_.clear();
     padding_is_finite_ = true;
     std::fill_n(acc_, kHalfStepPairs, 0u);
     for (int i = 0; i < half_steps_; ++i) {
-      const int ahead = i + kPrefetchHalfSteps;
+      const int ahead = i + (view_.along_columns ? half_steps_ : kPrefetchHalfSteps);
       if (ahead < half_steps_) {
         prefetch_half_step(weights_, view_, chunk, ahead);
       } else if (ahead < half_steps_ + 2 * next.steps) {
         prefetch_half_step(weights_, view_, next, ahead - half_steps_);
       }
-      load_half_step(weights_, view_, chunk, i, codes_.pad(), pairs_.row, pairs_.next_row);
+      load_half_step(rows_, extent_, i, codes_.pad(), pairs_.row, pairs_.next_row);
       loops_.split_pairs(pairs_, sign_mantissa + i * kHalfStepWords);
       const bool uncoded = loops_.look_up_codes(pairs_.index, codes_, pairs_.entries);
       if (uncoded) patch_uncoded(i);
@@ -204,7 +205,7 @@ class ChunkEncoder {
     const size_t stream_words = (total + 31) / 32;
     if (!padding_is_finite_ || kRecordHeaderWords + stream_words + patches_.size() >=
                                    size_t(kRawRecordHeaderWords + chunk.steps * kStepWords)) {
-      append_raw(index, chunk, records);
+      append_raw(index, records);
       return;
     }
     uint32_t sum = checksum(index);
@@ -246,13 +247,13 @@ class ChunkEncoder {
     }
   }
 
-  void append_raw(int64_t index, const Chunk& chunk, Words& records) {
+  void append_raw(int64_t index, Words& records) {
     const size_t start = records.size();
     records.extend(kRawRecordHeaderWords);
     std::fill_n(acc_, kHalfStepPairs, 0u);
     for (int i = 0; i < half_steps_; ++i) {
       // Again, without the substitutes.
-      load_half_step(weights_, view_, chunk, i, codes_.pad(), pairs_.row, pairs_.next_row);
+      load_half_step(rows_, extent_, i, codes_.pad(), pairs_.row, pairs_.next_row);
       loops_.fold_pairs(pairs_, acc_);
       uint32_t* words = records.extend(kHalfStepWords);
       for (int k = 0; k < kHalfStepWords; ++k) {
@@ -282,8 +283,10 @@ class ChunkEncoder {
   const EncoderLoops loops_;
   int half_steps_ = 0;
   Extent extent_{View(), Chunk()};
+  ChunkRows rows_{};
   bool padding_is_finite_ = true;
   HalfStep pairs_;
+  alignas(64) uint16_t tile_[kTileRows * kTileCols];
   alignas(64) uint32_t acc_[kHalfStepPairs];
   alignas(64) uint64_t groups_[kTileRows * kTileCols / 2 / kGroupPairs];
   std::vector<uint8_t> stream_;

@@ -10,6 +10,7 @@
 #include "common/bits.h"
 #include "common/parallel.h"
 #include "native/layout.h"
+#include "native/transpose.h"
 
 namespace df11::native {
 
@@ -62,31 +63,37 @@ struct Extent {
   }
 };
 
-// The weights of a half-step's pairs, by grid places, with padding filled by `pad`.
-DF11_INLINE void load_half_step(const uint16_t* weights, const View& view, const Chunk& chunk,
-                                int half_step, uint16_t pad, uint16_t* __restrict rows,
-                                uint16_t* __restrict next_rows) {
+// Where the weights of a chunk are: (k, n) at k * stride + n.
+struct ChunkRows {
+  const uint16_t* first;
+  int64_t stride;
+};
+
+// The weights of a chunk; those of a view along columns are put into `tile`.
+inline ChunkRows chunk_rows(const uint16_t* weights, const View& view, const Chunk& chunk,
+                            uint16_t* tile) {
+  const uint16_t* first = weights + chunk.element;
+  if (!view.along_columns) return {first, view.n};
   const Extent extent(view, chunk);
+  transpose(first, view.k, extent.n, extent.k, tile, kTileCols);
+  return {tile, kTileCols};
+}
+
+// The weights of a half-step's pairs, by grid places, with padding filled by `pad`.
+DF11_INLINE void load_half_step(const ChunkRows& chunk, const Extent& extent, int half_step,
+                                uint16_t pad, uint16_t* __restrict rows,
+                                uint16_t* __restrict next_rows) {
   for (int t = 0; t < 4; ++t, rows += kTileCols, next_rows += kTileCols) {
     const int row = pair_row(half_step, t);
-    const uint16_t* first = weights + chunk.element + row * view.stride_k();
+    const uint16_t* first = chunk.first + row * chunk.stride;
     const int64_t count = extent.n_of(row), next_count = extent.n_of(row + 1);
-    if (view.along_columns) {
-      for (int i = 0; i < next_count; ++i) {
-        uint32_t pair;
-        std::memcpy(&pair, first + i * view.k, 4);
-        rows[i] = static_cast<uint16_t>(pair);
-        next_rows[i] = static_cast<uint16_t>(pair >> 16);
-      }
-      for (int64_t i = next_count; i < count; ++i) rows[i] = first[i * view.k];
-    } else if (next_count == kTileCols) {
+    if (next_count == kTileCols) {
       std::memcpy(rows, first, 2 * kTileCols);
-      std::memcpy(next_rows, first + view.n, 2 * kTileCols);
+      std::memcpy(next_rows, first + chunk.stride, 2 * kTileCols);
       continue;
-    } else {
-      std::memcpy(rows, first, 2 * count);
-      std::memcpy(next_rows, first + view.n, 2 * next_count);
     }
+    std::memcpy(rows, first, 2 * count);
+    std::memcpy(next_rows, first + chunk.stride, 2 * next_count);
     std::fill(rows + count, rows + kTileCols, pad);
     std::fill(next_rows + next_count, next_rows + kTileCols, pad);
   }
@@ -111,15 +118,17 @@ inline std::vector<uint32_t> count_pairs(const uint16_t* weights, const View& vi
     std::vector<uint32_t>& counts = tables[slot];
     counts.assign(2 * 65536, 0);
     uint16_t rows[kHalfStepPairs], next_rows[kHalfStepPairs], at[kHalfStepPairs];
+    uint16_t tile[kTileRows * kTileCols];
     for (int64_t batch; (batch = next.fetch_add(1)) < batches;) {
       const int64_t end = std::min((batch + 1) * kEncodeBatch, size);
       for (int64_t i = batch * kEncodeBatch; i < end; ++i) {
         const Chunk chunk = locate_chunk(view, sample[i]);
         const Chunk following = locate_chunk(view, sample[std::min(i + 1, size - 1)]);
         const Extent extent(view, chunk);
+        const ChunkRows source = chunk_rows(weights, view, chunk, tile);
         for (int half_step = 0; half_step < 2 * chunk.steps; ++half_step) {
           prefetch_half_step(weights, view, following, half_step);
-          load_half_step(weights, view, chunk, half_step, 0, rows, next_rows);
+          load_half_step(source, extent, half_step, 0, rows, next_rows);
           for (int k = 0; k < kHalfStepPairs; ++k) at[k] = exponent_index(rows[k], next_rows[k]);
           for (int t = 0; t < 4; ++t) {
             const uint16_t* indices = at + t * kTileCols;

@@ -15,6 +15,7 @@
 #include "native/decode.h"
 #include "native/pairs.h"
 #include "native/tensor_slices.h"
+#include "native/transpose.h"
 
 namespace df11::native {
 
@@ -65,42 +66,6 @@ DF11_INLINE bool equals_tile(const uint16_t* tile, int64_t rows, const uint16_t*
 DF11_FOR_EACH_SIMD(bool, equals_tile,
                    (const uint16_t* tile, int64_t rows, const uint16_t* weights, int64_t stride),
                    (tile, rows, weights, stride))
-
-// The transpose of a tile of `rows` rows, whose own rows are kTileRows apart.
-inline void transpose_tile(const uint16_t* tile, int64_t rows, uint16_t* out) {
-#ifdef __SSE2__
-  for (int64_t row = 0; row < rows; row += 8) {
-    for (int col = 0; col < kTileCols; col += 8) {
-      __m128i a[8], b[8];
-      for (int i = 0; i < 8; ++i) {
-        a[i] = _mm_load_si128(reinterpret_cast<const __m128i*>(tile + (row + i) * kTileCols + col));
-      }
-      for (int i = 0; i < 4; ++i) {
-        b[2 * i] = _mm_unpacklo_epi16(a[2 * i], a[2 * i + 1]);
-        b[2 * i + 1] = _mm_unpackhi_epi16(a[2 * i], a[2 * i + 1]);
-      }
-      for (int i = 0; i < 2; ++i) {
-        for (int j = 0; j < 2; ++j) {
-          a[4 * i + 2 * j] = _mm_unpacklo_epi32(b[4 * i + j], b[4 * i + j + 2]);
-          a[4 * i + 2 * j + 1] = _mm_unpackhi_epi32(b[4 * i + j], b[4 * i + j + 2]);
-        }
-      }
-      for (int i = 0; i < 4; ++i) {
-        const auto to = [&](int n) {
-          return reinterpret_cast<__m128i*>(out + (col + n) * kTileRows + row);
-        };
-        _mm_store_si128(to(2 * i), _mm_unpacklo_epi64(a[i], a[i + 4]));
-        _mm_store_si128(to(2 * i + 1), _mm_unpackhi_epi64(a[i], a[i + 4]));
-      }
-    }
-  }
-#else
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int col = 0; col < kTileCols; ++col)
-      out[col * kTileRows + row] = tile[row * kTileCols + col];
-  }
-#endif
-}
 
 // Decodes chunk after chunk of one slice after the other with one table.
 class ChunkDecoder {
@@ -156,7 +121,7 @@ class ChunkDecoder {
     }
     if (!decode_tile(index, chunk, tile_, kTileCols)) return false;
     if (view.along_columns) {
-      transpose_tile(tile_, chunk.steps * kStepRows, transposed_);
+      transpose(tile_, kTileCols, chunk.steps * kStepRows, kTileCols, transposed_, kTileRows);
       for (int64_t n = 0; n < extent.n; ++n) {
         std::memcpy(place + n * view.k, transposed_ + n * kTileRows, 2 * extent.k);
       }
@@ -183,11 +148,13 @@ class ChunkDecoder {
       return -1;
     }
     const auto differ = [&](const uint16_t* decoded, int64_t at, int64_t count) -> int64_t {
+      if (std::memcmp(decoded, place + at, 2 * count) == 0) return -1;  // faster than below
       const uint16_t* end = decoded + count;
       const uint16_t* found = std::mismatch(decoded, end, place + at).first;
       return found == end ? -1 : chunk.element + at + (found - decoded);
     };
-    if (view.along_columns) transpose_tile(tile_, chunk.steps * kStepRows, transposed_);
+    if (view.along_columns)
+      transpose(tile_, kTileCols, chunk.steps * kStepRows, kTileCols, transposed_, kTileRows);
     for (int64_t i = 0; i < (view.along_columns ? extent.n : extent.k); ++i) {
       const int64_t at = view.along_columns
                              ? differ(transposed_ + i * kTileRows, i * view.k, extent.k)
