@@ -6,9 +6,10 @@ bit for bit inside jitted programs, one transformer block at a time.
 
 from importlib.metadata import version as _version
 
-from df11_jax._array import DF11Array
+from df11_jax._array import DF11Array, DF11Slice
 from df11_jax._compress import compress, compress_params
 from df11_jax._decode import EXPORT_SAFETY_CHECKS, after, decompress, decompress_params
+from df11_jax._product import dot
 from df11_jax._scan import scan_blocks
 from df11_jax._size_report import SizeReport, size_report
 from df11_jax._stack import stack
@@ -18,12 +19,14 @@ __version__ = _version("df11_jax")
 __all__ = [
     "EXPORT_SAFETY_CHECKS",
     "DF11Array",
+    "DF11Slice",
     "SizeReport",
     "after",
     "compress",
     "compress_params",
     "decompress",
     "decompress_params",
+    "dot",
     "scan_blocks",
     "size_report",
     "stack",

@@ -10,7 +10,7 @@ from typing import Any, Self
 import jax
 import jax.export
 import numpy as np
-from jaxtyping import Array, BFloat16, UInt32
+from jaxtyping import Array, BFloat16, Int32, UInt32
 
 from df11_jax import _layout
 from df11_jax._host_arrays import BFLOAT16
@@ -188,6 +188,32 @@ jax.export.register_pytree_node_serialization(
     serialize_auxdata=lambda static: json.dumps(static[0].to_json()).encode(),
     deserialize_auxdata=lambda data: (Layout.from_json(json.loads(data)),),
 )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class DF11Slice:
+    """One slice of a compressed stack, which is not taken out of it.
+
+    `dot` and `decompress` read it where it lies: XLA copies no part of the stack for that.
+
+    Attributes:
+        stack: the stack; several stack axes count as one.
+        index: the index of the slice.
+    """
+
+    stack: DF11Array
+    index: Int32[Array, ""]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the slice."""
+        return self.stack.slice_shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the weights, bfloat16."""
+        return BFLOAT16
 
 
 def is_df11(leaf: Any) -> bool:

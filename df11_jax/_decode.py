@@ -8,19 +8,19 @@ from jax import export
 from jaxtyping import Array, BFloat16, PyTree
 
 from df11_jax import _ffi
-from df11_jax._array import DF11Array, is_df11
-from df11_jax._slices import decode_stacks, tie
+from df11_jax._array import DF11Array, DF11Slice, is_df11
+from df11_jax._slices import decode_slices, decode_stacks, tie
 
 # For `jax.export.export(..., disabled_checks=EXPORT_SAFETY_CHECKS)`. The FFI call is stable, but a
 # process that runs the exported program must have imported df11_jax.
 EXPORT_SAFETY_CHECKS = tuple(
     export.DisabledSafetyCheck.custom_call(target)
-    for target in (_ffi.DECODE_TARGET, _ffi.PUBLISHED_DECODE_TARGET)
+    for target in (_ffi.DECODE_TARGET, _ffi.PUBLISHED_DECODE_TARGET, _ffi.PRODUCT_TARGET)
 )
 
 
-def decompress(a: DF11Array) -> BFloat16[Array, "..."]:
-    """Decompresses one tensor, or a whole stack.
+def decompress(a: DF11Array | DF11Slice) -> BFloat16[Array, "..."]:
+    """Decompresses one tensor, a whole stack, or a slice of a stack.
 
     It works eagerly and inside `jit`, `vmap`, `scan`, `grad`, `checkpoint`, `shard_map` and
     `export`. Its derivative is zero: the weights are constants.
@@ -32,11 +32,13 @@ def decompress(a: DF11Array) -> BFloat16[Array, "..."]:
         The bfloat16 tensor of shape `a.shape`, bit for bit what was compressed.
 
     Raises:
-        TypeError: `a` is not a `DF11Array`.
+        TypeError: `a` is not compressed.
         ValueError: its arrays do not fit each other.
         jax.errors.JaxRuntimeError: the payload is corrupt; this is raised when the program runs.
             (Where there is no compiled decoder, corrupt weights become NaNs instead.)
     """
+    if isinstance(a, DF11Slice):
+        return decode_slices([a.stack], a.index, names=["tensor"])[0]
     if not isinstance(a, DF11Array):
         raise TypeError(f"decompress takes a DF11Array, got {type(a).__name__}")
     return decode_stacks([a], ["tensor"])[0]

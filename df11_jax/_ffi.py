@@ -10,6 +10,10 @@ from df11_jax import _cuda
 
 DECODE_TARGET = "df11_decode"
 PUBLISHED_DECODE_TARGET = "df11_published_decode"
+PRODUCT_TARGET = "df11_product"
+
+# The kernel of the product copies in bulk, which earlier GPUs cannot.
+_LEAST_PRODUCT_CAPABILITY = (9, 0)
 
 # Platform, as jax.lax.platform_dependent names it: (module with the handlers, name for XLA).
 _LIBRARIES = {
@@ -48,6 +52,14 @@ def platforms(target: str = DECODE_TARGET) -> tuple[str, ...]:
         for platform in _LIBRARIES
         if register(platform) is None and target in _registered[platform]
     )
+
+
+def product_platforms() -> tuple[str, ...]:
+    """The platforms on which products are fused, if the GPUs that are here can."""
+    capabilities = _cuda.local_gpus().values()
+    if any(capability < _LEAST_PRODUCT_CAPABILITY for capability in capabilities):
+        return ()
+    return platforms(PRODUCT_TARGET)
 
 
 @functools.cache

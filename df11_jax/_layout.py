@@ -126,7 +126,7 @@ class Layout:
         size = batch * rows * cols
         if self.row_axes and rows_end < len(shape) and size and cols % 8 == 0:
             k, n = (cols, rows) if self.along_columns else (rows, cols)
-            padded = batch * _round_up(k, STEP_ROWS) * _round_up(n, TILE_COLS)
+            padded = batch * round_up(k, STEP_ROWS) * round_up(n, TILE_COLS)
             if 32 * (padded - size) <= size:
                 return View(size, batch, k, n, self.steps, self.along_columns)
         return View(size, 1, -(-size // TILE_COLS), TILE_COLS, self.steps, False)
@@ -208,7 +208,8 @@ class View:
         return self.batch * self.steps_k * self.tiles_n * STEP_WORDS
 
 
-def _round_up(n: int, multiple: int) -> int:
+def round_up(n: int, multiple: int) -> int:
+    """The next multiple that is not less."""
     return -(-n // multiple) * multiple
 
 

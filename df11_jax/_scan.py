@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
-from df11_jax._array import DF11Array, is_df11
+from df11_jax._array import DF11Array, DF11Slice, is_df11
 from df11_jax._decode import path_name
-from df11_jax._slices import decode_slices
+from df11_jax._slices import decode_slices, tie
 
 Carry = TypeVar("Carry")
 
@@ -20,6 +20,8 @@ def scan_blocks(
     carry: Carry,
     stacked_params: PyTree,
     xs: PyTree = None,
+    *,
+    lazy: bool = False,
 ) -> tuple[Carry, PyTree]:
     """Runs a stack of blocks, one after the other, decompressing one block at a time.
 
@@ -38,6 +40,8 @@ def scan_blocks(
             `DF11Array` leaves have exactly one stack axis. Other leaves are arrays, and are
             scanned over as usual.
         xs: further arrays to scan over, such as key-value caches; None for nothing.
+        lazy: pass compressed weights to `block_fn` as a `DF11Slice` each, for it to `dot` or to
+            `decompress` them.
 
     Returns:
         The last carry, and the stacked `y`. Like `jax.lax.scan`, the carry that came in if the
@@ -48,7 +52,7 @@ def scan_blocks(
         ValueError: there is nothing to scan over, or a leaf cannot be scanned over or differs in
             length; the message has its path.
     """
-    stack = _Stack(stacked_params)
+    stack = _Stack(stacked_params, lazy)
     length = _common_length(stack, xs)
 
     # The index is carried, not scanned over: XLA makes it one with the loop's own counter, and a
@@ -126,7 +130,8 @@ class _Stack:
         plain: the leaves that are not compressed.
     """
 
-    def __init__(self, stacked_params: PyTree) -> None:
+    def __init__(self, stacked_params: PyTree, lazy: bool = False) -> None:
+        self._lazy = lazy
         with_paths, self._treedef = jax.tree.flatten_with_path(stacked_params, is_leaf=is_df11)
         self.names = [path_name(path) for path, _ in with_paths]
         self.leaves = [leaf for _, leaf in with_paths]
@@ -136,12 +141,13 @@ class _Stack:
 
     def block(self, index: Any, plain: list[Any], after: Any) -> Any:
         """The weights of one block, given those that are not compressed."""
-        weights = decode_slices(
-            [self.leaves[i] for i in self._compressed],
-            index,
-            names=[self.names[i] for i in self._compressed],
-            after=after,
-        )
+        stacks = [self.leaves[i] for i in self._compressed]
+        if self._lazy:
+            index = tie(index, after)
+            weights: list[Any] = [DF11Slice(stack, index) for stack in stacks]
+        else:
+            names = [self.names[i] for i in self._compressed]
+            weights = decode_slices(stacks, index, names=names, after=after)
         by_leaf = dict(zip(self._plain, plain, strict=True))
         by_leaf |= dict(zip(self._compressed, weights, strict=True))
         return jax.tree.unflatten(self._treedef, [by_leaf[i] for i in range(len(self.leaves))])

@@ -126,8 +126,8 @@ def test_falls_back_with_one_warning(layout, encoded, too_old_a_gpu):
 
 
 def test_doctor_says_what_to_do(too_old_a_gpu):
-    decoder, why, obstacle = machine.decoder_of("cuda")
+    decoder, why, obstacle = machine._decoder_of("cuda")
     assert decoder == "plain XLA operations"
     assert why == obstacle.reason == _ffi.register("cuda").reason
     assert obstacle.remedy
-    assert machine.decoder_of("tpu")[2] is None
+    assert machine._decoder_of("tpu")[2] is None

@@ -9,13 +9,19 @@ from df11_jax._layout import make_layout
 SHAPES = [(), (0,), (1,), (63,), (65,), (0, 8), (127, 64), (129, 65), (3, 5, 264), (700, 200)]
 
 
-@pytest.mark.parametrize("threads", [1, 3, None])
+@pytest.fixture(params=[1, 3])
+def threads(request, monkeypatch):
+    """The number of threads that encoding and decoding use."""
+    monkeypatch.setattr(_host_codec, "available_threads", lambda: request.param)
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("stack", [(), (1,), (3,), (2, 2)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_round_trip(shape, stack, threads):
+def test_round_trip(shape, stack):
     weights = np.asarray(random_weights(stack + shape))
     layout = make_layout(shape)
-    payload = _host_codec.encode(weights, "w", layout, threads=threads)
+    payload = _host_codec.encode(weights, "w", layout)
     assert_same_bits(_host_codec.decode(payload, layout, "w"), weights)
 
 
@@ -36,6 +42,7 @@ def test_every_bit_pattern():
         (4, (1, -1), "w: is corrupt: chunk 8 of slice 1"),
     ],
 )
+@pytest.mark.usefixtures("threads")
 def test_corruption_is_found(part, index, message):
     weights = np.asarray(random_weights((2, 384, 192)))
     layout = make_layout((384, 192))

@@ -69,6 +69,7 @@ def test_decodes_twice_a_step(lora, initial):
     assert count_decodes(run, adapters) == 2 * lora.LAYERS * TENSORS + 1  # the embedding
 
 
+@pytest.mark.slow
 def test_memory(lora, initial):
     plain, small, adapters = initial
     frozen, compressed_frozen = (

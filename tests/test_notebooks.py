@@ -8,6 +8,8 @@ import nbformat
 import pytest
 from compiling import ROOT
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 RUNNER = ROOT / "tools" / "run_notebooks.py"
 

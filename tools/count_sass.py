@@ -13,6 +13,10 @@ is the number of instructions per weight.
 What a warp does once per chunk (find it, stage it, sum up the checksum) is outside the loop and
 not counted.
 
+The decoder for pairs of chunks, xla_ffi/native/cuda/decode_bulk.cuh, from sm_90 on: the loop that
+stores boxes by tensor maps. A lane decodes 64 weights in it. All of it counts, waits and copies
+included, but not what is branched over unless a step has patches (it holds a vote).
+
 The published layout: three loops of xla_ffi/published/cuda/decode_kernel.cuh. One counts codes, one
 decodes them, one joins them with signs and mantissas. The first two make two look-ups in shared
 memory and load the next word of the stream; if a code is too long for the table they branch to
@@ -36,12 +40,29 @@ import shutil
 import site
 import subprocess
 import tempfile
+from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("80", "90", "100")
+BULK_ARCHITECTURES = ("90", "100", "120")
 
+BULK_SOURCE = """
+#include "native/cuda/decode_bulk.cuh"
+template __global__ void df11::native::bulk_decode_kernel<8>(
+    const __grid_constant__ df11::native::BulkBatch);
+"""
+BULK_WEIGHTS = 64
 SOURCE = '#include "native/cuda/decode_kernel.cuh"'
 PUBLISHED_SOURCE = '#include "published/cuda/decode_kernel.cuh"'
+# With up to 8, 16 and 32 rows of x.
+PRODUCT_SOURCE = """#include "native/cuda/product_kernel.cuh"
+namespace df11::native {
+template __global__ void product_kernel<1>(const __grid_constant__ ProductWork);
+template __global__ void product_kernel<2>(const __grid_constant__ ProductWork);
+template __global__ void product_kernel<4>(const __grid_constant__ ProductWork);
+}"""
+PRODUCT_ROWS = {1: 8, 2: 16, 4: 32}  # by tiles of 8 rows
+PRODUCT_ARCHITECTURES = ("90", "100", "120")
 # Of a look-up there: kIndexBits and kMaxCodes in xla_ffi/published/cuda/step_table.cuh.
 INDEX_BITS, MAX_CODES = 11, 4
 
@@ -51,6 +72,7 @@ UNITS = {
     "IMAD": "IMAD",
     "shared": "LDS STS",
     "global": "LDG STG",
+    "tensor": "HMMA",
 }
 
 
@@ -113,8 +135,25 @@ class Kernel:
             if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in self.loops)
         ]
 
-    def usual_paths(self) -> list[list[str]]:
-        """The loops, without what is branched over and loads bytes from global memory."""
+    def loop_of_boxes(self) -> list[str]:
+        """The innermost loop that stores by tensor maps, without what only patches need."""
+        loops = [
+            (begin, end)
+            for begin, end in self.loops
+            if any(i.startswith("UTMASTG") for i in self.instructions[begin : end + 1])
+        ]
+        begin, end = min(loops, key=lambda loop: loop[1] - loop[0])
+        path, at = [], begin
+        while at <= end:
+            path.append(self.instructions[at])
+            target = self.labels[self.branches[at]] if at in self.branches else 0
+            skipped = self.instructions[at + 1 : target] if target <= end else []
+            rare = any(i.startswith(("VOTE", "STS.U16")) for i in skipped)
+            at = target if rare else at + 1
+        return path
+
+    def usual_paths(self, rarities: Sequence[str] = (r"LDG.*\.U8",)) -> list[list[str]]:
+        """The loops, without what is branched over and has an instruction that matches."""
         paths = []
         for begin, end in self.loops:
             path, at = [], begin
@@ -122,7 +161,8 @@ class Kernel:
                 path.append(self.instructions[at])
                 target = self.labels[self.branches[at]] if at in self.branches else 0
                 skipped = self.instructions[at + 1 : target] if target <= end else []
-                rare = any(i.startswith("LDG") and ".U8" in i for i in skipped)
+                rare = any(re.match(rarity, i) for i in skipped for rarity in rarities)
+                rare = rare and not any(i.startswith("HMMA") for i in skipped)
                 at = target if rare else at + 1
             paths.append(path)
         return paths
@@ -161,6 +201,14 @@ def count(arch: str) -> tuple[int, int, collections.Counter]:
         (lines,) = disassemble(SOURCE, arch, pathlib.Path(folder)).values()
     loop, weights = inner_loop(lines)
     return len(loop), weights, units(loop)
+
+
+def count_bulk(arch: str) -> tuple[int, int, collections.Counter]:
+    """As `count`, of the decoder for pairs of chunks."""
+    with tempfile.TemporaryDirectory() as folder:
+        (lines,) = disassemble(BULK_SOURCE, arch, pathlib.Path(folder)).values()
+    loop = Kernel(lines).loop_of_boxes()
+    return len(loop), BULK_WEIGHTS, units(loop)
 
 
 @functools.cache
@@ -208,6 +256,32 @@ def count_published(arch: str) -> list[tuple[str, int, float, collections.Counte
     ]
 
 
+def product_loops(arch: str) -> dict[int, list[str]]:
+    """The product's inner loops of two steps, by the rows of x that they are for.
+
+    Without what is not done for each step: patches, and k that x has not.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        kernels = disassemble(PRODUCT_SOURCE, arch, pathlib.Path(folder))
+    loops = {}
+    for name, lines in kernels.items():
+        tiles = int(re.search(r"ILi(\d)E", name)[1])
+        paths = [
+            path
+            for path in Kernel(lines).usual_paths((r"LDG.*\.U16", "SHFL"))
+            # 36 look-ups and loads for two steps; records in shared memory have refills there, too.
+            if sum(opcode(i) == "HMMA" for i in path) == 8 * tiles
+            and sum(opcode(i) == "LDS" for i in path) > 36
+        ]
+        loops[PRODUCT_ROWS[tiles]] = min(paths, key=len)
+    return dict(sorted(loops.items()))
+
+
+def count_product(arch: str) -> list[tuple[int, int, int, collections.Counter]]:
+    """(rows of x, instructions, weights of a lane, instructions by unit) of the product's loops."""
+    return [(rows, len(loop), 64, units(loop)) for rows, loop in product_loops(arch).items()]
+
+
 def main() -> None:
     """Prints the table."""
     argparse.ArgumentParser(
@@ -221,12 +295,21 @@ def main() -> None:
     print("|---|---|---|")
     for arch in ARCHITECTURES:
         print_row(f"sm_{arch}", *count(arch))
+    for arch in BULK_ARCHITECTURES:
+        print_row(f"sm_{arch}, pairs of chunks", *count_bulk(arch))
     print(f"\nPublished layout, {codes_per_lookup():.2f} codes a look-up\n")
     print("| architecture | loop | instructions per weight | of them", ", ".join(columns), "|")
     print("|---|---|---|---|")
     for arch in ARCHITECTURES:
         for loop, instructions, weights, by_unit in count_published(arch):
             print_row(f"sm_{arch} | {loop}", instructions, weights, by_unit)
+
+    print()
+    print("| product | rows of x | instructions per weight | of them", ", ".join(columns), "|")
+    print("|---|---|---|---|")
+    for arch in PRODUCT_ARCHITECTURES:
+        for rows, instructions, weights, by_unit in count_product(arch):
+            print_row(f"sm_{arch} | {rows}", instructions, weights, by_unit)
 
 
 def print_row(what: str, instructions: int, weights: float, by_unit: collections.Counter) -> None:

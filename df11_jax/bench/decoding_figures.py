@@ -107,7 +107,7 @@ class DecodingFigures:
 
     def _decoding_table(self) -> list[str]:
         head = ["decoded in one call", "weights", "bits/weight", "ms", "GB/s out", "spread"]
-        head += ["copy", "limit", "share", "on the GPU only"]
+        head += ["copy", "limit", "share", "on the GPU only: us", "GB/s out", "share"]
         rows = [
             [
                 d.name if d.matrices == 1 else f"{d.name}, {d.matrices} matrices",
@@ -119,7 +119,9 @@ class DecodingFigures:
                 f"{d.copy_bytes_per_second / 1e9:.2f}",
                 f"{d.limit_bytes_per_second / 1e9:.2f}",
                 f"{100 * d.share_of_limit:.1f} %",
-                "" if (share := d.kernel_share_of_limit) is None else f"{100 * share:.1f} %",
+                _format("{:.1f}", d.kernel_seconds, 1e6),
+                _format("{:.2f}", d.kernel_output_bytes_per_second, 1e-9),
+                _format("{:.1f} %", d.kernel_share_of_limit, 100),
             ]
             for d in self.decodings
         ]
@@ -162,6 +164,10 @@ class DecodingFigures:
             )
         lines += [f"{peer} is not installed: {how}" for peer, how in self.missing_peers.items()]
         return lines
+
+
+def _format(template: str, value: float | None, scale: float) -> str:
+    return "" if value is None else template.format(scale * value)
 
 
 def _spread(seconds: Sequence[float]) -> str:

@@ -59,6 +59,11 @@ class Decoding:
         return self.output_bytes_per_second / self.limit_bytes_per_second
 
     @property
+    def kernel_output_bytes_per_second(self) -> float | None:
+        """Bytes of bfloat16 written per second of the decoder's time on the GPU."""
+        return None if self.kernel_seconds is None else 2 * self.weights / self.kernel_seconds
+
+    @property
     def kernel_share_of_limit(self) -> float | None:
         """The copy's time on the GPU over the decoder's: small tensors wait for the host."""
         if self.kernel_seconds is None or self.copy_kernel_seconds is None:
@@ -71,6 +76,7 @@ class Decoding:
             "output_bytes_per_second",
             "limit_bytes_per_second",
             "share_of_limit",
+            "kernel_output_bytes_per_second",
             "kernel_share_of_limit",
         )
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}

@@ -13,9 +13,9 @@ def format_device(device: dict[str, Any]) -> str:
 def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table: the first column to the left, the others to the right.
 
-    The last column is left out if all its cells are empty.
+    The last columns are left out if all their cells are empty.
     """
-    if not any(row[-1] for row in rows):
+    while rows and not any(row[-1] for row in rows):
         head, rows = head[:-1], [row[:-1] for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = [

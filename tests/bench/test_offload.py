@@ -9,6 +9,8 @@ from df11_jax import models
 from df11_jax.bench.placements import PlacedWeights, offload
 from df11_jax.bench.request import Request, compile_request, run
 
+pytestmark = pytest.mark.slow
+
 
 # Of Gemma's 7 layers, all but the sixth have sliding windows: each part has some of both kinds.
 @pytest.mark.parametrize(("family", "count"), [("llama", 1), ("qwen2", 3), ("gemma3_text", 3)])

@@ -38,6 +38,7 @@ def test_generation_holds_one_block_and_a_piece_of_the_head(family):
     assert memory.peak <= 1.05 * bound
 
 
+@pytest.mark.slow
 @on_cpu
 @pytest.mark.parametrize("batch", [1, 7])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])

@@ -37,6 +37,7 @@ def load(family, devices, compress=True):
 # What is computed.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "devices"), SIZES)
 def test_compressed_weights_give_the_same_bits_as_plain_ones(family, devices):
     compressed, config = load(family, devices)
@@ -46,6 +47,7 @@ def test_compressed_weights_give_the_same_bits_as_plain_ones(family, devices):
     assert_same_bits(run(compressed, config), run(plain, config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "dtype"), [(1, BF16), (2, F32)])
 def test_drawn_tokens_and_float32_are_the_same_bits(batch, dtype):
     (compressed, config), (plain, _) = (load("gemma3_text", 2, compress=c) for c in (True, False))
@@ -54,6 +56,7 @@ def test_drawn_tokens_and_float32_are_the_same_bits(batch, dtype):
     assert_same_bits(*results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "devices"), SIZES)
 def test_several_devices_compute_what_one_does(family, devices):
     (alone, config), (divided, _) = load(family, 1), load(family, devices)
@@ -100,6 +103,7 @@ def test_texts_are_those_of_the_tokens(tmp_path):
     assert [completion.tokens] == tokens
 
 
+@pytest.mark.slow
 def test_prompts_of_any_lengths_and_stop_tokens():
     params, config = load("gemma3_text", 2)
     config = dataclasses.replace(config, dtype=F32)
@@ -155,6 +159,7 @@ def test_every_device_has_its_shard_and_no_more(compress):
         assert_same_bits(np.asarray(down["kernel"][slice_]), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2, 3, 4])
 def test_tables_have_as_many_groups_on_each_device(devices):
     config = dataclasses.replace(models.read_config(families.CONFIGS["qwen2"]), hidden=240)
@@ -179,6 +184,7 @@ def test_weights_that_do_not_compress_are_plain_on_each_device():
     assert up.sharding == expected.sharding
 
 
+@pytest.mark.slow
 def test_a_single_device_of_choice():
     device = jax.devices()[2]
     params, config = load("qwen2", (device,))
@@ -188,6 +194,7 @@ def test_a_single_device_of_choice():
     assert tokens == models.generate(load("qwen2", 1)[0], [[1, 2]], config, tokens=5)
 
 
+@pytest.mark.slow
 def test_divided_parameters_are_saved_and_placed_again(tmp_path):
     params, config = load("gemma3_text", 2)
     checkpoints.save(params, tmp_path / "divided")
@@ -219,6 +226,7 @@ LARGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 4])
 def test_memory_of_each_device_is_that_of_its_shard(devices):
     config = models.read_config(LARGE)

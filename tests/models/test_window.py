@@ -11,7 +11,7 @@ import pytest
 from runs import all_logits, assert_same_bits
 
 from df11_jax import models
-from df11_jax.bench import ways
+from df11_jax.bench import placements
 from df11_jax.models import _cache, _programs
 from df11_jax.models.prompts import pad_prompts
 
@@ -60,6 +60,7 @@ def with_pieces(config, piece, monkeypatch):
 
 
 # Tokens of a row that are read at once: fewer than the window has, more, and one.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("order", "piece"),
     [
@@ -86,6 +87,7 @@ def test_same_bits_as_with_plain_weights(monkeypatch):
     assert_same_bits(compressed, plain)
 
 
+@pytest.mark.slow
 def test_whether_numbers_have_64_bits_does_not_matter(monkeypatch):
     params, config = load("irregular")
     config = with_pieces(config, 6, monkeypatch)
@@ -95,11 +97,12 @@ def test_whether_numbers_have_64_bits_does_not_matter(monkeypatch):
 
 
 # Of 14 layers in patterns of 4.
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 7, 14])
 def test_layers_in_host_memory(count):
     params, config = load("pattern", compress=False)
-    way = ways.Way("offloaded", ways.offload(params, count))
-    placed = way.put(jax.devices()[0])
+    weights = placements.PlacedWeights("offloaded", placements.offload(params, count))
+    placed = weights.put(jax.devices()[0])
     expected = models.generate(params, PROMPTS, config, tokens=5)
     assert models.generate(placed, PROMPTS, config, tokens=5) == expected
 
@@ -118,6 +121,7 @@ def test_models_with_layers_of_one_type_have_slots_of_one_type():
     assert models.init_cache(llama, 1, 100).sliding is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 5, 8])
 def test_slots_hold_the_last_tokens_that_are_kept(size):
     """Of pieces of any lengths, of which some tokens come again."""

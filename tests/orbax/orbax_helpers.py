@@ -105,7 +105,7 @@ def start_python(
     )
 
 
-def finish(processes: Sequence["subprocess.Popen[str]"], timeout: float = 120) -> list[str]:
+def finish(processes: Sequence["subprocess.Popen[str]"], timeout: float = 600) -> list[str]:
     """What the processes print; all of them are to succeed."""
     try:
         outputs = [process.communicate(timeout=timeout) for process in processes]

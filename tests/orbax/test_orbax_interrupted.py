@@ -19,6 +19,8 @@ from payloads import random_weights
 import df11_jax
 from df11_jax.orbax import DF11Restore
 
+pytestmark = pytest.mark.slow
+
 KILLS = 25
 
 # Forks a process for each save, so that not each of them has to import everything again. Before

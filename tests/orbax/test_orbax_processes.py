@@ -2,10 +2,13 @@
 
 import socket
 
+import pytest
 from orbax_helpers import finish, restore, start_python
 from test_orbax_sharding import params
 
 import df11_jax
+
+pytestmark = pytest.mark.slow
 
 # Each has two of the four devices. Arrays are spread over both processes, except for the tensor's,
 # which both have.

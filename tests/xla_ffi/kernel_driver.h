@@ -90,14 +90,17 @@ class Recording {
     expect(cudaGraphGetNodes(graph_, nullptr, &count) == cudaSuccess, "cudaGraphGetNodes");
     std::vector<cudaGraphNode_t> nodes(count);
     expect(cudaGraphGetNodes(graph_, nodes.data(), &count) == cudaSuccess, "cudaGraphGetNodes");
+    int kernels = 0;
     for (const cudaGraphNode_t node : nodes) {
       cudaGraphNodeType type;
-      expect(cudaGraphNodeGetType(node, &type) == cudaSuccess && type == cudaGraphNodeTypeKernel,
-             "nothing but kernels in a graph");
+      expect(cudaGraphNodeGetType(node, &type) == cudaSuccess &&
+                 (type == cudaGraphNodeTypeKernel || type == cudaGraphNodeTypeMemset),
+             "nothing but kernels and memsets in a graph");
+      kernels += type == cudaGraphNodeTypeKernel;
     }
     expect(cudaGraphLaunch(program_, stream_) == cudaSuccess, "cudaGraphLaunch");
     expect(cudaStreamSynchronize(stream_) == cudaSuccess, "cudaStreamSynchronize");
-    return static_cast<int>(count);
+    return kernels;
   }
 
  private:

@@ -10,14 +10,17 @@ from compiling import ROOT, needs_nvcc, needs_nvdisasm
 ARCHITECTURES = ["75", "80", "86", "89", "90", "100", "120"]
 
 
-# Static shared memory ends at 48 KB; four blocks share the 227 KB of an H200. The published
-# layout's is dynamic.
+# Registers and bytes of static shared memory, which ends at 48 KB, that each kernel may take. Pairs
+# of chunks are decoded by one block, of 8 warps or of 2, a multiprocessor.
+KERNELS = {
+    "native": {"decode_kernel": (80, 48 * 1024), "bulk_decode_kernel": (255, 0)},
+    "published": {"decode_kernel": (80, 0)},
+}
+
+
 @needs_nvcc
-@pytest.mark.parametrize(
-    ("layout", "most_registers", "most_shared"),
-    [("native", 64, 48 * 1024), ("published", 80, 0)],
-)
-def test_no_spills(layout, most_registers, most_shared, tmp_path):
+@pytest.mark.parametrize("layout", KERNELS)
+def test_no_spills(layout, tmp_path):
     command = [count_sass.find_tool("nvcc"), "-std=c++17", "-Werror", "all-warnings", "-fatbin"]
     command += ["-Xptxas", "-v", "--threads", "2", f"-I{ROOT / 'xla_ffi'}"]
     for arch in ARCHITECTURES:
@@ -34,14 +37,30 @@ def test_no_spills(layout, most_registers, most_shared, tmp_path):
         result.stderr,
         re.DOTALL,
     )
-    assert sorted((r[1] for r in reports), key=int) == ARCHITECTURES, result.stderr
-    for kernel, arch, frame, stores, loads, registers, rest in reports:
+    assert {(r[1], kernel_of(r[0])) for r in reports} == {
+        (arch, kernel) for arch in ARCHITECTURES for kernel in KERNELS[layout]
+    }, result.stderr
+    for name, arch, frame, stores, loads, registers, rest in reports:
+        kernel = kernel_of(name)
+        most_registers, most_shared = KERNELS[layout][kernel]
         shared = int(next(iter(re.findall(r"(\d+) bytes smem", rest)), 0))
-        print(f"sm_{arch}: {registers} registers, {shared} bytes of static shared memory")
-        assert "decode_kernel" in kernel
+        print(f"sm_{arch}: {kernel}: {registers} registers, {shared} bytes of static shared memory")
         assert (frame, stores, loads) == ("0", "0", "0"), f"sm_{arch} spills"
         assert int(registers) <= most_registers
         assert shared <= most_shared
+
+
+def kernel_of(mangled_name):
+    return re.search(r"(bulk_)?decode_kernel", mangled_name)[0]
+
+
+@needs_nvcc
+@needs_nvdisasm
+@pytest.mark.parametrize("arch", count_sass.BULK_ARCHITECTURES)
+def test_instructions_per_weight_of_pairs(arch):
+    instructions, weights, _ = count_sass.count_bulk(arch)
+    print(f"sm_{arch}: {instructions / weights:.2f} per weight")
+    assert instructions / weights <= 8
 
 
 @needs_nvcc

@@ -32,6 +32,15 @@ __device__ __forceinline__ void store_global(uint16_t* to, const uint4& weights)
   *reinterpret_cast<uint4*>(to) = weights;
 #endif
 }
+__device__ __forceinline__ void store_global(uint16_t* to, const uint2& weights) {
+#ifdef __CUDACC__
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)),
+               "r"(weights.x), "r"(weights.y)
+               : "memory");
+#else
+  *reinterpret_cast<uint2*>(to) = weights;
+#endif
+}
 __device__ __forceinline__ void store_global(uint16_t* to, uint16_t weight) {
 #ifdef __CUDACC__
   asm volatile("st.global.b16 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "h"(weight)

@@ -15,6 +15,7 @@ NB_MODULE(_cuda_library, m) {
   m.def("handlers", [] {
     nb::dict handlers;
     handlers["df11_decode"] = nb::capsule(reinterpret_cast<void*>(native::df11_decode_cuda));
+    handlers["df11_product"] = nb::capsule(reinterpret_cast<void*>(native::df11_product_cuda));
     handlers["df11_published_decode"] =
         nb::capsule(reinterpret_cast<void*>(published::df11_published_decode_cuda));
     return handlers;

@@ -145,6 +145,11 @@ inline Layout default_layout(const int64_t* dims, int ndim) {
   return layout;
 }
 
+// A quotient of what is seldom too large for 32 bits, in which a GPU divides several times faster.
+DF11_HD int64_t divide(int64_t a, int64_t b) {
+  return (a | b) >> 32 == 0 ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : a / b;
+}
+
 // How one slice is seen: `batch` matrices of k x n, cut into chunks.
 struct View {
   int64_t size = 0;  // weights
@@ -156,7 +161,7 @@ struct View {
   bool is_flat = true;         // the last k may be incomplete
 
   DF11_HD int64_t tiles_n() const { return (n + kTileCols - 1) / kTileCols; }
-  DF11_HD int64_t tiles_k() const { return (k + steps * kStepRows - 1) / (steps * kStepRows); }
+  DF11_HD int64_t tiles_k() const { return divide(steps_k() + steps - 1, steps); }
   DF11_HD int64_t steps_k() const { return (k + kStepRows - 1) / kStepRows; }
   DF11_HD int64_t chunks() const { return batch * tiles_k() * tiles_n(); }
   DF11_HD int64_t sign_mantissa_words() const { return batch * steps_k() * tiles_n() * kStepWords; }
@@ -174,8 +179,8 @@ struct Chunk {
 
 DF11_HD Chunk locate_chunk(const View& view, int64_t chunk) {
   const int64_t tiles_n = view.tiles_n(), tiles_k = view.tiles_k();
-  const int64_t row = chunk / tiles_n, tile_n = chunk - row * tiles_n;
-  const int64_t b = view.batch == 1 ? 0 : row / tiles_k, tile_k = row - b * tiles_k;
+  const int64_t row = divide(chunk, tiles_n), tile_n = chunk - row * tiles_n;
+  const int64_t b = view.batch == 1 ? 0 : divide(row, tiles_k), tile_k = row - b * tiles_k;
   const int64_t first_step = tile_k * view.steps, left = view.steps_k() - first_step;
   const int steps = left < view.steps ? static_cast<int>(left) : view.steps;
   const int64_t k = first_step * kStepRows, n = tile_n * kTileCols;

@@ -30,15 +30,16 @@ inline std::string tensor_name(std::string_view names, size_t i) {
   return "'" + std::string(names.substr(begin, names.find('\n', begin) - begin)) + "'";
 }
 
-// Makes the error for tensor i. Every call makes one of these, few make an error: the text is put
-// together only then.
+// Makes the error for tensor i of a call. Every call makes one of these, few make an error: the
+// text is put together only then.
 struct OperandError {
   std::string_view names;
   size_t tensor;
+  std::string_view call = "df11_decode";
 
   ffi::Error operator()(const std::string& problem) const {
-    return ffi::Error::InvalidArgument("df11_decode: " + tensor_name(names, tensor) + ": " +
-                                       problem);
+    return ffi::Error::InvalidArgument(std::string(call) + ": " + tensor_name(names, tensor) +
+                                       ": " + problem);
   }
 };
 
@@ -71,6 +72,53 @@ inline bool set_batch_axes(TensorSlices& tensor, ffi::AnyBuffer::Dimensions out,
   tensor.batch_axes = static_cast<int>(axes.size());
   for (size_t i = 0; i < axes.size(); ++i) tensor.axes[axes.size() - 1 - i] = axes[i];
   return true;
+}
+
+// Fills in where the payload of `tensor`, whose view is known, is: the five arrays from operand
+// `first` on, which have batch_rank axes before the stack's.
+inline ffi::Error read_payload(ffi::RemainingArgs args, size_t first, size_t batch_rank,
+                               const OperandError& error, TensorSlices& tensor,
+                               ffi::AnyBuffer::Dimensions& payload_dims) {
+  static constexpr const char* kArrayNames[kArraysPerTensor] = {
+      "header", "codebook", "chunk_offsets", "exponents", "sign_mantissa"};
+  const int64_t expected_words[kArraysPerTensor] = {kHeaderWords, kCodebookWords,
+                                                    tensor.view.chunks() + 1, -1,
+                                                    tensor.view.sign_mantissa_words()};
+  const uint32_t* data[kArraysPerTensor];
+  for (int k = 0; k < kArraysPerTensor; ++k) {
+    const auto array = args.get<ffi::AnyBuffer>(first + k);
+    if (!array || array->element_type() != ffi::DataType::U32) {
+      return error(std::string(kArrayNames[k]) + " must be uint32");
+    }
+    const auto dims = array->dimensions();
+    if (dims.size() != batch_rank + 2) {
+      return error(std::string(kArrayNames[k]) + " has shape " + describe(dims) +
+                   ", expected [batch..., stack, words] with " + std::to_string(batch_rank) +
+                   " batch axes");
+    }
+    if (k == 0) payload_dims = dims;
+    if (!std::equal(dims.begin(), dims.end() - 1, payload_dims.begin())) {
+      return error(std::string(kArrayNames[k]) + " has shape " + describe(dims) +
+                   ", which disagrees in its leading axes with header " + describe(payload_dims));
+    }
+    const int64_t words = dims[dims.size() - 1];
+    if (expected_words[k] >= 0 ? words != expected_words[k] : words % 4 != 0) {
+      return error(std::string(kArrayNames[k]) + " has " + std::to_string(words) +
+                   " words a slice, expected " +
+                   (expected_words[k] >= 0 ? std::to_string(expected_words[k])
+                                           : std::string("a multiple of 4")) +
+                   " for a slice of " + std::to_string(tensor.view.size) + " weights");
+    }
+    data[k] = static_cast<const uint32_t*>(array->untyped_data());
+    if (k == 3) tensor.exponents_words = words;
+  }
+  tensor.stack = payload_dims[batch_rank];
+  tensor.header = data[0];
+  tensor.codebook = data[1];
+  tensor.chunk_offsets = data[2];
+  tensor.exponents = data[3];
+  tensor.sign_mantissa = data[4];
+  return ffi::Error::Success();
 }
 
 inline ffi::Error read_operands(ffi::RemainingArgs args, ffi::RemainingRets results,
@@ -113,41 +161,12 @@ inline ffi::Error read_operands(ffi::RemainingArgs args, ffi::RemainingRets resu
     tensor.view = make_view(layout);
     tensor.geometry = headers[kHeaderWords * i + kGeometryWord];
 
-    static constexpr const char* kArrayNames[kArraysPerTensor] = {
-        "header", "codebook", "chunk_offsets", "exponents", "sign_mantissa"};
-    const int64_t expected_words[kArraysPerTensor] = {kHeaderWords, kCodebookWords,
-                                                      tensor.view.chunks() + 1, -1,
-                                                      tensor.view.sign_mantissa_words()};
-    const uint32_t* data[kArraysPerTensor];
     ffi::AnyBuffer::Dimensions payload_dims{};
-    for (int k = 0; k < kArraysPerTensor; ++k) {
-      const auto array = args.get<ffi::AnyBuffer>(1 + kArraysPerTensor * i + k);
-      if (!array || array->element_type() != ffi::DataType::U32) {
-        return error(std::string(kArrayNames[k]) + " must be uint32");
-      }
-      const auto dims = array->dimensions();
-      if (dims.size() != batch_rank + 2) {
-        return error(std::string(kArrayNames[k]) + " has shape " + describe(dims) +
-                     ", expected [batch..., stack, words] with " + std::to_string(batch_rank) +
-                     " batch axes");
-      }
-      if (k == 0) payload_dims = dims;
-      if (!std::equal(dims.begin(), dims.end() - 1, payload_dims.begin())) {
-        return error(std::string(kArrayNames[k]) + " has shape " + describe(dims) +
-                     ", which disagrees in its leading axes with header " + describe(payload_dims));
-      }
-      const int64_t words = dims[dims.size() - 1];
-      if (expected_words[k] >= 0 ? words != expected_words[k] : words % 4 != 0) {
-        return error(std::string(kArrayNames[k]) + " has " + std::to_string(words) +
-                     " words a slice, expected " +
-                     (expected_words[k] >= 0 ? std::to_string(expected_words[k])
-                                             : std::string("a multiple of 4")) +
-                     " for a slice of " + std::to_string(tensor.view.size) + " weights");
-      }
-      data[k] = static_cast<const uint32_t*>(array->untyped_data());
-      if (k == 3) tensor.exponents_words = words;
+    if (ffi::Error problem =
+            read_payload(args, 1 + kArraysPerTensor * i, batch_rank, error, tensor, payload_dims);
+        problem.failure()) {
+      return problem;
     }
-    tensor.stack = payload_dims[batch_rank];
     if (!set_batch_axes(tensor, out_dims, payload_dims, index->dimensions())) {
       return error("batch axes of result " + describe(out_dims) + ", payload " +
                    describe(payload_dims) + " and index " + describe(index->dimensions()) +
@@ -157,11 +176,6 @@ inline ffi::Error read_operands(ffi::RemainingArgs args, ffi::RemainingRets resu
     if (tensor.stack == 0 && tensor.batch > 0)
       return error("a slice of an empty stack was asked for");
     tensor.index = static_cast<const int32_t*>(index->untyped_data());
-    tensor.header = data[0];
-    tensor.codebook = data[1];
-    tensor.chunk_offsets = data[2];
-    tensor.exponents = data[3];
-    tensor.sign_mantissa = data[4];
     tensor.out = static_cast<uint16_t*>((*out)->untyped_data());
     tensors.push_back(tensor);
   }

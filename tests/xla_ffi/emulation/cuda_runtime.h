@@ -2,9 +2,10 @@
 // threads, for tests on machines without a GPU. It takes the place of the real header, by
 // its directory being first among the include directories.
 //
-// A launch runs its blocks one after the other, and each CUDA thread of a block as a host
-// thread. Warps and blocks synchronize with std::barrier, so that ThreadSanitizer sees in
-// a kernel the data races that it has. All 32 lanes must take part in warp functions.
+// A launch runs its blocks one after the other, every second launch from the last to the first,
+// and each CUDA thread of a block as a host thread. Warps and blocks synchronize with std::barrier,
+// so that ThreadSanitizer sees in a kernel the data races that it has. All 32 lanes must take part
+// in warp functions. What is asynchronous happens only when it is waited for.
 #pragma once
 
 #include <algorithm>
@@ -17,6 +18,8 @@
 #include <memory>
 #include <thread>
 #include <vector>
+
+#include "shared_memory.h"
 
 #define __host__
 #define __device__
@@ -37,18 +40,19 @@ struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace cuda_emulation {
 
 inline constexpr int kWarpSize = 32;
 inline constexpr int kMultiprocessors = 3;
-
-inline void check(bool ok, const char* what) {
-  if (ok) return;
-  std::fprintf(stderr, "cuda emulation: %s\n", what);
-  std::abort();
-}
 
 struct Warp {
   std::barrier<> barrier{kWarpSize};
@@ -67,6 +71,8 @@ struct Block {
 };
 
 inline int launches = 0;  // of kernels, so far
+inline int compute_capability = 9;
+inline std::map<const void*, size_t> shared_allowed;  // of dynamic shared memory, by kernel
 
 inline thread_local Block* block = nullptr;
 inline thread_local uint4* dynamic_shared = nullptr;  // in place of an extern __shared__ array
@@ -86,7 +92,11 @@ inline const uint32_t* exchange(unsigned mask, uint32_t value) {
 
 }  // namespace cuda_emulation
 
-inline void __syncthreads() { cuda_emulation::block->barrier.arrive_and_wait(); }
+inline void __syncthreads() {
+  cuda_emulation::block->barrier.arrive_and_wait();
+  ++cuda_emulation::now.warp;
+  ++cuda_emulation::now.block;
+}
 inline int __syncthreads_or(int predicate) {
   cuda_emulation::Block& block = *cuda_emulation::block;
   block.votes[threadIdx.x] = predicate != 0;
@@ -96,7 +106,10 @@ inline int __syncthreads_or(int predicate) {
   return any;
 }
 
-inline void __syncwarp() { cuda_emulation::warp().barrier.arrive_and_wait(); }
+inline void __syncwarp() {
+  cuda_emulation::warp().barrier.arrive_and_wait();
+  ++cuda_emulation::now.warp;
+}
 inline uint32_t __shfl_sync(unsigned mask, uint32_t value, int source) {
   return cuda_emulation::exchange(mask, value)[source];
 }
@@ -141,31 +154,56 @@ inline uint32_t __brev(uint32_t x) {
   return result;
 }
 
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+using std::max;
+using std::min;
+
 template <typename T>
 T __ldg(const T* from) {
   return *from;
+}
+template <typename T>
+T __ldcg(const T* from) {
+  return *from;
+}
+template <typename T>
+void __stcg(T* to, const T& value) {
+  *to = value;
 }
 template <typename T>
 T __ldcs(const T* from) {
   return *from;
 }
 
-// cuda_pipeline_primitives.h
-inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
-  const auto aligned = [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
-  cuda_emulation::check(aligned(to) && aligned(from), "an asynchronous copy is not aligned");
-  std::memcpy(to, from, bytes);
+inline uint32_t atomicAdd(uint32_t* to, uint32_t value) {
+  return __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
 }
-inline void __pipeline_commit() {}
-inline void __pipeline_wait_prior(size_t) {}
+inline void __threadfence() {}  // blocks do not run at the same time
+
+#include "asynchronous.h"
 
 // Host functions.
 
 enum cudaError_t {
   cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorNotSupported = 801,
   cudaErrorMisalignedAddress = 716,
 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 using cudaStream_t = struct CUstream_st*;
 struct cudaLaunchAttribute;
@@ -181,12 +219,15 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = cuda_emulation::kMultiprocessors;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? cuda_emulation::kMultiprocessors
+           : attribute == cudaDevAttrComputeCapabilityMajor ? cuda_emulation::compute_capability
+                                                            : int{cuda_emulation::kMostShared};
   return cudaSuccess;
 }
-template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+template <typename... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int bytes) {
+  cuda_emulation::shared_allowed[reinterpret_cast<const void*>(kernel)] = bytes;
   return cudaSuccess;
 }
 template <typename T>
@@ -197,6 +238,10 @@ cudaError_t cudaMalloc(T** memory, size_t bytes) {
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
 inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
   if (bytes) std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  std::memset(memory, value, bytes);
   return cudaSuccess;
 }
 inline cudaError_t cudaFree(void* memory) {
@@ -217,17 +262,30 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const unsigned threads = config->blockDim.x;
   cuda_emulation::check(threads % cuda_emulation::kWarpSize == 0, "a warp is not full");
   cuda_emulation::Block block(static_cast<int>(threads));
-  // Of exactly the size, in an allocation of its own: so that sanitizers see what leaves it.
-  const std::unique_ptr<std::byte[]> dynamic_shared(new std::byte[config->dynamicSmemBytes]);
+  cuda_emulation::check(
+      config->dynamicSmemBytes <=
+          std::max<size_t>(48 * 1024,
+                           cuda_emulation::shared_allowed[reinterpret_cast<const void*>(kernel)]),
+      "the kernel was not allowed as much shared memory");
+  cuda_emulation::SharedMemory shared(config->dynamicSmemBytes, threads);
+  const bool backwards = cuda_emulation::launches % 2 == 0;
   const auto run = [&](unsigned thread) {
     cuda_emulation::block = &block;
-    cuda_emulation::dynamic_shared = reinterpret_cast<uint4*>(dynamic_shared.get());
+    cuda_emulation::shared = &shared;
+    cuda_emulation::dynamic_shared = reinterpret_cast<uint4*>(shared.data());
+    cuda_emulation::this_thread = thread;
     threadIdx = dim3(thread);
     blockDim = config->blockDim;
     gridDim = config->gridDim;
     for (unsigned i = 0; i < gridDim.x; ++i) {
-      blockIdx = dim3(i);
+      blockIdx = dim3(backwards ? gridDim.x - 1 - i : i);
       kernel(arguments...);
+      cuda_emulation::end_block();
+      __syncthreads();
+      if (thread == 0) {
+        shared.reset();
+        cuda_emulation::reset_barriers();
+      }
       __syncthreads();
     }
   };

@@ -3,17 +3,26 @@
 import pytest
 from compiling import FLAGS, needs_compiler, run_under
 
+pytestmark = pytest.mark.slow
+
+ARGUMENTS = ["-Itests/xla_ffi/emulation", "-Wno-unknown-pragmas", "-Wno-psabi"]
+# The kernels read words two and four at a time.
+ARGUMENTS += ["-fno-strict-aliasing"]
+
+
+@needs_compiler
+def test_what_is_left_out_is_noticed(tmp_path):
+    arguments = [*ARGUMENTS, "tests/xla_ffi/emulation/async_copies_test.cc"]
+    run_under("plain", tmp_path, arguments, standard="c++20")
+
 
 # Against the CPU decoder for the native layout, against one in the test for the published one.
 @needs_compiler
 @pytest.mark.parametrize("sanitizer", FLAGS)
 @pytest.mark.parametrize("layout", ["native", "published"])
 def test_kernel(layout, sanitizer, tmp_path):
-    arguments = ["-Itests/xla_ffi/emulation", "-Wno-unknown-pragmas"]
-    # The kernels read words two and four at a time.
-    arguments += ["-fno-strict-aliasing"]
     # Two warps a block, because a host thread for each of 256 is slow.
-    arguments += ["-DDF11_DECODE_WARPS=2"]
+    arguments = [*ARGUMENTS, "-DDF11_DECODE_WARPS=2"]
     arguments += [f"tests/xla_ffi/{layout}/kernel_test.cc"]
     arguments += ["-x", "c++", f"xla_ffi/{layout}/cuda/decode.cu"]
     run_under(sanitizer, tmp_path, arguments, standard="c++20")

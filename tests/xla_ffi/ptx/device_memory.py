@@ -67,6 +67,14 @@ class Races:
         self._reader[places] = -1
         return bad.any(axis=-1)
 
+    def writers(self) -> np.ndarray:
+        """The thread that wrote each byte last, or -1."""
+        return self._writer
+
+    def forget(self, places: np.ndarray) -> None:
+        """Bytes that something other than a thread has written."""
+        self._writer[places] = self._reader[places] = -1
+
 
 def _unordered(
     other: np.ndarray, then: np.ndarray, threads: np.ndarray, time: np.ndarray

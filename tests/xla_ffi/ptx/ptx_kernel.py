@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-SHARED_BASE = 1 << 16  # address of the first byte of shared memory
+SHARED_BASE = 1 << 10  # address of the first byte of shared memory, as on a GPU
 
 
 @dataclasses.dataclass
@@ -43,7 +43,7 @@ class Kernel:
                 self.static_shared = begin + size
             elif match := re.match(r"(\$?\w+):", text):
                 self.labels[match[1]] = len(self.code)
-            elif match := re.match(r"(?:@(!?)([%\w]+)\s+)?([a-z][\w.]*)\s*([^;]*);", text):
+            elif match := re.match(r"(?:@(!?)([%\w]+)\s+)?([a-z][\w.:]*)\s*([^;]*);", text):
                 name = match[3].split(".")
                 operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s|]+", match[4])
                 self.code.append(

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from device_memory import WARP, GlobalMemory, KernelError, Races
 from ptx_arithmetic import COMPARISONS, TYPES, compute
+from ptx_bulk import Bulk
 from ptx_kernel import SHARED_BASE, Instruction, Kernel
 
 
@@ -55,6 +56,8 @@ def launch(
 
 
 class _Block:
+    PARAM_BASE = 1 << 32  # generic address of the first byte of parameters
+
     def __init__(
         self,
         kernel: Kernel,
@@ -84,6 +87,7 @@ class _Block:
         self.pc = np.zeros(threads, np.int64)
         self.waiting = np.zeros(threads, bool)
         self.exited = np.zeros(threads, bool)
+        self.bulk = Bulk(self)
         self.copies: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # under way
 
     def run(self) -> None:
@@ -101,6 +105,7 @@ class _Block:
                 self.go_on(group, int(pc), stop)
             except KernelError as error:
                 raise KernelError(f"line {self.kernel.code[self.now].line}: {error}") from None
+        self.bulk.end()
 
     def go_on(self, group: np.ndarray, pc: int, stop: int) -> None:
         """Runs a group of threads until it branches, waits, or meets others."""
@@ -123,10 +128,16 @@ class _Block:
                 self.pc[lanes] = pc
                 self.exited[active] = True
                 return
-            if kind in ("bar", "barrier", "shfl", "vote", "redux"):
+            if kind in ("bar", "barrier", "shfl", "vote", "redux", "elect"):
                 self.synchronize(step, active, pc)
                 return
-            if len(active):
+            if kind in ("mbarrier", "fence") or step.name[:3] == ["cp", "async", "bulk"]:
+                waiting = self.bulk.execute(step, active)
+                if len(waiting):
+                    self.pc[lanes] = pc
+                    self.pc[waiting], self.waiting[waiting] = pc - 1, True
+                    return
+            elif len(active):
                 whole = every and len(active) == self.size
                 self.execute(step, slice(None) if whole else active, active)
             if pc >= stop:
@@ -146,7 +157,7 @@ class _Block:
         """The operand's values, read as `kind`."""
         if name in self.special:
             return self.special[name][where]
-        if name.startswith("%") or name == "crossed":
+        if name.startswith("%") or name in ("crossed", "elected", "complete"):
             value = self.register(name)[where]
             if kind is None or kind == value.dtype:
                 return value
@@ -172,10 +183,13 @@ class _Block:
 
     def access(self, step: Instruction, active: np.ndarray) -> None:
         load = step.name[0] == "ld"
-        space = next((s for s in step.name if s in ("param", "shared", "global")), "global")
+        space = next((s for s in step.name if s in ("param", "shared", "global")), "generic")
         kind = TYPES[step.name[-1]]
         count = next((int(s[1:]) for s in step.name if s in ("v2", "v4")), 1)
         values, address = step.operands if load else step.operands[::-1]
+        if space == "generic":
+            register = re.match(r"\[\s*(%\w+)", address)[1]
+            space = "shared" if (self.get(register, active) < self.PARAM_BASE).all() else "global"
         registers = re.findall(r"[%\w]+", values)
         places = self.bytes_of(address, active, space, kind.itemsize * count)
         if load:
@@ -230,6 +244,7 @@ class _Block:
             if self.races.write(places, self.thread[active], self.time[active]).any():
                 raise KernelError("race: writes shared memory that another thread has accessed")
             self.shared[places] = data
+            self.bulk.unfenced[places] = True
             return
         for inside, (part, races, found) in self.memory.find(places):
             if races is None:
@@ -267,7 +282,8 @@ class _Block:
             )
             self.put(ops[0], where, low | high << np.uint64(32))
         elif kind == "cvta":
-            self.put(ops[0], where, self.get(ops[1], where, TYPES["u64"]))
+            base = np.uint64(self.PARAM_BASE if "param" in name else 0)
+            self.put(ops[0], where, self.get(ops[1], where, TYPES["u64"]) + base)
         elif kind == "cvt":
             self.put(ops[0], where, self.get(ops[1], where, TYPES[name[2]]).astype(TYPES[name[1]]))
         else:
@@ -340,6 +356,8 @@ class _Block:
                 self.get(ops[1], lanes).astype(np.uint32) << (lanes % WARP).astype(np.uint32)
             )
             self.put(ops[0], lanes, np.full(len(lanes), ballot, np.uint32))
+        elif kind == "elect":  # not the first, so that nobody relies on that
+            self.put(ops[1], lanes, lanes == lanes[-1])
         elif kind == "redux":
             total = self.get(ops[1], lanes, TYPES["u32"]).sum(dtype=np.uint32)
             self.put(ops[0], lanes, np.full(len(lanes), total, np.uint32))

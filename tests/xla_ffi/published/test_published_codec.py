@@ -3,6 +3,8 @@
 import pytest
 from compiling import needs_compiler, run_under
 
+pytestmark = pytest.mark.slow
+
 
 @needs_compiler
 @pytest.mark.parametrize("sanitizer", ["address", "undefined", "thread"])

@@ -28,9 +28,11 @@ DF11_HD uint32_t unpack_nibble(const uint32_t* words, int i) {
 }
 
 // Fills the table; returns false, in all threads alike, if the code is not complete.
-// All threads of the block take part. Ends with a barrier.
+// All threads of the block, kWarps warps, take part. Ends with a barrier.
+template <int kWarps>
 __device__ inline bool build_table_in_block(const uint32_t* codebook, TableScratch& scratch,
                                             uint32_t* table) {
+  constexpr int kThreads = kWarps * kLanes;
   static_assert(kSymbolGroups % kWarps == 0 && kSymbols % kThreads == 0);
   constexpr int kGroups = kSymbolGroups / kWarps;  // a warp's
   constexpr uint32_t kCountMask = 511;

@@ -1,47 +1,172 @@
-// The launch of the native layout's CUDA decoder.
+// The launches of the native layout's CUDA decoders, and the choice between them.
 
 #include <algorithm>
 #include <cstdint>
 
 #include "common/resident_blocks.h"
 #include "native/cuda/decode.h"
+#include "native/cuda/decode_bulk.cuh"
 #include "native/cuda/decode_kernel.cuh"
 
 namespace df11::native {
 namespace {
 
-cudaError_t launch(cudaStream_t stream, const DecodeBatch& batch) {
-  int resident = 0;
-  if (cudaError_t error = resident_blocks<decode_kernel>(kThreads, 0, &resident);
-      error != cudaSuccess)
+// Collects tensors, and launches a kernel when there are as many as it takes.
+class GeneralLaunches {
+ public:
+  explicit GeneralLaunches(cudaStream_t stream) : stream_(stream) {}
+
+  cudaError_t add(const TensorSlices& tensor) {
+    batch_.tensors[batch_.count] = tensor;
+    batch_.first_chunk[batch_.count + 1] =
+        batch_.first_chunk[batch_.count] + tensor.batch * tensor.view.chunks();
+    return ++batch_.count == kTensorsPerLaunch ? launch() : cudaSuccess;
+  }
+
+  cudaError_t launch() {
+    if (batch_.count == 0) return cudaSuccess;
+    int resident = 0;
+    if (cudaError_t error = resident_blocks<decode_kernel>(kThreads, 0, &resident);
+        error != cudaSuccess)
+      return error;
+    const int64_t chunks = batch_.first_chunk[batch_.count];
+    cudaLaunchConfig_t config = {};
+    config.gridDim =
+        dim3(static_cast<unsigned>(std::min<int64_t>(resident, (chunks + kWarps - 1) / kWarps)));
+    config.blockDim = dim3(kThreads);
+    config.stream = stream_;
+    const cudaError_t error = cudaLaunchKernelEx(&config, decode_kernel, batch_);
+    batch_.count = 0;
     return error;
-  const int64_t chunks = batch.first_chunk[batch.count];
-  cudaLaunchConfig_t config = {};
-  config.gridDim =
-      dim3(static_cast<unsigned>(std::min<int64_t>(resident, (chunks + kWarps - 1) / kWarps)));
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, decode_kernel, batch);
+  }
+
+ private:
+  cudaStream_t stream_;
+  DecodeBatch batch_;
+};
+
+// The driver's function that makes tensor maps; null if the driver is too old. Asked for at run
+// time, so that the library can be loaded where there is no driver.
+using EncodeTensorMap = decltype(&cuTensorMapEncodeTiled);
+EncodeTensorMap tensor_map_encoder() {
+  static const EncodeTensorMap encoder = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                               12000, cudaEnableDefault, &found);
+    const bool ok = error == cudaSuccess && found == cudaDriverEntryPointSuccess;
+    return ok ? reinterpret_cast<EncodeTensorMap>(function) : nullptr;
+  }();
+  return encoder;
 }
+
+// The weights of all batch elements are one matrix; boxes are a step of a chunk.
+bool encode_tensor_map(const TensorSlices& tensor, CUtensorMap* map) {
+  const View& view = tensor.view;
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(view.n),
+                              static_cast<cuuint64_t>(tensor.batch * view.batch * view.k)};
+  const cuuint64_t strides[] = {2 * sizes[0]};
+  const cuuint32_t box[] = {kTileCols, kStepRows}, steps[] = {1, 1};
+  return tensor_map_encoder()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, tensor.out, sizes, strides,
+                              box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                              CU_TENSOR_MAP_L2_PROMOTION_NONE,
+                              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// As many warps as shared memory has room for; GPUs with 100 KB of it move fewer weights a clock.
+constexpr int kWideWarps = kWarps, kNarrowWarps = 2;
+
+class BulkLaunches {
+ public:
+  explicit BulkLaunches(cudaStream_t stream) : stream_(stream) {
+    int device = 0, capability = 0;
+    usable_ = cudaGetDevice(&device) == cudaSuccess &&
+              cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, device) ==
+                  cudaSuccess &&
+              cudaDeviceGetAttribute(&shared_bytes_, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                     device) == cudaSuccess &&
+              capability >= 9 && tensor_map_encoder();
+  }
+
+  // Whether the tensor is of the kind, and has a pair of chunks.
+  bool takes(const TensorSlices& tensor) const {
+    const View& view = tensor.view;
+    constexpr int64_t kMost = INT32_MAX;
+    if (!usable_ || view.is_flat || view.along_columns || !is_aligned(tensor.out) ||
+        !is_aligned(tensor.exponents) || tensor.exponents_words % 4 != 0 ||
+        tensor.exponents_words > kMost || view.n > kMost ||
+        tensor.batch * view.batch * view.k > kMost || tensor.batch * view.chunks() > kMost) {
+      return false;
+    }
+    return PairGrid(view).pairs() > 0;
+  }
+
+  cudaError_t add(const TensorSlices& tensor) {
+    const PairGrid grid(tensor.view);
+    const uint32_t counts[] = {grid.pairs(), grid.singles()};
+    // Of all tensors' together, too, numbers fit.
+    for (int i = 0; i < 2; ++i) {
+      if (int64_t{batch_.first[i][batch_.count]} + tensor.batch * counts[i] > INT32_MAX) {
+        if (cudaError_t error = launch(); error != cudaSuccess) return error;
+      }
+    }
+    if (!encode_tensor_map(tensor, &batch_.maps[batch_.count])) return cudaErrorNotSupported;
+    batch_.tensors[batch_.count] = tensor;
+    for (int i = 0; i < 2; ++i) {
+      batch_.first[i][batch_.count + 1] =
+          batch_.first[i][batch_.count] + static_cast<uint32_t>(tensor.batch) * counts[i];
+    }
+    return ++batch_.count == kTensorsPerBulkLaunch ? launch() : cudaSuccess;
+  }
+
+  cudaError_t launch() {
+    if (batch_.count == 0) return cudaSuccess;
+    const bool wide = BulkMemory<kWideWarps>::kEnd <= static_cast<uint32_t>(shared_bytes_);
+    const cudaError_t error = wide ? launch<kWideWarps>() : launch<kNarrowWarps>();
+    batch_.count = 0;
+    return error;
+  }
+
+ private:
+  template <int kBlockWarps>
+  cudaError_t launch() {
+    constexpr int kBlockThreads = kBlockWarps * kLanes;
+    constexpr size_t kBytes = BulkMemory<kBlockWarps>::kEnd;
+    int resident = 0;
+    if (cudaError_t error =
+            resident_blocks<bulk_decode_kernel<kBlockWarps>>(kBlockThreads, kBytes, &resident);
+        error != cudaSuccess)
+      return error;
+    // Few chunks are better spread over all multiprocessors than decoded side by side on some.
+    const int64_t items = std::max(batch_.first[0][batch_.count], batch_.first[1][batch_.count]);
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(resident, items)));
+    config.blockDim = dim3(kBlockThreads);
+    config.dynamicSmemBytes = kBytes;
+    config.stream = stream_;
+    return cudaLaunchKernelEx(&config, bulk_decode_kernel<kBlockWarps>, batch_);
+  }
+
+  cudaStream_t stream_;
+  bool usable_ = false;
+  int shared_bytes_ = 0;
+  BulkBatch batch_ = {};
+};
 
 }  // namespace
 
 cudaError_t launch_decode(cudaStream_t stream, const TensorSlices* tensors, int count) {
-  DecodeBatch batch = {};
+  GeneralLaunches general(stream);
+  BulkLaunches bulk(stream);
   for (int i = 0; i < count; ++i) {
-    const int64_t chunks = tensors[i].batch * tensors[i].view.chunks();
-    if (chunks > 0) {
-      if (!is_aligned(tensors[i].sign_mantissa)) return cudaErrorMisalignedAddress;
-      batch.tensors[batch.count] = tensors[i];
-      batch.first_chunk[batch.count + 1] = batch.first_chunk[batch.count] + chunks;
-      ++batch.count;
-    }
-    if (batch.count == kTensorsPerLaunch || (i + 1 == count && batch.count > 0)) {
-      if (cudaError_t error = launch(stream, batch); error != cudaSuccess) return error;
-      batch.count = 0;
-    }
+    const TensorSlices& tensor = tensors[i];
+    if (tensor.batch * tensor.view.chunks() == 0) continue;
+    if (!is_aligned(tensor.sign_mantissa)) return cudaErrorMisalignedAddress;
+    const cudaError_t error = bulk.takes(tensor) ? bulk.add(tensor) : general.add(tensor);
+    if (error != cudaSuccess) return error;
   }
-  return cudaSuccess;
+  if (cudaError_t error = bulk.launch(); error != cudaSuccess) return error;
+  return general.launch();
 }
 
 }  // namespace df11::native

@@ -1,7 +1,5 @@
-// Where a lane's exponents come from, and where its weights go to.
-//
-// Sources hand out the table entries of a lane's pairs, two at a time: CodedPairs from a
-// bit stream, RawPairs from a raw chunk. Rows take 8 columns of one row at a time.
+// Where a lane's exponents come from: sources hand out the table entries of a lane's pairs, two at
+// a time. CodedPairs reads a bit stream, RawPairs a raw chunk.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -93,73 +91,10 @@ class RawPairs {
     entry1 = __byte_perm(word, 0, 0x3424) >> 1;
   }
 
-  __device__ void end_half_step() { words_ += kHalfStepPairs / 2; }
+  __device__ void end_half_step() { words_ += kHalfStepWords; }
 
  private:
   const uint32_t* words_;
-};
-
-// Rows of a chunk that is aligned and nowhere at the view's edge.
-class InnerRows {
- public:
-  __device__ InnerRows(uint16_t* first, int64_t cols) : row_(first), cols_(cols) {}
-
-  __device__ void store(const uint4& weights) {
-    store_global(row_, weights);
-    row_ += cols_;
-  }
-
-  __device__ void skip(int rows) { row_ += rows * cols_; }
-
- private:
-  uint16_t* row_;
-  int64_t cols_;
-};
-
-// Rows of any chunk: the lane's 8 columns may end early, or be unaligned.
-class EdgeRows {
- public:
-  // Of the view's rows all are complete, but in a flat view perhaps the last. `view` is in
-  // shared memory.
-  __device__ EdgeRows(uint16_t* out, const View& view, int64_t row, int64_t col)
-      : row_(out + row * view.cols + col), cols_(&view.cols) {
-    const bool partial = view.size != view.rows * view.cols;
-    const int64_t complete = view.rows - (partial ? 1 : 0);
-    rows_left_ = clamp(complete - row, -1, kTileRows);
-    count_ = clamp(view.cols - col, 0, 8);
-    last_count_ = partial ? clamp(view.size - complete * view.cols - col, 0, 8) : 0;
-  }
-
-  __device__ void store(const uint4& weights) {
-    const int count = rows_left_ > 0 ? count_ : rows_left_ == 0 ? last_count_ : 0;
-    if (count == 8 && is_aligned(row_)) {
-      store_global(row_, weights);
-    } else {
-      const uint32_t words[4] = {weights.x, weights.y, weights.z, weights.w};
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (i < count)
-          store_global(row_ + i, static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2))));
-      }
-    }
-    skip(1);
-  }
-
-  __device__ void skip(int rows) {
-    row_ += rows * *cols_;
-    rows_left_ -= rows;
-  }
-
- private:
-  __device__ static int clamp(int64_t x, int low, int high) {
-    return x < low ? low : x > high ? high : static_cast<int>(x);
-  }
-
-  uint16_t* row_;
-  // Read anew for each row: multiples of it, kept in registers by the compiler, spill.
-  const volatile int64_t* cols_;
-  int rows_left_;           // complete ones, from here to the end of the view
-  int count_, last_count_;  // weights of the lane in a complete row, in the one after these
 };
 
 }  // namespace df11::native

@@ -1,0 +1,246 @@
+"""Products with compressed matrices, which a GPU decodes in registers and multiplies there.
+
+The matrix then never exists in memory. On CUDA, from compute capability 9.0, products of a few rows
+are fused in that way. Others decode the matrix first and leave the product to XLA.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Float, Int32
+
+from df11_jax import _ffi, _layout
+from df11_jax._array import DF11Array, DF11Slice
+from df11_jax._layout import Layout, View
+from df11_jax._slices import decode_slices
+
+# The kernel is made for so many rows of x; with more, decoding first has not been measured to lose.
+MOST_FUSED_ROWS = 16
+_MATRICES_PER_CALL = 4
+# An item of the kernel's work is so many chunks that there are about as many items: see
+# xla_ffi/native/cuda/product.h.
+_ITEMS = 24 * 132
+
+Matrix = DF11Array | DF11Slice
+
+
+def dot(
+    x: Float[Array, "*batch k"],
+    a: Matrix | Sequence[Matrix],
+    *,
+    preferred_element_type: Any = None,
+    exact: bool = False,
+) -> Any:
+    """Multiplies with a compressed matrix: `x @ W`, or `x @ E.T` if its pairs are along columns.
+
+    The weights that are multiplied are bit for bit those that were compressed. Where the product
+    is fused, sums are in float32, in an order of its own that depends on the shape of the matrix
+    alone: a row of the result has the same bits whatever other rows there are. That order is not
+    XLA's, so that results can differ from those of `x @ decompress(a)` in the last bit.
+
+    It is differentiable with respect to `x`, and works under the same transformations as
+    `decompress`. Under `vmap`, mapped rows become rows of `x`.
+
+    Args:
+        x: the rows to multiply. Only bfloat16 ones are multiplied by the fused product.
+        a: a compressed matrix without stack axes, or a slice of a stack; or several of these,
+            which are read by one call. See `compress` for the axes that are rows.
+        preferred_element_type: bfloat16 or float32, the type of the result; None for the type of
+            `x` and the weights together.
+        exact: decode first, and use XLA's product: the results are those of plain weights.
+
+    Returns:
+        The product, `[*batch, n]`; a list of products, if `a` is a sequence.
+
+    Raises:
+        TypeError: `a` is not compressed.
+        ValueError: `a` is a stack, consists of several matrices or of parts, or does not fit `x`.
+    """
+    if isinstance(a, DF11Array | DF11Slice):
+        return _dot_all(x, [a], preferred_element_type, exact)[0]
+    return _dot_all(x, list(a), preferred_element_type, exact)
+
+
+class _Call(NamedTuple):
+    """A call but for its arrays.
+
+    Attributes:
+        layouts: the layout of each matrix.
+        out_dtype: the dtype of the results.
+        is_fused: whether the product may be fused.
+    """
+
+    layouts: tuple[Layout, ...]
+    out_dtype: np.dtype
+    is_fused: bool
+
+
+def _dot_all(x: Array, matrices: list[Matrix], out_type: Any, exact: bool) -> list[Array]:
+    x = jnp.asarray(x)
+    if not matrices:
+        return []
+    first = jnp.int32(0)
+    slices = [_as_slice(matrix, i, first) for i, matrix in enumerate(matrices)]
+    for i, a in enumerate(slices):
+        k, _ = _matrix_shape(a.stack.layout)
+        if x.ndim < 1 or x.shape[-1] != k:
+            raise ValueError(
+                f"dot: x has shape {x.shape}, expected [..., {k}] for matrix {i}, {a.stack!r}"
+            )
+    out_dtype = np.dtype(out_type or jnp.promote_types(x.dtype, jnp.bfloat16))
+    can_fuse = not exact and x.dtype == jnp.bfloat16 and out_dtype in (jnp.bfloat16, jnp.float32)
+    rows = x.reshape(-1, x.shape[-1])
+    results: list[Array] = []
+    # A launch reads matrices of one stack index; others have launches of their own.
+    for begin, end in _runs(slices):
+        run = slices[begin:end]
+        call = _Call(
+            tuple(a.stack.layout for a in run),
+            out_dtype,
+            can_fuse and all(_can_fuse(a.stack.layout) for a in run),
+        )
+        payloads = [leaf.reshape(-1, leaf.shape[-1]) for a in run for leaf in a.stack.payload]
+        results += _product(call, rows, run[0].index, *payloads)
+    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in results]
+
+
+def _as_slice(matrix: Matrix, i: int, index: Int32[Array, ""]) -> DF11Slice:
+    if isinstance(matrix, DF11Slice):
+        a = matrix
+    elif isinstance(matrix, DF11Array):
+        if matrix.stack_shape:
+            raise ValueError(
+                f"dot: matrix {i} is a stack, {matrix!r}: take a slice of it, or scan over it"
+            )
+        a = DF11Slice(matrix, index)
+    else:
+        raise TypeError(f"dot: expected a DF11Array, got {type(matrix).__name__}")
+    if a.stack.layout.parts:
+        raise ValueError(f"dot: matrix {i} is divided, {a.stack!r}: decompress it")
+    return a
+
+
+def _runs(slices: Sequence[DF11Slice]) -> list[tuple[int, int]]:
+    """Neighbours that one call can read: as many as it takes, of the same index."""
+    runs: list[tuple[int, int]] = []
+    for i, a in enumerate(slices):
+        if runs:
+            first, last = runs[-1]
+            if last - first < _MATRICES_PER_CALL and a.index is slices[first].index:
+                runs[-1] = (first, i + 1)
+                continue
+        runs.append((i, i + 1))
+    return runs
+
+
+def _matrix_shape(layout: Layout) -> tuple[int, int]:
+    """K and N of the matrix that x is multiplied with; of a flat view, too."""
+    if layout.batch_axes or not layout.row_axes or layout.row_axes == len(layout.shape):
+        raise ValueError(
+            f"dot: slices of shape {layout.shape} with {layout.batch_axes} batch axes and "
+            f"{layout.row_axes} row axes are no matrices: see the arguments of compress"
+        )
+    rows = math.prod(layout.shape[: layout.row_axes])
+    cols = math.prod(layout.shape[layout.row_axes :])
+    return (cols, rows) if layout.along_columns else (rows, cols)
+
+
+def _can_fuse(layout: Layout) -> bool:
+    view = layout.view
+    return view.size > 0 and (view.k, view.n) == _matrix_shape(layout)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _product(call: _Call, x: Array, index: Array, *payloads: Array) -> list[Array]:
+    return _batched(call)(x, index, *payloads)
+
+
+@_product.defjvp
+def _product_jvp(call: _Call, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+    # The weights are constants. Tangents are multiplied by XLA, which can transpose that.
+    x, *others = primals
+    return _product(call, x, *others), _decode_first(call, tangents[0], *others)
+
+
+@functools.lru_cache(256)
+def _batched(call: _Call) -> Any:
+    """The product under vmap: mapped rows of x become rows, mapped matrices are decoded first."""
+
+    @custom_vmap
+    def product(x: Array, index: Array, *payloads: Array) -> list[Array]:
+        return _choose(call, x, index, *payloads)
+
+    @product.def_vmap
+    def rule(size: int, batched: Any, x: Array, *others: Array) -> Any:
+        is_x, *are_others = batched
+        if any(are_others):
+            axes = (0 if is_x else None, *(0 if is_other else None for is_other in are_others))
+            out = jax.vmap(functools.partial(_decode_first, call), in_axes=axes)(x, *others)
+        else:
+            rows = product(x.reshape(-1, x.shape[-1]), *others)
+            out = [y.reshape(size, -1, y.shape[-1]) for y in rows]
+        return out, [True] * len(out)
+
+    return product
+
+
+def _choose(call: _Call, x: Array, index: Array, *payloads: Array) -> list[Array]:
+    decode_first = functools.partial(_decode_first, call)
+    is_possible = call.is_fused and 1 <= x.shape[0] <= MOST_FUSED_ROWS
+    platforms = _ffi.product_platforms() if is_possible else ()
+    compiled = dict.fromkeys(platforms, functools.partial(_fused, call))
+    return jax.lax.platform_dependent(x, index, *payloads, **compiled, default=decode_first)
+
+
+def _fused(call: _Call, x: Array, index: Array, *payloads: Array) -> list[Array]:
+    views = [layout.view for layout in call.layouts]
+    out = [jax.ShapeDtypeStruct((x.shape[0], view.n), call.out_dtype) for view in views]
+    out.append(jax.ShapeDtypeStruct((workspace_words(views, x.shape[0]),), jnp.uint32))
+    names = "\n".join(f"matrix {i}" for i in range(len(views)))
+    headers = np.concatenate([_layout.pack_header(layout) for layout in call.layouts])
+    fused = jax.ffi.ffi_call(_ffi.PRODUCT_TARGET, out)
+    *results, _ = fused(x, index, *payloads, names=names, headers=headers)
+    return results
+
+
+def _decode_first(call: _Call, x: Array, index: Array, *payloads: Array) -> list[Array]:
+    each = len(_layout.PAYLOAD)
+    stacks = [
+        DF11Array.from_payload(payloads[each * i : each * (i + 1)], layout)
+        for i, layout in enumerate(call.layouts)
+    ]
+    results = []
+    for stack, weights in zip(stacks, decode_slices(stacks, index), strict=True):
+        layout = stack.layout
+        matrix = weights.reshape(math.prod(layout.shape[: layout.row_axes]), -1)
+        contracted = 1 if layout.along_columns else 0
+        dtype = jnp.promote_types(x.dtype, matrix.dtype)
+        results.append(
+            jax.lax.dot_general(
+                x.astype(dtype),
+                matrix.astype(dtype),
+                (((1,), (contracted,)), ((), ())),
+                preferred_element_type=call.out_dtype,
+            )
+        )
+    return results
+
+
+def workspace_words(views: Sequence[View], rows: int) -> int:
+    """The length of the kernel's workspace; the same formula as in xla_ffi/native/cuda/product.h.
+
+    Args:
+        views: the views of the matrices.
+        rows: the number of rows of x.
+    """
+    words = _layout.round_up(sum(view.tiles_n for view in views), 4)
+    for view in views:
+        chunks = min(view.tiles_k, -(-view.tiles_k * view.tiles_n // _ITEMS))
+        words += _layout.TILE_COLS * rows * view.tiles_n * -(-view.tiles_k // chunks)
+    return words

@@ -1,0 +1,160 @@
+"""`dot` where matrices are decoded first, and the calls that it makes for a GPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from payloads import assert_same_bits, count_decodes, random_weights
+
+import df11_jax
+from df11_jax import _ffi, _layout, _product
+
+K, N = 192, 256
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return random_weights((K, N))
+
+
+def rows(count, k=K):
+    return random_weights((count, k), seed=7, scale=1.0)
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (3,), (2, 5), (40,)], ids=str)
+@pytest.mark.parametrize("out", [None, jnp.float32])
+def test_is_the_product_of_plain_weights(weights, batch, out):
+    x = random_weights((*batch, K), seed=1, scale=1.0)
+    expected = jnp.dot(x, weights, preferred_element_type=out)
+    actual = df11_jax.dot(x, df11_jax.compress(weights), preferred_element_type=out)
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_of_the_transpose():
+    table = random_weights((N, K))
+    a = df11_jax.compress(table, along_columns=True)
+    assert_same_bits(df11_jax.dot(rows(4), a), rows(4) @ table.T)
+
+
+def test_rows_may_be_several_axes():
+    weights = random_weights((3, 64, N))
+    assert_same_bits(
+        df11_jax.dot(rows(4), df11_jax.compress(weights)), rows(4) @ weights.reshape(K, N)
+    )
+    weights = random_weights((K, 4, 64))
+    assert_same_bits(
+        df11_jax.dot(rows(4), df11_jax.compress(weights, row_axes=1)),
+        rows(4) @ weights.reshape(K, N),
+    )
+
+
+def test_other_rows_than_bfloat16(weights):
+    x = rows(4).astype(jnp.float32)
+    np.testing.assert_array_equal(
+        df11_jax.dot(x, df11_jax.compress(weights)), x @ weights.astype(jnp.float32)
+    )
+
+
+def test_several_matrices(weights):
+    others = [weights, random_weights((K, 64), 3), random_weights((K, 128), 4)]
+    results = df11_jax.dot(rows(2), [df11_jax.compress(w) for w in others])
+    for actual, matrix in zip(results, others, strict=True):
+        assert_same_bits(actual, rows(2) @ matrix)
+    assert df11_jax.dot(rows(2), []) == []
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_blocks_of_a_scan(compressed):
+    weights = random_weights((3, K, K))
+
+    def block(x, params, _):
+        matrix = params["w"]
+        y = df11_jax.dot(x, matrix) if compressed else x @ matrix
+        return jnp.tanh(y), None
+
+    params = {"w": df11_jax.compress(weights, stack_axes=1) if compressed else weights}
+    scan = jax.jit(lambda x, p: df11_jax.scan_blocks(block, x, p, lazy=compressed)[0])
+    expected = rows(2)
+    for matrix in weights:
+        expected = jnp.tanh(expected @ matrix)
+    np.testing.assert_array_equal(scan(rows(2), params), expected)
+    if compressed:
+        assert count_decodes(scan, rows(2), params) == 3
+
+
+def test_a_slice_is_decompressed_where_it_lies():
+    weights = random_weights((3, K, 64))
+    a = df11_jax.DF11Slice(df11_jax.compress(weights, stack_axes=1), jnp.int32(2))
+    assert a.shape == (K, 64) and a.dtype == jnp.bfloat16
+    assert_same_bits(df11_jax.decompress(a), weights[2])
+    assert_same_bits(df11_jax.dot(rows(1), a), rows(1) @ weights[2])
+
+
+def test_gradients(weights):
+    a = df11_jax.compress(weights)
+
+    def loss(product):
+        return lambda x: jnp.sum(product(x).astype(jnp.float32) ** 2)
+
+    x = rows(3)
+    actual = jax.jit(jax.grad(loss(lambda x: df11_jax.dot(x, a))))(x)
+    assert_same_bits(actual, jax.jit(jax.grad(loss(lambda x: x @ weights)))(x))
+    by_row = jax.vmap(jax.grad(loss(lambda x: df11_jax.dot(x, a))))(x)
+    assert by_row.shape == x.shape
+
+
+def test_vmap(weights):
+    a = df11_jax.compress(weights)
+    assert_same_bits(jax.vmap(lambda x: df11_jax.dot(x, a))(rows(5)), rows(5) @ weights)
+    both = jnp.stack([weights, random_weights((K, N), 9)])
+    small = df11_jax.compress(both, stack_axes=1)
+    actual = jax.vmap(df11_jax.dot, in_axes=(None, 0))(rows(2), small)
+    assert_same_bits(actual, jnp.stack([rows(2) @ matrix for matrix in both]))
+
+
+def calls(function, *args):
+    """The compiled calls of a program for a GPU, of which there need not be one here."""
+    exported = export.export(
+        jax.jit(function), platforms=["cuda"], disabled_checks=df11_jax.EXPORT_SAFETY_CHECKS
+    )(*args)
+    text = exported.mlir_module()
+    return [text.count(f"@{target}(") for target in (_ffi.PRODUCT_TARGET, _ffi.DECODE_TARGET)]
+
+
+@pytest.mark.skipif(
+    not _ffi.platforms(_ffi.PRODUCT_TARGET),
+    reason="needs the CUDA library: install df11_jax with nvcc on PATH",
+)
+def test_calls_on_a_gpu(weights):
+    a = df11_jax.compress(weights)
+    few, many = rows(_product.MOST_FUSED_ROWS), rows(_product.MOST_FUSED_ROWS + 1)
+    assert calls(df11_jax.dot, few, a) == [1, 0]
+    assert calls(df11_jax.dot, many, a) == [0, 1]
+    assert calls(lambda x, a: df11_jax.dot(x, a, exact=True), few, a) == [0, 1]
+    assert calls(df11_jax.dot, few.astype(jnp.float32), a) == [0, 1]
+    assert calls(lambda x, a: df11_jax.dot(x, [a, a, a]), few, a) == [1, 0]
+    assert calls(jax.vmap(df11_jax.dot, in_axes=(0, None)), few, a) == [1, 0]
+    flat = df11_jax.compress(random_weights((K, 100)))
+    assert calls(df11_jax.dot, few, flat) == [0, 1]
+
+
+def test_workspace():
+    views = [_layout.make_layout((4096, n)).view for n in (4096, 1024)]
+    # 64 and 16 columns of chunks; 2,048 chunks of 128 rows, and 1,024 of 64: an item each.
+    assert _product.workspace_words(views, 3) == 80 + 64 * 3 * (2048 + 1024)
+
+
+def test_what_cannot_be_multiplied(weights):
+    a = df11_jax.compress(weights)
+    with pytest.raises(ValueError, match=r"x has shape \(2, 191\), expected \[\.\.\., 192\]"):
+        df11_jax.dot(rows(2, 191), a)
+    with pytest.raises(TypeError, match="expected a DF11Array, got"):
+        df11_jax.dot(rows(2), weights)
+    with pytest.raises(ValueError, match="is a stack"):
+        df11_jax.dot(rows(2), df11_jax.compress(weights[None], stack_axes=1))
+    with pytest.raises(ValueError, match="are no matrices"):
+        df11_jax.dot(rows(2), df11_jax.compress(random_weights((K,))))
+    with pytest.raises(ValueError, match="are no matrices"):
+        df11_jax.dot(rows(2), df11_jax.compress(random_weights((2, K, 64)), batch_axes=1))

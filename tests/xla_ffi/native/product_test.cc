@@ -1,0 +1,322 @@
+// Tests of the CUDA product against sums of the weights that were encoded. Compiled by g++ against
+// ../emulation (test_product_emulated.py) it runs the kernel on host threads; compiled by nvcc, on
+// a GPU.
+#include "native/cuda/product.h"
+
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "../kernel_driver.h"
+#include "compressed_matrix.h"
+#include "native/cuda/product_work.h"
+
+namespace df11::native {
+namespace {
+
+// ThreadSanitizer takes ten times as long: it gets a part of the tests, of every kind some.
+#ifdef __SANITIZE_THREAD__
+constexpr bool kIsSlow = true;
+#else
+constexpr bool kIsSlow = false;
+#endif
+
+// How a launch shares its work out; what it computes must not depend on it.
+struct Shares {
+  int blocks = 3, warps = 2;
+  uint32_t shared_bytes = 64 * 1024;
+};
+
+struct Call {
+  std::vector<const CompressedMatrix*> matrices;
+  std::vector<uint16_t> x;  // [rows, k]
+  int rows;
+  int32_t index = 0;
+  bool float_out = true;
+  Shares shares = {};
+};
+
+// The results' bits, a word each, of each matrix.
+using Results = std::vector<std::vector<uint32_t>>;
+
+struct DeviceMatrix {
+  explicit DeviceMatrix(const CompressedMatrix& m)
+      : header(m.header),
+        codebook(m.codebook),
+        chunk_offsets(m.chunk_offsets),
+        exponents(m.exponents),
+        sign_mantissa(m.sign_mantissa) {}
+  Buffer<uint32_t> header, codebook, chunk_offsets, exponents, sign_mantissa;
+};
+
+Results multiply(const Call& call) {
+  const Buffer<uint16_t> x(call.x);
+  const Buffer<int32_t> index(std::vector<int32_t>{call.index});
+  std::vector<std::unique_ptr<DeviceMatrix>> inputs;
+  std::vector<std::unique_ptr<Buffer<uint16_t>>> outs;
+  Product product;
+  product.x = x.get();
+  product.rows = call.rows;
+  product.float_out = call.float_out;
+  product.count = static_cast<int>(call.matrices.size());
+  for (int i = 0; i < product.count; ++i) {
+    const CompressedMatrix& m = *call.matrices[i];
+    inputs.push_back(std::make_unique<DeviceMatrix>(m));
+    const int halves = call.float_out ? 2 : 1;
+    outs.push_back(std::make_unique<Buffer<uint16_t>>(
+        std::vector<uint16_t>(call.rows * m.view.n * halves, 0x5a5a)));
+    ProductMatrix& matrix = product.matrices[i];
+    matrix.slices.view = m.view;
+    matrix.slices.geometry = m.geometry;
+    matrix.slices.stack = m.stack;
+    matrix.slices.exponents_words = m.exponents_words;
+    matrix.slices.index = index.get();
+    matrix.slices.header = inputs[i]->header.get();
+    matrix.slices.codebook = inputs[i]->codebook.get();
+    matrix.slices.chunk_offsets = inputs[i]->chunk_offsets.get();
+    matrix.slices.exponents = inputs[i]->exponents.get();
+    matrix.slices.sign_mantissa = inputs[i]->sign_mantissa.get();
+    matrix.code_bits = m.layout.code_bits;
+    matrix.out = outs[i]->get();
+  }
+  // Counters are zeroed by the call, and sums are written before they are read.
+  const Buffer<uint32_t> workspace(
+      std::vector<uint32_t>(product_workspace_words(product), 0x7fc00001u));
+  product.workspace = workspace.get();
+  if (call.shares.blocks == 0) {
+    Recording recording([&](cudaStream_t stream) { return launch_product(stream, product); });
+    for (int i = 0; i < 2; ++i) expect(recording.run() == 1, "one kernel a product");
+  } else {
+    ProductWork work;
+    expect(plan_product(product, call.shares.blocks, call.shares.warps, call.shares.shared_bytes,
+                        work),
+           "a plan");
+    expect(cudaMemsetAsync(workspace.get(), 0, 4 * product_counter_words(product), nullptr) ==
+                   cudaSuccess &&
+               launch_product_work(nullptr, work) == cudaSuccess &&
+               cudaDeviceSynchronize() == cudaSuccess,
+           "a launch");
+  }
+  Results results;
+  for (int i = 0; i < product.count; ++i) {
+    const std::vector<uint16_t> out = outs[i]->copy();
+    std::vector<uint32_t> words(call.rows * call.matrices[i]->view.n);
+    for (size_t at = 0; at < words.size(); ++at) {
+      words[at] =
+          call.float_out ? out[2 * at] | uint32_t{out[2 * at + 1]} << 16 : uint32_t{out[at]} << 16;
+    }
+    results.push_back(std::move(words));
+  }
+  return results;
+}
+
+float to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+std::vector<uint16_t> random_x(int rows, int64_t k) {
+  std::vector<uint16_t> x(rows * k);
+  for (uint16_t& value : x) value = normal();
+  return x;
+}
+
+// Whether the results are the sums of products, up to what 32-bit sums may lose.
+void compare(const Call& call, const Results& results, const std::string& what) {
+  for (size_t i = 0; i < results.size(); ++i) {
+    const CompressedMatrix& m = *call.matrices[i];
+    double worst = 0;
+    for (int row = 0; row < call.rows; ++row) {
+      for (int64_t n = 0; n < m.view.n; ++n) {
+        double sum = 0, mass = 0;
+        for (int64_t k = 0; k < m.view.k; ++k) {
+          const double product = double(to_float(uint32_t{m.weight(call.index, k, n)} << 16)) *
+                                 to_float(uint32_t{call.x[row * m.view.k + k]} << 16);
+          sum += product;
+          mass += std::fabs(product);
+        }
+        const double found = to_float(results[i][row * m.view.n + n]);
+        const double allowed = 1e-5 * mass + (call.float_out ? 0 : std::fabs(sum) / 255);
+        const double error = std::fabs(found - sum);
+        if (!(error <= allowed)) worst = std::max(worst, std::isnan(found) ? 1e30 : error / mass);
+        ++checked;
+      }
+    }
+    expect(worst == 0, what + ", matrix " + std::to_string(i) + ": error " + std::to_string(worst));
+  }
+}
+
+std::string name_of(const CompressedMatrix& m) {
+  return std::to_string(m.view.k) + " x " + std::to_string(m.view.n) + " steps " +
+         std::to_string(m.view.steps) + " bits " + std::to_string(m.layout.code_bits) +
+         (m.view.along_columns ? " along columns" : "");
+}
+
+// All rows and all ways to share the work out give the same bits; raw records, too.
+void check_matrix(const CompressedMatrix& matrix) {
+  const int most_rows = kMostProductRows;
+  Call call{{&matrix}, random_x(most_rows, matrix.view.k), most_rows};
+  const Results all = multiply(call);
+  compare(call, all, name_of(matrix));
+  const CompressedMatrix raw = matrix.as_raw();
+  const auto same = [&](Call other, const std::string& what) {
+    const Results found = multiply(other);
+    const size_t count = other.rows * matrix.view.n;
+    expect(std::equal(found[0].begin(), found[0].end(), all[0].begin(), all[0].begin() + count),
+           name_of(matrix) + ": other bits " + what);
+  };
+  for (const int rows : {1, 8, 9 + int(random_below(9))}) {
+    Call other = call;
+    other.rows = rows;
+    other.x.resize(rows * matrix.view.k);
+    other.shares = {1 + int(random_below(6)), 1 + int(random_below(3)), 64 * 1024};
+    same(other, "of " + std::to_string(rows) + " rows");
+  }
+  Call other = call;
+  other.matrices = {&raw};
+  other.rows = 2;
+  other.x.resize(2 * matrix.view.k);
+  same(other, "of raw records");
+  other.float_out = false;
+  compare(other, multiply(other), name_of(matrix) + " to bfloat16");
+}
+
+void shapes() {
+  int kind = 0;
+  const auto any_weights = [&] {
+    const Weights kinds[] = {rare_weight, normal_weight, noise};
+    return kinds[kind++ % 3];
+  };
+  for (const int steps : {8, 4, 2}) {
+    for (const bool along_columns : {false, true}) {
+      if (kIsSlow && along_columns != (steps == 4)) continue;
+      const auto check = [&](int64_t k, int64_t n) {
+        const std::vector<int64_t> dims{along_columns ? n : k, along_columns ? k : n};
+        const int code_bits = kMinCodeBits + static_cast<int>(random_below(4));
+        check_matrix(
+            CompressedMatrix(layout_of(dims, along_columns, steps, code_bits), any_weights()));
+      };
+      check(128, 64);
+      check(272, 128);  // a tile of one step
+      check(16 + 16 * random_below(12), 64);
+      check(64, 504);                                              // columns that there are not
+      check(along_columns ? 504 : 523, along_columns ? 127 : 64);  // and k
+    }
+  }
+}
+
+// A launch of several: each as it is alone.
+void partners() {
+  const auto matrix = [](int64_t n, int steps, int bits, int stack) {
+    return CompressedMatrix(layout_of({384, n}, false, steps, bits), rare_weight, stack);
+  };
+  const CompressedMatrix matrices[] = {matrix(256, 8, 12, 3), matrix(64, 4, 10, 2),
+                                       matrix(128, 2, 9, 3), matrix(320, 8, 11, 3)};
+  for (const int rows : {1, 12}) {
+    if (kIsSlow && rows == 1) continue;
+    for (const int32_t index : {2, 7, -5}) {
+      for (int count = 2; count <= 4; ++count) {
+        Call call{{}, random_x(rows, 384), rows, index};
+        for (int i = 0; i < count; ++i) call.matrices.push_back(&matrices[i]);
+        call.shares = {count + int(random_below(9)), 2, 64 * 1024};
+        const Results together = multiply(call);
+        Call clamped = call;
+        compare(clamped, together, "launch of " + std::to_string(count));
+        for (int i = 0; i < count; ++i) {
+          Call alone = call;
+          alone.matrices = {&matrices[i]};
+          expect(multiply(alone)[0] == together[i], "bits depend on the launch");
+        }
+      }
+    }
+  }
+}
+
+// The launch as it is on a device, with all warps, and shared memory of other sizes.
+void devices() {
+  const CompressedMatrix matrix(layout_of({640, 512}, false, 4, 11), rare_weight);
+  Call call{{&matrix}, random_x(4, 640), 4};
+  const Results expected = multiply(call);
+  for (const uint32_t shared_bytes : {36u << 10, 99u << 10, 163u << 10, 227u << 10}) {
+    call.shares = {2, 3, shared_bytes};
+    expect(multiply(call) == expected, "bits depend on shared memory");
+  }
+  if (kIsSlow) return;  // 768 threads
+  call.shares.blocks = 0;
+  expect(multiply(call) == expected, "bits depend on the device");
+}
+
+void absent() {
+  CompressedMatrix matrix(layout_of({256, 128}, false, 8, 12), normal_weight);
+  // Nothing is read: there is nothing to be read.
+  for (auto* words : {&matrix.header, &matrix.codebook, &matrix.chunk_offsets, &matrix.exponents,
+                      &matrix.sign_mantissa}) {
+    words->clear();
+  }
+  multiply({{&matrix}, random_x(2, 256), 2, -1});
+}
+
+// What is damaged is NaN, or as wrong as it looks; the other columns are right.
+void damage_of(const Layout& layout, const Weights& weights, int tries) {
+  const CompressedMatrix good(layout, weights);
+  const Call call{{&good}, random_x(2, good.view.k), 2};
+  const Results expected = multiply(call);
+  for (int attempt = 0; attempt < tries; ++attempt) {
+    CompressedMatrix bad = good;
+    std::vector<uint32_t>* parts[] = {&bad.header, &bad.codebook, &bad.chunk_offsets,
+                                      &bad.exponents, &bad.exponents};
+    std::vector<uint32_t>& part = *parts[random_below(5)];
+    size_t at = random_below(part.size());
+    if (&part == &bad.exponents && random_below(2)) {
+      at = bad.chunk_offsets[random_below(bad.view.chunks())] + random_below(10);
+    }
+    part[at] = random_below(3) ? part[at] ^ 1u << random_below(32) : uint32_t(rng());
+    Call other = call;
+    other.matrices = {&bad};
+    other.shares.blocks = 1 + int(random_below(4));
+    const Results found = multiply(other);
+    for (int64_t n = 0; n < good.view.n; ++n) {
+      const bool unsound = !bad.column_is_sound(n / kTileCols);
+      const bool unchanged = bad.column_equals(good, n / kTileCols);
+      for (int row = 0; row < 2; ++row) {
+        const uint32_t bits = found[0][row * good.view.n + n];
+        expect(!unsound || std::isnan(to_float(bits)), "what is damaged is not NaN");
+        expect(!unchanged || bits == expected[0][row * good.view.n + n], "damage spreads");
+        ++checked;
+        poisoned += unsound;
+      }
+    }
+  }
+}
+
+int tries = kIsSlow ? 8 : 80;  // of damage
+
+void damage() {
+  damage_of(layout_of({300, 192}, false, 8, 12), rare_weight, tries);
+  damage_of(layout_of({304, 128}, false, 4, 9), rare_weight, tries);
+  damage_of(layout_of({250, 64}, true, 2, 10), noise, tries);
+}
+
+int run() {
+  section("shapes", "results", shapes);
+  section("partners", "results", partners);
+  section("devices", "results", devices);
+  section("absent", "results", absent);
+  section("damage", "results", damage);
+  std::printf("%d failures\n", failures);
+  return failures != 0;
+}
+
+}  // namespace
+}  // namespace df11::native
+
+int main(int argc, char** argv) {
+  if (argc > 1) df11::native::tries = std::atoi(argv[1]);
+  return df11::native::run();
+}

@@ -1,0 +1,171 @@
+"""Bulk copies, the barriers that they arrive at, and bulk stores of a block of `ptx_machine.py`.
+
+Copies arrive when a thread waits for their barrier's phase, no sooner; until then their target
+holds random bytes. Stores read shared memory when the thread that made them waits for that. What
+threads have stored to shared memory, and no fence has followed, copies and stores must not touch.
+"""
+
+import dataclasses
+import re
+from typing import Any
+
+import numpy as np
+from device_memory import KernelError
+from ptx_arithmetic import TYPES
+from ptx_kernel import SHARED_BASE, Instruction
+
+# How tests write down a tensor map: address, columns, rows and bytes from row to row of a matrix of
+# two-byte elements. Boxes are 64 columns by 16 rows, swizzled by 128 bytes.
+MAP_WORDS, BOX_COLS, BOX_ROWS = 4, 64, 16
+
+
+@dataclasses.dataclass
+class _Barrier:
+    phase: int = 0
+    expected: int | None = None  # bytes of this phase, once a thread has arrived
+    copies: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
+
+    @property
+    def is_complete(self) -> bool:
+        return self.expected == sum(len(data) for _, data in self.copies)
+
+
+class Bulk:
+    """What is under way in a block.
+
+    Args:
+        block: the block, a `ptx_machine._Block`.
+    """
+
+    def __init__(self, block: Any) -> None:
+        self.block = block
+        self.barriers: dict[int, _Barrier] = {}
+        self.unfenced = np.zeros(len(block.shared), bool)
+        self.stores: dict[int, list[list[tuple[np.ndarray, np.ndarray]]]] = {}  # by thread: groups
+
+    def execute(self, step: Instruction, active: np.ndarray) -> np.ndarray:
+        """Runs an instruction; returns which of the threads have to wait."""
+        kind = ".".join(step.name)
+        none = active[:0]
+        if kind.startswith("fence.proxy.async"):
+            self.unfenced &= ~np.isin(self.block.races.writers(), self.block.thread[active])
+        elif kind.startswith("mbarrier.init"):
+            for thread in active:
+                self.barriers[self.address(step.operands[0], thread)] = _Barrier()
+        elif kind.startswith("mbarrier.arrive.expect_tx"):
+            for thread in active:
+                barrier = self.barriers[self.address(step.operands[1], thread)]
+                if barrier.expected is not None:
+                    raise KernelError("a second arrival in one phase")
+                barrier.expected = int(self.value(step.operands[2], thread))
+            self.block.waiting[:] = False
+        elif kind.startswith("mbarrier.try_wait"):
+            return self.try_wait(step, active)
+        elif kind.startswith("cp.async.bulk.tensor"):
+            for thread in active:
+                self.store_box(step, int(thread))
+        elif kind.startswith("cp.async.bulk.commit_group"):
+            for thread in active:
+                self.stores.setdefault(int(thread), [[]]).append([])
+        elif kind.startswith("cp.async.bulk.wait_group"):
+            for thread in active:
+                self.wait_for_stores(int(thread), int(step.operands[0]))
+        elif kind.startswith("cp.async.bulk.shared"):
+            for thread in active:
+                self.copy(step, int(thread))
+            self.block.waiting[:] = False
+        return none
+
+    def value(self, operand: str, thread: int) -> Any:
+        number = self.block.get(operand, np.array([thread]), TYPES["u32"])
+        return np.broadcast_to(number, 1)[0]
+
+    def address(self, operand: str, thread: int) -> int:
+        """An address that is in brackets."""
+        name = re.fullmatch(r"\[\s*([%\w]+)\s*\]", operand)[1]
+        number = self.block.get(name, np.array([thread]), None)
+        return int(np.broadcast_to(number, 1)[0])
+
+    def places(self, address: int, size: int) -> np.ndarray:
+        place = address - SHARED_BASE
+        if address % 16 or size % 16 or place < 0 or place + size > len(self.block.shared):
+            raise KernelError(f"bulk access of {size} bytes at {address:#x} of shared memory")
+        return np.arange(place, place + size)
+
+    def copy(self, step: Instruction, thread: int) -> None:
+        size = int(self.value(step.operands[2], thread))
+        source = self.address(step.operands[1], thread)
+        to = self.places(self.address(step.operands[0], thread), size)
+        if source % 16:
+            raise KernelError(f"bulk copy from {source:#x} is not aligned")
+        data = np.empty(size, np.uint8)
+        addresses = np.array([source], np.uint64)[:, None] + np.arange(size, dtype=np.uint64)
+        for _, (part, _, found) in self.block.memory.find(addresses):
+            data[:] = part[found[0]]
+        self.touch(to)
+        one = np.array([thread])
+        time = self.block.time[one]
+        if self.block.races.write(to[None], self.block.thread[one], time).any():
+            raise KernelError("race: copies to shared memory that a thread accesses")
+        self.block.races.forget(to)
+        self.block.shared[to] = self.block.rng.integers(0, 256, size, np.uint8)
+        self.barriers[self.address(step.operands[3], thread)].copies.append((to, data))
+
+    def touch(self, places: np.ndarray) -> None:
+        if self.unfenced[places].any():
+            raise KernelError("no fence between a thread's store and a bulk access")
+
+    def try_wait(self, step: Instruction, active: np.ndarray) -> np.ndarray:
+        waiting = []
+        for thread in active:
+            barrier = self.barriers[self.address(step.operands[1], thread)]
+            parity = int(self.value(step.operands[2], thread))
+            if barrier.phase % 2 == parity and barrier.is_complete:
+                for to, data in barrier.copies:
+                    self.block.shared[to] = data
+                barrier.phase, barrier.expected, barrier.copies = barrier.phase + 1, None, []
+            if barrier.phase % 2 == parity:
+                waiting.append(thread)
+            else:
+                self.block.put(step.operands[0], np.array([thread]), np.array([True]))
+        return np.array(waiting, active.dtype)
+
+    def store_box(self, step: Instruction, thread: int) -> None:
+        match = re.fullmatch(
+            r"\[\s*([%\w]+)\s*,\s*\{\s*([%\w]+)\s*,\s*([%\w]+)\s*\}\s*\]", step.operands[0]
+        )
+        one = np.array([thread])
+        at = int(self.block.get(match[1], one, None)[0]) - self.block.PARAM_BASE
+        base, cols, rows, pitch = self.block.param[at : at + 8 * MAP_WORDS].view(np.uint64)
+        col, row = (int(self.value(match[i], thread)) for i in (2, 3))
+        source = self.address(step.operands[1], thread)
+        places = self.places(source, 2 * BOX_COLS * BOX_ROWS)
+        self.touch(places)
+        inside = source + np.arange(len(places))
+        swizzled = inside ^ (inside >> 7 & 7) << 4
+        r, c = np.divmod(np.arange(len(places)), 2 * BOX_COLS)
+        kept = (row + r < int(rows)) & (2 * col + c < 2 * int(cols))
+        to = np.uint64(base) + ((row + r) * int(pitch) + 2 * col + c).astype(np.uint64)
+        groups = self.stores.setdefault(thread, [[]])
+        groups[-1].append((swizzled[kept] - SHARED_BASE, to[kept]))
+
+    def wait_for_stores(self, thread: int, left: int) -> None:
+        groups = self.stores.get(thread, [[]])
+        one = np.array([thread])
+        while len(groups) - 1 > left:
+            for places, to in groups.pop(0):
+                if self.block.races.read(
+                    places[:, None],
+                    self.block.thread[one].repeat(len(places)),
+                    self.block.time[one].repeat(len(places), 0),
+                ).any():
+                    raise KernelError("race: a store reads shared memory that a thread writes")
+                data = self.block.shared[places]
+                for inside, (part, _, found) in self.block.memory.find(to[:, None]):
+                    part[found[:, 0]] = data[inside]
+
+    def end(self) -> None:
+        if any(len(groups) > 1 or groups[0] for groups in self.stores.values()):
+            raise KernelError("a block ends before its stores")
+        if any(b.copies or b.expected is not None for b in self.barriers.values()):
+            raise KernelError("a block ends before its copies")

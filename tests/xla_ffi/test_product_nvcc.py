@@ -1,0 +1,46 @@
+"""Compiles the fused product for the architectures that have it; needs nvcc, but no GPU."""
+
+import re
+import subprocess
+
+import count_sass
+import pytest
+from compiling import ROOT, needs_nvcc, needs_nvdisasm
+
+# Registers of a thread, of 65,536, where a block has 24, 16 and 12 warps.
+MOST_REGISTERS = {"1": 80, "2": 128, "4": 168}
+
+
+@needs_nvcc
+def test_resources(tmp_path):
+    command = [count_sass.find_tool("nvcc"), "-std=c++17", "-Werror", "all-warnings", "-fatbin"]
+    command += ["-Xptxas", "-v", "--threads", "2", f"-I{ROOT / 'xla_ffi'}"]
+    # Where there are no bulk copies it is an empty kernel.
+    for arch in ("75", "80", *count_sass.PRODUCT_ARCHITECTURES):
+        command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    command += ["-o", tmp_path / "product.fatbin", ROOT / "xla_ffi/native/cuda/product.cu"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    reports = re.findall(
+        r"Compiling entry function '\w+product_kernelILi(\d)E\w+' for 'sm_(\d+)'.*?"
+        r"(\d+) bytes stack frame.*?Used (\d+) registers",
+        result.stderr,
+        re.DOTALL,
+    )
+    assert len(reports) == 3 * (2 + len(count_sass.PRODUCT_ARCHITECTURES))
+    for tiles, arch, frame, registers in reports:
+        print(f"sm_{arch}, {tiles} tiles: {registers} registers, {frame} bytes on the stack")
+        assert int(registers) <= MOST_REGISTERS[tiles]
+        assert int(frame) <= (64 if tiles == "1" else 0)
+
+
+@needs_nvcc
+@needs_nvdisasm
+@pytest.mark.parametrize("arch", count_sass.PRODUCT_ARCHITECTURES)
+def test_inner_loop(arch):
+    """Nothing is spilled in it, and its instructions are within their budget."""
+    for rows, loop in count_sass.product_loops(arch).items():
+        per_step = len(loop) / 2
+        print(f"sm_{arch}, {rows} rows of x: {per_step} instructions a step of 1,024 weights")
+        assert not {count_sass.opcode(i) for i in loop} & {"LDL", "STL"}
+        assert per_step <= {8: 220, 16: 230, 32: 260}[rows]

@@ -1,0 +1,176 @@
+// Bulk copies between global and shared memory, and what orders them: the instructions of compute
+// capability 9.0 and up that have no C++ of their own. docs/kernel.md explains how they are used.
+//
+// Shared memory is accessed by address here, because that is what these instructions take. Threads
+// access it through one proxy, bulk copies through another. Where one accesses what the other has
+// written, the rules are:
+// - a copy to shared memory has arrived when wait_for_phase returns, for the thread that calls it;
+// - what threads have stored to shared memory is seen by copies after fence_to_async by each of
+// these
+//   threads, and a barrier of the threads after that;
+// - a thread's bulk stores have read shared memory after wait_stores_read, and are in global memory
+//   after wait_stores; other threads know it after a barrier.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace df11 {
+
+#ifdef __CUDACC__
+
+// The dynamic shared memory of the block.
+#define DF11_DYNAMIC_SHARED(NAME) extern __shared__ __align__(1024) unsigned char NAME[]
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ uint32_t load_shared(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+__device__ __forceinline__ uint4 load_shared4(uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+// Of what does not change any more: the compiler may move it.
+__device__ __forceinline__ uint32_t load_shared_constant(uint32_t address) {
+  uint32_t value;
+  asm("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address));
+  return value;
+}
+__device__ __forceinline__ void store_shared(uint32_t address, uint16_t value) {
+  asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(value) : "memory");
+}
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+__device__ __forceinline__ void store_shared(uint32_t address, const uint4& value) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x),
+               "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
+// One lane of a warp, the same each time. All lanes must be there. What is issued under it compiles
+// to single instructions; under a comparison of lane numbers it is a loop over lanes.
+__device__ __forceinline__ bool elect_lane() {
+  uint32_t elected;
+  asm volatile(
+      "{\n\t.reg .pred elected;\n\telect.sync _|elected, 0xffffffff;\n\t"
+      "selp.u32 %0, 1, 0, elected;\n\t}"
+      : "=r"(elected));
+  return elected;
+}
+
+// A barrier, 8 bytes in shared memory, whose phases each take one arrival: that of expect_bytes.
+// The phase is complete when that many bytes have arrived.
+__device__ __forceinline__ void init_barrier(uint32_t barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+}
+// After all init_barrier of the thread, before anything else uses them.
+__device__ __forceinline__ void fence_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ __forceinline__ void expect_bytes(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+// Waits until the phase of this parity is complete; the first is 0, the next 1.
+__device__ __forceinline__ void wait_for_phase(uint32_t barrier, uint32_t parity) {
+  uint32_t complete;
+  do {
+    asm volatile(
+        "{\n\t.reg .pred complete;\n\t"
+        "mbarrier.try_wait.parity.shared::cta.b64 complete, [%1], %2;\n\t"
+        "selp.u32 %0, 1, 0, complete;\n\t}"
+        : "=r"(complete)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } while (!complete);
+}
+
+// Copies a multiple of 16 bytes, aligned to 16, and counts them at the barrier when they arrive.
+__device__ __forceinline__ void copy_to_shared(uint32_t to, const void* from, uint32_t bytes,
+                                               uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(to),
+      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+// Stores belong to the thread that issues them, and are waited for in groups.
+__device__ __forceinline__ void copy_to_global(void* to, uint32_t from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(
+                   __cvta_generic_to_global(to)),
+               "r"(from), "r"(bytes)
+               : "memory");
+}
+// Stores a box of the map's matrix, whose first element is (row, col). The map is a kernel
+// parameter.
+__device__ __forceinline__ void store_box(const CUtensorMap& map, int col, int row, uint32_t from) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(
+          &map),
+      "r"(col), "r"(row), "r"(from)
+      : "memory");
+}
+__device__ __forceinline__ void commit_stores() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+template <int kGroupsLeft>
+__device__ __forceinline__ void wait_stores_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kGroupsLeft) : "memory");
+}
+__device__ __forceinline__ void wait_stores() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+__device__ __forceinline__ void fence_to_async() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+#else
+
+#define DF11_DYNAMIC_SHARED(NAME) \
+  unsigned char* const NAME = reinterpret_cast<unsigned char*>(cuda_emulation::dynamic_shared)
+inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(static_cast<const std::byte*>(pointer) -
+                               cuda_emulation::shared->data()) +
+         cuda_emulation::kSharedBase;
+}
+inline uint32_t load_shared(uint32_t address) {
+  return cuda_emulation::load_shared<uint32_t>(address);
+}
+inline uint4 load_shared4(uint32_t address) { return cuda_emulation::load_shared<uint4>(address); }
+inline uint32_t load_shared_constant(uint32_t address) { return load_shared(address); }
+template <typename T>
+void store_shared(uint32_t address, const T& value) {
+  cuda_emulation::store_shared(address, value);
+}
+using cuda_emulation::commit_stores;
+using cuda_emulation::copy_to_global;
+using cuda_emulation::copy_to_shared;
+using cuda_emulation::elect_lane;
+using cuda_emulation::expect_bytes;
+using cuda_emulation::fence_barriers;
+using cuda_emulation::init_barrier;
+using cuda_emulation::store_box;
+using cuda_emulation::wait_for_phase;
+template <int kGroupsLeft>
+void wait_stores_read() {
+  cuda_emulation::wait_for_stores(kGroupsLeft);
+}
+inline void wait_stores() { cuda_emulation::wait_for_stores(0); }
+inline void fence_to_async() { cuda_emulation::shared->fence(); }
+
+#endif
+
+}  // namespace df11

@@ -1,0 +1,375 @@
+// Decodes two neighbouring chunks at a time by a warp, through shared memory: for GPUs of compute
+// capability 9.0 and up, whose bulk copies bring records, signs and mantissas without taking up the
+// warp, and store whole boxes, in rows of 256 bytes. Each lane follows two streams, one of each
+// chunk.
+//
+// Only pairs of coded chunks that lie within the matrix and whose records are not too long are
+// decoded so. For the others, which are few, decode_chunk.cuh serves.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "common/async_copies.cuh"
+#include "native/cuda/decode_chunk.cuh"
+#include "native/layout.h"
+
+namespace df11::native {
+
+// A step's signs and mantissas, and its weights, of one chunk.
+inline constexpr uint32_t kStepBytes = 4 * kStepWords;
+inline constexpr uint32_t kBoxBytes = 2 * kStepRows * kTileCols;
+inline constexpr uint32_t kRowBytes = 2 * kTileCols;
+
+// The two records, which follow each other, with what rounding to 16 bytes adds: exponents of up to
+// 2.86 bits a weight in chunks of 8 steps. Lanes may read behind them as they may behind
+// kStagedWords.
+inline constexpr uint32_t kPairWords = 1472;
+inline constexpr uint32_t kPairBytes = 4 * (kPairWords + kStagedOverread);
+static_assert(kPairBytes % 16 == 0);
+
+// What a warp has of shared memory, by addresses. All of it is there twice, to be used in turn:
+// while one is decoded, or stored, copies fill the other.
+struct WarpMemory {
+  uint32_t boxes;     // [2][chunk] of kBoxBytes, aligned to 1024: weights to be stored
+  uint32_t slots;     // [2][chunk] of kStepBytes: signs and mantissas
+  uint32_t records;   // [2] of kPairBytes
+  uint32_t barriers;  // [4] of 8 bytes: of the slots, of the records
+
+  __device__ uint32_t record_barrier(uint32_t buffer) const { return barriers + 16 + 8 * buffer; }
+};
+inline constexpr uint32_t kWarpBoxBytes = 4 * kBoxBytes;
+inline constexpr uint32_t kWarpInputBytes = 4 * kStepBytes + 2 * kPairBytes;
+inline constexpr uint32_t kWarpBarrierBytes = 4 * 8;
+
+// Where a pair of chunks is.
+struct ChunkPair {
+  uint32_t chunk;                 // the first; the other is the next
+  const uint32_t* sign_mantissa;  // of the first; the other's follow
+  int row, col;                   // of its first weight, in the tensor map's matrix
+  uint32_t offsets[3];            // where the records begin, and where the second ends
+
+  __device__ bool records_fit(int64_t exponents_words) const {
+    return offsets[0] <= offsets[1] && offsets[1] <= offsets[2] && offsets[2] <= exponents_words &&
+           offsets[1] - offsets[0] >= kRecordHeaderWords &&
+           offsets[2] - offsets[1] >= kRecordHeaderWords && words() <= kPairWords;
+  }
+  // Rounded outwards to 16 bytes.
+  __device__ uint32_t begin() const { return offsets[0] & ~3u; }
+  __device__ uint32_t words() const { return ((offsets[2] + 3) & ~3u) - begin(); }
+};
+
+// The bit stream of a lane, in shared memory. Three successive words are in registers: so a word
+// that is loaded is not needed before two more look-ups are done.
+class LaneStream {
+ public:
+  __device__ void start(uint32_t record, uint32_t bit, uint32_t table) {
+    const uint32_t at = bit - kWindowLead, address = record + at / 32 * 4;
+    low_ = load_shared(address);
+    middle_ = load_shared(address + 4);
+    high_ = load_shared(address + 8);
+    next_ = address + 12;
+    position_ = at;
+    table_ = table;
+  }
+
+  // The table entries of the next two pairs: see CodedPairs.
+  __device__ __forceinline__ void next_two(uint32_t& entry0, uint32_t& entry1) {
+    const uint32_t window = __funnelshift_r(low_, middle_, position_);
+    entry0 = look_up(window);
+    entry1 = look_up(__funnelshift_r(window, 0, entry0));
+    const uint32_t before = position_;
+    position_ += entry0 + entry1;
+    advance_if((before ^ position_) & 32);
+  }
+
+ private:
+  // The table is aligned to its size: its address is put in by the instruction that masks.
+  __device__ __forceinline__ uint32_t look_up(uint32_t window) const {
+    constexpr uint32_t kOffsets = (kTableSize - 1) * sizeof(uint32_t);
+#ifdef __CUDACC__
+    uint32_t address;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;"  // (window & offsets) | table
+        : "=r"(address)
+        : "r"(window), "n"(kOffsets), "r"(table_));
+    return load_shared_constant(address);
+#else
+    return load_shared_constant((window & kOffsets) | table_);
+#endif
+  }
+
+  __device__ __forceinline__ void advance_if(uint32_t crossed) {
+#ifdef __CUDACC__
+    asm volatile(
+        "{\n\t.reg .pred crossed;\n\t"
+        "setp.ne.u32 crossed, %4, 0;\n\t"
+        "@crossed mov.b32 %0, %1;\n\t"
+        "@crossed mov.b32 %1, %2;\n\t"
+        "@crossed ld.shared.u32 %2, [%3];\n\t"
+        "@crossed add.u32 %3, %3, 4;\n\t}"
+        : "+r"(low_), "+r"(middle_), "+r"(high_), "+r"(next_)
+        : "r"(crossed));
+#else
+    if (!crossed) return;
+    low_ = middle_;
+    middle_ = high_;
+    high_ = load_shared(next_);
+    next_ += 4;
+#endif
+  }
+
+  uint32_t low_, middle_, high_, next_, position_, table_;
+};
+
+// Decodes the pairs of chunks that it is given, one after the other.
+class PairDecoder {
+ public:
+  // A barrier of the warp or the block has to follow.
+  __device__ PairDecoder(const WarpMemory& memory, const Lane& lane)
+      : memory_(memory), lane_(lane) {
+    if (elect_lane()) {
+      for (int i = 0; i < 4; ++i) init_barrier(memory.barriers + 8 * i);
+      fence_barriers();
+    }
+  }
+
+  // Before the first pair of a slice: its first copies, which fly while the table is made.
+  __device__ void begin_slice(const Slice& slice, const ChunkPair& first) {
+    staged_ = stage_records(slice, first, buffer_);
+    if (elect_lane()) {
+      for (uint32_t slot = 0; slot < 2; ++slot) {
+        fill_slot(slot, first.sign_mantissa + slot * kStepWords, slice.view.steps);
+      }
+    }
+  }
+
+  // Decodes `pair`, and has the copies for `next` begun if there are more. Returns which chunks
+  // are left to others, because they are not of the kind: bits 0 and 1. Those that turn out to be
+  // corrupt are poisoned.
+  __device__ uint32_t decode(const Slice& slice, const ChunkPair& pair, const ChunkPair& next,
+                             bool more, const CUtensorMap& map, uint32_t table, bool sound) {
+    const bool opened = staged_ && open_records(pair, slice.view.steps, table) && sound;
+    staged_ = more && stage_records(slice, next, buffer_ ^ 1);
+    uint32_t left_over = 0;
+    if (opened) {
+      decode_steps(slice.view.steps, pair, next, more, map);
+      finish(slice, pair);
+    } else {
+      skip_steps(slice.view.steps, next, more);
+      left_over = 3;
+    }
+    buffer_ ^= 1;
+    return left_over;
+  }
+
+ private:
+  // Begins to copy the records, if their places can be right and there is room.
+  __device__ bool stage_records(const Slice& slice, const ChunkPair& pair, uint32_t buffer) {
+    if (!pair.records_fit(slice.exponents_words)) return false;
+    if (elect_lane()) {
+      const uint32_t barrier = memory_.record_barrier(buffer);
+      expect_bytes(barrier, 4 * pair.words());
+      copy_to_shared(memory_.records + buffer * kPairBytes, slice.exponents + pair.begin(),
+                     4 * pair.words(), barrier);
+    }
+    return true;
+  }
+
+  // Begins to copy a step of both chunks. By one lane.
+  __device__ void fill_slot(uint32_t slot, const uint32_t* from, int steps) const {
+    const uint32_t barrier = memory_.barriers + 8 * slot;
+    const uint32_t to = memory_.slots + 2 * slot * kStepBytes;
+    expect_bytes(barrier, 2 * kStepBytes);
+    copy_to_shared(to, from, kStepBytes, barrier);
+    copy_to_shared(to + kStepBytes, from + steps * kStepWords, kStepBytes, barrier);
+  }
+
+  // Waits for the records, and checks what they say of their lengths.
+  __device__ bool open_records(const ChunkPair& pair, int steps, uint32_t table) {
+    wait_for_phase(memory_.record_barrier(buffer_), record_phases_ >> buffer_ & 1);
+    record_phases_ ^= 1u << buffer_;
+    bool sound = true;
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      const uint32_t words = pair.offsets[u + 1] - pair.offsets[u];
+      const uint32_t record =
+          memory_.records + buffer_ * kPairBytes + 4 * (pair.offsets[u] - pair.begin());
+      const uint32_t counts = load_shared(record + 4), patches = counts & 0xffff;
+      const uint32_t extras = load_shared(record + 8 + lane_.number / 4 * 4);
+      const uint32_t bits = (counts >> 16) + (extras >> (8 * (lane_.number % 4)) & 255);
+      const uint32_t end = sum_up_to(bits, lane_.number);
+      const uint32_t total = __shfl_sync(kAllLanes, end, kLanes - 1);
+      // A raw chunk claims more patches than there is room for.
+      sound &= words == kRecordHeaderWords + (total + 31) / 32 + patches;
+      checksum_[u] = load_shared(record);
+      start_[u] = 32 * kRecordHeaderWords + end - bits;
+      patches_[u] = patches;
+      patch_at_[u] = record + 4 * (words - patches);
+      record_[u] = record;
+    }
+    if (!sound) return false;
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      stream_[u].start(record_[u], start_[u], table);
+      sum_[u] = 0;
+      applied_[u] = 0;
+      // Patches behind the last step count as applied.
+      uint32_t ignored = 0;
+      for (uint32_t i = lane_.number; i < patches_[u]; i += kLanes) {
+        const uint32_t patch = load_shared(patch_at_[u] + 4 * i);
+        sum_[u] += checksum_patch(patch);
+        ignored += patch_step(patch) >= steps;
+      }
+      if (patches_[u]) applied_[u] = sum_of_warp(ignored);
+      left_[u] = patches_[u] - applied_[u];
+      applied_[u] = 0;
+      find_next_patch(u);
+    }
+    return true;
+  }
+
+  __device__ static int patch_step(uint32_t patch) { return static_cast<int>(patch >> 26); }
+  __device__ void find_next_patch(int u) {
+    patched_step_[u] = left_[u] ? patch_step(load_shared(patch_at_[u] + 4 * applied_[u])) : -1;
+  }
+
+  // Waits for a step's signs and mantissas; slots are taken in turn.
+  __device__ void wait_for_slot(uint32_t slot) {
+    wait_for_phase(memory_.barriers + 8 * slot, slot_phase_);
+    slot_phase_ ^= slot;
+  }
+
+  __device__ void decode_steps(int steps, const ChunkPair& pair, const ChunkPair& next, bool more,
+                               const CUtensorMap& map) {
+    uint32_t acc[2][kLanePairs] = {};
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      const uint32_t slot = step & 1;
+      wait_for_slot(slot);
+      uint4 words[2][2];
+      const uint32_t from = memory_.slots + 2 * slot * kStepBytes + 16 * lane_.number;
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          words[u][h] = load_shared4(from + u * kStepBytes + h * (kStepBytes / 2));
+        }
+      }
+      wait_stores_read<1>();
+      __syncwarp();  // All lanes have read the slot, and the box may be filled again.
+      const bool here = step + 2 < steps;  // else it is the next pair's that is needed in two steps
+      if ((here || more) && elect_lane()) {
+        const uint32_t* from = here ? pair.sign_mantissa : next.sign_mantissa - steps * kStepWords;
+        fill_slot(slot, from + (step + 2) * kStepWords, steps);
+      }
+      const uint32_t boxes = memory_.boxes + 2 * slot * kBoxBytes;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) decode_half_step(h, words, acc, boxes);
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        if (patched_step_[u] == step) apply_patches(u, step, boxes + u * kBoxBytes);
+      }
+      fence_to_async();
+      __syncwarp();  // The boxes are complete.
+      if (elect_lane()) {
+        const int row = pair.row + step * kStepRows;
+        store_box(map, pair.col, row, boxes);
+        store_box(map, pair.col + kTileCols, row, boxes + kBoxBytes);
+        commit_stores();
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+#pragma unroll
+      for (int j = 0; j < kLanePairs; ++j) sum_[u] += checksum_place(acc[u][j], lane_.place() + j);
+    }
+  }
+
+  __device__ __forceinline__ void decode_half_step(int h, const uint4 (&words)[2][2],
+                                                   uint32_t (&acc)[2][kLanePairs], uint32_t boxes) {
+    uint32_t pair[2][kLanePairs];
+#pragma unroll
+    for (int i = 0; i < kLaneWords; ++i) {
+      uint32_t entry[2][2];
+#pragma unroll
+      for (int u = 0; u < 2; ++u) stream_[u].next_two(entry[u][0], entry[u][1]);
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        const uint4& all = words[u][h];
+        const uint32_t word = i == 0 ? all.x : i == 1 ? all.y : i == 2 ? all.z : all.w;
+        pair[u][2 * i] = merge_in_one(entry[u][0], word);
+        pair[u][2 * i + 1] = merge_in_one(entry[u][1], rotl(word, 8));
+        acc[u][2 * i] = checksum_step(acc[u][2 * i], pair[u][2 * i]);
+        acc[u][2 * i + 1] = checksum_step(acc[u][2 * i + 1], pair[u][2 * i + 1]);
+      }
+    }
+    const int row = lane_.k + 2 * h;
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      store_shared(place_in_box(boxes + u * kBoxBytes, row, lane_.n), firsts(pair[u]));
+      store_shared(place_in_box(boxes + u * kBoxBytes, row + 1, lane_.n), seconds(pair[u]));
+    }
+  }
+
+  // Boxes are swizzled, so that few lanes meet in a bank: the map is told so.
+  __device__ static uint32_t place_in_box(uint32_t box, int k, int n) {
+    return box + k * kRowBytes + ((n / 8 ^ (k & 7)) << 4) + n % 8 * 2;
+  }
+
+  // Patches are sorted by step. If they are not, some are left at the end.
+  __device__ __forceinline__ void apply_patches(int u, int step, uint32_t box) {
+    __syncwarp();  // All lanes have stored what is patched.
+    for (;;) {
+      const uint32_t i = applied_[u] + lane_.number;
+      const uint32_t patch = i < patches_[u] ? load_shared(patch_at_[u] + 4 * i) : ~0u;
+      const bool here = patch_step(patch) == step;
+      if (here) {
+        const int k = patch >> 22 & (kStepRows - 1), n = patch >> 16 & (kTileCols - 1);
+        store_shared(place_in_box(box, k, n), static_cast<uint16_t>(patch));
+      }
+      const uint32_t count = __popc(__ballot_sync(kAllLanes, here));
+      applied_[u] += count;
+      left_[u] -= count;
+      if (count < kLanes) break;
+    }
+    find_next_patch(u);
+  }
+
+  // Lets the copies of signs and mantissas that were begun arrive, and begins those of the next
+  // pair.
+  __device__ void skip_steps(int steps, const ChunkPair& next, bool more) {
+    for (uint32_t slot = 0; slot < 2; ++slot) {
+      wait_for_slot(slot);
+      __syncwarp();  // No lane waits for the former phase any more.
+      if (more && elect_lane()) {
+        fill_slot(slot, next.sign_mantissa + slot * kStepWords, steps);
+      }
+    }
+  }
+
+  // Poisons what is corrupt.
+  __device__ void finish(const Slice& slice, const ChunkPair& pair) {
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      const uint32_t sum = sum_of_warp(sum_[u]) + checksum_chunk(pair.chunk + u);
+      if (sum == checksum_[u] && left_[u] == 0) continue;
+      wait_stores();
+      __syncwarp();  // The stores are done, whichever lane's they were.
+      poison_chunk<false>(slice, pair.chunk + u, lane_);
+    }
+  }
+
+  WarpMemory memory_;
+  Lane lane_;
+  bool staged_ = false;
+  uint32_t buffer_ = 0, record_phases_ = 0, slot_phase_ = 0;
+
+  // Of the present pair.
+  LaneStream stream_[2];
+  uint32_t record_[2], start_[2], sum_[2], checksum_[2];
+  uint32_t patches_[2], patch_at_[2], applied_[2], left_[2];
+  int patched_step_[2];
+};
+
+}  // namespace df11::native

@@ -1,0 +1,82 @@
+// The CUDA product's host interface: y = x W with W compressed. It knows nothing of XLA.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "native/tensor_slices.h"
+
+namespace df11::native {
+
+// Major compute capability: earlier ones have no bulk copies.
+inline constexpr int kLeastProductCapability = 9;
+inline constexpr int kMatricesPerProduct = 4;
+inline constexpr int kMostProductRows = 32;
+
+// One W, k x n in the sense of its view: a slice of `slices`, whose `out` is not used.
+struct ProductMatrix {
+  TensorSlices slices;
+  int code_bits = kMaxCodeBits;
+  void* out = nullptr;  // [rows, n], bfloat16 or float32; aligned to 8 bytes
+};
+
+struct Product {
+  const uint16_t* x = nullptr;  // bfloat16[rows, k]; aligned to 16 bytes
+  int rows = 0;
+  int count = 0;
+  ProductMatrix matrices[kMatricesPerProduct];
+  bool float_out = false;
+  uint32_t* workspace = nullptr;  // of product_workspace_words; aligned to 16 bytes
+};
+
+// How sums over k are cut, which decides in which order they are added. It depends on the view
+// alone.
+struct ProductItems {
+  int chunks;      // below each other, of an item; the last of a column may have fewer
+  int per_column;  // items in a column of chunks
+  int64_t count;   // of all columns
+};
+
+// An item a warp, on the GPUs that have most of them: 24 on each of 132 multiprocessors.
+inline constexpr int64_t kProductItems = 24 * 132;
+
+inline ProductItems cut_into_items(const View& view) {
+  const int64_t chunks = (view.chunks() + kProductItems - 1) / kProductItems;
+  const int64_t most = view.tiles_k();
+  ProductItems items;
+  items.chunks = static_cast<int>(chunks < most ? chunks : most);
+  items.per_column =
+      items.chunks == 0 ? 0 : static_cast<int>((most + items.chunks - 1) / items.chunks);
+  items.count = items.per_column * view.tiles_n();
+  return items;
+}
+
+// Words of counters, one for each column of chunks, at the start of the workspace.
+inline int64_t product_counter_words(const Product& product) {
+  int64_t columns = 0;
+  for (int i = 0; i < product.count; ++i) columns += product.matrices[i].slices.view.tiles_n();
+  return round_up(columns, 4);
+}
+
+// Words of the workspace: the counters, then 64 sums of each item and row of x.
+//   roundup(sum of tiles_n, 4) + 64 * rows * sum of (tiles_n * ceil(tiles_k / c)),
+//   c = min(tiles_k, ceil(tiles_k * tiles_n / 3168))
+inline int64_t product_workspace_words(const Product& product) {
+  int64_t words = product_counter_words(product);
+  for (int i = 0; i < product.count; ++i) {
+    words += cut_into_items(product.matrices[i].slices.view).count * product.rows * kTileCols;
+  }
+  return words;
+}
+
+// Enqueues a product. All matrices have the same k, none is flat or a batch of several. Pointers in
+// `product` are device pointers. `exponents` and `sign_mantissa` must be aligned to 16 bytes.
+// Nothing is allocated, synchronized or queried on the stream, so that the call can be captured in
+// a CUDA graph.
+//
+// A kernel cannot report a corrupt payload: where a header, a codebook, an offset or a
+// length is wrong, the columns that it concerns become NaN. Checksums are not verified.
+cudaError_t launch_product(cudaStream_t stream, const Product& product);
+
+}  // namespace df11::native

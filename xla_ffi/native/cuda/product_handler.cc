@@ -1,0 +1,39 @@
+// The FFI handler of the product: enqueues a memset and a kernel. No allocation and no
+// synchronization, so that XLA may capture it in a CUDA graph.
+
+#include <string>
+#include <string_view>
+
+#include "native/cuda/handler.h"
+#include "native/cuda/product.h"
+#include "native/cuda/product_operands.h"
+
+namespace df11::native {
+namespace {
+
+ffi::Error ProductCudaImpl(cudaStream_t stream, std::string_view names,
+                           ffi::Span<const uint32_t> headers, ffi::RemainingArgs args,
+                           ffi::RemainingRets results) {
+  Product product;
+  if (ffi::Error error = read_product(args, results, names, headers, product); error.failure()) {
+    return error;
+  }
+  const cudaError_t status = launch_product(stream, product);
+  if (status != cudaSuccess) {
+    return ffi::Error::Internal(std::string("df11_product: ") + cudaGetErrorString(status));
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(df11_product_cuda, ProductCudaImpl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                                  .Attr<std::string_view>("names")
+                                  .Attr<ffi::Span<const uint32_t>>("headers")
+                                  .RemainingArgs()   // x, index, then five arrays a matrix
+                                  .RemainingRets(),  // a result a matrix, then the workspace
+                              {ffi::Traits::kCmdBufferCompatible});
+
+}  // namespace df11::native

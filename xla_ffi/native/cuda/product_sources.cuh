@@ -1,0 +1,236 @@
+// What a warp multiplies: x from global memory, exponents from a bit stream in shared memory or, of
+// records that are not there, from global memory; patches.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "common/async_copies.cuh"
+#include "common/lanes.cuh"
+#include "native/cuda/lookup_table.cuh"
+#include "native/layout.h"
+
+namespace df11::native {
+
+// A value that is computed once: the compiler would rather compute it anew than keep it in a
+// register.
+__device__ __forceinline__ uint32_t keep(uint32_t value) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
+// Rows of x as the second operand of multiply_add: lane 4 g + t holds x[8 tile + g][k + 4 t ..],
+// since the lane's weights of a step are of these k. Rows that x has not are read as its last one,
+// and their products are not used; k that it has not are 0.
+template <int kTiles>
+class RowsOfX {
+ public:
+  __device__ RowsOfX(const uint16_t* x, int rows, int k, int lane)
+      : x_(x), k_(k), end_of_words_(k % 4 == 0 ? k : 0) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const int row = min(8 * tile + lane / 4, rows - 1);
+      first_[tile] = keep(static_cast<uint32_t>(row * k + lane % 4 * 4));
+    }
+  }
+
+  // Of the step that begins at k.
+  __device__ __forceinline__ void load(int k, uint2 (&to)[kTiles]) const {
+    if (k + kStepRows <= end_of_words_) {
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        to[tile] = __ldg(reinterpret_cast<const uint2*>(x_ + (first_[tile] + k)));
+      }
+      return;
+    }
+    const int left = k_ - k - static_cast<int>(threadIdx.x % 4 * 4);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      uint32_t bits[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) bits[i] = i < left ? __ldg(x_ + (first_[tile] + k + i)) : 0;
+      to[tile] = uint2{bits[0] | bits[1] << 16, bits[2] | bits[3] << 16};
+    }
+  }
+
+ private:
+  const uint16_t* x_;
+  int k_, end_of_words_;
+  uint32_t first_[kTiles];
+};
+
+// A lane's table entries from a stream in shared memory. Two words of it are in the window, and the
+// next is on its way: so its load is not in the chain of look-ups.
+class StagedPairs {
+ public:
+  // The stream starts at bit `start` of the record at address `record`.
+  __device__ StagedPairs(uint32_t record, uint32_t start, const LookupTable& table, int lane)
+      : mask_(keep(table.mask())), table_(keep(table.of_lane(lane))) {
+    const uint32_t first = start - table.lead(), at = record + first / 32 * 4;
+    low_ = load_shared(at);
+    high_ = load_shared(at + 4);
+    ahead_ = load_shared(at + 8);
+    next_ = at + 12;
+    position_ = first;
+  }
+
+  __device__ __forceinline__ void next_two(int, uint32_t& entry0, uint32_t& entry1) {
+    // Shifts look at an entry's low five bits only, its length, so the entry itself is the amount.
+    const uint32_t window = __funnelshift_r(low_, high_, position_);
+    entry0 = look_up(window);
+    entry1 = look_up(__funnelshift_r(window, 0, entry0));
+    // Bits 5 and 6 of an entry are 0: whatever is added above, bits 0 to 6 stay right.
+    const uint32_t before = position_;
+    position_ += entry0 + entry1;
+    advance_if((before ^ position_) & 32);
+  }
+  __device__ void end_half_step() {}
+
+ private:
+  __device__ __forceinline__ uint32_t look_up(uint32_t window) const {
+    return load_shared_constant((window & mask_) | table_);
+  }
+  __device__ __forceinline__ void advance_if(uint32_t crossed) {
+#ifdef __CUDACC__
+    asm volatile(
+        "{\n\t.reg .pred crossed;\n\t"
+        "setp.ne.u32 crossed, %4, 0;\n\t"
+        "@crossed mov.b32 %0, %1;\n\t"
+        "@crossed mov.b32 %1, %2;\n\t"
+        "@crossed ld.shared.u32 %2, [%3];\n\t"
+        "@crossed add.u32 %3, %3, 4;\n\t}"
+        : "+r"(low_), "+r"(high_), "+r"(ahead_), "+r"(next_)
+        : "r"(crossed));
+#else
+    if (crossed) {
+      low_ = high_;
+      high_ = ahead_;
+      ahead_ = load_shared(next_);
+      next_ += 4;
+    }
+#endif
+  }
+
+  uint32_t low_, high_, ahead_, next_, position_, mask_, table_;
+};
+
+// The same of a record in global memory, or of a raw one, or of none: slower, but in few registers.
+// No word behind the record's last is read.
+class GlobalPairs {
+ public:
+  enum Kind { kCoded, kRaw, kNone };
+
+  __device__ GlobalPairs(Kind kind, const uint32_t* record, uint32_t words, uint32_t start,
+                         const LookupTable& table, int lane)
+      : record_(record),
+        kind_(kind),
+        last_(words - 1),
+        position_(kind == kRaw ? kRawRecordHeaderWords + lane_word(lane) : start - table.lead()),
+        mask_(table.mask()),
+        table_(table.of_lane(lane)) {}
+
+  __device__ __forceinline__ void next_two(int j, uint32_t& entry0, uint32_t& entry1) {
+    if (kind_ == kCoded) {
+      const uint32_t at = position_ / 32;
+      const uint32_t window = __funnelshift_r(word(at), word(at + 1), position_);
+      entry0 = load_shared_constant((window & mask_) | table_);
+      entry1 = load_shared_constant((window >> (entry0 & 31) & mask_) | table_);
+      position_ += (entry0 & 31) + (entry1 & 31);
+    } else if (kind_ == kRaw) {
+      const uint32_t exponents = __ldg(record_ + position_ + j);
+      entry0 = __byte_perm(exponents, 0, 0x1404) >> 1;  // bytes 0 and 1 to bits 7 and 23
+      entry1 = __byte_perm(exponents, 0, 0x3424) >> 1;
+    } else {
+      entry0 = entry1 = 0;
+    }
+  }
+  __device__ void end_half_step() {
+    if (kind_ == kRaw) position_ += kHalfStepWords;
+  }
+
+ private:
+  __device__ uint32_t word(uint32_t at) const { return __ldg(record_ + (at < last_ ? at : last_)); }
+
+  const uint32_t* record_;
+  Kind kind_;
+  uint32_t last_, position_, mask_, table_;
+};
+
+// The words of a record in shared memory, and of one that stayed in global memory.
+struct StagedRecord {
+  uint32_t address;
+  __device__ uint32_t word(uint32_t i) const { return load_shared(address + 4 * i); }
+  __device__ StagedRecord from(uint32_t i) const { return {address + 4 * i}; }
+};
+struct GlobalRecord {
+  const uint32_t* words;
+  __device__ uint32_t word(uint32_t i) const { return __ldg(words + i); }
+  __device__ GlobalRecord from(uint32_t i) const { return {words + i}; }
+};
+
+// The patches of the chunk that begins at k, in the order of steps.
+template <typename Record>
+class Patches {
+ public:
+  __device__ Patches(const Record& patches, uint32_t count, int k)
+      : patches_(patches), left_(count), chunk_k_(k) {
+    set_next(count ? patches_.word(0) : kNone);
+  }
+
+  // Whether there are any of the step that begins at k.
+  __device__ bool are_in(int k) const { return next_k_ == k; }
+
+  // Puts those of this step into the lane's weights, as the product has them, if they are not of k
+  // from k_end on.
+  __device__ __forceinline__ void apply(int k_end, int lane, uint32_t (&weights)[4][4]) {
+    const uint32_t step = (next_k_ - chunk_k_) / kStepRows;
+    uint32_t here;
+    do {
+      const uint32_t patch = static_cast<uint32_t>(lane) < left_ ? patches_.word(lane) : kNone;
+      here = __ballot_sync(kAllLanes, patch >> kStepBits == step);
+#pragma unroll 1
+      for (uint32_t todo = here; todo; todo &= todo - 1) {
+        put(__shfl_sync(kAllLanes, patch, __ffs(todo) - 1), k_end - chunk_k_, lane, weights);
+      }
+      const uint32_t done = __popc(here);
+      patches_ = patches_.from(done);
+      left_ -= done;
+      if (here != kAllLanes) set_next(__shfl_sync(kAllLanes, patch, __ffs(~here) - 1));
+    } while (here == kAllLanes);
+  }
+
+ private:
+  // Of a step that there is not.
+  static constexpr uint32_t kStepBits = 26, kNone = ~0u;
+
+  __device__ void set_next(uint32_t patch) {
+    next_k_ = chunk_k_ + static_cast<int>(patch >> kStepBits) * kStepRows;
+  }
+
+  // The lane 4 g + t has k 4 t .. 4 t + 3 of a step, in its two half-steps, and n 8 g .. 8 g + 7.
+  __device__ __forceinline__ static void put(uint32_t patch, int k_left, int lane,
+                                             uint32_t (&weights)[4][4]) {
+    const uint32_t position = patch >> 16, k = position / kTileCols % kStepRows,
+                   n = position % kTileCols;
+    const bool mine = static_cast<int>(n / 8 * 4 + k / 4) == lane &&
+                      static_cast<int>(position / kTileCols) < k_left;
+    const uint32_t which = mine ? n % 8 / 2 * 4 + k % 4 / 2 * 2 + n % 2 : 16;
+    const uint32_t selector = k % 2 ? 0x5410 : 0x3254;  // of which half
+#pragma unroll
+    for (uint32_t i = 0; i < 4; ++i) {
+#pragma unroll
+      for (uint32_t j = 0; j < 4; ++j) {
+        if (which == 4 * i + j) weights[i][j] = __byte_perm(weights[i][j], patch, selector);
+      }
+    }
+  }
+
+  Record patches_;
+  uint32_t left_;
+  int chunk_k_, next_k_;
+};
+
+}  // namespace df11::native

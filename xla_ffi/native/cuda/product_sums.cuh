@@ -1,0 +1,135 @@
+// The sums of items, and how those of a column become its result.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "common/async_copies.cuh"
+#include "common/lanes.cuh"
+#include "common/tensor_core.cuh"
+#include "native/cuda/product_work.h"
+
+namespace df11::native {
+
+// Stores an item's sums. The lane 4 g + t has columns 8 g .. 8 g + 7 of rows 2 t and 2 t + 1 of
+// each tile of x.
+template <int kTiles>
+__device__ inline void store_sums(float* to, int item, int rows, int lane,
+                                  const float (&sums)[kTiles][4][4]) {
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+      const int row = 8 * tile + lane % 4 * 2 + odd;
+      if (row >= rows) continue;
+      const float(&s)[4][4] = sums[tile];
+      auto* place =
+          reinterpret_cast<float4*>(to + (int64_t{item} * rows + row) * kTileCols + lane / 4 * 8);
+      __stcg(place, float4{s[0][odd], s[0][2 + odd], s[1][odd], s[1][2 + odd]});
+      __stcg(place + 1, float4{s[2][odd], s[2][2 + odd], s[3][odd], s[3][2 + odd]});
+    }
+  }
+}
+
+// Whether the block is the last one at its first and at its last column of chunks: at those between
+// it is the only one.
+struct ColumnFlags {
+  bool first, last;
+};
+
+// Columns n and n + 1 of a row of the result, of which the second, or both, may not exist.
+__device__ inline void store_result(const ProductWork& work, const MatrixWork& matrix, int row,
+                                    int n, float first, float second) {
+  const int64_t at = int64_t{row} * matrix.n + n;
+  const bool both = n + 1 < matrix.n && matrix.n % 2 == 0;
+  if (work.float_out) {
+    float* to = static_cast<float*>(matrix.out) + at;
+    if (both) {
+      *reinterpret_cast<float2*>(to) = float2{first, second};
+    } else {
+      if (n < matrix.n) to[0] = first;
+      if (n + 1 < matrix.n) to[1] = second;
+    }
+  } else {
+    uint16_t* to = static_cast<uint16_t*>(matrix.out) + at;
+    const uint32_t rounded = to_bfloat16x2(first, second);
+    if (both) {
+      *reinterpret_cast<uint32_t*>(to) = rounded;
+    } else {
+      if (n < matrix.n) to[0] = static_cast<uint16_t>(rounded);
+      if (n + 1 < matrix.n) to[1] = static_cast<uint16_t>(rounded >> 16);
+    }
+  }
+}
+
+// Adds up the columns of which this block brings the last items. Items s, s + 8, s + 16 .. of a
+// column are added by one warp, and their sums by another: both in the order of items.
+__device__ inline void add_columns(const ProductWork& work, const MatrixWork& matrix, int begin,
+                                   int end, uint32_t memory, ColumnFlags& flags) {
+  constexpr int kGroups = 8;
+  constexpr int kUnitBytes = kTileCols * 4;
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
+  const int per_column = matrix.column_items;
+  int first = begin / per_column, last = (end - 1) / per_column;
+
+  __threadfence();  // The sums of this block are seen by whoever sees its count.
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const auto is_complete = [&](int column) {
+      const int column_begin = column * per_column;
+      const int items = min(end, column_begin + per_column) - max(begin, column_begin);
+      return items == per_column ||
+             static_cast<int>(atomicAdd(matrix.arrived + column, static_cast<uint32_t>(items))) +
+                     items ==
+                 per_column;
+    };
+    flags.first = is_complete(first);
+    flags.last = first == last ? flags.first : is_complete(last);
+    __threadfence();  // And what others have counted is seen here.
+  }
+  __syncthreads();
+  if (first == last && !flags.first) return;
+  if (!flags.first) ++first;
+  if (!flags.last) --last;
+
+  // Of a column of chunks and a row of x: 64 sums of each item.
+  const int results = (last - first + 1) * work.rows;
+  const int at_once =
+      static_cast<int>((1u << work.memory.table_log2_bytes) / (kGroups * kUnitBytes));
+  for (int done = 0; done < results; done += at_once) {
+    const int count = min(at_once, results - done);
+    for (int unit = warp; unit < count * kGroups; unit += warps) {
+      const int result = done + unit / kGroups, column = first + result / work.rows;
+      const int row = result - result / work.rows * work.rows;
+      const float* sums =
+          matrix.sums + (int64_t{column} * per_column * work.rows + row) * kTileCols;
+      float2 sum{0, 0};
+#pragma unroll 8
+      for (int item = unit % kGroups; item < per_column; item += kGroups) {
+        const float2 more = __ldcg(
+            reinterpret_cast<const float2*>(sums + int64_t{item} * work.rows * kTileCols) + lane);
+        sum.x += more.x;
+        sum.y += more.y;
+      }
+      store_shared(memory + unit * kUnitBytes + 8 * lane, __float_as_uint(sum.x));
+      store_shared(memory + unit * kUnitBytes + 8 * lane + 4, __float_as_uint(sum.y));
+    }
+    __syncthreads();
+    for (int i = warp; i < count; i += warps) {
+      const int result = done + i, column = first + result / work.rows;
+      const int row = result - result / work.rows * work.rows;
+      float2 sum{0, 0};
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+        const uint32_t place = memory + (i * kGroups + group) * kUnitBytes + 8 * lane;
+        sum.x += __uint_as_float(load_shared(place));
+        sum.y += __uint_as_float(load_shared(place + 4));
+      }
+      store_result(work, matrix, row, column * kTileCols + 2 * lane, sum.x, sum.y);
+    }
+    __syncthreads();
+  }
+}
+
+}  // namespace df11::native

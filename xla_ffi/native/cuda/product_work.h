@@ -1,0 +1,206 @@
+// How a product is shared out: what the kernel gets as its parameter, and how the host fills it in.
+#pragma once
+
+#include <cstdint>
+
+#include "native/cuda/product.h"
+#include "native/layout.h"
+
+namespace df11::native {
+
+inline constexpr int kSlotBytes = kStepWords * 4;  // sign and mantissa of a step
+inline constexpr int kSlots = 2;                   // steps that are in shared memory
+// Scratch of the block in front of what warps have, by what product_kernel.cuh needs.
+inline constexpr uint32_t kBlockBytes = 3072;
+inline constexpr uint32_t kBarrierBytes = 32;  // of the slots and of up to two records
+
+struct MatrixWork {
+  const uint32_t* header;
+  const uint32_t* codebook;
+  const uint32_t* chunk_offsets;
+  const uint32_t* exponents;
+  const uint32_t* sign_mantissa;
+  void* out;
+  float* sums;        // [items, rows of x, 64]
+  uint32_t* arrived;  // by columns of chunks: items whose sums are there
+  uint32_t exponents_words, geometry;
+  int stack, chunks;
+  int n, tiles_k, tiles_n, steps_k, steps, code_bits;
+  int item_chunks, column_items;
+  int first_block, blocks;
+  int block_items, longer_blocks;  // every block has so many items, the first ones another
+};
+
+// Where things are in a block's shared memory.
+struct ProductMemory {
+  int warps;
+  uint32_t table_log2_bytes;
+  uint32_t records;       // buffers of a warp
+  uint32_t record_words;  // longer ones are read where they are
+  uint32_t record_bytes;  // of a buffer: with room behind a record, which lanes may read
+  uint32_t warp_bytes;
+
+  DF11_HD uint32_t table(uint32_t base) const {
+    const uint32_t size = 1u << table_log2_bytes;
+    return (base + kBlockBytes + size - 1) & ~(size - 1);
+  }
+  // Warps lie before the table, as many as fit there, and behind it.
+  DF11_HD uint32_t warp(uint32_t base, uint32_t warp) const {
+    const uint32_t first = base + kBlockBytes, table_begin = table(base);
+    const uint32_t before = (table_begin - first) / warp_bytes;
+    return warp < before ? first + warp * warp_bytes
+                         : table_begin + (1u << table_log2_bytes) + (warp - before) * warp_bytes;
+  }
+  DF11_HD uint32_t end(uint32_t base) const {
+    const uint32_t last = warp(base, warps - 1) + warp_bytes, table_begin = table(base);
+    return last < table_begin ? table_begin + (1u << table_log2_bytes) : last;
+  }
+};
+
+struct ProductWork {
+  const uint16_t* x;
+  const int32_t* index;
+  int rows, k, count;
+  bool float_out;
+  ProductMemory memory;
+  MatrixWork matrices[kMatricesPerProduct];
+};
+static_assert(sizeof(ProductWork) <= 4096);
+
+// Rows of x are taken in tiles of 8: 1, 2 or 4 of them.
+inline int product_tiles(int rows) { return rows <= 8 ? 1 : rows <= 16 ? 2 : 4; }
+// Warps of a block, which leave a thread 80, 128 and 168 registers.
+DF11_HD constexpr int most_product_warps(int tiles) {
+  return tiles == 1 ? 24 : tiles == 2 ? 16 : 12;
+}
+
+// Dynamic shared memory begins at this address or before.
+inline constexpr uint32_t kMostSharedBase = 1024;
+
+// Words of a record of `steps` steps that are usual: 2.97 bits a pair of exponents or less.
+inline uint32_t usual_record_words(int steps) { return steps == 8 ? 760 : steps == 4 ? 392 : 208; }
+// Words that a lane may read behind a record: its codes, if they are damaged, and three words
+// ahead.
+inline uint32_t overread_words(int steps) { return 6 * steps + 4; }
+
+// Fits as many of `most_warps` warps as there is room for in `shared_bytes`; none if there is too
+// little.
+inline ProductMemory plan_memory(int steps, int most_warps, uint32_t shared_bytes) {
+  ProductMemory memory = {};
+  memory.record_words = usual_record_words(steps);
+  memory.record_bytes = 4 * (memory.record_words + overread_words(steps));
+  const auto fit = [&](uint32_t table_log2_bytes, uint32_t records) {
+    memory.table_log2_bytes = table_log2_bytes;
+    memory.records = records;
+    memory.warp_bytes = kSlots * kSlotBytes + kBarrierBytes + records * memory.record_bytes;
+    for (memory.warps = most_warps; memory.warps > 0 && memory.end(kMostSharedBase) > shared_bytes;
+         --memory.warps) {
+    }
+    return memory.warps == most_warps;
+  };
+  // Copies of the table over banks, then a second record, as long as they cost no warps.
+  const uint32_t small = 14, large = 16;
+  static_assert(kMaxCodeBits + 2 == 14);
+  if (!fit(large, 2) && !fit(large, 1) && !fit(small, 2)) fit(small, 1);
+  return memory;
+}
+
+// Shares blocks out among the matrices by how many chunks these have.
+inline void share_blocks(ProductWork& work, int blocks) {
+  int64_t items[kMatricesPerProduct], chunks[kMatricesPerProduct];
+  int left = blocks;
+  for (int i = 0; i < work.count; ++i) {
+    MatrixWork& matrix = work.matrices[i];
+    items[i] = int64_t{matrix.tiles_n} * matrix.column_items;
+    chunks[i] = int64_t{matrix.chunks} * matrix.steps;
+    matrix.blocks = 1;
+    --left;
+  }
+  for (; left > 0; --left) {
+    int most = -1;
+    for (int i = 0; i < work.count; ++i) {
+      if (work.matrices[i].blocks >= items[i]) continue;
+      if (most < 0 ||
+          chunks[i] * work.matrices[most].blocks > chunks[most] * work.matrices[i].blocks) {
+        most = i;
+      }
+    }
+    if (most < 0) break;
+    ++work.matrices[most].blocks;
+  }
+  int first = 0;
+  for (int i = 0; i < work.count; ++i) {
+    MatrixWork& matrix = work.matrices[i];
+    matrix.first_block = first;
+    first += matrix.blocks;
+    matrix.block_items = static_cast<int>(items[i] / matrix.blocks);
+    matrix.longer_blocks = static_cast<int>(items[i] % matrix.blocks);
+  }
+}
+
+// False if the product is not one that the kernel can do.
+inline bool plan_product(const Product& product, int blocks, int most_warps, uint32_t shared_bytes,
+                         ProductWork& work) {
+  constexpr int64_t kMost = INT32_MAX;
+  if (product.count < 1 || product.count > kMatricesPerProduct || product.rows < 1 ||
+      product.rows > kMostProductRows) {
+    return false;
+  }
+  const View& first = product.matrices[0].slices.view;
+  if (product.rows * round_up(first.k, kTileRows) > kMost) return false;
+  work = {};
+  work.x = product.x;
+  work.index = product.matrices[0].slices.index;
+  work.rows = product.rows;
+  work.k = static_cast<int>(first.k);
+  work.count = product.count;
+  work.float_out = product.float_out;
+  uint32_t* arrived = product.workspace;
+  float* sums = reinterpret_cast<float*>(product.workspace + product_counter_words(product));
+  int steps = 2;
+  for (int i = 0; i < product.count; ++i) {
+    const TensorSlices& slices = product.matrices[i].slices;
+    const View& view = slices.view;
+    if (view.is_flat || view.batch != 1 || view.size == 0 || view.k != first.k ||
+        slices.batch != 1 || slices.batch_axes != 0 || view.n > kMost / kMostProductRows ||
+        view.chunks() >= kMost || slices.exponents_words > UINT32_MAX || slices.stack > kMost ||
+        slices.stack < 1 || slices.index != work.index) {
+      return false;
+    }
+    const ProductItems items = cut_into_items(view);
+    MatrixWork& matrix = work.matrices[i];
+    matrix.header = slices.header;
+    matrix.codebook = slices.codebook;
+    matrix.chunk_offsets = slices.chunk_offsets;
+    matrix.exponents = slices.exponents;
+    matrix.sign_mantissa = slices.sign_mantissa;
+    matrix.out = product.matrices[i].out;
+    matrix.sums = sums;
+    matrix.arrived = arrived;
+    matrix.exponents_words = static_cast<uint32_t>(slices.exponents_words);
+    matrix.geometry = slices.geometry;
+    matrix.stack = static_cast<int>(slices.stack);
+    matrix.chunks = static_cast<int>(view.chunks());
+    matrix.n = static_cast<int>(view.n);
+    matrix.tiles_k = static_cast<int>(view.tiles_k());
+    matrix.tiles_n = static_cast<int>(view.tiles_n());
+    matrix.steps_k = static_cast<int>(view.steps_k());
+    matrix.steps = view.steps;
+    matrix.code_bits = product.matrices[i].code_bits;
+    matrix.item_chunks = items.chunks;
+    matrix.column_items = items.per_column;
+    arrived += matrix.tiles_n;
+    sums += items.count * product.rows * kTileCols;
+    steps = view.steps > steps ? view.steps : steps;
+  }
+  work.memory = plan_memory(steps, most_warps, shared_bytes);
+  if (blocks < product.count || work.memory.warps < 1) return false;
+  share_blocks(work, blocks);
+  return true;
+}
+
+// The kernel's launch, for which counters in the workspace are 0. For tests, which share work out
+// otherwise.
+cudaError_t launch_product_work(cudaStream_t stream, const ProductWork& work);
+
+}  // namespace df11::native
