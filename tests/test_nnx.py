@@ -327,6 +327,19 @@ def test_after_in_place_in_an_nnx_loop(tokens):
 # Errors.
 
 
+def test_layers_one_by_one_have_arrays_of_equal_shapes(tokens):
+    model = Unrolled(nnx.Rngs(0))
+    kernel = model.layers[1].up.kernel
+    kernel.set_value(kernel.get_value().at[:64].set(1))  # has shorter exponents
+    before = forward(model, tokens)
+    compress(model)
+    leaves = [layer.up.kernel.get_raw_value() for layer in model.layers]
+    alone = [df11_jax.compress(df11_jax.decompress(leaf)).exponents.size for leaf in leaves]
+    assert alone[1] < max(alone)
+    assert {leaf.exponents.size for leaf in leaves} == {max(alone)}
+    assert_same_bits(forward(model, tokens), before)
+
+
 def test_layers_that_are_not_stacked(tokens):
     model = Scanned(nnx.Rngs(0))
     compress(model)

@@ -208,7 +208,7 @@ def test_tables_in_pieces(monkeypatch, tokens, piece):
     monkeypatch.setattr(tables, "PIECE_BYTES", piece * 2 * tables.ROWS * dim)
     rng = np.random.default_rng(0)
     plain = rng.standard_normal(tables.table_shape(vocab, dim)).astype(jnp.bfloat16)
-    table = df11_jax.compress(plain, stack_axes=1)
+    table = df11_jax.compress(plain, stack_axes=1, along_columns=True)
     ids = rng.integers(0, vocab, tokens).astype(np.int32)
     expected = plain.reshape(-1, dim)[ids]
     for either in (table, jnp.asarray(plain)):
