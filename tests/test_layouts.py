@@ -219,7 +219,8 @@ def test_normal_weights_of_any_scale_have_equal_lengths(shape):
 def test_layers_one_by_one_compile_one_program():
     scales = (0.02, 1e-3, 30.0, 0.5)
     layers = [df11_jax.compress(random_weights((256, 256), i, s)) for i, s in enumerate(scales)]
-    decompress = jax.jit(df11_jax.decompress)
+    # A function of its own: all `jit`s of one function share a cache.
+    decompress = jax.jit(lambda a: df11_jax.decompress(a))
     for layer in layers:
         decompress(layer)
     assert decompress._cache_size() == 1
