@@ -54,10 +54,10 @@ def run_under(
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
 
-    result = subprocess.run([program], capture_output=True, text=True, timeout=600)
+    result = subprocess.run([program], capture_output=True, text=True, timeout=3600)
     if "unexpected memory mapping" in result.stderr:
         # ThreadSanitizer, and a kernel that randomizes addresses more than it expects.
         command = ["setarch", "--addr-no-randomize", str(program)]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=3600)
     print(result.stdout)
     assert result.returncode == 0, result.stdout + result.stderr
