@@ -13,6 +13,7 @@
 
 #include "common/async_copies.cuh"
 #include "native/cuda/decode_chunk.cuh"
+#include "native/cuda/staged_stream.cuh"
 #include "native/layout.h"
 
 namespace df11::native {
@@ -60,28 +61,16 @@ struct ChunkPair {
   __device__ uint32_t words() const { return ((offsets[2] + 3) & ~3u) - begin(); }
 };
 
-// The bit stream of a lane, in shared memory. Three successive words are in registers: so a word
-// that is loaded is not needed before two more look-ups are done.
+// What a lane looks up of the bit stream of one chunk.
 class LaneStream {
  public:
   __device__ void start(uint32_t record, uint32_t bit, uint32_t table) {
-    const uint32_t at = bit - kWindowLead, address = record + at / 32 * 4;
-    low_ = load_shared(address);
-    middle_ = load_shared(address + 4);
-    high_ = load_shared(address + 8);
-    next_ = address + 12;
-    position_ = at;
+    stream_.start(record, bit - kWindowLead);
     table_ = table;
   }
 
-  // The table entries of the next two pairs: see CodedPairs.
   __device__ __forceinline__ void next_two(uint32_t& entry0, uint32_t& entry1) {
-    const uint32_t window = __funnelshift_r(low_, middle_, position_);
-    entry0 = look_up(window);
-    entry1 = look_up(__funnelshift_r(window, 0, entry0));
-    const uint32_t before = position_;
-    position_ += entry0 + entry1;
-    advance_if((before ^ position_) & 32);
+    stream_.next_two([this](uint32_t window) { return look_up(window); }, entry0, entry1);
   }
 
  private:
@@ -99,27 +88,8 @@ class LaneStream {
 #endif
   }
 
-  __device__ __forceinline__ void advance_if(uint32_t crossed) {
-#ifdef __CUDACC__
-    asm volatile(
-        "{\n\t.reg .pred crossed;\n\t"
-        "setp.ne.u32 crossed, %4, 0;\n\t"
-        "@crossed mov.b32 %0, %1;\n\t"
-        "@crossed mov.b32 %1, %2;\n\t"
-        "@crossed ld.shared.u32 %2, [%3];\n\t"
-        "@crossed add.u32 %3, %3, 4;\n\t}"
-        : "+r"(low_), "+r"(middle_), "+r"(high_), "+r"(next_)
-        : "r"(crossed));
-#else
-    if (!crossed) return;
-    low_ = middle_;
-    middle_ = high_;
-    high_ = load_shared(next_);
-    next_ += 4;
-#endif
-  }
-
-  uint32_t low_, middle_, high_, next_, position_, table_;
+  StagedStream stream_;
+  uint32_t table_;
 };
 
 // Decodes the pairs of chunks that it is given, one after the other.

@@ -9,6 +9,7 @@
 #include "common/async_copies.cuh"
 #include "common/lanes.cuh"
 #include "native/cuda/lookup_table.cuh"
+#include "native/cuda/staged_stream.cuh"
 #include "native/layout.h"
 
 namespace df11::native {
@@ -62,59 +63,26 @@ class RowsOfX {
   uint32_t first_[kTiles];
 };
 
-// A lane's table entries from a stream in shared memory. Two words of it are in the window, and the
-// next is on its way: so its load is not in the chain of look-ups.
+// A lane's table entries from a stream in shared memory.
 class StagedPairs {
  public:
   // The stream starts at bit `start` of the record at address `record`.
   __device__ StagedPairs(uint32_t record, uint32_t start, const LookupTable& table, int lane)
       : mask_(keep(table.mask())), table_(keep(table.of_lane(lane))) {
-    const uint32_t first = start - table.lead(), at = record + first / 32 * 4;
-    low_ = load_shared(at);
-    high_ = load_shared(at + 4);
-    ahead_ = load_shared(at + 8);
-    next_ = at + 12;
-    position_ = first;
+    stream_.start(record, start - table.lead());
   }
 
   __device__ __forceinline__ void next_two(int, uint32_t& entry0, uint32_t& entry1) {
-    // Shifts look at an entry's low five bits only, its length, so the entry itself is the amount.
-    const uint32_t window = __funnelshift_r(low_, high_, position_);
-    entry0 = look_up(window);
-    entry1 = look_up(__funnelshift_r(window, 0, entry0));
-    // Bits 5 and 6 of an entry are 0: whatever is added above, bits 0 to 6 stay right.
-    const uint32_t before = position_;
-    position_ += entry0 + entry1;
-    advance_if((before ^ position_) & 32);
+    const auto look_up = [this](uint32_t window) {
+      return load_shared_constant((window & mask_) | table_);
+    };
+    stream_.next_two(look_up, entry0, entry1);
   }
   __device__ void end_half_step() {}
 
  private:
-  __device__ __forceinline__ uint32_t look_up(uint32_t window) const {
-    return load_shared_constant((window & mask_) | table_);
-  }
-  __device__ __forceinline__ void advance_if(uint32_t crossed) {
-#ifdef __CUDACC__
-    asm volatile(
-        "{\n\t.reg .pred crossed;\n\t"
-        "setp.ne.u32 crossed, %4, 0;\n\t"
-        "@crossed mov.b32 %0, %1;\n\t"
-        "@crossed mov.b32 %1, %2;\n\t"
-        "@crossed ld.shared.u32 %2, [%3];\n\t"
-        "@crossed add.u32 %3, %3, 4;\n\t}"
-        : "+r"(low_), "+r"(high_), "+r"(ahead_), "+r"(next_)
-        : "r"(crossed));
-#else
-    if (crossed) {
-      low_ = high_;
-      high_ = ahead_;
-      ahead_ = load_shared(next_);
-      next_ += 4;
-    }
-#endif
-  }
-
-  uint32_t low_, high_, ahead_, next_, position_, mask_, table_;
+  StagedStream stream_;
+  uint32_t mask_, table_;
 };
 
 // The same of a record in global memory, or of a raw one, or of none: slower, but in few registers.
