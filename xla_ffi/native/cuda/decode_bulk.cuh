@@ -135,7 +135,7 @@ template <int kWarps>
 struct BulkMemory {
   struct State {
     BulkAssignment work;
-    TableScratch scratch;
+    CanonicalCodes codes;
     Record records[kWarps];
     uint64_t barriers[4 * kWarps];
   };
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, 1)
       decoder.begin_slice(work.slice, pair);
     }
     if (work.new_table) {
-      const bool sound = build_table_in_block<kWarps>(work.table.codebook, state.scratch, table);
+      const bool sound = build_table_in_block<kWarps>(work.table.codebook, state.codes, table);
       if (threadIdx.x == 0) work.table.sound = sound;
       __syncthreads();
     }

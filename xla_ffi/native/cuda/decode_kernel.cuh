@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   __shared__ uint32_t table[kTableSize];
   __shared__ StagedRecord staged[kWarps];
   __shared__ Record records[kWarps];
-  __shared__ TableScratch scratch;
+  __shared__ CanonicalCodes codes;
   __shared__ Assignment work;
   const Lane lane(threadIdx.x % kLanes);
   // The same in all lanes, and the compiler knows it.
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     __syncthreads();
     if (work.count == 0) return;
     if (work.new_table) {
-      const bool sound = build_table_in_block<kWarps>(work.table.codebook, scratch, table);
+      const bool sound = build_table_in_block<kWarps>(work.table.codebook, codes, table);
       if (threadIdx.x == 0) work.table.sound = sound;
       __syncthreads();
     }
