@@ -61,3 +61,18 @@ def run_under(
         result = subprocess.run(command, capture_output=True, text=True, timeout=3600)
     print(result.stdout)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def ptxas_report(source: str, architectures: Sequence[str], folder: pathlib.Path) -> str:
+    """Compiles a file of `xla_ffi/` with nvcc; returns what ptxas says about its kernels.
+
+    For each kernel and architecture: its name, then its stack frame, then the rest.
+    """
+    command = [find_tool("nvcc"), "-std=c++17", "-Werror", "all-warnings", "-fatbin"]
+    command += ["-Xptxas", "-v", "--threads", "2", f"-I{ROOT / 'xla_ffi'}"]
+    for arch in architectures:
+        command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    command += ["-o", folder / "kernels.fatbin", ROOT / "xla_ffi" / source]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stderr

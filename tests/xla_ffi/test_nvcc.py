@@ -1,11 +1,10 @@
 """Compiles the CUDA decoders for every supported architecture; needs nvcc, but no GPU."""
 
 import re
-import subprocess
 
 import count_sass
 import pytest
-from compiling import ROOT, needs_nvcc, needs_nvdisasm
+from compiling import needs_nvcc, needs_nvdisasm, ptxas_report
 
 ARCHITECTURES = ["75", "80", "86", "89", "90", "100", "120"]
 
@@ -21,25 +20,17 @@ KERNELS = {
 @needs_nvcc
 @pytest.mark.parametrize("layout", KERNELS)
 def test_no_spills(layout, tmp_path):
-    command = [count_sass.find_tool("nvcc"), "-std=c++17", "-Werror", "all-warnings", "-fatbin"]
-    command += ["-Xptxas", "-v", "--threads", "2", f"-I{ROOT / 'xla_ffi'}"]
-    for arch in ARCHITECTURES:
-        command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-    command += ["-o", tmp_path / "decode.fatbin", ROOT / "xla_ffi" / layout / "cuda" / "decode.cu"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-
-    # Per architecture, ptxas prints the kernel's name, then its stack frame, then the rest.
+    report = ptxas_report(f"{layout}/cuda/decode.cu", ARCHITECTURES, tmp_path)
     reports = re.findall(
         r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?"
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
         r"Used (\d+) registers([^\n]*)",
-        result.stderr,
+        report,
         re.DOTALL,
     )
     assert {(r[1], kernel_of(r[0])) for r in reports} == {
         (arch, kernel) for arch in ARCHITECTURES for kernel in KERNELS[layout]
-    }, result.stderr
+    }, report
     for name, arch, frame, stores, loads, registers, rest in reports:
         kernel = kernel_of(name)
         most_registers, most_shared = KERNELS[layout][kernel]

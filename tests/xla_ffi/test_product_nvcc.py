@@ -1,11 +1,10 @@
 """Compiles the fused product for the architectures that have it; needs nvcc, but no GPU."""
 
 import re
-import subprocess
 
 import count_sass
 import pytest
-from compiling import ROOT, needs_nvcc, needs_nvdisasm
+from compiling import needs_nvcc, needs_nvdisasm, ptxas_report
 
 # Registers of a thread, of 65,536, where a block has 24, 16 and 12 warps.
 MOST_REGISTERS = {"1": 80, "2": 128, "4": 168}
@@ -13,21 +12,16 @@ MOST_REGISTERS = {"1": 80, "2": 128, "4": 168}
 
 @needs_nvcc
 def test_resources(tmp_path):
-    command = [count_sass.find_tool("nvcc"), "-std=c++17", "-Werror", "all-warnings", "-fatbin"]
-    command += ["-Xptxas", "-v", "--threads", "2", f"-I{ROOT / 'xla_ffi'}"]
     # Where there are no bulk copies it is an empty kernel.
-    for arch in ("75", "80", *count_sass.PRODUCT_ARCHITECTURES):
-        command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-    command += ["-o", tmp_path / "product.fatbin", ROOT / "xla_ffi/native/cuda/product.cu"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    architectures = ("75", "80", *count_sass.PRODUCT_ARCHITECTURES)
+    report = ptxas_report("native/cuda/product.cu", architectures, tmp_path)
     reports = re.findall(
         r"Compiling entry function '\w+product_kernelILi(\d)E\w+' for 'sm_(\d+)'.*?"
         r"(\d+) bytes stack frame.*?Used (\d+) registers",
-        result.stderr,
+        report,
         re.DOTALL,
     )
-    assert len(reports) == 3 * (2 + len(count_sass.PRODUCT_ARCHITECTURES))
+    assert len(reports) == 3 * len(architectures)
     for tiles, arch, frame, registers in reports:
         print(f"sm_{arch}, {tiles} tiles: {registers} registers, {frame} bytes on the stack")
         assert int(registers) <= MOST_REGISTERS[tiles]
