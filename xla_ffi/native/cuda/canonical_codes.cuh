@@ -1,5 +1,5 @@
-// The symbols of a codebook in the order of their codes, from the codes' lengths, by a block: what
-// both look-up tables are filled from. docs/format.md, section "codebook".
+// A codebook's symbols in the order of their codes, from the codes' lengths, by a block: what look-up
+// tables are filled from. docs/format.md, section "codebook".
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,102 +11,133 @@
 
 namespace df11::native {
 
-inline constexpr int kSymbolGroups = kSymbols / kLanes;
-
+// Codes are of 12 bits here, whatever is shorter filled up behind.
 struct CanonicalCodes {
-  // For each length and each group of 32 symbols, in this order: first how many there are,
-  // then what precedes them in canonical order, symbols in the low 9 bits and above them
-  // what these take of 2^12 codes.
-  uint32_t preceding[kMaxCodeBits * kSymbolGroups];
+  // By length: what precedes its codes, symbols in the low 9 bits and above them the first code.
+  uint32_t first[16];
   uint32_t sorted[kSymbols];  // table entries in canonical order
-
-  DF11_HD static int length_and_group(uint32_t length, int group) {
-    return (static_cast<int>(length) - 1) * kSymbolGroups + group;
-  }
-
-  // By a warp: how many symbols of a group have each length, where a lane has the length of one.
-  // Returns the rank of the lane's symbol among those as long.
-  __device__ __forceinline__ uint32_t count_group(int group, uint32_t length, int lane) {
-    uint32_t rank = 0, count = 0;
-    for (uint32_t bits = 1; bits <= kMaxCodeBits; ++bits) {
-      const uint32_t same = __ballot_sync(kAllLanes, length == bits);
-      if (lane + 1 == static_cast<int>(bits)) count = __popc(same);
-      if (length == bits) rank = __popc(same & ((1u << lane) - 1));
-    }
-    if (lane < kMaxCodeBits) preceding[length_and_group(lane + 1, group)] = count;
-    return rank;
-  }
-
-  // By a warp: a prefix sum over lengths and groups. Returns, in the last lane, how many of 2^12
-  // codes are taken, which is Kraft's sum.
-  __device__ __forceinline__ uint32_t add_up(int lane) {
-    constexpr int kCells = kMaxCodeBits * kSymbolGroups / kLanes;  // of a lane, neighbours
-    static_assert(kCells * kLanes == kMaxCodeBits * kSymbolGroups);
-    uint32_t cell[kCells], sum = 0;
-#pragma unroll
-    for (int i = 0; i < kCells; ++i) {
-      const int at = kCells * lane + i, bits = at / kSymbolGroups + 1;
-      const uint32_t count = preceding[at];
-      cell[i] = sum;
-      sum += (count << (kMaxCodeBits - bits)) << 9 | count;
-    }
-    uint32_t inclusive = sum;
-    for (int distance = 1; distance < kLanes; distance *= 2) {
-      const uint32_t below = __shfl_up_sync(kAllLanes, inclusive, distance);
-      if (lane >= distance) inclusive += below;
-    }
-#pragma unroll
-    for (int i = 0; i < kCells; ++i) {
-      preceding[kCells * lane + i] = inclusive - sum + cell[i];
-    }
-    return inclusive >> 9;
-  }
-
-  // Puts the entry of a symbol, which has a code, in its place; `exponent` gives the codebook's.
-  template <typename Exponent>
-  __device__ __forceinline__ void sort(int symbol, uint32_t length, uint32_t rank,
-                                       const Exponent& exponent) {
-    const uint32_t before = preceding[length_and_group(length, symbol / kLanes)];
-    sorted[(before & kCountMask) + rank] =
-        table_entry(exponent(symbol / kCodedExponents), exponent(symbol % kCodedExponents), length);
-  }
+  bool sound;                 // the code is complete, and none is longer than allowed
 
   static constexpr uint32_t kCountMask = 511;
 };
 
-// The entries of ascending codes. Codes are of 12 bits, whatever is shorter filled up behind.
-class CodeCursor {
- public:
-  // No code is longer than `longest`.
-  __device__ __forceinline__ CodeCursor(const CanonicalCodes& codes, uint32_t code,
-                                        uint32_t longest)
-      : codes_(codes) {
-    const auto first_of = [&](uint32_t length) {
-      return codes.preceding[CanonicalCodes::length_and_group(length, 0)];
-    };
-    uint32_t length = 1;
-    for (uint32_t longer = 2; longer <= longest; ++longer) {
-      if (first_of(longer) >> 9 <= code) length = longer;
-    }
-    const uint32_t first = first_of(length);
-    const uint32_t place = (code - (first >> 9)) >> (kMaxCodeBits - length);
-    at_ = (first & CanonicalCodes::kCountMask) + place;
-    end_ = (first >> 9) + ((place + 1) << (kMaxCodeBits - length));
-    entry_ = codes.sorted[at_];
-  }
+// How many symbols have each length from 1 to 12: ten bits for each, three in a word.
+struct LengthCounts {
+  uint32_t words[4];
 
-  // Of the same code as before, or of one that follows it without another's between.
-  __device__ __forceinline__ uint32_t entry(uint32_t code) {
-    if (code == end_) {
-      entry_ = codes_.sorted[++at_];
-      end_ += kTableSize >> (entry_ & 31);
-    }
-    return entry_;
+  __device__ static int shift(int length) { return 10 * ((length - 1) % 3); }
+  __device__ __forceinline__ uint32_t of(int length) const {
+    const int at = (length - 1) / 3;
+    const uint32_t word = at == 0 ? words[0] : at == 1 ? words[1] : at == 2 ? words[2] : words[3];
+    return word >> shift(length) & 1023;
   }
-
- private:
-  const CanonicalCodes& codes_;
-  uint32_t at_, end_, entry_;
 };
+
+// Fills `codes`, by all threads of a block; the first eight warps do it. A barrier has to follow.
+__device__ inline void sort_codes(const uint32_t* codebook, uint32_t longest,
+                                  CanonicalCodes& codes) {
+  constexpr int kParts = 8;  // a lane has the lengths of as many symbols, in a word
+  static_assert(kSymbols == kParts * kLanes);
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  const int warps = static_cast<int>(blockDim.x / kLanes);
+  if (warp >= kParts) return;
+  const uint32_t lengths = __ldg(codebook + kCodedExponents / 4 + lane);
+  const auto exponent = [&](int number) {
+    return __ldg(codebook + number / 4) >> (8 * (number % 4)) & 255;
+  };
+  const uint32_t first_exponent = exponent(lane / 2);
+
+  // Of the lane's symbols, four bits for each length from 0 to 15.
+  uint64_t counts = 0;
+#pragma unroll
+  for (int i = 0; i < kParts; ++i) counts += uint64_t{1} << (4 * (lengths >> (4 * i) & 15));
+  const bool too_long = __ballot_sync(kAllLanes, counts >> (4 * longest) >> 4 != 0);
+
+  // Of the symbols in lanes before this one, and of all.
+  LengthCounts before, all;
+#pragma unroll
+  for (int word = 0; word < 4; ++word) {
+    uint32_t own = 0;
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      own |= static_cast<uint32_t>(counts >> (4 * (3 * word + i + 1)) & 15) << (10 * i);
+    }
+    uint32_t inclusive = own;
+#pragma unroll
+    for (int distance = 1; distance < kLanes; distance *= 2) {
+      const uint32_t below = __shfl_up_sync(kAllLanes, inclusive, distance);
+      if (lane >= distance) inclusive += below;
+    }
+    before.words[word] = inclusive - own;
+    all.words[word] = __shfl_sync(kAllLanes, inclusive, kLanes - 1);
+  }
+
+  // A lane a length: what precedes it.
+  const bool is_length = lane >= 1 && lane <= kMaxCodeBits;
+  const uint32_t count = is_length ? all.of(lane) : 0;
+  const uint32_t own = is_length ? (count << (kMaxCodeBits - lane)) << 9 | count : 0;
+  uint32_t inclusive = own;
+#pragma unroll
+  for (int distance = 1; distance < kLanes; distance *= 2) {
+    const uint32_t below = __shfl_up_sync(kAllLanes, inclusive, distance);
+    if (lane >= distance) inclusive += below;
+  }
+  const uint32_t first = inclusive - own;
+  // Kraft's sum.
+  const bool complete = __shfl_sync(kAllLanes, inclusive, kLanes - 1) >> 9 == kTableSize;
+  const bool sound = complete && !too_long;
+  if (warp == 0) {
+    if (lane < 16) codes.first[lane] = first;
+    if (lane == 0) codes.sound = sound;
+  }
+
+  for (int part = warp; part < kParts; part += warps) {
+    const uint32_t length = lengths >> (4 * part) & 15;
+    const uint32_t preceding = __shfl_sync(kAllLanes, first, length) & CanonicalCodes::kCountMask;
+    if (length == 0 || !sound) continue;
+    // Of the word's lengths before this one, those that are equal: their difference is 0.
+    const uint32_t other = lengths ^ length * 0x11111111u;
+    const uint32_t differs = (other | other >> 1 | other >> 2 | other >> 3) & 0x11111111u;
+    const uint32_t equal = ~differs & 0x11111111u & ((1u << (4 * part)) - 1);
+    codes.sorted[preceding + before.of(static_cast<int>(length)) + __popc(equal)] =
+        table_entry(first_exponent, exponent(lane % 2 * kParts + part), length);
+  }
+}
+
+// Fills a table of 1 << bits entries, by all threads of a block, when the codes are sorted; a barrier
+// has to follow. `store` puts an entry at an index, which is the code bit-reversed. A thread fills the
+// entries of 1 << kRunBits successive codes, which lie far from each other, so that a warp's stores
+// do not collide.
+template <int kRunBits, typename Store>
+__device__ __forceinline__ void fill_table(const CanonicalCodes& codes, uint32_t bits,
+                                           const Store& store) {
+  constexpr uint32_t kRun = 1u << kRunBits;
+  const uint32_t columns = 1u << (bits - kRunBits);
+  for (uint32_t column = threadIdx.x; column < columns; column += blockDim.x) {
+    const uint32_t code =
+        __brev(column) >> (32 + kRunBits - bits) << (kMaxCodeBits + kRunBits - bits);
+    uint32_t length = 1;
+#pragma unroll
+    for (uint32_t longer = 2; longer <= kMaxCodeBits; ++longer) {
+      length += codes.first[longer] >> 9 <= code;
+    }
+    // Lengths that no code has begin where the next begin: of them, the longest would be found.
+    if (length > bits) length = bits;
+    const uint32_t first = codes.first[length];
+    const uint32_t place = (code - (first >> 9)) >> (kMaxCodeBits - length);
+    uint32_t at = (first & CanonicalCodes::kCountMask) + place;
+    uint32_t end = (first >> 9) + ((place + 1) << (kMaxCodeBits - length));
+    uint32_t entry = codes.sorted[at];
+#pragma unroll
+    for (uint32_t i = 0; i < kRun; ++i) {
+      const uint32_t now = code + (i << (kMaxCodeBits - bits));
+      if (i > 0 && now == end) {
+        entry = codes.sorted[++at];
+        end += kTableSize >> (entry & 31);
+      }
+      store(column + (__brev(i) >> (32 - kRunBits)) * columns, entry);
+    }
+  }
+}
 
 }  // namespace df11::native

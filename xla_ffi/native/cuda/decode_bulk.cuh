@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "native/cuda/build_table.cuh"
+#include "native/cuda/canonical_codes.cuh"
 #include "native/cuda/chunk_pair.cuh"
 #include "native/cuda/open_slice.cuh"
 #include "native/tensor_slices.h"
@@ -198,8 +198,13 @@ __global__ void __launch_bounds__(kWarps* kLanes, 1)
       decoder.begin_slice(work.slice, pair);
     }
     if (work.new_table) {
-      const bool sound = build_table_in_block<kWarps>(work.table.codebook, state.codes, table);
-      if (threadIdx.x == 0) work.table.sound = sound;
+      sort_codes(work.table.codebook, kMaxCodeBits, state.codes);
+      __syncthreads();
+      if (threadIdx.x == 0) work.table.sound = state.codes.sound;
+      if (state.codes.sound) {
+        fill_table<4>(state.codes, kMaxCodeBits,
+                      [&](uint32_t index, uint32_t entry) { table[index] = entry; });
+      }
       __syncthreads();
     }
     const bool sound = work.header_sound && work.table.sound;

@@ -10,7 +10,7 @@
 
 #include <cstdint>
 
-#include "native/cuda/build_table.cuh"
+#include "native/cuda/canonical_codes.cuh"
 #include "native/cuda/decode_chunk.cuh"
 #include "native/cuda/open_slice.cuh"
 #include "native/tensor_slices.h"
@@ -93,8 +93,13 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     __syncthreads();
     if (work.count == 0) return;
     if (work.new_table) {
-      const bool sound = build_table_in_block<kWarps>(work.table.codebook, codes, table);
-      if (threadIdx.x == 0) work.table.sound = sound;
+      sort_codes(work.table.codebook, kMaxCodeBits, codes);
+      __syncthreads();
+      if (threadIdx.x == 0) work.table.sound = codes.sound;
+      if (codes.sound) {
+        fill_table<4>(codes, kMaxCodeBits,
+                      [&](uint32_t index, uint32_t entry) { table[index] = entry; });
+      }
       __syncthreads();
     }
     const bool sound = work.header_sound && work.table.sound;

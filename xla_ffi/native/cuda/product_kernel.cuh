@@ -253,7 +253,7 @@ __device__ __forceinline__ void set_sums(float (&sums)[kTiles][4][4], float valu
 
 // What of a block's memory its threads share.
 struct BlockScratch {
-  LookupScratch lookup;
+  CanonicalCodes codes;
   ColumnFlags flags;
 };
 static_assert(sizeof(BlockScratch) <= kBlockBytes);
@@ -306,8 +306,11 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
   cursor.next(slice, next);
   const LookupTable table{memory.table(base), memory.table_log2_bytes,
                           static_cast<uint32_t>(matrix.code_bits)};
-  const bool sound =
-      fill_lookup_table(slice.codebook(), table, scratch.lookup) && geometry == matrix.geometry;
+  sort_codes(slice.codebook(), table.code_bits, scratch.codes);
+  __syncthreads();
+  if (scratch.codes.sound) fill_lookup_table(scratch.codes, table);
+  __syncthreads();
+  const bool sound = scratch.codes.sound && geometry == matrix.geometry;
 
   float sums[kTiles][4][4];
   set_sums(sums, 0);
