@@ -372,6 +372,8 @@ void time_product(const Choice& choice) {
     CHECK(cudaMemcpy(expected.data(), reference, 8 * kRows * n, cudaMemcpyDeviceToHost));
     CHECK(cudaMemcpy(mass.data(), masses, 8 * kRows * n, cudaMemcpyDeviceToHost));
     double best[kRows + 1] = {};
+    uint32_t* const counters = allocate<uint32_t>(n);
+    CHECK(cudaMemset(counters, 0, 4 * n));
     const std::vector<int> all_rows = {1, 2, 4, 8, 16, 32};
     for (const int rows : all_rows) {
       if (!cublas || (choice.rows && rows != choice.rows)) continue;
@@ -401,6 +403,7 @@ void time_product(const Choice& choice) {
             product.rows = rows;
             product.count = 1;
             product.matrices[0] = {matrix.slice(i), code_bits, y};
+            product.counters = counters;
             return product;
           };
           uint32_t* const workspace =
@@ -421,12 +424,11 @@ void time_product(const Choice& choice) {
               if (choice.table_log2_bytes) memory.table_log2_bytes = choice.table_log2_bytes;
               if (choice.records) memory.records = choice.records;
               memory.warp_bytes =
-                  kSlots * kSlotBytes + kBarrierBytes + memory.records * memory.record_bytes;
+                  kSlotBytes + kBarrierBytes + kListBytes + memory.records * memory.record_bytes;
               for (memory.warps = warps; memory.end(kMostSharedBase) > (uint32_t)shared_bytes;) {
                 --memory.warps;
               }
             }
-            CHECK(cudaMemsetAsync(workspace, 0, 4 * product_counter_words(product), stream));
             CHECK(launch_product_work(stream, work));
           };
           CHECK(cudaMemset(y, 0xff, 2 * kRows * n));
@@ -444,7 +446,8 @@ void time_product(const Choice& choice) {
       }
     }
     for (void* memory : {static_cast<void*>(plain), static_cast<void*>(x), static_cast<void*>(y),
-                         static_cast<void*>(reference), static_cast<void*>(masses)}) {
+                         static_cast<void*>(reference), static_cast<void*>(masses),
+                         static_cast<void*>(counters)}) {
       CHECK(cudaFree(memory));
     }
   }

@@ -239,8 +239,8 @@ def workspace_words(views: Sequence[View], rows: int) -> int:
         views: the views of the matrices.
         rows: the number of rows of x.
     """
-    words = _layout.round_up(sum(view.tiles_n for view in views), 4)
+    items = 0
     for view in views:
         chunks = min(view.tiles_k, -(-view.tiles_k * view.tiles_n // _ITEMS))
-        words += _layout.TILE_COLS * rows * view.tiles_n * -(-view.tiles_k // chunks)
-    return words
+        items += view.tiles_n * -(-view.tiles_k // chunks)
+    return _layout.TILE_COLS * rows * items

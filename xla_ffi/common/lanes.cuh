@@ -50,6 +50,16 @@ __device__ __forceinline__ void store_global(uint16_t* to, uint16_t weight) {
 #endif
 }
 
+// Orders a thread's accesses of memory, and those that it knows of by a barrier, on the whole
+// device.
+__device__ __forceinline__ void fence_device() {
+#ifdef __CUDACC__
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+#else
+  __threadfence();
+#endif
+}
+
 // The bits of `a` where kMask has zeros, those of `b` where it has ones: in one instruction. The
 // compiler takes two.
 template <uint32_t kMask>

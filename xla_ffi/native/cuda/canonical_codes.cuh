@@ -1,5 +1,5 @@
-// A codebook's symbols in the order of their codes, from the codes' lengths, by a block: what look-up
-// tables are filled from. docs/format.md, section "codebook".
+// A codebook's symbols in the order of their codes, from the codes' lengths, by a block: what
+// look-up tables are filled from. docs/format.md, section "codebook".
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,7 +14,7 @@ namespace df11::native {
 // Codes are of 12 bits here, whatever is shorter filled up behind.
 struct CanonicalCodes {
   // By length: what precedes its codes, symbols in the low 9 bits and above them the first code.
-  uint32_t first[16];
+  alignas(16) uint32_t first[16];
   uint32_t sorted[kSymbols];  // table entries in canonical order
   bool sound;                 // the code is complete, and none is longer than allowed
 
@@ -33,19 +33,31 @@ struct LengthCounts {
   }
 };
 
+// What a lane has of a codebook, to be loaded some time before it is needed: the lengths of eight
+// symbols, and the exponents that these stand for.
+struct CodebookWords {
+  uint32_t lengths, first_exponents, second_exponents0, second_exponents1;
+
+  __device__ CodebookWords(const uint32_t* codebook, int lane)
+      : lengths(__ldg(codebook + kCodedExponents / 4 + lane)),
+        first_exponents(__ldg(codebook + lane / 8)),
+        second_exponents0(__ldg(codebook + lane % 2 * 2)),
+        second_exponents1(__ldg(codebook + lane % 2 * 2 + 1)) {}
+
+  __device__ uint32_t second_exponents(int part) const {
+    return part < 4 ? second_exponents0 : second_exponents1;
+  }
+};
+
 // Fills `codes`, by all threads of a block; the first eight warps do it. A barrier has to follow.
-__device__ inline void sort_codes(const uint32_t* codebook, uint32_t longest,
+__device__ inline void sort_codes(const CodebookWords& words, uint32_t longest,
                                   CanonicalCodes& codes) {
-  constexpr int kParts = 8;  // a lane has the lengths of as many symbols, in a word
+  constexpr int kParts = 8;  // symbols of a lane
   static_assert(kSymbols == kParts * kLanes);
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int warps = static_cast<int>(blockDim.x / kLanes);
   if (warp >= kParts) return;
-  const uint32_t lengths = __ldg(codebook + kCodedExponents / 4 + lane);
-  const auto exponent = [&](int number) {
-    return __ldg(codebook + number / 4) >> (8 * (number % 4)) & 255;
-  };
-  const uint32_t first_exponent = exponent(lane / 2);
+  const uint32_t lengths = words.lengths;
 
   // Of the lane's symbols, four bits for each length from 0 to 15.
   uint64_t counts = 0;
@@ -100,26 +112,27 @@ __device__ inline void sort_codes(const uint32_t* codebook, uint32_t longest,
     const uint32_t differs = (other | other >> 1 | other >> 2 | other >> 3) & 0x11111111u;
     const uint32_t equal = ~differs & 0x11111111u & ((1u << (4 * part)) - 1);
     codes.sorted[preceding + before.of(static_cast<int>(length)) + __popc(equal)] =
-        table_entry(first_exponent, exponent(lane % 2 * kParts + part), length);
+        table_entry(words.first_exponents >> (lane / 2 % 4 * 8) & 255,
+                    words.second_exponents(part) >> (part % 4 * 8) & 255, length);
   }
 }
 
-// Fills a table of 1 << bits entries, by all threads of a block, when the codes are sorted; a barrier
-// has to follow. `store` puts an entry at an index, which is the code bit-reversed. A thread fills the
-// entries of 1 << kRunBits successive codes, which lie far from each other, so that a warp's stores
-// do not collide.
+// Fills a table of 1 << bits entries, by all threads of a block, when the codes are sorted; a
+// barrier has to follow. `store` puts an entry at an index, which is the code bit-reversed. A
+// thread fills the entries of 1 << kRunBits successive codes, which lie far from each other, so
+// that a warp's stores do not collide.
 template <int kRunBits, typename Store>
 __device__ __forceinline__ void fill_table(const CanonicalCodes& codes, uint32_t bits,
                                            const Store& store) {
   constexpr uint32_t kRun = 1u << kRunBits;
   const uint32_t columns = 1u << (bits - kRunBits);
   for (uint32_t column = threadIdx.x; column < columns; column += blockDim.x) {
-    const uint32_t code =
-        __brev(column) >> (32 + kRunBits - bits) << (kMaxCodeBits + kRunBits - bits);
+    const uint32_t code = __brev(column) >> (32 + kRunBits - bits)
+                                                << (kMaxCodeBits + kRunBits - bits);
     uint32_t length = 1;
 #pragma unroll
     for (uint32_t longer = 2; longer <= kMaxCodeBits; ++longer) {
-      length += codes.first[longer] >> 9 <= code;
+      length += codes.first[longer] <= (code << 9 | CanonicalCodes::kCountMask);
     }
     // Lengths that no code has begin where the next begin: of them, the longest would be found.
     if (length > bits) length = bits;

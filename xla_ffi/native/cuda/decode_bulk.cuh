@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, 1)
       decoder.begin_slice(work.slice, pair);
     }
     if (work.new_table) {
-      sort_codes(work.table.codebook, kMaxCodeBits, state.codes);
+      sort_codes(CodebookWords(work.table.codebook, lane.number), kMaxCodeBits, state.codes);
       __syncthreads();
       if (threadIdx.x == 0) work.table.sound = state.codes.sound;
       if (state.codes.sound) {

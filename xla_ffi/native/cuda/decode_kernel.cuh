@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     __syncthreads();
     if (work.count == 0) return;
     if (work.new_table) {
-      sort_codes(work.table.codebook, kMaxCodeBits, codes);
+      sort_codes(CodebookWords(work.table.codebook, lane.number), kMaxCodeBits, codes);
       __syncthreads();
       if (threadIdx.x == 0) work.table.sound = codes.sound;
       if (codes.sound) {

@@ -27,23 +27,28 @@ struct LookupTable {
   DF11_HD uint32_t of_lane(int lane) const { return address + 4 * (lane % copies()); }
 };
 
-__device__ inline void store_copies(const LookupTable& table, uint32_t index, uint32_t entry) {
+__device__ __forceinline__ void store_copies(const LookupTable& table, uint32_t index,
+                                             uint32_t entry) {
   const uint32_t copies = table.copies(), at = table.address + 4 * copies * index;
-  if (copies < 4) {
-    for (uint32_t i = 0; i < copies; ++i) store_shared(at + 4 * i, entry);
-    return;
-  }
-  // Beginning elsewhere in each lane, so that fewer banks are asked twice.
-  for (uint32_t i = 0; i < copies / 4; ++i) {
-    const uint32_t place = (i + threadIdx.x) % (copies / 4);
-    store_shared(at + 16 * place, uint4{entry, entry, entry, entry});
+  const uint4 four{entry, entry, entry, entry};
+  if (copies == 4) {
+    store_shared(at, four);
+  } else if (copies < 4) {
+    store_shared(at, entry);
+    if (copies == 2) store_shared(at + 4, entry);
+  } else {
+    // Beginning elsewhere in each lane, so that fewer banks are asked twice.
+#pragma unroll 1
+    for (uint32_t i = 0; i < copies / 4; ++i) {
+      store_shared(at + 16 * ((i + threadIdx.x) % (copies / 4)), four);
+    }
   }
 }
 
 // Fills the table when the codes are sorted. All threads of the block take part; a barrier has to
 // follow.
 __device__ inline void fill_lookup_table(const CanonicalCodes& codes, const LookupTable& table) {
-  fill_table<2>(codes, table.code_bits,
+  fill_table<3>(codes, table.code_bits,
                 [&](uint32_t index, uint32_t entry) { store_copies(table, index, entry); });
 }
 

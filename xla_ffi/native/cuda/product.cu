@@ -1,6 +1,8 @@
 // The launch of the CUDA product.
 
 #include <cstdint>
+#include <map>
+#include <mutex>
 
 #include "native/cuda/product.h"
 #include "native/cuda/product_kernel.cuh"
@@ -8,6 +10,53 @@
 
 namespace df11::native {
 namespace {
+
+// Counters of launches that follow each other on a device, each with its own, from memory that is
+// never freed and always 0 between launches: to set them to 0 before each would take 2 us. They are
+// used again after a million; so many are not under way at a time, and where XLA has captured a
+// launch in a graph, the launches beside it in the graph have others.
+class CounterPool {
+ public:
+  static cudaError_t take(int device, int64_t count, uint32_t** counters) {
+    static std::mutex mutex;
+    static std::map<int, CounterPool> pools;
+    if (count > kCounters) return cudaErrorInvalidValue;
+    const std::lock_guard<std::mutex> lock(mutex);
+    CounterPool& pool = pools[device];
+    if (!pool.memory_) {
+      if (cudaError_t error = pool.allocate(); error != cudaSuccess) return error;
+    }
+    if (pool.next_ + count > kCounters) pool.next_ = 0;
+    *counters = pool.memory_ + pool.next_;
+    pool.next_ += count;
+    return cudaSuccess;
+  }
+
+ private:
+  static constexpr int64_t kCounters = 1 << 20;
+
+  // Also while a stream is captured, which this has nothing to do with.
+  cudaError_t allocate() {
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    cudaError_t error = cudaThreadExchangeStreamCaptureMode(&mode);
+    if (error != cudaSuccess) return error;
+    uint32_t* memory = nullptr;
+    cudaStream_t stream = nullptr;
+    constexpr size_t kBytes = kCounters * sizeof(uint32_t);
+    error = cudaMalloc(&memory, kBytes);
+    if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+    if (error == cudaSuccess) error = cudaMemsetAsync(memory, 0, kBytes, stream);
+    if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
+    if (stream) cudaStreamDestroy(stream);
+    if (error == cudaSuccess) memory_ = memory;
+    if (error != cudaSuccess && memory) cudaFree(memory);
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    return error;
+  }
+
+  uint32_t* memory_ = nullptr;
+  int64_t next_ = 0;
+};
 
 template <int kTiles>
 cudaError_t launch(cudaStream_t stream, const ProductWork& work) {
@@ -37,7 +86,8 @@ cudaError_t launch_product_work(cudaStream_t stream, const ProductWork& work) {
   }
 }
 
-cudaError_t launch_product(cudaStream_t stream, const Product& product) {
+cudaError_t launch_product(cudaStream_t stream, const Product& given) {
+  Product product = given;
   int device = 0, major = 0, blocks = 0, shared_bytes = 0;
   if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
   const auto ask = [&](int* value, cudaDeviceAttr attribute) {
@@ -55,13 +105,13 @@ cudaError_t launch_product(cudaStream_t stream, const Product& product) {
     }
   }
   if (!is_aligned(product.x) || !is_aligned(product.workspace)) return cudaErrorMisalignedAddress;
+  error = CounterPool::take(device, product_counters(product), &product.counters);
+  if (error != cudaSuccess) return error;
   ProductWork work;
   if (!plan_product(product, blocks, most_product_warps(product_tiles(product.rows)),
                     static_cast<uint32_t>(shared_bytes), work)) {
     return cudaErrorInvalidValue;
   }
-  error = cudaMemsetAsync(product.workspace, 0, 4 * product_counter_words(product), stream);
-  if (error != cudaSuccess) return error;
   return launch_product_work(stream, work);
 }
 

@@ -28,6 +28,7 @@ struct Product {
   ProductMatrix matrices[kMatricesPerProduct];
   bool float_out = false;
   uint32_t* workspace = nullptr;  // of product_workspace_words; aligned to 16 bytes
+  uint32_t* counters = nullptr;   // of product_counters, all 0; launch_product has its own
 };
 
 // How sums over k are cut, which decides in which order they are added. It depends on the view
@@ -52,28 +53,28 @@ inline ProductItems cut_into_items(const View& view) {
   return items;
 }
 
-// Words of counters, one for each column of chunks, at the start of the workspace.
-inline int64_t product_counter_words(const Product& product) {
+// Counters that a product needs, one for each column of chunks. It leaves them as they were: all 0.
+inline int64_t product_counters(const Product& product) {
   int64_t columns = 0;
   for (int i = 0; i < product.count; ++i) columns += product.matrices[i].slices.view.tiles_n();
-  return round_up(columns, 4);
+  return columns;
 }
 
-// Words of the workspace: the counters, then 64 sums of each item and row of x.
-//   roundup(sum of tiles_n, 4) + 64 * rows * sum of (tiles_n * ceil(tiles_k / c)),
-//   c = min(tiles_k, ceil(tiles_k * tiles_n / 3168))
+// Words of the workspace: 64 sums of each item and row of x.
+//   64 * rows * sum of (tiles_n * ceil(tiles_k / c)), c = min(tiles_k, ceil(tiles_k * tiles_n /
+//   3168))
 inline int64_t product_workspace_words(const Product& product) {
-  int64_t words = product_counter_words(product);
+  int64_t items = 0;
   for (int i = 0; i < product.count; ++i) {
-    words += cut_into_items(product.matrices[i].slices.view).count * product.rows * kTileCols;
+    items += cut_into_items(product.matrices[i].slices.view).count;
   }
-  return words;
+  return items * product.rows * kTileCols;
 }
 
 // Enqueues a product. All matrices have the same k, none is flat or a batch of several. Pointers in
 // `product` are device pointers. `exponents` and `sign_mantissa` must be aligned to 16 bytes.
 // Nothing is allocated, synchronized or queried on the stream, so that the call can be captured in
-// a CUDA graph.
+// a CUDA graph; the first call on a device allocates the memory that counters are taken from.
 //
 // A kernel cannot report a corrupt payload: where a header, a codebook, an offset or a
 // length is wrong, the columns that it concerns become NaN. Checksums are not verified.

@@ -1,5 +1,4 @@
-// The FFI handler of the product: enqueues a memset and a kernel. No allocation and no
-// synchronization, so that XLA may capture it in a CUDA graph.
+// The FFI handler of the product: enqueues a kernel. XLA may capture it in a CUDA graph.
 
 #include <string>
 #include <string_view>

@@ -50,98 +50,132 @@ struct Slice {
 
 // A chunk: where its bytes are, and what is computed of it.
 struct ProductChunk {
-  int k_and_steps;  // its first k, a multiple of 16, and its steps: 0 if there is no chunk
-  int item;         // that it is of
-  bool ends_item;
+  int k_and_steps = 0;    // its first k, a multiple of 16, and its steps: 0 if there is no chunk
+  uint32_t item_and_end;  // twice the item that it is of, and 1 if it is the item's last
   uint32_t first_step;    // in sign_mantissa
-  uint32_t begin, words;  // of the record; no words if its offsets are wrong
+  uint32_t begin, end;    // of the record; 0 if its offsets are wrong
 
   __device__ int k() const { return k_and_steps & ~(kStepRows - 1); }
   __device__ int steps() const { return k_and_steps & (kStepRows - 1); }
+  __device__ int item() const { return static_cast<int>(item_and_end >> 1); }
+  __device__ bool ends_item() const { return item_and_end & 1; }
+  __device__ uint32_t words() const { return end - begin; }
   // Words from one multiple of 16 bytes to another that hold the record.
-  __device__ uint32_t padded_words() const { return ((begin + words + 3) & ~3u) - (begin & ~3u); }
+  __device__ uint32_t padded_words() const { return ((end + 3) & ~3u) - (begin & ~3u); }
   __device__ bool is_staged(const ProductMemory& memory) const {
-    return words >= kRecordHeaderWords && padded_words() <= memory.record_words;
+    return words() >= kRecordHeaderWords && padded_words() <= memory.record_words;
   }
 };
 
-// A warp's way through its items.
-class ChunkCursor {
+// A warp's chunks: those of its items, of which it has every `stride`th. Each lane finds one, so
+// that what is read of 32 chunks is waited for together; it is kept in shared memory.
+class ChunkList {
  public:
-  __device__ ChunkCursor(const MatrixWork& matrix, int first_item, int end_item)
-      : item_(first_item), end_item_(end_item) {
-    column_ = item_ / matrix.column_items;
-    part_ = item_ - column_ * matrix.column_items;
-    enter(matrix);
+  __device__ ChunkList(uint32_t memory, int first_item, int end_item, int stride)
+      : memory_(memory), first_item_(first_item), end_item_(end_item), stride_(stride) {}
+
+  // Finds the next 32 rows of items, of which some may not be there at the end of a column. Returns
+  // what offsets the lane has read, which are to be kept when they have arrived.
+  __device__ __forceinline__ uint2 find(const Slice& slice, int lane) {
+    const MatrixWork& matrix = slice.matrix;
+    const int at = first_row_ + lane, item_chunks = matrix.item_chunks;
+    const int ahead = at / item_chunks, in_item = at - ahead * item_chunks;
+    const int item = first_item_ + ahead * stride_;
+    const int column = item / matrix.column_items;
+    const int begin = (item - column * matrix.column_items) * item_chunks, row = begin + in_item;
+    const bool is_there = item < end_item_ && row < matrix.tiles_k;
+    uint2 offsets{0, 0};
+    if (is_there) {
+      const uint32_t* from = slice.chunk_offsets() + (row * matrix.tiles_n + column);
+      offsets = uint2{__ldg(from), __ldg(from + 1)};
+      const int step = row * matrix.steps, steps = min(matrix.steps, matrix.steps_k - step);
+      const bool ends = row + 1 == min(begin + item_chunks, matrix.tiles_k);
+      store_shared(memory_ + 16 * lane,
+                   uint4{static_cast<uint32_t>(step * kStepRows | steps),
+                         static_cast<uint32_t>(2 * item + ends),
+                         slice.first_step() + step * matrix.tiles_n + column * steps, 0});
+    }
+    left_ = __ballot_sync(kAllLanes, is_there);
+    const int passed = (first_row_ + kLanes) / item_chunks;
+    first_item_ += passed * stride_;
+    first_row_ += kLanes - passed * item_chunks;
+    __syncwarp();  // All places are there.
+    return offsets;
+  }
+  __device__ __forceinline__ void keep(const uint2& offsets, int lane) {
+    store_shared(offsets_of(lane), offsets.x);
+    store_shared(offsets_of(lane) + 4, offsets.y);
+    __syncwarp();  // All are there.
   }
 
-  __device__ void next(const Slice& slice, ProductChunk& chunk) {
-    const MatrixWork& matrix = slice.matrix;
+  __device__ bool is_empty() const { return left_ == 0; }
+  __device__ bool has_more() const { return first_item_ < end_item_; }
+
+  // Takes the next one, apart from where its record is, if the list is not empty.
+  __device__ __forceinline__ void take(ProductChunk& chunk) {
     chunk.k_and_steps = 0;
-    if (item_ == end_item_) return;
-    const uint32_t* offsets = slice.chunk_offsets() + (row_ * matrix.tiles_n + column_);
-    chunk.begin = __ldg(offsets);
-    const uint32_t end = __ldg(offsets + 1);
-    chunk.words = chunk.begin <= end && end <= matrix.exponents_words ? end - chunk.begin : 0;
-    const int step = row_ * matrix.steps;
-    const int steps = min(matrix.steps, matrix.steps_k - step);
-    chunk.k_and_steps = step * kStepRows | steps;
-    chunk.item = item_;
-    chunk.first_step = slice.first_step() + step * matrix.tiles_n + column_ * steps;
-    chunk.ends_item = ++row_ == row_end_;
-    if (!chunk.ends_item) return;
-    ++item_;
-    if (++part_ == matrix.column_items) {
-      part_ = 0;
-      ++column_;
-    }
-    enter(matrix);
+    if (left_ == 0) return;
+    from_ = __ffs(left_) - 1;
+    left_ &= left_ - 1;
+    const uint4 place = load_shared4(memory_ + 16 * from_);
+    chunk.k_and_steps = static_cast<int>(place.x);
+    chunk.item_and_end = place.y;
+    chunk.first_step = place.z;
+  }
+  // Of the one that was taken last.
+  __device__ __forceinline__ void read_offsets(const Slice& slice, ProductChunk& chunk) const {
+    const uint32_t begin = load_shared(offsets_of(from_)), end = load_shared(offsets_of(from_) + 4);
+    const bool fit = begin <= end && end <= slice.matrix.exponents_words;
+    chunk.begin = fit ? begin : 0;
+    chunk.end = fit ? end : 0;
   }
 
  private:
-  __device__ void enter(const MatrixWork& matrix) {
-    row_ = part_ * matrix.item_chunks;
-    row_end_ = min(row_ + matrix.item_chunks, matrix.tiles_k);
-  }
+  __device__ uint32_t offsets_of(int number) const { return memory_ + 16 * kLanes + 8 * number; }
 
-  int item_, end_item_, column_, part_, row_, row_end_;
+  uint32_t memory_;
+  int first_item_, end_item_, stride_;
+  int first_row_ = 0;  // of the first item
+  uint32_t left_ = 0;  // lanes whose chunk is not taken
+  int from_ = 0;
 };
 
 // The copies of a warp: of two steps' signs and mantissas, and of one or two records.
 class WarpCopies {
  public:
   __device__ WarpCopies(uint32_t memory, const ProductMemory& plan)
-      : memory_(memory),
-        barriers_(memory + kSlots * kSlotBytes),
-        record_bytes_(plan.record_bytes) {}
+      : memory_(memory), barriers_(memory + kSlotBytes), record_bytes_(plan.record_bytes) {}
 
   __device__ void initialize() {
     if (elect_lane()) {
-      for (int i = 0; i < 4; ++i) init_barrier(barriers_ + 8 * i);
+      for (int i = 0; i < 3; ++i) init_barrier(barriers_ + 8 * i);
       fence_barriers();
     }
     __syncwarp();
   }
-  __device__ __forceinline__ void fetch_step(int slot, const MatrixWork& matrix, uint32_t number) {
+  // Of the chunk's steps from this one on, one or two.
+  __device__ __forceinline__ void fetch_steps(const MatrixWork& matrix, uint32_t first,
+                                              int steps_left) {
     if (elect_lane()) {
-      expect_bytes(barriers_ + 8 * slot, kSlotBytes);
-      copy_to_shared(step(slot), matrix.sign_mantissa + int64_t{number} * kStepWords, kSlotBytes,
-                     barriers_ + 8 * slot);
+      const uint32_t bytes = steps_left > 1 ? kSlotBytes : kSlotBytes / kSlotSteps;
+      expect_bytes(barriers_, bytes);
+      copy_to_shared(memory_, matrix.sign_mantissa + int64_t{first} * kStepWords, bytes, barriers_);
     }
   }
   __device__ void fetch_record(int buffer, const Slice& slice, const ProductChunk& chunk) {
     if (elect_lane()) {
-      const uint32_t bytes = 4 * chunk.padded_words(), barrier = barriers_ + 8 * (kSlots + buffer);
+      const uint32_t bytes = 4 * chunk.padded_words(), barrier = barriers_ + 8 * (1 + buffer);
       expect_bytes(barrier, bytes);
       copy_to_shared(record(buffer), slice.exponents() + (chunk.begin & ~3u), bytes, barrier);
     }
   }
-  __device__ __forceinline__ void wait_for_step(int slot) { wait(slot); }
-  __device__ void wait_for_record(int buffer) { wait(kSlots + buffer); }
+  __device__ __forceinline__ void wait_for_steps() { wait(0); }
+  __device__ void wait_for_record(int buffer) { wait(1 + buffer); }
 
-  __device__ uint32_t step(int slot) const { return memory_ + slot * kSlotBytes; }
+  __device__ uint32_t steps() const { return memory_; }
+  __device__ uint32_t list() const { return barriers_ + kBarrierBytes; }
   __device__ uint32_t record(int buffer) const {
-    return barriers_ + kBarrierBytes + buffer * record_bytes_;
+    return list() + kListBytes + buffer * record_bytes_;
   }
 
  private:
@@ -154,59 +188,66 @@ class WarpCopies {
   uint32_t phases_ = 0;  // a bit a barrier
 };
 
+// A half-step's weights, of which the words have signs and mantissas.
+template <typename Pairs>
+__device__ __forceinline__ void decode_half_step(Pairs& pairs, const uint4& words, int half,
+                                                 uint32_t (&weights)[4][4]) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    uint32_t entry0, entry1;
+    pairs.next_two(j, entry0, entry1);
+    const uint32_t word = j == 0 ? words.x : j == 1 ? words.y : j == 2 ? words.z : words.w;
+    weights[j][2 * half] = select_bits<kSignMantissa>(entry0, word);
+    weights[j][2 * half + 1] = select_bits<kSignMantissa>(entry1, __funnelshift_l(word, word, 8));
+  }
+  pairs.end_half_step();
+}
+
 // Multiplies a chunk: the inner loop. Meanwhile signs and mantissas of the steps after these are
-// fetched, and x.
+// fetched.
 template <int kTiles, typename Pairs, typename Record>
 __device__ __forceinline__ void multiply_chunk(Pairs pairs, Patches<Record> patches,
-                                               WarpCopies& copies, const MatrixWork& matrix,
-                                               const RowsOfX<kTiles>& x, uint2 (&next_x)[kTiles],
+                                               WarpCopies& copies, const ProductWork& work,
+                                               const MatrixWork& matrix, const RowsOfX<kTiles>& x,
                                                const ProductChunk& chunk, const ProductChunk& next,
-                                               int k_end, int lane, float (&sums)[kTiles][4][4]) {
+                                               int lane, float (&sums)[kTiles][4][4]) {
   const int end = chunk.k() + chunk.steps() * kStepRows;
-  uint32_t fetched = chunk.first_step + kSlots;
+  uint32_t ahead = chunk.first_step + kSlotSteps;
+  const uint32_t at = copies.steps() + 4 * lane_word(lane);
 #pragma unroll 1
-  for (int k = chunk.k(); k < end;) {
+  for (int k = chunk.k(); k < end; k += kSlotSteps * kStepRows) {
+    uint2 rows[kSlotSteps][kTiles];
+    x.load(k, rows);
+    copies.wait_for_steps();
+    uint4 words[kSlotSteps][2];
 #pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) {
-      if (slot > 0 && k == end) break;
-      uint2 this_x[kTiles];
+    for (int i = 0; i < 2 * kSlotSteps; ++i) {
+      words[i / 2][i % 2] = load_shared4(at + 4 * kHalfStepWords * i);
+    }
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) this_x[tile] = next_x[tile];
-      x.load(k + kStepRows < end ? k + kStepRows : next.k(), next_x);
-
-      copies.wait_for_step(slot);
-      const uint32_t at = copies.step(slot) + 4 * lane_word(lane);
-      const uint4 half0 = load_shared4(at), half1 = load_shared4(at + 4 * kHalfStepWords);
-      __syncwarp();  // All lanes have read it.
-      const bool own = k + kSlots * kStepRows < end;
-      if (own || slot < next.steps()) {
-        copies.fetch_step(slot, matrix, own ? fetched : next.first_step + slot);
-      }
-      ++fetched;
-
-      const uint32_t words[2][4] = {{half0.x, half0.y, half0.z, half0.w},
-                                    {half1.x, half1.y, half1.z, half1.w}};
+    for (int step = 0; step < kSlotSteps; ++step) {
+      if (step > 0 && k + kStepRows == end) break;
       uint32_t weights[4][4];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          uint32_t entry0, entry1;
-          pairs.next_two(j, entry0, entry1);
-          const uint32_t word = words[half][j];
-          weights[j][2 * half] = select_bits<kSignMantissa>(entry0, word);
-          weights[j][2 * half + 1] =
-              select_bits<kSignMantissa>(entry1, __funnelshift_l(word, word, 8));
+      decode_half_step(pairs, words[step][0], 0, weights);
+      if (step == 0) {
+        // The copy must not overtake the loads of what it replaces: it begins at an address that
+        // depends on them.
+        const uint32_t loaded =
+            (words[0][0].x | words[0][1].x | words[1][0].x | words[1][1].x) & work.zero;
+        __syncwarp();  // All lanes have read it.
+        const int left = (end - k) / kStepRows - kSlotSteps;
+        const int steps_left = left > 0 ? left : next.steps();
+        if (steps_left > 0) {
+          copies.fetch_steps(matrix, (left > 0 ? ahead : next.first_step) + loaded, steps_left);
         }
-        pairs.end_half_step();
+        ahead += kSlotSteps;
       }
-      if (patches.are_in(k)) patches.apply(k_end, lane, weights);
-      multiply_add(sums, weights, this_x);
-      k += kStepRows;
+      decode_half_step(pairs, words[step][1], 1, weights);
+      const int step_k = k + step * kStepRows;
+      if (patches.are_in(step_k)) patches.apply(work.k, lane, weights);
+      multiply_add(sums, weights, rows[step]);
     }
   }
-  // The second slot was not used, and nobody has fetched the next chunk's step for it.
-  if (chunk.steps() == 1 && next.steps() > 1) copies.fetch_step(1, matrix, next.first_step + 1);
 }
 
 // A record's kind, kNone if it is corrupt; where the lane's stream starts, and the number of
@@ -229,10 +270,10 @@ __device__ __forceinline__ GlobalPairs::Kind open_record(const Record& record,
   patches = 0;
   if (counts == kRawChunk) {
     const uint32_t expected = kRawRecordHeaderWords + chunk.steps() * kStepWords;
-    return chunk.words == expected ? GlobalPairs::kRaw : GlobalPairs::kNone;
+    return chunk.words() == expected ? GlobalPairs::kRaw : GlobalPairs::kNone;
   }
   const uint32_t count = counts & 0xffff;
-  if (count == kRawChunk || chunk.words != kRecordHeaderWords + (total + 31) / 32 + count) {
+  if (count == kRawChunk || chunk.words() != kRecordHeaderWords + (total + 31) / 32 + count) {
     return GlobalPairs::kNone;
   }
   patches = count;
@@ -275,38 +316,38 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
   // The same in all lanes, and the compiler knows it.
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / kLanes, 0);
 
+  const int index = __ldg(work.index);  // Everything waits for it: nothing is to come before.
+  WarpCopies copies(memory.warp(base, warp), memory);
+  copies.initialize();
   int number = 0;
   while (number + 1 < work.count &&
          static_cast<int>(blockIdx.x) >= work.matrices[number + 1].first_block) {
     ++number;
   }
   const MatrixWork& matrix = work.matrices[__shfl_sync(kAllLanes, number, 0)];
-  const int wanted = __shfl_sync(kAllLanes, __ldg(work.index), 0);
+  const int wanted = __shfl_sync(kAllLanes, index, 0);
   if (wanted == -1) return;
   const Slice slice{matrix, wanted < 0 ? 0 : min(wanted, matrix.stack - 1)};
   const uint32_t geometry = __ldg(slice.header() + kGeometryWord);
 
   const int block = blockIdx.x - matrix.first_block;
   const int begin = first_item(matrix, block), end = first_item(matrix, block + 1);
-  const int share = (end - begin) / memory.warps, longer = (end - begin) - share * memory.warps;
-  const auto first_of_warp = [&](int warp) { return begin + warp * share + min(warp, longer); };
-
-  WarpCopies copies(memory.warp(base, warp), memory);
-  copies.initialize();
+  ChunkList chunks(copies.list(), begin + warp, end, memory.warps);
   const RowsOfX<kTiles> x(work.x, work.rows, work.k, lane);
-  uint2 next_x[kTiles];
-  ChunkCursor cursor(matrix, first_of_warp(warp), first_of_warp(warp + 1));
-  ProductChunk chunk, next;
-  cursor.next(slice, chunk);
-  for (int slot = 0; slot < min(kSlots, chunk.steps()); ++slot) {
-    copies.fetch_step(slot, matrix, chunk.first_step + slot);
-  }
-  x.load(chunk.k(), next_x);
-  if (chunk.steps() > 0 && chunk.is_staged(memory)) copies.fetch_record(0, slice, chunk);
-  cursor.next(slice, next);
   const LookupTable table{memory.table(base), memory.table_log2_bytes,
                           static_cast<uint32_t>(matrix.code_bits)};
-  sort_codes(slice.codebook(), table.code_bits, scratch.codes);
+  // The first copies are under way while the table is made.
+  const CodebookWords codebook(slice.codebook(), lane);
+  const uint2 offsets = chunks.find(slice, lane);
+  ProductChunk chunk;
+  chunks.take(chunk);
+  if (chunk.steps() > 0) copies.fetch_steps(matrix, chunk.first_step, chunk.steps());
+  sort_codes(codebook, table.code_bits, scratch.codes);
+  chunks.keep(offsets, lane);
+  if (chunk.steps() > 0) {
+    chunks.read_offsets(slice, chunk);
+    if (chunk.is_staged(memory)) copies.fetch_record(0, slice, chunk);
+  }
   __syncthreads();
   if (scratch.codes.sound) fill_lookup_table(scratch.codes, table);
   __syncthreads();
@@ -316,6 +357,10 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
   set_sums(sums, 0);
   int buffer = 0;
   while (chunk.steps() > 0) {
+    ProductChunk next;
+    while (chunks.is_empty() && chunks.has_more()) chunks.keep(chunks.find(slice, lane), lane);
+    chunks.take(next);
+    if (next.steps() > 0) chunks.read_offsets(slice, next);
     const bool staged = chunk.is_staged(memory);
     const StagedRecord in_shared{copies.record(buffer) + chunk.begin % 4 * 4};
     const GlobalRecord in_global{slice.exponents() + chunk.begin};
@@ -324,36 +369,35 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
     if (staged) {
       copies.wait_for_record(buffer);
       kind = open_record(in_shared, chunk, lane, start, patches);
-    } else if (chunk.words >= kRecordHeaderWords) {
+    } else if (chunk.words() >= kRecordHeaderWords) {
       kind = open_record(in_global, chunk, lane, start, patches);
     }
     if (!sound) kind = GlobalPairs::kNone;
 
+    // No lane needs what was in the other buffer: all have used what they have looked up there.
     const int next_buffer = memory.records > 1 ? buffer ^ 1 : buffer;
     const bool fetch = next.steps() > 0 && next.is_staged(memory);
-    // No lane needs the chunk before this one any more, whose record was there.
     if (memory.records > 1 && fetch) copies.fetch_record(next_buffer, slice, next);
     if (staged && kind == GlobalPairs::kCoded) {
       multiply_chunk(StagedPairs(in_shared.address, start, table, lane),
-                     Patches(in_shared.from(chunk.words - patches), patches, chunk.k()), copies,
-                     matrix, x, next_x, chunk, next, work.k, lane, sums);
+                     Patches(in_shared.from(chunk.words() - patches), patches, chunk.k()), copies,
+                     work, matrix, x, chunk, next, lane, sums);
     } else {
-      multiply_chunk(GlobalPairs(kind, in_global.words, chunk.words, start, table, lane),
-                     Patches(in_global.from(chunk.words - patches),
+      multiply_chunk(GlobalPairs(kind, in_global.words, chunk.words(), start, table, lane),
+                     Patches(in_global.from(chunk.words() - patches),
                              kind == GlobalPairs::kCoded ? patches : 0, chunk.k()),
-                     copies, matrix, x, next_x, chunk, next, work.k, lane, sums);
+                     copies, work, matrix, x, chunk, next, lane, sums);
       if (kind == GlobalPairs::kNone) set_sums(sums, __uint_as_float(0x7fffffff));
     }
     __syncwarp();  // No lane needs the record any more.
     if (memory.records == 1 && fetch) copies.fetch_record(next_buffer, slice, next);
     buffer = next_buffer;
 
-    if (chunk.ends_item) {
-      store_sums<kTiles>(matrix.sums, chunk.item, work.rows, lane, sums);
+    if (chunk.ends_item()) {
+      store_sums<kTiles>(matrix.sums, chunk.item(), work.rows, lane, sums);
       set_sums(sums, 0);
     }
     chunk = next;
-    cursor.next(slice, next);
   }
   add_columns(work, matrix, begin, end, table.address, scratch.flags);
 #endif

@@ -9,6 +9,7 @@
 #include "common/async_copies.cuh"
 #include "common/lanes.cuh"
 #include "native/cuda/lookup_table.cuh"
+#include "native/cuda/product_work.h"
 #include "native/cuda/staged_stream.cuh"
 #include "native/layout.h"
 
@@ -38,22 +39,27 @@ class RowsOfX {
     }
   }
 
-  // Of the step that begins at k.
-  __device__ __forceinline__ void load(int k, uint2 (&to)[kTiles]) const {
-    if (k + kStepRows <= end_of_words_) {
+  // Of the steps that begin at k and after it.
+  __device__ __forceinline__ void load(int k, uint2 (&to)[kSlotSteps][kTiles]) const {
+    if (k + kSlotSteps * kStepRows <= end_of_words_) {
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        to[tile] = __ldg(reinterpret_cast<const uint2*>(x_ + (first_[tile] + k)));
+      for (int i = 0; i < kSlotSteps * kTiles; ++i) {
+        const int step = i / kTiles, tile = i % kTiles;
+        const uint16_t* from = x_ + (first_[tile] + k + step * kStepRows);
+        to[step][tile] = __ldg(reinterpret_cast<const uint2*>(from));
       }
       return;
     }
-    const int left = k_ - k - static_cast<int>(threadIdx.x % 4 * 4);
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
+    for (int i = 0; i < kSlotSteps * kTiles; ++i) {
+      const int step = i / kTiles, tile = i % kTiles, step_k = k + step * kStepRows;
+      const int left = k_ - step_k - static_cast<int>(threadIdx.x % 4 * 4);
       uint32_t bits[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) bits[i] = i < left ? __ldg(x_ + (first_[tile] + k + i)) : 0;
-      to[tile] = uint2{bits[0] | bits[1] << 16, bits[2] | bits[3] << 16};
+      for (int j = 0; j < 4; ++j) {
+        bits[j] = j < left ? __ldg(x_ + (first_[tile] + step_k + j)) : 0;
+      }
+      to[step][tile] = uint2{bits[0] | bits[1] << 16, bits[2] | bits[3] << 16};
     }
   }
 
@@ -185,14 +191,42 @@ class Patches {
                    n = position % kTileCols;
     const bool mine = static_cast<int>(n / 8 * 4 + k / 4) == lane &&
                       static_cast<int>(position / kTileCols) < k_left;
-    const uint32_t which = mine ? n % 8 / 2 * 4 + k % 4 / 2 * 2 + n % 2 : 16;
-    const uint32_t selector = k % 2 ? 0x5410 : 0x3254;  // of which half
-#pragma unroll
-    for (uint32_t i = 0; i < 4; ++i) {
-#pragma unroll
-      for (uint32_t j = 0; j < 4; ++j) {
-        if (which == 4 * i + j) weights[i][j] = __byte_perm(weights[i][j], patch, selector);
-      }
+    const uint32_t selector = !mine ? 0x3210 : k % 2 ? 0x5410 : 0x3254;  // of which half
+    // The same in all lanes, so that this is a jump.
+    const auto replace = [&](uint32_t& weight) { weight = __byte_perm(weight, patch, selector); };
+    switch (n % 8 / 2 * 4 + k % 4 / 2 * 2 + n % 2) {
+      case 0:
+        return replace(weights[0][0]);
+      case 1:
+        return replace(weights[0][1]);
+      case 2:
+        return replace(weights[0][2]);
+      case 3:
+        return replace(weights[0][3]);
+      case 4:
+        return replace(weights[1][0]);
+      case 5:
+        return replace(weights[1][1]);
+      case 6:
+        return replace(weights[1][2]);
+      case 7:
+        return replace(weights[1][3]);
+      case 8:
+        return replace(weights[2][0]);
+      case 9:
+        return replace(weights[2][1]);
+      case 10:
+        return replace(weights[2][2]);
+      case 11:
+        return replace(weights[2][3]);
+      case 12:
+        return replace(weights[3][0]);
+      case 13:
+        return replace(weights[3][1]);
+      case 14:
+        return replace(weights[3][2]);
+      default:
+        return replace(weights[3][3]);
     }
   }
 

@@ -35,7 +35,7 @@ __device__ inline void store_sums(float* to, int item, int rows, int lane,
 // Whether the block is the last one at its first and at its last column of chunks: at those between
 // it is the only one.
 struct ColumnFlags {
-  bool first, last;
+  bool complete[2];
 };
 
 // Columns n and n + 1 of a row of the result, of which the second, or both, may not exist.
@@ -73,25 +73,28 @@ __device__ inline void add_columns(const ProductWork& work, const MatrixWork& ma
   const int per_column = matrix.column_items;
   int first = begin / per_column, last = (end - 1) / per_column;
 
-  __threadfence();  // The sums of this block are seen by whoever sees its count.
   __syncthreads();
-  if (threadIdx.x == 0) {
-    const auto is_complete = [&](int column) {
-      const int column_begin = column * per_column;
-      const int items = min(end, column_begin + per_column) - max(begin, column_begin);
-      return items == per_column ||
-             static_cast<int>(atomicAdd(matrix.arrived + column, static_cast<uint32_t>(items))) +
-                     items ==
-                 per_column;
-    };
-    flags.first = is_complete(first);
-    flags.last = first == last ? flags.first : is_complete(last);
-    __threadfence();  // And what others have counted is seen here.
+  // What the block has stored is seen by whoever sees its count; and what others have counted,
+  // here.
+  if (threadIdx.x < 2) {
+    const bool is_last = threadIdx.x == 1;
+    const int column = is_last ? last : first, column_begin = column * per_column;
+    const int items = min(end, column_begin + per_column) - max(begin, column_begin);
+    fence_device();
+    const uint32_t before = items == per_column || (is_last && first == last)
+                                ? 0
+                                : atomicAdd(matrix.arrived + column, static_cast<uint32_t>(items));
+    fence_device();
+    const bool complete = static_cast<int>(before) + items == per_column;
+    flags.complete[is_last] = complete;
+    if (complete && before > 0) matrix.arrived[column] = 0;  // as it was
   }
   __syncthreads();
-  if (first == last && !flags.first) return;
-  if (!flags.first) ++first;
-  if (!flags.last) --last;
+  const bool first_complete = flags.complete[0];
+  const bool last_complete = flags.complete[first != last];
+  if (first == last && !first_complete) return;
+  if (!first_complete) ++first;
+  if (!last_complete) --last;
 
   // Of a column of chunks and a row of x: 64 sums of each item.
   const int results = (last - first + 1) * work.rows;

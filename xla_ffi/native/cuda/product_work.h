@@ -8,11 +8,12 @@
 
 namespace df11::native {
 
-inline constexpr int kSlotBytes = kStepWords * 4;  // sign and mantissa of a step
-inline constexpr int kSlots = 2;                   // steps that are in shared memory
+inline constexpr int kSlotSteps = 2;  // steps whose signs and mantissas are copied together
+inline constexpr int kSlotBytes = kSlotSteps * kStepWords * 4;
 // Scratch of the block in front of what warps have, by what product_kernel.cuh needs.
 inline constexpr uint32_t kBlockBytes = 3072;
-inline constexpr uint32_t kBarrierBytes = 32;  // of the slots and of up to two records
+inline constexpr uint32_t kListBytes = 24 * kLanes;  // of 32 chunks
+inline constexpr uint32_t kBarrierBytes = 32;        // of the slot and of up to two records
 
 struct MatrixWork {
   const uint32_t* header;
@@ -61,6 +62,7 @@ struct ProductWork {
   const uint16_t* x;
   const int32_t* index;
   int rows, k, count;
+  uint32_t zero;  // is 0, which the compiler does not know
   bool float_out;
   ProductMemory memory;
   MatrixWork matrices[kMatricesPerProduct];
@@ -92,7 +94,7 @@ inline ProductMemory plan_memory(int steps, int most_warps, uint32_t shared_byte
   const auto fit = [&](uint32_t table_log2_bytes, uint32_t records) {
     memory.table_log2_bytes = table_log2_bytes;
     memory.records = records;
-    memory.warp_bytes = kSlots * kSlotBytes + kBarrierBytes + records * memory.record_bytes;
+    memory.warp_bytes = kSlotBytes + kBarrierBytes + kListBytes + records * memory.record_bytes;
     for (memory.warps = most_warps; memory.warps > 0 && memory.end(kMostSharedBase) > shared_bytes;
          --memory.warps) {
     }
@@ -155,8 +157,8 @@ inline bool plan_product(const Product& product, int blocks, int most_warps, uin
   work.k = static_cast<int>(first.k);
   work.count = product.count;
   work.float_out = product.float_out;
-  uint32_t* arrived = product.workspace;
-  float* sums = reinterpret_cast<float*>(product.workspace + product_counter_words(product));
+  uint32_t* arrived = product.counters;
+  float* sums = reinterpret_cast<float*>(product.workspace);
   int steps = 2;
   for (int i = 0; i < product.count; ++i) {
     const TensorSlices& slices = product.matrices[i].slices;
@@ -199,8 +201,7 @@ inline bool plan_product(const Product& product, int blocks, int most_warps, uin
   return true;
 }
 
-// The kernel's launch, for which counters in the workspace are 0. For tests, which share work out
-// otherwise.
+// The kernel's launch. For tests, which share work out otherwise.
 cudaError_t launch_product_work(cudaStream_t stream, const ProductWork& work);
 
 }  // namespace df11::native
