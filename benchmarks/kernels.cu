@@ -364,7 +364,8 @@ void time_product(const Choice& choice) {
     const int copies = copies_of(1.33 * k * n);
     uint16_t* const plain = repeat(weights, copies);
     constexpr int kRows = kMostProductRows;
-    uint16_t* const x = repeat(draw(kRows * k, 1, 2), 1);
+    const std::vector<uint16_t> host_x = draw(kRows * k, 1, 2);
+    uint16_t* const x = repeat(host_x, 1);
     uint16_t* const y = allocate<uint16_t>(kRows * n);
     double *reference = allocate<double>(kRows * n), *masses = allocate<double>(kRows * n);
     reference_product<<<(n + 63) / 64, 64>>>(x, plain, reference, masses, kRows, k, n);
@@ -397,9 +398,12 @@ void time_product(const Choice& choice) {
         for (const int rows : all_rows) {
           if (choice.rows && rows != choice.rows) continue;
           if (!choice.rows && rows != 1 && (rows != 8 || code_bits == 12) && steps != 8) continue;
+          std::vector<uint16_t> ordered(rows * k);
+          for (int64_t i = 0; i < rows * k; ++i) ordered[place_in_x(rows, i / k, i % k)] = host_x[i];
+          uint16_t* const ordered_x = repeat(ordered, 1);
           const auto product_of = [&](int i) {
             Product product;
-            product.x = x;
+            product.x = ordered_x;
             product.rows = rows;
             product.count = 1;
             product.matrices[0] = {matrix.slice(i), code_bits, y};
@@ -441,6 +445,7 @@ void time_product(const Choice& choice) {
               seconds * 1e6, matrix.bits() / 8 * k * n / seconds * 1e-12,
               best[rows] ? seconds / best[rows] : 0.0);
           std::fflush(stdout);
+          CHECK(cudaFree(ordered_x));
           CHECK(cudaFree(workspace));
         }
       }

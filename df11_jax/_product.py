@@ -205,8 +205,15 @@ def _fused(call: _Call, x: Array, index: Array, *payloads: Array) -> list[Array]
     names = "\n".join(f"matrix {i}" for i in range(len(views)))
     headers = np.concatenate([_layout.pack_header(layout) for layout in call.layouts])
     fused = jax.ffi.ffi_call(_ffi.PRODUCT_TARGET, out)
-    *results, _ = fused(x, index, *payloads, names=names, headers=headers)
+    *results, _ = fused(_in_kernel_order(x), index, *payloads, names=names, headers=headers)
     return results
+
+
+def _in_kernel_order(x: Array) -> Array:
+    """x as the kernel reads it, `[ceil(k / 32), rows, 32]`: see xla_ffi/native/cuda/product.h."""
+    rows, k = x.shape
+    x = jnp.pad(x, ((0, 0), (0, -k % 32)))
+    return x.reshape(rows, -1, 2, 4, 4).transpose(1, 0, 3, 2, 4).reshape(-1, rows, 32)
 
 
 def _decode_first(call: _Call, x: Array, index: Array, *payloads: Array) -> list[Array]:

@@ -55,7 +55,14 @@ struct DeviceMatrix {
 };
 
 Results multiply(const Call& call) {
-  const Buffer<uint16_t> x(call.x);
+  const int64_t k = call.matrices[0]->view.k;
+  std::vector<uint16_t> ordered(call.rows * round_up(k, kXGroup));
+  for (int row = 0; row < call.rows; ++row) {
+    for (int64_t i = 0; i < k; ++i) {
+      ordered[place_in_x(call.rows, row, i)] = call.x[row * k + i];
+    }
+  }
+  const Buffer<uint16_t> x(ordered);
   const Buffer<int32_t> index(std::vector<int32_t>{call.index});
   std::vector<std::unique_ptr<DeviceMatrix>> inputs;
   std::vector<std::unique_ptr<Buffer<uint16_t>>> outs;

@@ -13,6 +13,13 @@ namespace df11::native {
 inline constexpr int kLeastProductCapability = 9;
 inline constexpr int kMatricesPerProduct = 4;
 inline constexpr int kMostProductRows = 32;
+inline constexpr int kXGroup = 32;  // neighbours along k that lie together in x
+
+// Where x[row, k] is in memory: see Product.
+inline int64_t place_in_x(int64_t rows, int64_t row, int64_t k) {
+  const int64_t in_group = k % 4 + 4 * (k / 16 % 2) + 8 * (k / 4 % 4);
+  return (k / kXGroup * rows + row) * kXGroup + in_group;
+}
 
 // One W, k x n in the sense of its view: a slice of `slices`, whose `out` is not used.
 struct ProductMatrix {
@@ -22,7 +29,10 @@ struct ProductMatrix {
 };
 
 struct Product {
-  const uint16_t* x = nullptr;  // bfloat16[rows, k]; aligned to 16 bytes
+  // bfloat16[rows, k] in the order in which lanes read it: [k / 32, rows, 4, 2, 4], where
+  // x[row, 32 a + 16 c + 4 b + d] is at [a, row, b, c, d]; 0 where k ends before. Aligned to 16
+  // bytes.
+  const uint16_t* x = nullptr;
   int rows = 0;
   int count = 0;
   ProductMatrix matrices[kMatricesPerProduct];

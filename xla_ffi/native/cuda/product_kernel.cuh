@@ -50,25 +50,30 @@ struct Slice {
 
 // A chunk: where its bytes are, and what is computed of it.
 struct ProductChunk {
-  int k_and_steps = 0;    // its first k, a multiple of 16, and its steps: 0 if there is no chunk
-  uint32_t item_and_end;  // twice the item that it is of, and 1 if it is the item's last
-  uint32_t first_step;    // in sign_mantissa
-  uint32_t begin, end;    // of the record; 0 if its offsets are wrong
+  int k_and_steps = 0;  // its first k, a multiple of 16, and its steps: 0 if there is no chunk
+  uint32_t item_and_end = 0;    // twice the item that it is of, and 1 if it is the item's last
+  uint32_t first_step = 0;      // in sign_mantissa
+  uint32_t begin = 0, end = 0;  // of the record, as they were found
 
   __device__ int k() const { return k_and_steps & ~(kStepRows - 1); }
   __device__ int steps() const { return k_and_steps & (kStepRows - 1); }
   __device__ int item() const { return static_cast<int>(item_and_end >> 1); }
   __device__ bool ends_item() const { return item_and_end & 1; }
-  __device__ uint32_t words() const { return end - begin; }
+  // None if the offsets are wrong.
+  __device__ uint32_t words(const MatrixWork& matrix) const {
+    return begin <= end && end <= matrix.exponents_words ? end - begin : 0;
+  }
   // Words from one multiple of 16 bytes to another that hold the record.
   __device__ uint32_t padded_words() const { return ((end + 3) & ~3u) - (begin & ~3u); }
-  __device__ bool is_staged(const ProductMemory& memory) const {
-    return words() >= kRecordHeaderWords && padded_words() <= memory.record_words;
+  __device__ bool is_staged(const MatrixWork& matrix, const ProductMemory& memory) const {
+    return words(matrix) >= kRecordHeaderWords && padded_words() <= memory.record_words;
   }
 };
 
 // A warp's chunks: those of its items, of which it has every `stride`th. Each lane finds one, so
-// that what is read of 32 chunks is waited for together; it is kept in shared memory.
+// that what is read of 32 chunks is waited for together. They are kept in shared memory, which has
+// more room than registers: 16 bytes of each lane, where its chunk is, then 8 bytes of each, its
+// offsets.
 class ChunkList {
  public:
   __device__ ChunkList(uint32_t memory, int first_item, int end_item, int stride)
@@ -103,41 +108,44 @@ class ChunkList {
     return offsets;
   }
   __device__ __forceinline__ void keep(const uint2& offsets, int lane) {
-    store_shared(offsets_of(lane), offsets.x);
-    store_shared(offsets_of(lane) + 4, offsets.y);
+    store_shared(memory_ + 16 * kLanes + 8 * lane, offsets.x);
+    store_shared(memory_ + 16 * kLanes + 8 * lane + 4, offsets.y);
     __syncwarp();  // All are there.
   }
 
   __device__ bool is_empty() const { return left_ == 0; }
   __device__ bool has_more() const { return first_item_ < end_item_; }
 
-  // Takes the next one, apart from where its record is, if the list is not empty.
-  __device__ __forceinline__ void take(ProductChunk& chunk) {
-    chunk.k_and_steps = 0;
-    if (left_ == 0) return;
-    from_ = __ffs(left_) - 1;
+  // Takes the next one, if there is any: its number in the list, else -1.
+  __device__ __forceinline__ int take() {
+    const int number = __ffs(left_) - 1;
     left_ &= left_ - 1;
-    const uint4 place = load_shared4(memory_ + 16 * from_);
+    return number;
+  }
+  // Without offsets.
+  __device__ __forceinline__ ProductChunk place_of(int number) const {
+    ProductChunk chunk;
+    if (number < 0) return chunk;
+    const uint4 place = load_shared4(memory_ + 16 * number);
     chunk.k_and_steps = static_cast<int>(place.x);
     chunk.item_and_end = place.y;
     chunk.first_step = place.z;
+    return chunk;
   }
-  // Of the one that was taken last.
-  __device__ __forceinline__ void read_offsets(const Slice& slice, ProductChunk& chunk) const {
-    const uint32_t begin = load_shared(offsets_of(from_)), end = load_shared(offsets_of(from_) + 4);
-    const bool fit = begin <= end && end <= slice.matrix.exponents_words;
-    chunk.begin = fit ? begin : 0;
-    chunk.end = fit ? end : 0;
+  __device__ __forceinline__ ProductChunk operator[](int number) const {
+    ProductChunk chunk = place_of(number);
+    if (number < 0) return chunk;
+    const uint32_t at = memory_ + 16 * kLanes + 8 * number;
+    chunk.begin = load_shared(at);
+    chunk.end = load_shared(at + 4);
+    return chunk;
   }
 
  private:
-  __device__ uint32_t offsets_of(int number) const { return memory_ + 16 * kLanes + 8 * number; }
-
   uint32_t memory_;
   int first_item_, end_item_, stride_;
   int first_row_ = 0;  // of the first item
-  uint32_t left_ = 0;  // lanes whose chunk is not taken
-  int from_ = 0;
+  uint32_t left_ = 0;  // a bit for each lane whose chunk is not taken
 };
 
 // The copies of a warp: of two steps' signs and mantissas, and of one or two records.
@@ -253,9 +261,9 @@ __device__ __forceinline__ void multiply_chunk(Pairs pairs, Patches<Record> patc
 // A record's kind, kNone if it is corrupt; where the lane's stream starts, and the number of
 // patches.
 template <typename Record>
-__device__ __forceinline__ GlobalPairs::Kind open_record(const Record& record,
-                                                         const ProductChunk& chunk, int lane,
-                                                         uint32_t& start, uint32_t& patches) {
+__device__ __forceinline__ GlobalPairs::Kind open_record(const Record& record, int steps,
+                                                         uint32_t words, int lane, uint32_t& start,
+                                                         uint32_t& patches) {
   const uint32_t counts = record.word(1);
   const uint32_t extra = record.word(2 + lane / 4) >> (8 * (lane % 4)) & 255;
   const uint32_t bits = (counts >> 16) + extra;
@@ -269,11 +277,11 @@ __device__ __forceinline__ GlobalPairs::Kind open_record(const Record& record,
   start = 32 * kRecordHeaderWords + end - bits;
   patches = 0;
   if (counts == kRawChunk) {
-    const uint32_t expected = kRawRecordHeaderWords + chunk.steps() * kStepWords;
-    return chunk.words() == expected ? GlobalPairs::kRaw : GlobalPairs::kNone;
+    const uint32_t expected = kRawRecordHeaderWords + steps * kStepWords;
+    return words == expected ? GlobalPairs::kRaw : GlobalPairs::kNone;
   }
   const uint32_t count = counts & 0xffff;
-  if (count == kRawChunk || chunk.words() != kRecordHeaderWords + (total + 31) / 32 + count) {
+  if (count == kRawChunk || words != kRecordHeaderWords + (total + 31) / 32 + count) {
     return GlobalPairs::kNone;
   }
   patches = count;
@@ -333,21 +341,19 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
   const int block = blockIdx.x - matrix.first_block;
   const int begin = first_item(matrix, block), end = first_item(matrix, block + 1);
   ChunkList chunks(copies.list(), begin + warp, end, memory.warps);
-  const RowsOfX<kTiles> x(work.x, work.rows, work.k, lane);
+  const RowsOfX<kTiles> x(work.x, work.rows, lane);
   const LookupTable table{memory.table(base), memory.table_log2_bytes,
                           static_cast<uint32_t>(matrix.code_bits)};
   // The first copies are under way while the table is made.
   const CodebookWords codebook(slice.codebook(), lane);
   const uint2 offsets = chunks.find(slice, lane);
-  ProductChunk chunk;
-  chunks.take(chunk);
+  const int first = chunks.take();
+  ProductChunk chunk = chunks.place_of(first);
   if (chunk.steps() > 0) copies.fetch_steps(matrix, chunk.first_step, chunk.steps());
   sort_codes(codebook, table.code_bits, scratch.codes);
   chunks.keep(offsets, lane);
-  if (chunk.steps() > 0) {
-    chunks.read_offsets(slice, chunk);
-    if (chunk.is_staged(memory)) copies.fetch_record(0, slice, chunk);
-  }
+  chunk = chunks[first];
+  if (chunk.is_staged(matrix, memory)) copies.fetch_record(0, slice, chunk);
   __syncthreads();
   if (scratch.codes.sound) fill_lookup_table(scratch.codes, table);
   __syncthreads();
@@ -357,47 +363,50 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
   set_sums(sums, 0);
   int buffer = 0;
   while (chunk.steps() > 0) {
-    ProductChunk next;
     while (chunks.is_empty() && chunks.has_more()) chunks.keep(chunks.find(slice, lane), lane);
-    chunks.take(next);
-    if (next.steps() > 0) chunks.read_offsets(slice, next);
-    const bool staged = chunk.is_staged(memory);
+    const int next_number = chunks.take();
+    const uint32_t words = chunk.words(matrix);
+    const bool staged = chunk.is_staged(matrix, memory);
     const StagedRecord in_shared{copies.record(buffer) + chunk.begin % 4 * 4};
     const GlobalRecord in_global{slice.exponents() + chunk.begin};
     GlobalPairs::Kind kind = GlobalPairs::kNone;
     uint32_t start = 0, patches = 0;
     if (staged) {
       copies.wait_for_record(buffer);
-      kind = open_record(in_shared, chunk, lane, start, patches);
-    } else if (chunk.words() >= kRecordHeaderWords) {
-      kind = open_record(in_global, chunk, lane, start, patches);
+      kind = open_record(in_shared, chunk.steps(), words, lane, start, patches);
+    } else if (words >= kRecordHeaderWords) {
+      kind = open_record(in_global, chunk.steps(), words, lane, start, patches);
     }
     if (!sound) kind = GlobalPairs::kNone;
 
     // No lane needs what was in the other buffer: all have used what they have looked up there.
+    const auto fetch_next_record = [&](int to) {
+      const ProductChunk next = chunks[next_number];
+      if (next.is_staged(matrix, memory)) copies.fetch_record(to, slice, next);
+    };
     const int next_buffer = memory.records > 1 ? buffer ^ 1 : buffer;
-    const bool fetch = next.steps() > 0 && next.is_staged(memory);
-    if (memory.records > 1 && fetch) copies.fetch_record(next_buffer, slice, next);
+    if (memory.records > 1) fetch_next_record(next_buffer);
+    const ProductChunk next = chunks.place_of(next_number);
     if (staged && kind == GlobalPairs::kCoded) {
       multiply_chunk(StagedPairs(in_shared.address, start, table, lane),
-                     Patches(in_shared.from(chunk.words() - patches), patches, chunk.k()), copies,
-                     work, matrix, x, chunk, next, lane, sums);
+                     Patches(in_shared.from(words - patches), patches, chunk.k()), copies, work,
+                     matrix, x, chunk, next, lane, sums);
     } else {
-      multiply_chunk(GlobalPairs(kind, in_global.words, chunk.words(), start, table, lane),
-                     Patches(in_global.from(chunk.words() - patches),
+      multiply_chunk(GlobalPairs(kind, in_global.words, words, start, table, lane),
+                     Patches(in_global.from(words - patches),
                              kind == GlobalPairs::kCoded ? patches : 0, chunk.k()),
                      copies, work, matrix, x, chunk, next, lane, sums);
       if (kind == GlobalPairs::kNone) set_sums(sums, __uint_as_float(0x7fffffff));
     }
     __syncwarp();  // No lane needs the record any more.
-    if (memory.records == 1 && fetch) copies.fetch_record(next_buffer, slice, next);
+    if (memory.records == 1) fetch_next_record(next_buffer);
     buffer = next_buffer;
 
     if (chunk.ends_item()) {
       store_sums<kTiles>(matrix.sums, chunk.item(), work.rows, lane, sums);
       set_sums(sums, 0);
     }
-    chunk = next;
+    chunk = chunks[next_number];
   }
   add_columns(work, matrix, begin, end, table.address, scratch.flags);
 #endif

@@ -1,10 +1,10 @@
 // From XLA's buffers to a Product.
 //
-// Operands: x bf16[rows, k], index s32[], then for each matrix header, codebook, chunk_offsets,
-// exponents, sign_mantissa as u32[stack, words]. Results: for each matrix bf16[rows, n] or
-// f32[rows, n], then the workspace u32[words], of product_workspace_words. Attributes: names, those
-// of the matrices, one a line; headers, the one that the slices of each have to have, but for the
-// codebook's id.
+// Operands: x bf16[ceil(k / 32), rows, 32], in the order that product.h tells, index s32[], then
+// for each matrix header, codebook, chunk_offsets, exponents, sign_mantissa as u32[stack, words].
+// Results: for each matrix bf16[rows, n] or f32[rows, n], then the workspace u32[words], of
+// product_workspace_words. Attributes: names, those of the matrices, one a line; headers, the one
+// that the slices of each have to have, but for the codebook's id.
 #pragma once
 
 #include <string>
@@ -25,7 +25,8 @@ inline ffi::Error read_matrix(ffi::RemainingArgs args, ffi::RemainingRets result
   slices.geometry = header[kGeometryWord];
   matrix.code_bits = layout.code_bits;
   const auto x_dims = args.get<ffi::AnyBuffer>(0)->dimensions();
-  if (slices.view.is_flat || slices.view.batch != 1 || slices.view.k != x_dims[1]) {
+  if (slices.view.is_flat || slices.view.batch != 1 ||
+      round_up(slices.view.k, kXGroup) != x_dims[0] * kXGroup) {
     return error("is not one matrix that x " + describe(x_dims) + " can be multiplied with");
   }
   auto out = results.get<ffi::AnyBuffer>(i);
@@ -66,14 +67,15 @@ inline ffi::Error read_product(ffi::RemainingArgs args, ffi::RemainingRets resul
         " results");
   }
   const auto x = args.get<ffi::AnyBuffer>(0);
-  if (!x || x->element_type() != ffi::DataType::BF16 || x->dimensions().size() != 2) {
-    return invalid("operand 0 (x) must be bfloat16[rows, k]");
+  if (!x || x->element_type() != ffi::DataType::BF16 || x->dimensions().size() != 3 ||
+      x->dimensions()[2] != kXGroup) {
+    return invalid("operand 0 (x) must be bfloat16[k / 32, rows, 32]");
   }
   const auto index = args.get<ffi::AnyBuffer>(1);
   if (!index || index->element_type() != ffi::DataType::S32 || index->dimensions().size() != 0) {
     return invalid("operand 1 (index) must be int32[]");
   }
-  const int64_t rows = x->dimensions()[0];
+  const int64_t rows = x->dimensions()[1];
   if (rows < 1 || rows > kMostProductRows) {
     return invalid("x has " + std::to_string(rows) + " rows, expected 1 to " +
                    std::to_string(kMostProductRows));

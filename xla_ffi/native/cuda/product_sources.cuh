@@ -24,48 +24,35 @@ __device__ __forceinline__ uint32_t keep(uint32_t value) {
   return value;
 }
 
-// Rows of x as the second operand of multiply_add: lane 4 g + t holds x[8 tile + g][k + 4 t ..],
-// since the lane's weights of a step are of these k. Rows that x has not are read as its last one,
-// and their products are not used; k that it has not are 0.
+// Rows of x as the second operand of multiply_add: lane 4 g + t has x[8 tile + g][k + 4 t ..],
+// since the lane's weights of a step are of these k. In memory, 32 k of all rows lie together, and
+// of a row what a lane needs for two steps. Rows that x has not are read as its last one, and their
+// products are not used.
 template <int kTiles>
 class RowsOfX {
  public:
-  __device__ RowsOfX(const uint16_t* x, int rows, int k, int lane)
-      : x_(x), k_(k), end_of_words_(k % 4 == 0 ? k : 0) {
+  __device__ RowsOfX(const uint4* x, int rows, int lane) : x_(x), rows_(rows) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       const int row = min(8 * tile + lane / 4, rows - 1);
-      first_[tile] = keep(static_cast<uint32_t>(row * k + lane % 4 * 4));
+      first_[tile] = keep(static_cast<uint32_t>(4 * row + lane % 4));
     }
   }
 
   // Of the steps that begin at k and after it.
   __device__ __forceinline__ void load(int k, uint2 (&to)[kSlotSteps][kTiles]) const {
-    if (k + kSlotSteps * kStepRows <= end_of_words_) {
+    const uint4* from = x_ + k / (kSlotSteps * kStepRows) * 4 * rows_;
 #pragma unroll
-      for (int i = 0; i < kSlotSteps * kTiles; ++i) {
-        const int step = i / kTiles, tile = i % kTiles;
-        const uint16_t* from = x_ + (first_[tile] + k + step * kStepRows);
-        to[step][tile] = __ldg(reinterpret_cast<const uint2*>(from));
-      }
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < kSlotSteps * kTiles; ++i) {
-      const int step = i / kTiles, tile = i % kTiles, step_k = k + step * kStepRows;
-      const int left = k_ - step_k - static_cast<int>(threadIdx.x % 4 * 4);
-      uint32_t bits[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        bits[j] = j < left ? __ldg(x_ + (first_[tile] + step_k + j)) : 0;
-      }
-      to[step][tile] = uint2{bits[0] | bits[1] << 16, bits[2] | bits[3] << 16};
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const uint4 both = __ldg(from + first_[tile]);
+      to[0][tile] = uint2{both.x, both.y};
+      to[1][tile] = uint2{both.z, both.w};
     }
   }
 
  private:
-  const uint16_t* x_;
-  int k_, end_of_words_;
+  const uint4* x_;
+  int rows_;
   uint32_t first_[kTiles];
 };
 

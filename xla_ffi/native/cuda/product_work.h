@@ -59,7 +59,7 @@ struct ProductMemory {
 };
 
 struct ProductWork {
-  const uint16_t* x;
+  const uint4* x;
   const int32_t* index;
   int rows, k, count;
   uint32_t zero;  // is 0, which the compiler does not know
@@ -149,9 +149,9 @@ inline bool plan_product(const Product& product, int blocks, int most_warps, uin
     return false;
   }
   const View& first = product.matrices[0].slices.view;
-  if (product.rows * round_up(first.k, kTileRows) > kMost) return false;
+  if (product.rows * round_up(first.k, kXGroup) > kMost) return false;
   work = {};
-  work.x = product.x;
+  work.x = reinterpret_cast<const uint4*>(product.x);
   work.index = product.matrices[0].slices.index;
   work.rows = product.rows;
   work.k = static_cast<int>(first.k);
