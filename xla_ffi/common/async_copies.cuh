@@ -5,6 +5,7 @@
 // access it through one proxy, bulk copies through another. Where one accesses what the other has
 // written, the rules are:
 // - a copy to shared memory has arrived when wait_for_phase returns, for the thread that calls it;
+// - a copy to shared memory must not overtake loads of what it overwrites: see after_loads;
 // - what threads have stored to shared memory is seen by copies after fence_to_async by each of
 // these
 //   threads, and a barrier of the threads after that;
@@ -18,6 +19,16 @@
 #include <cstdint>
 
 namespace df11 {
+
+// What a copy uses, for instance its source, made to depend on what was loaded. A load that has
+// been issued may not have read yet, nor does a barrier of the warp wait until it has; a copy that
+// is begun then could overwrite what it is to read. So: all lanes load; a barrier of the warp; the
+// lane that begins the copy passes a word of each load here. It waits for the whole warp's, as they
+// are one instruction. `zero` is 0, but the compiler must not know: a kernel's parameter.
+template <typename... Words>
+__device__ __forceinline__ uint32_t after_loads(uint32_t value, uint32_t zero, Words... loaded) {
+  return value + ((loaded | ...) & zero);
+}
 
 #ifdef __CUDACC__
 

@@ -96,8 +96,9 @@ class LaneStream {
 class PairDecoder {
  public:
   // A barrier of the warp or the block has to follow.
-  __device__ PairDecoder(const WarpMemory& memory, const Lane& lane)
-      : memory_(memory), lane_(lane) {
+  // `zero` is 0, for after_loads.
+  __device__ PairDecoder(const WarpMemory& memory, const Lane& lane, uint32_t zero)
+      : memory_(memory), lane_(lane), zero_(zero) {
     if (elect_lane()) {
       for (int i = 0; i < 4; ++i) init_barrier(memory.barriers + 8 * i);
       fence_barriers();
@@ -134,7 +135,9 @@ class PairDecoder {
   }
 
  private:
-  // Begins to copy the records, if their places can be right and there is room.
+  // Begins to copy the records, if their places can be right and there is room. What was loaded of
+  // the buffer's former records went into the checksums, or into the lengths, that all lanes have
+  // compared since: no load is still to read it whose value matters.
   __device__ bool stage_records(const Slice& slice, const ChunkPair& pair, uint32_t buffer) {
     if (!pair.records_fit(slice.exponents_words)) return false;
     if (elect_lane()) {
@@ -227,15 +230,19 @@ class PairDecoder {
         }
       }
       wait_stores_read<1>();
-      __syncwarp();  // All lanes have read the slot, and the box may be filled again.
+      __syncwarp();  // All lanes have loads of the slot behind them, and the box may be filled
+                     // again.
+      const uint32_t boxes = memory_.boxes + 2 * slot * kBoxBytes;
+      decode_half_step(0, words, acc, boxes);
+      // Not before, so that nobody waits for the loads.
       const bool here = step + 2 < steps;  // else it is the next pair's that is needed in two steps
       if ((here || more) && elect_lane()) {
         const uint32_t* from = here ? pair.sign_mantissa : next.sign_mantissa - steps * kStepWords;
-        fill_slot(slot, from + (step + 2) * kStepWords, steps);
+        const uint32_t at = after_loads((step + 2) * kStepWords, zero_, words[0][0].x,
+                                        words[0][1].x, words[1][0].x, words[1][1].x);
+        fill_slot(slot, from + at, steps);
       }
-      const uint32_t boxes = memory_.boxes + 2 * slot * kBoxBytes;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) decode_half_step(h, words, acc, boxes);
+      decode_half_step(1, words, acc, boxes);
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
         if (patched_step_[u] == step) apply_patches(u, step, boxes + u * kBoxBytes);
@@ -332,6 +339,7 @@ class PairDecoder {
 
   WarpMemory memory_;
   Lane lane_;
+  uint32_t zero_;
   bool staged_ = false;
   uint32_t buffer_ = 0, record_phases_ = 0, slot_phase_ = 0;
 

@@ -57,6 +57,7 @@ struct BulkBatch {
   // Of each tensor the first pair and the first single chunk; the last is the end.
   uint32_t first[2][kTensorsPerBulkLaunch + 1];
   int count;
+  uint32_t zero;  // for after_loads
 };
 static_assert(sizeof(BulkBatch) <= 4096);
 
@@ -178,7 +179,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, 1)
   // The same in all lanes, and the compiler knows it.
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / kLanes, 0);
   const WarpMemory warp_memory = Memory::of_warp(shared_address(state.barriers), warp);
-  PairDecoder decoder(warp_memory, lane);
+  PairDecoder decoder(warp_memory, lane, batch.zero);
 
   if (threadIdx.x == 0) {
     work.table = {};
