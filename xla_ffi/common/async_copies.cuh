@@ -125,13 +125,14 @@ __device__ __forceinline__ void copy_to_global(void* to, uint32_t from, uint32_t
                "r"(from), "r"(bytes)
                : "memory");
 }
-// Stores a box of the map's matrix, whose first element is (row, col). The map is a kernel
-// parameter.
-__device__ __forceinline__ void store_box(const CUtensorMap& map, int col, int row, uint32_t from) {
+// Stores a box of the map's three dimensions, whose first element is at (x, y, z), x along the
+// innermost. The map is a kernel parameter.
+__device__ __forceinline__ void store_box(const CUtensorMap& map, int x, int y, int z,
+                                          uint32_t from) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(
+      "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(
           &map),
-      "r"(col), "r"(row), "r"(from)
+      "r"(x), "r"(y), "r"(z), "r"(from)
       : "memory");
 }
 __device__ __forceinline__ void commit_stores() {

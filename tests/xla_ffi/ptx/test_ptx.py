@@ -60,7 +60,7 @@ class DecodeBatch(ctypes.Structure):
 
 class TensorMap(ctypes.Structure):  # as ptx_bulk.py reads it
     _fields_ = [
-        *((name, ctypes.c_uint64) for name in ("base", "cols", "rows", "pitch")),
+        *((name, ctypes.c_uint64) for name in ("base", "tiles", "rows", "pitch")),
         ("rest", ctypes.c_uint64 * 12),
     ]
 
@@ -159,7 +159,7 @@ def decode_pairs(ptx, arrays, indices, *, blocks=2, seed=0):
         tensor = batch.tensors[i]
         view = fill_tensor(memory, tensor, array, index, {})
         rows = len(index) * view.batch * view.k
-        batch.maps[i] = TensorMap(tensor.out, view.n, rows, 2 * view.n)
+        batch.maps[i] = TensorMap(tensor.out, view.n // 64, rows, 2 * view.n)
         pairs = view.batch * (view.k // (16 * view.steps)) * (view.n // 128)
         for kind, count in enumerate((pairs, view.chunks - 2 * pairs)):
             batch.first[kind][i + 1] = batch.first[kind][i] + len(index) * count
@@ -347,7 +347,7 @@ def test_every_native_barrier_is_needed(native_ptx):
             np.array_equal(out[: w.size], to_bits(w)) for out, w in zip(outs, weights, strict=True)
         ):
             unnoticed.append(line)
-    # The last of build_table_in_block, which another follows at once.
+    # The last after a table is made, which another follows at once.
     assert len(unnoticed) == 1
 
 

@@ -60,14 +60,15 @@ EncodeTensorMap tensor_map_encoder() {
   return encoder;
 }
 
-// The weights of all batch elements are one matrix; boxes are a step of a chunk.
+// The weights of all batch elements are one matrix of (row, tile, column of the tile), without a
+// last tile that is not full. A box is a step of a pair of chunks.
 bool encode_tensor_map(const TensorSlices& tensor, CUtensorMap* map) {
   const View& view = tensor.view;
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(view.n),
+  const cuuint64_t sizes[] = {kTileCols, static_cast<cuuint64_t>(view.n / kTileCols),
                               static_cast<cuuint64_t>(tensor.batch * view.batch * view.k)};
-  const cuuint64_t strides[] = {2 * sizes[0]};
-  const cuuint32_t box[] = {kTileCols, kStepRows}, steps[] = {1, 1};
-  return tensor_map_encoder()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, tensor.out, sizes, strides,
+  const cuuint64_t strides[] = {kRowBytes, 2 * static_cast<cuuint64_t>(view.n)};
+  const cuuint32_t box[] = {kTileCols, 2, kStepRows}, steps[] = {1, 1, 1};
+  return tensor_map_encoder()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, tensor.out, sizes, strides,
                               box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                               CU_TENSOR_MAP_L2_PROMOTION_NONE,
                               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;

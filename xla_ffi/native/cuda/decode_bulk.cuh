@@ -126,7 +126,7 @@ __device__ inline ChunkPair locate_pair(const Slice& slice, const PairGrid& grid
   return {chunk,
           slice.sign_mantissa + step * kStepWords,
           slice_row + k,
-          static_cast<int>(2 * pair_n) * kTileCols,
+          static_cast<int>(2 * pair_n),
           {__ldg(offsets), __ldg(offsets + 1), __ldg(offsets + 2)}};
 }
 
