@@ -39,7 +39,7 @@ struct TensorSlices {
   // The slice of the payload that batch element b wants, counted over all stacks; -1 for none.
   DF11_HD int64_t slice_of(int64_t b) const {
     int64_t payload = 0, at = 0;
-    for (int i = batch_axes - 1; i >= 0; --i) {
+    for (int i = batch_axes - 1; i >= 0 && b > 0; --i) {
       const int64_t along = b % axes[i].size;
       b /= axes[i].size;
       payload += along * axes[i].payload_stride;

@@ -69,9 +69,11 @@ class BulkBatch(ctypes.Structure):
     _fields_ = [
         ("maps", TensorMap * 11),
         ("tensors", TensorSlices * 11),
-        ("first", (ctypes.c_uint32 * 12) * 2),
+        ("first_block", ctypes.c_uint32 * 12),
+        ("first_single", ctypes.c_uint32 * 12),
         ("count", ctypes.c_int),
-        ("rest", ctypes.c_int * 9),  # to a multiple of 64 bytes
+        ("zero", ctypes.c_uint32),
+        ("rest", ctypes.c_int * 8),  # to a multiple of 64 bytes
     ]
 
 
@@ -161,8 +163,11 @@ def decode_pairs(ptx, arrays, indices, *, blocks=2, seed=0):
         rows = len(index) * view.batch * view.k
         batch.maps[i] = TensorMap(tensor.out, view.n // 64, rows, 2 * view.n)
         pairs = view.batch * (view.k // (16 * view.steps)) * (view.n // 128)
-        for kind, count in enumerate((pairs, view.chunks - 2 * pairs)):
-            batch.first[kind][i + 1] = batch.first[kind][i] + len(index) * count
+        singles = len(index) * (view.chunks - 2 * pairs)
+        batch.first_single[i + 1] = batch.first_single[i] + singles
+        # A block each, and the first what is left.
+        own = 1 if i else blocks + 1 - len(arrays)
+        batch.first_block[i + 1] = batch.first_block[i] + min(own, len(index) * pairs)
         batch.count += 1
     kernel = Kernel(ptx, "bulk_decode_kernel")
     (dynamic,) = re.findall(r"kBulkBytes = (\d+);", ptx)

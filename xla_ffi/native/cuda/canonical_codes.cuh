@@ -1,5 +1,5 @@
-// A codebook's symbols in the order of their codes, from the codes' lengths, by a block: what look-up
-// tables are filled from. docs/format.md, section "codebook".
+// A codebook's symbols in the order of their codes, from the codes' lengths, by a block: what
+// look-up tables are filled from. docs/format.md, section "codebook".
 #pragma once
 
 #include <cuda_runtime.h>
@@ -33,17 +33,26 @@ struct LengthCounts {
   }
 };
 
+// A lane's words of a codebook.
+struct CodebookWords {
+  uint32_t lengths;    // of the codes of eight symbols
+  uint32_t exponents;  // four of the sixteen, those of lane % 4
+};
+__device__ __forceinline__ CodebookWords load_codebook(const uint32_t* codebook, int lane) {
+  return {__ldg(codebook + kCodedExponents / 4 + lane), __ldg(codebook + lane % 4)};
+}
+
 // Fills `codes`, by all threads of a block; the first eight warps do it. A barrier has to follow.
-__device__ inline void sort_codes(const uint32_t* codebook, uint32_t longest,
+__device__ inline void sort_codes(const CodebookWords& codebook, uint32_t longest,
                                   CanonicalCodes& codes) {
   constexpr int kParts = 8;  // a lane has the lengths of as many symbols, in a word
   static_assert(kSymbols == kParts * kLanes);
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int warps = static_cast<int>(blockDim.x / kLanes);
   if (warp >= kParts) return;
-  const uint32_t lengths = __ldg(codebook + kCodedExponents / 4 + lane);
+  const uint32_t lengths = codebook.lengths;
   const auto exponent = [&](int number) {
-    return __ldg(codebook + number / 4) >> (8 * (number % 4)) & 255;
+    return __shfl_sync(kAllLanes, codebook.exponents, number / 4) >> (8 * (number % 4)) & 255;
   };
   const uint32_t first_exponent = exponent(lane / 2);
 
@@ -94,28 +103,34 @@ __device__ inline void sort_codes(const uint32_t* codebook, uint32_t longest,
   for (int part = warp; part < kParts; part += warps) {
     const uint32_t length = lengths >> (4 * part) & 15;
     const uint32_t preceding = __shfl_sync(kAllLanes, first, length) & CanonicalCodes::kCountMask;
+    const uint32_t second_exponent = exponent(lane % 2 * kParts + part);
     if (length == 0 || !sound) continue;
     // Of the word's lengths before this one, those that are equal: their difference is 0.
     const uint32_t other = lengths ^ length * 0x11111111u;
     const uint32_t differs = (other | other >> 1 | other >> 2 | other >> 3) & 0x11111111u;
     const uint32_t equal = ~differs & 0x11111111u & ((1u << (4 * part)) - 1);
     codes.sorted[preceding + before.of(static_cast<int>(length)) + __popc(equal)] =
-        table_entry(first_exponent, exponent(lane % 2 * kParts + part), length);
+        table_entry(first_exponent, second_exponent, length);
   }
 }
 
-// Fills a table of 1 << bits entries, by all threads of a block, when the codes are sorted; a barrier
-// has to follow. `store` puts an entry at an index, which is the code bit-reversed. A thread fills the
-// entries of 1 << kRunBits successive codes, which lie far from each other, so that a warp's stores
-// do not collide.
+__device__ inline void sort_codes(const uint32_t* codebook, uint32_t longest,
+                                  CanonicalCodes& codes) {
+  sort_codes(load_codebook(codebook, threadIdx.x % kLanes), longest, codes);
+}
+
+// Fills a table of 1 << bits entries, by all threads of a block, when the codes are sorted; a
+// barrier has to follow. `store` puts an entry at an index, which is the code bit-reversed. A
+// thread fills the entries of 1 << kRunBits successive codes, which lie far from each other, so
+// that a warp's stores do not collide.
 template <int kRunBits, typename Store>
 __device__ __forceinline__ void fill_table(const CanonicalCodes& codes, uint32_t bits,
                                            const Store& store) {
   constexpr uint32_t kRun = 1u << kRunBits;
   const uint32_t columns = 1u << (bits - kRunBits);
   for (uint32_t column = threadIdx.x; column < columns; column += blockDim.x) {
-    const uint32_t code =
-        __brev(column) >> (32 + kRunBits - bits) << (kMaxCodeBits + kRunBits - bits);
+    const uint32_t code = __brev(column) >> (32 + kRunBits - bits)
+                                                << (kMaxCodeBits + kRunBits - bits);
     uint32_t length = 1;
 #pragma unroll
     for (uint32_t longer = 2; longer <= kMaxCodeBits; ++longer) {

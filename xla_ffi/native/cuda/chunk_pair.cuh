@@ -96,7 +96,7 @@ class LaneStream {
 // Decodes the pairs of chunks that it is given, one after the other.
 class PairDecoder {
  public:
-  // A barrier of the warp or the block has to follow. `zero` is 0, for after_loads.
+  // A barrier of the warp has to follow. `zero` is 0, for after_loads.
   __device__ PairDecoder(const WarpMemory& memory, const Lane& lane, uint32_t zero)
       : memory_(memory), lane_(lane), odd_(lane.number & 1), zero_(zero) {
     if (elect_lane()) {
@@ -107,12 +107,13 @@ class PairDecoder {
 
   // Before the first pair of a slice: its first copies, which fly while the table is made.
   __device__ void begin_slice(const Slice& slice, const ChunkPair& first) {
-    staged_ = stage_records(slice, first, buffer_);
+    // These first: records have to wait for their offsets.
     if (elect_lane()) {
       for (uint32_t slot = 0; slot < 2; ++slot) {
         fill_slot(slot, first.sign_mantissa + slot * kStepWords, slice.view.steps);
       }
     }
+    staged_ = stage_records(slice, first, buffer_);
   }
 
   // Decodes `pair`, and has the copies for `next` begun if there are more. Returns which chunks
