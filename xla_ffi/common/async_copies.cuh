@@ -135,6 +135,10 @@ __device__ __forceinline__ void store_box(const CUtensorMap& map, int x, int y, 
       "r"(x), "r"(y), "r"(z), "r"(from)
       : "memory");
 }
+// Has the map fetched before the first store needs it.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
 __device__ __forceinline__ void commit_stores() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
@@ -176,6 +180,7 @@ using cuda_emulation::fence_barriers;
 using cuda_emulation::init_barrier;
 using cuda_emulation::store_box;
 using cuda_emulation::wait_for_phase;
+inline void prefetch_map(const CUtensorMap&) {}
 template <int kGroupsLeft>
 void wait_stores_read() {
   cuda_emulation::wait_for_stores(kGroupsLeft);

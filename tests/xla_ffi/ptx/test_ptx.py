@@ -167,7 +167,8 @@ def decode_pairs(ptx, arrays, indices, *, blocks=2, seed=0):
         batch.first_single[i + 1] = batch.first_single[i] + singles
         # A block each, and the first what is left.
         own = 1 if i else blocks + 1 - len(arrays)
-        batch.first_block[i + 1] = batch.first_block[i] + min(own, len(index) * pairs)
+        end = batch.first_block[i] + min(own, len(index) * pairs)
+        batch.first_block[i + 1 :] = [end] * (11 - i)
         batch.count += 1
     kernel = Kernel(ptx, "bulk_decode_kernel")
     (dynamic,) = re.findall(r"kBulkBytes = (\d+);", ptx)

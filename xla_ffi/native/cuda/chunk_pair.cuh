@@ -106,12 +106,13 @@ class PairDecoder {
   }
 
   // Before the first pair of a slice: its first copies, which fly while the table is made.
-  __device__ void begin_slice(const Slice& slice, const ChunkPair& first) {
+  __device__ void begin_slice(const Slice& slice, const ChunkPair& first, const CUtensorMap& map) {
     // These first: records have to wait for their offsets.
     if (elect_lane()) {
       for (uint32_t slot = 0; slot < 2; ++slot) {
         fill_slot(slot, first.sign_mantissa + slot * kStepWords, slice.view.steps);
       }
+      prefetch_map(map);
     }
     staged_ = stage_records(slice, first, buffer_);
   }

@@ -159,8 +159,9 @@ class BulkLaunches {
       if (most < 0) break;
       ++blocks[most];
     }
-    for (int i = 0; i < batch_.count; ++i) {
-      batch_.first_block[i + 1] = batch_.first_block[i] + static_cast<uint32_t>(blocks[i]);
+    for (int i = 0; i < kTensorsPerBulkLaunch; ++i) {
+      const int own = i < batch_.count ? blocks[i] : 0;
+      batch_.first_block[i + 1] = batch_.first_block[i] + static_cast<uint32_t>(own);
     }
   }
 

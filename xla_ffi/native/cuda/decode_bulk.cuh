@@ -63,8 +63,8 @@ inline constexpr int kTensorsPerBulkLaunch = 11;
 struct BulkBatch {
   CUtensorMap maps[kTensorsPerBulkLaunch];  // of all batch elements' weights, as one matrix
   TensorSlices tensors[kTensorsPerBulkLaunch];
-  // Of each tensor the first of the blocks that decode its pairs, and its first single chunk; the
-  // last is the end.
+  // Of each tensor the first of the blocks that decode its pairs, and its first single chunk;
+  // behind the last tensor's, the end.
   uint32_t first_block[kTensorsPerBulkLaunch + 1];
   uint32_t first_single[kTensorsPerBulkLaunch + 1];
   int count;
@@ -97,8 +97,10 @@ struct BulkWork {
     at = end = 0;
     turn = 0;
     turns = 1;
-    if (block >= batch.first_block[batch.count]) return;
-    while (block >= batch.first_block[tensor + 1]) ++tensor;
+    if (block >= batch.first_block[kTensorsPerBulkLaunch]) return;
+    // All at once: a loop would wait for each.
+#pragma unroll
+    for (int i = 1; i < kTensorsPerBulkLaunch; ++i) tensor += block >= batch.first_block[i];
     const TensorSlices& of = batch.tensors[tensor];
     const uint32_t in_slice = PairGrid(of.view).pairs();
     const uint32_t number = block - batch.first_block[tensor];
@@ -236,7 +238,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, 1)
     ChunkPair pair = {};
     if (pairs) {
       pair = locate_pair(work.slice, work.grid, work.row, work.first + i);
-      decoder.begin_slice(work.slice, pair);
+      decoder.begin_slice(work.slice, pair, batch.maps[work.tensor]);
     }
     const bool header_sound = work.header.geometry == batch.tensors[work.tensor].geometry;
     if (header_sound && !table_of.serves(work.codebook, work.header)) {
