@@ -45,10 +45,10 @@ struct TensorSlices {
       payload += along * axes[i].payload_stride;
       at += along * axes[i].index_stride;
     }
-    const int64_t wanted = index[at];
-    if (wanted == -1) return -1;
-    const int64_t slice = wanted < 0 ? 0 : wanted > stack - 1 ? stack - 1 : wanted;
-    return payload * stack + slice;
+    // Without branches, so that a GPU can go on before the index arrives.
+    const int64_t wanted = index[at], least = wanted < 0 ? 0 : wanted;
+    const int64_t slice = payload * stack + (least > stack - 1 ? stack - 1 : least);
+    return wanted == -1 ? -1 : slice;
   }
 };
 

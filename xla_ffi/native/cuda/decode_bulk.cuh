@@ -57,6 +57,33 @@ struct PairGrid {
   }
 };
 
+// Where a pair is in whatever slice.
+struct PairPlace {
+  uint32_t chunk;
+  int64_t sign_mantissa_word;
+  int row, tile;
+
+  __device__ __forceinline__ ChunkPair of(const Slice& slice, int slice_row) const {
+    const uint32_t* offsets = slice.chunk_offsets + chunk;
+    return {chunk,
+            slice.sign_mantissa + sign_mantissa_word,
+            slice_row + row,
+            tile,
+            {__ldg(offsets), __ldg(offsets + 1), __ldg(offsets + 2)}};
+  }
+};
+__device__ __forceinline__ PairPlace place_pair(const PairGrid& grid, const View& view,
+                                                uint32_t pair) {
+  const uint32_t line = pair / grid.pairs_n, pair_n = pair - line * grid.pairs_n;
+  const uint32_t b = grid.batch == 1 ? 0 : line / grid.full_tiles_k;
+  const uint32_t tile_k = line - b * grid.full_tiles_k, first_step = tile_k * view.steps;
+  const int64_t step =
+      int64_t{b * grid.steps_k + first_step} * grid.tiles_n + 2 * pair_n * view.steps;
+  return {(b * grid.tiles_k + tile_k) * grid.tiles_n + 2 * pair_n, step * kStepWords,
+          static_cast<int>(b * static_cast<uint32_t>(view.k) + first_step * kStepRows),
+          static_cast<int>(2 * pair_n)};
+}
+
 // The tensors of one launch, passed by value in the 4 KB that parameters may take. Numbers of
 // chunks fit in 31 bits, so that nothing divides in 64.
 inline constexpr int kTensorsPerBulkLaunch = 11;
@@ -74,7 +101,9 @@ static_assert(sizeof(BulkBatch) <= 4096);
 
 // What a block works on: pairs of one slice, or single chunks of one. All its threads find out by
 // themselves, so that none waits for another.
+template <int kWarps>
 struct BulkWork {
+  uint32_t warp;
   Slice slice;
   PairGrid grid;
   SliceHeader header;
@@ -82,6 +111,7 @@ struct BulkWork {
   int row;                // of the slice's first weight, in the map's matrix
   uint32_t first, count;  // pairs or single chunks of the slice
   uint32_t turn, turns;   // so many blocks take pairs of these in turn, of which this is one
+  PairPlace first_pair;   // of the warp, if these are pairs and it has any
   bool singles;
   int tensor;
   uint32_t at, end;  // what is left to the block of the tensor's pairs, or of the launch's singles
@@ -90,7 +120,8 @@ struct BulkWork {
   // pairs in turn, so that what is in work at a time lies close together in memory. Of several
   // slices each block has a contiguous share, so that it meets few of them: it makes a table for
   // each.
-  __device__ explicit BulkWork(const BulkBatch& batch) : grid(batch.tensors[0].view) {
+  __device__ BulkWork(const BulkBatch& batch, uint32_t warp)
+      : warp(warp), grid(batch.tensors[0].view) {
     const uint32_t block = blockIdx.x;
     singles = false;
     tensor = 0;
@@ -138,6 +169,8 @@ struct BulkWork {
       count = end - at < in_slice - first ? end - at : in_slice - first;
       at += count;
       const int64_t wanted = of.slice_of(b);
+      // While the index is on its way. Of single chunks it means nothing.
+      first_pair = place_pair(grid, of.view, first + pair_of_round(0));
       if (wanted < 0) continue;
       header = load_header(of, wanted);
       codebook = codebook_of(of, wanted);
@@ -147,10 +180,9 @@ struct BulkWork {
     }
   }
 
-  // The pair for a warp, counted from `first`, of the round that begins with pair `base`; there is
-  // none if that is `count` or more. A round that is not full is spread over all blocks.
-  template <int kWarps>
-  __device__ uint32_t pair_of_round(uint32_t base, uint32_t warp) const {
+  // The pair for the warp, counted from `first`, of the round that begins with pair `base`; there
+  // is none if that is `count` or more. A round that is not full is spread over all blocks.
+  __device__ uint32_t pair_of_round(uint32_t base) const {
     return base + (base + turns * kWarps <= count ? turn * kWarps + warp : warp * turns + turn);
   }
 
@@ -161,24 +193,6 @@ struct BulkWork {
     end = at + share + (number < rest);
   }
 };
-
-__device__ inline ChunkPair locate_pair(const Slice& slice, const PairGrid& grid, int slice_row,
-                                        uint32_t pair) {
-  const View& view = slice.view;
-  const uint32_t row = pair / grid.pairs_n, pair_n = pair - row * grid.pairs_n;
-  const uint32_t b = grid.batch == 1 ? 0 : row / grid.full_tiles_k;
-  const uint32_t tile_k = row - b * grid.full_tiles_k;
-  const uint32_t chunk = (b * grid.tiles_k + tile_k) * grid.tiles_n + 2 * pair_n;
-  const int64_t step =
-      int64_t{b * grid.steps_k + tile_k * view.steps} * grid.tiles_n + 2 * pair_n * view.steps;
-  const int k = static_cast<int>(b * view.k) + static_cast<int>(tile_k) * view.steps * kStepRows;
-  const uint32_t* offsets = slice.chunk_offsets + chunk;
-  return {chunk,
-          slice.sign_mantissa + step * kStepWords,
-          slice_row + k,
-          static_cast<int>(2 * pair_n),
-          {__ldg(offsets), __ldg(offsets + 1), __ldg(offsets + 2)}};
-}
 
 // A block's shared memory: its state, the table at an address that is a multiple of the table's
 // size, then the warps'.
@@ -230,14 +244,14 @@ __global__ void __launch_bounds__(kWarps* kLanes, 1)
   __syncwarp();
 
   TableKey table_of = {};
-  BulkWork work(batch);
+  BulkWork<kWarps> work(batch, warp);
   while (work.next(batch)) {
     const CodebookWords codebook = load_codebook(work.codebook, lane.number);
-    uint32_t base = 0, i = work.pair_of_round<kWarps>(base, warp);
+    uint32_t base = 0, i = work.pair_of_round(base);
     const bool pairs = !work.singles && i < work.count;
     ChunkPair pair = {};
     if (pairs) {
-      pair = locate_pair(work.slice, work.grid, work.row, work.first + i);
+      pair = work.first_pair.of(work.slice, work.row);
       decoder.begin_slice(work.slice, pair, batch.maps[work.tensor]);
     }
     const bool header_sound = work.header.geometry == batch.tensors[work.tensor].geometry;
@@ -257,10 +271,12 @@ __global__ void __launch_bounds__(kWarps* kLanes, 1)
       const CUtensorMap& map = batch.maps[work.tensor];
       for (bool more = true; more;) {
         base += work.turns * kWarps;
-        i = work.pair_of_round<kWarps>(base, warp);
+        i = work.pair_of_round(base);
         more = i < work.count;
         ChunkPair next = {};
-        if (more) next = locate_pair(work.slice, work.grid, work.row, work.first + i);
+        if (more) {
+          next = place_pair(work.grid, work.slice.view, work.first + i).of(work.slice, work.row);
+        }
         const uint32_t left_over =
             decoder.decode(work.slice, pair, next, more, map, Memory::kTableBytes, sound);
         for (uint32_t u = 0; u < 2 && left_over; ++u) {
