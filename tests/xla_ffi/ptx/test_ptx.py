@@ -260,7 +260,7 @@ def test_pairs(pairs_ptx, shape):
 
 def test_pairs_of_many(pairs_ptx):
     stack = sprinkled((3, 256, 256), 300)
-    raw, other = every_pattern(), sprinkled((384, 136), 60)
+    raw, other = every_pattern(), sprinkled((380, 192), 60)
     small = [df11_jax.compress(stack, stack_axes=1), *map(df11_jax.compress, (raw, other))]
     outs = decode_pairs(pairs_ptx, small, [[2, -1, 0, 9], [0], [0]], blocks=3)
     expected = to_bits(stack[[2, 0, 0, 2]])
