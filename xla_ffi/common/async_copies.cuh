@@ -5,6 +5,7 @@
 // access it through one proxy, bulk copies through another. Where one accesses what the other has
 // written, the rules are:
 // - a copy to shared memory has arrived when wait_for_phase returns, for the thread that calls it;
+// - a copy to shared memory must not overtake loads of what it overwrites: see after_loads;
 // - what threads have stored to shared memory is seen by copies after fence_to_async by each of
 // these
 //   threads, and a barrier of the threads after that;
@@ -18,6 +19,16 @@
 #include <cstdint>
 
 namespace df11 {
+
+// What a copy uses, for instance its source, made to depend on what was loaded. A load that has
+// been issued may not have read yet, nor does a barrier of the warp wait until it has; a copy that
+// is begun then could overwrite what it is to read. So: all lanes load; a barrier of the warp; the
+// lane that begins the copy passes a word of each load here. It waits for the whole warp's, as they
+// are one instruction. `zero` is 0, but the compiler must not know: a kernel's parameter.
+template <typename... Words>
+__device__ __forceinline__ uint32_t after_loads(uint32_t value, uint32_t zero, Words... loaded) {
+  return value + ((loaded | ...) & zero);
+}
 
 #ifdef __CUDACC__
 
@@ -114,14 +125,19 @@ __device__ __forceinline__ void copy_to_global(void* to, uint32_t from, uint32_t
                "r"(from), "r"(bytes)
                : "memory");
 }
-// Stores a box of the map's matrix, whose first element is (row, col). The map is a kernel
-// parameter.
-__device__ __forceinline__ void store_box(const CUtensorMap& map, int col, int row, uint32_t from) {
+// Stores a box of the map's three dimensions, whose first element is at (x, y, z), x along the
+// innermost. The map is a kernel parameter.
+__device__ __forceinline__ void store_box(const CUtensorMap& map, int x, int y, int z,
+                                          uint32_t from) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(
+      "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(
           &map),
-      "r"(col), "r"(row), "r"(from)
+      "r"(x), "r"(y), "r"(z), "r"(from)
       : "memory");
+}
+// Has the map fetched before the first store needs it.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 __device__ __forceinline__ void commit_stores() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
@@ -164,6 +180,7 @@ using cuda_emulation::fence_barriers;
 using cuda_emulation::init_barrier;
 using cuda_emulation::store_box;
 using cuda_emulation::wait_for_phase;
+inline void prefetch_map(const CUtensorMap&) {}
 template <int kGroupsLeft>
 void wait_stores_read() {
   cuda_emulation::wait_for_stores(kGroupsLeft);

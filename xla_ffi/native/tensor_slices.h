@@ -39,16 +39,16 @@ struct TensorSlices {
   // The slice of the payload that batch element b wants, counted over all stacks; -1 for none.
   DF11_HD int64_t slice_of(int64_t b) const {
     int64_t payload = 0, at = 0;
-    for (int i = batch_axes - 1; i >= 0; --i) {
+    for (int i = batch_axes - 1; i >= 0 && b > 0; --i) {
       const int64_t along = b % axes[i].size;
       b /= axes[i].size;
       payload += along * axes[i].payload_stride;
       at += along * axes[i].index_stride;
     }
-    const int64_t wanted = index[at];
-    if (wanted == -1) return -1;
-    const int64_t slice = wanted < 0 ? 0 : wanted > stack - 1 ? stack - 1 : wanted;
-    return payload * stack + slice;
+    // Without branches, so that a GPU can go on before the index arrives.
+    const int64_t wanted = index[at], least = wanted < 0 ? 0 : wanted;
+    const int64_t slice = payload * stack + (least > stack - 1 ? stack - 1 : least);
+    return wanted == -1 ? -1 : slice;
   }
 };
 

@@ -82,7 +82,7 @@ void add_one(const uint32_t* in, CUtensorMap map, uint16_t* rows_out) {
     if (kLeftOut != kFenceToAsync) fence_to_async();
     if (kLeftOut != kBarrierBeforeStore) __syncwarp();
     if (elect_lane()) {
-      store_box(map, kCols * tile, 0, to);
+      store_box(map, 0, tile, 0, to);
       copy_to_global(rows_out + kTileBytes / 2 * tile, to, kTileBytes);
       commit_stores();
     }
@@ -98,9 +98,9 @@ bool is_right() {
   alignas(16) static uint16_t rows_out[kTiles * kTileBytes / 2];
   std::copy(in.begin(), in.end(), source);
   CUtensorMap map;
-  const cuuint64_t dims[] = {kCols * kTiles, kRows}, strides[] = {2 * kCols * kTiles};
-  const cuuint32_t box[] = {kCols, kRows}, steps[] = {1, 1};
-  if (cuTensorMapEncodeTiled(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, out, dims, strides, box,
+  const cuuint64_t dims[] = {kCols, kTiles, kRows}, strides[] = {2 * kCols, 2 * kCols * kTiles};
+  const cuuint32_t box[] = {kCols, 1, kRows}, steps[] = {1, 1, 1};
+  if (cuTensorMapEncodeTiled(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, out, dims, strides, box,
                              steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                              CU_TENSOR_MAP_L2_PROMOTION_NONE,
                              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) {

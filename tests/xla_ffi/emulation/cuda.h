@@ -1,5 +1,5 @@
-// Tensor maps on host threads: enough of the real cuda.h for matrices of two-byte elements. It
-// takes the place of the real header, as cuda_runtime.h does.
+// Tensor maps on host threads: enough of the real cuda.h for three dimensions of two-byte elements.
+// It takes the place of the real header, as cuda_runtime.h does.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,10 +15,10 @@ enum CUtensorMapFloatOOBfill { CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE };
 
 struct alignas(64) CUtensorMap {
   std::byte* base;
-  uint64_t cols, rows, stride;
-  uint32_t box_cols, box_rows;
+  uint64_t sizes[3], strides[2];
+  uint32_t box[3];
   bool swizzled;
-  char rest[72];
+  char rest[64];
 };
 static_assert(sizeof(CUtensorMap) == 128);
 
@@ -30,38 +30,51 @@ inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cu
                                        CUtensorMapFloatOOBfill) {
   constexpr uint64_t kMost = uint64_t{1} << 32;
   const bool swizzled = swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
-  if (rank != 2 || reinterpret_cast<uintptr_t>(base) % 16 || strides[0] % 16 ||
-      strides[0] >= uint64_t{1} << 40 || dims[0] == 0 || dims[0] > kMost || dims[1] == 0 ||
-      dims[1] > kMost || box[0] == 0 || box[0] > 256 || box[1] == 0 || box[1] > 256 ||
-      2 * box[0] % 16 || (swizzled && 2 * box[0] > 128) || element_strides[0] != 1 ||
-      element_strides[1] != 1) {
+  if (rank != 3 || reinterpret_cast<uintptr_t>(base) % 16 || 2 * box[0] % 16 ||
+      (swizzled && 2 * box[0] > 128)) {
     return CUDA_ERROR_INVALID_VALUE;
   }
-  *map = {
-      static_cast<std::byte*>(base), dims[0], dims[1], strides[0], box[0], box[1], swizzled, {}};
+  *map = {};
+  map->base = static_cast<std::byte*>(base);
+  map->swizzled = swizzled;
+  for (int i = 0; i < 3; ++i) {
+    if (dims[i] == 0 || dims[i] > kMost || box[i] == 0 || box[i] > 256 || element_strides[i] != 1) {
+      return CUDA_ERROR_INVALID_VALUE;
+    }
+    map->sizes[i] = dims[i];
+    map->box[i] = box[i];
+  }
+  for (int i = 0; i < 2; ++i) {
+    if (strides[i] % 16 || strides[i] >= uint64_t{1} << 40) return CUDA_ERROR_INVALID_VALUE;
+    map->strides[i] = strides[i];
+  }
   return CUDA_SUCCESS;
 }
 
 namespace cuda_emulation {
 
-// Stores a box whose first element is (row, col); what lies outside of the matrix is left out.
-inline void store_box(const CUtensorMap& map, int col, int row, uint32_t from) {
-  const uint32_t row_bytes = 2 * map.box_cols, bytes = row_bytes * map.box_rows;
+// Stores a box whose first element is at (x, y, z); what lies outside of the map is left out.
+inline void store_box(const CUtensorMap& map, int x, int y, int z, uint32_t from) {
+  const uint32_t row_bytes = 2 * map.box[0], rows = map.box[1] * map.box[2];
+  const uint32_t bytes = row_bytes * rows;
   check(from % 128 == 0 && (!map.swizzled || row_bytes == 128), "a box is not aligned");
   const std::byte* source = shared->at(from, bytes);
   begin_store({{{from, bytes}}, [=, &map] {
-                 for (uint32_t r = 0; r < map.box_rows; ++r) {
-                   for (uint32_t c = 0; c < map.box_cols; ++c) {
+                 for (uint32_t row = 0; row < rows; ++row) {
+                   for (uint32_t in_row = 0; in_row < map.box[0]; ++in_row) {
                      // Of addresses, not of rows: bits 7 to 9 are added to bits 4 to 6.
-                     const uint32_t at = from + r * row_bytes + 2 * c;
+                     const uint32_t at = from + row * row_bytes + 2 * in_row;
                      const uint32_t place = map.swizzled ? at ^ (at >> 7 & 7) << 4 : at;
-                     const int64_t to_row = int64_t{row} + r, to_col = int64_t{col} + c;
-                     if (to_row < 0 || to_col < 0 || to_row >= int64_t(map.rows) ||
-                         to_col >= int64_t(map.cols)) {
-                       continue;
+                     const int64_t to[] = {int64_t{x} + in_row, int64_t{y} + row % map.box[1],
+                                           int64_t{z} + row / map.box[1]};
+                     bool inside = true;
+                     for (int i = 0; i < 3; ++i) {
+                       inside &= to[i] >= 0 && to[i] < static_cast<int64_t>(map.sizes[i]);
                      }
-                     std::memcpy(map.base + to_row * map.stride + 2 * to_col,
-                                 source + (place - from), 2);
+                     if (!inside) continue;
+                     std::memcpy(
+                         map.base + to[2] * map.strides[1] + to[1] * map.strides[0] + 2 * to[0],
+                         source + (place - from), 2);
                    }
                  }
                }});

@@ -52,7 +52,7 @@ inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace cuda_emulation {
 
 inline constexpr int kWarpSize = 32;
-inline constexpr int kMultiprocessors = 3;
+inline constexpr int kMultiprocessors = 5;
 
 struct Warp {
   std::barrier<> barrier{kWarpSize};

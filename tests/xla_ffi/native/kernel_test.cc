@@ -150,6 +150,13 @@ void test_pairs() {
     originals.push_back(&weights[i]);
   }
   check("pairs", operands, originals);
+  // Of one slice each: blocks take its pairs in turn, alone and beside other tensors.
+  std::vector<Operand> single;
+  for (size_t i = 0; i < cases.size(); ++i) {
+    single.push_back({&payloads[i], {static_cast<int32_t>(i % 2)}});
+    check("pairs of one tensor", {single[i]}, {originals[i]});
+  }
+  check("pairs of one slice each", single, originals);
   // One chunk of each slice is corrupt: after its weights have been stored.
   for (Payload& payload : payloads) {
     for (int64_t slice = 0; slice < payload.slices; ++slice) {

@@ -47,9 +47,10 @@ def compute(name: Sequence[str], values: Sequence[Any]) -> Any:
         KernelError: a division by zero.
     """
     kind, dtype = name[0], TYPES[name[-1]]
-    if kind == "mul" and name[1] == "wide":
+    if kind == "mul" and name[1] in ("wide", "hi"):
         wide = np.dtype(f"{dtype.kind}{2 * dtype.itemsize}")
-        return np.multiply(*(value.astype(wide) for value in values))
+        product = np.multiply(*(value.astype(wide) for value in values))
+        return product if name[1] == "wide" else product >> wide.type(8 * dtype.itemsize)
     if kind in ("shl", "shr"):
         return _shift(kind, dtype, *values)
     if kind in ("div", "rem"):

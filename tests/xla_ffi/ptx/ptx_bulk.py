@@ -14,9 +14,9 @@ from device_memory import KernelError
 from ptx_arithmetic import TYPES
 from ptx_kernel import SHARED_BASE, Instruction
 
-# How tests write down a tensor map: address, columns, rows and bytes from row to row of a matrix of
-# two-byte elements. Boxes are 64 columns by 16 rows, swizzled by 128 bytes.
-MAP_WORDS, BOX_COLS, BOX_ROWS = 4, 64, 16
+# How tests write down a tensor map: address, tiles, rows and bytes from row to row of a matrix of
+# two-byte elements in tiles of 64 columns. Boxes are 16 rows of 2 tiles, swizzled by 128 bytes.
+MAP_WORDS, TILE_BYTES, BOX_TILES, BOX_ROWS = 4, 128, 2, 16
 
 
 @dataclasses.dataclass
@@ -131,21 +131,23 @@ class Bulk:
         return np.array(waiting, active.dtype)
 
     def store_box(self, step: Instruction, thread: int) -> None:
-        match = re.fullmatch(
-            r"\[\s*([%\w]+)\s*,\s*\{\s*([%\w]+)\s*,\s*([%\w]+)\s*\}\s*\]", step.operands[0]
-        )
+        name = r"\s*([%\w]+)\s*"
+        pattern = rf"\[{name},\s*\{{{name},{name},{name}\}}\s*\]"
+        match = re.fullmatch(pattern, step.operands[0])
         one = np.array([thread])
         at = int(self.block.get(match[1], one, None)[0]) - self.block.PARAM_BASE
-        base, cols, rows, pitch = self.block.param[at : at + 8 * MAP_WORDS].view(np.uint64)
-        col, row = (int(self.value(match[i], thread)) for i in (2, 3))
+        base, tiles, rows, pitch = self.block.param[at : at + 8 * MAP_WORDS].view(np.uint64)
+        col, tile, row = (int(self.value(match[i], thread)) for i in (2, 3, 4))
+        if col:
+            raise KernelError("a box does not begin where a tile does")
         source = self.address(step.operands[1], thread)
-        places = self.places(source, 2 * BOX_COLS * BOX_ROWS)
+        places = self.places(source, TILE_BYTES * BOX_TILES * BOX_ROWS)
         self.touch(places)
         inside = source + np.arange(len(places))
         swizzled = inside ^ (inside >> 7 & 7) << 4
-        r, c = np.divmod(np.arange(len(places)), 2 * BOX_COLS)
-        kept = (row + r < int(rows)) & (2 * col + c < 2 * int(cols))
-        to = np.uint64(base) + ((row + r) * int(pitch) + 2 * col + c).astype(np.uint64)
+        r, c = np.divmod(np.arange(len(places)), TILE_BYTES * BOX_TILES)
+        kept = (row + r < int(rows)) & (tile + c // TILE_BYTES < int(tiles))
+        to = np.uint64(base) + ((row + r) * int(pitch) + TILE_BYTES * tile + c).astype(np.uint64)
         groups = self.stores.setdefault(thread, [[]])
         groups[-1].append((swizzled[kept] - SHARED_BASE, to[kept]))
 

@@ -264,6 +264,8 @@ class _Block:
             self.access(step, active)
         elif kind == "cp":
             self.copy_async(step, active)
+        elif kind == "prefetch":
+            pass
         elif kind == "setp":
             a, b = (self.get(o, where, TYPES[name[2]]) for o in ops[1:3])
             self.put(ops[0], where, COMPARISONS[name[1]](a, b))

@@ -14,7 +14,7 @@ namespace df11::native {
 // Codes are of 12 bits here, whatever is shorter filled up behind.
 struct CanonicalCodes {
   // By length: what precedes its codes, symbols in the low 9 bits and above them the first code.
-  alignas(16) uint32_t first[16];
+  uint32_t first[16];
   uint32_t sorted[kSymbols];  // table entries in canonical order
   bool sound;                 // the code is complete, and none is longer than allowed
 
@@ -33,31 +33,28 @@ struct LengthCounts {
   }
 };
 
-// What a lane has of a codebook, to be loaded some time before it is needed: the lengths of eight
-// symbols, and the exponents that these stand for.
+// A lane's words of a codebook.
 struct CodebookWords {
-  uint32_t lengths, first_exponents, second_exponents0, second_exponents1;
-
-  __device__ CodebookWords(const uint32_t* codebook, int lane)
-      : lengths(__ldg(codebook + kCodedExponents / 4 + lane)),
-        first_exponents(__ldg(codebook + lane / 8)),
-        second_exponents0(__ldg(codebook + lane % 2 * 2)),
-        second_exponents1(__ldg(codebook + lane % 2 * 2 + 1)) {}
-
-  __device__ uint32_t second_exponents(int part) const {
-    return part < 4 ? second_exponents0 : second_exponents1;
-  }
+  uint32_t lengths;    // of the codes of eight symbols
+  uint32_t exponents;  // four of the sixteen, those of lane % 4
 };
+__device__ __forceinline__ CodebookWords load_codebook(const uint32_t* codebook, int lane) {
+  return {__ldg(codebook + kCodedExponents / 4 + lane), __ldg(codebook + lane % 4)};
+}
 
 // Fills `codes`, by all threads of a block; the first eight warps do it. A barrier has to follow.
-__device__ inline void sort_codes(const CodebookWords& words, uint32_t longest,
+__device__ inline void sort_codes(const CodebookWords& codebook, uint32_t longest,
                                   CanonicalCodes& codes) {
-  constexpr int kParts = 8;  // symbols of a lane
+  constexpr int kParts = 8;  // a lane has the lengths of as many symbols, in a word
   static_assert(kSymbols == kParts * kLanes);
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int warps = static_cast<int>(blockDim.x / kLanes);
   if (warp >= kParts) return;
-  const uint32_t lengths = words.lengths;
+  const uint32_t lengths = codebook.lengths;
+  const auto exponent = [&](int number) {
+    return __shfl_sync(kAllLanes, codebook.exponents, number / 4) >> (8 * (number % 4)) & 255;
+  };
+  const uint32_t first_exponent = exponent(lane / 2);
 
   // Of the lane's symbols, four bits for each length from 0 to 15.
   uint64_t counts = 0;
@@ -106,14 +103,14 @@ __device__ inline void sort_codes(const CodebookWords& words, uint32_t longest,
   for (int part = warp; part < kParts; part += warps) {
     const uint32_t length = lengths >> (4 * part) & 15;
     const uint32_t preceding = __shfl_sync(kAllLanes, first, length) & CanonicalCodes::kCountMask;
+    const uint32_t second_exponent = exponent(lane % 2 * kParts + part);
     if (length == 0 || !sound) continue;
     // Of the word's lengths before this one, those that are equal: their difference is 0.
     const uint32_t other = lengths ^ length * 0x11111111u;
     const uint32_t differs = (other | other >> 1 | other >> 2 | other >> 3) & 0x11111111u;
     const uint32_t equal = ~differs & 0x11111111u & ((1u << (4 * part)) - 1);
     codes.sorted[preceding + before.of(static_cast<int>(length)) + __popc(equal)] =
-        table_entry(words.first_exponents >> (lane / 2 % 4 * 8) & 255,
-                    words.second_exponents(part) >> (part % 4 * 8) & 255, length);
+        table_entry(first_exponent, second_exponent, length);
   }
 }
 
@@ -132,7 +129,7 @@ __device__ __forceinline__ void fill_table(const CanonicalCodes& codes, uint32_t
     uint32_t length = 1;
 #pragma unroll
     for (uint32_t longer = 2; longer <= kMaxCodeBits; ++longer) {
-      length += codes.first[longer] <= (code << 9 | CanonicalCodes::kCountMask);
+      length += codes.first[longer] >> 9 <= code;
     }
     // Lengths that no code has begin where the next begin: of them, the longest would be found.
     if (length > bits) length = bits;

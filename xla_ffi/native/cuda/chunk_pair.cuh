@@ -18,10 +18,11 @@
 
 namespace df11::native {
 
-// A step's signs and mantissas, and its weights, of one chunk.
+// A step's signs and mantissas of one chunk, and its weights of both: a box of (row, chunk,
+// column).
 inline constexpr uint32_t kStepBytes = 4 * kStepWords;
-inline constexpr uint32_t kBoxBytes = 2 * kStepRows * kTileCols;
 inline constexpr uint32_t kRowBytes = 2 * kTileCols;
+inline constexpr uint32_t kBoxBytes = 2 * kStepRows * kRowBytes;
 
 // The two records, which follow each other, with what rounding to 16 bytes adds: exponents of up to
 // 2.86 bits a weight in chunks of 8 steps. Lanes may read behind them as they may behind
@@ -33,14 +34,14 @@ static_assert(kPairBytes % 16 == 0);
 // What a warp has of shared memory, by addresses. All of it is there twice, to be used in turn:
 // while one is decoded, or stored, copies fill the other.
 struct WarpMemory {
-  uint32_t boxes;     // [2][chunk] of kBoxBytes, aligned to 1024: weights to be stored
+  uint32_t boxes;     // [2] of kBoxBytes, aligned to that: weights to be stored
   uint32_t slots;     // [2][chunk] of kStepBytes: signs and mantissas
   uint32_t records;   // [2] of kPairBytes
   uint32_t barriers;  // [4] of 8 bytes: of the slots, of the records
 
   __device__ uint32_t record_barrier(uint32_t buffer) const { return barriers + 16 + 8 * buffer; }
 };
-inline constexpr uint32_t kWarpBoxBytes = 4 * kBoxBytes;
+inline constexpr uint32_t kWarpBoxBytes = 2 * kBoxBytes;
 inline constexpr uint32_t kWarpInputBytes = 4 * kStepBytes + 2 * kPairBytes;
 inline constexpr uint32_t kWarpBarrierBytes = 4 * 8;
 
@@ -48,7 +49,7 @@ inline constexpr uint32_t kWarpBarrierBytes = 4 * 8;
 struct ChunkPair {
   uint32_t chunk;                 // the first; the other is the next
   const uint32_t* sign_mantissa;  // of the first; the other's follow
-  int row, col;                   // of its first weight, in the tensor map's matrix
+  int row, tile;                  // of its first weight, in the tensor map's matrix
   uint32_t offsets[3];            // where the records begin, and where the second ends
 
   __device__ bool records_fit(int64_t exponents_words) const {
@@ -95,9 +96,9 @@ class LaneStream {
 // Decodes the pairs of chunks that it is given, one after the other.
 class PairDecoder {
  public:
-  // A barrier of the warp or the block has to follow.
-  __device__ PairDecoder(const WarpMemory& memory, const Lane& lane)
-      : memory_(memory), lane_(lane) {
+  // A barrier of the warp has to follow. `zero` is 0, for after_loads.
+  __device__ PairDecoder(const WarpMemory& memory, const Lane& lane, uint32_t zero)
+      : memory_(memory), lane_(lane), odd_(lane.number & 1), zero_(zero) {
     if (elect_lane()) {
       for (int i = 0; i < 4; ++i) init_barrier(memory.barriers + 8 * i);
       fence_barriers();
@@ -105,13 +106,15 @@ class PairDecoder {
   }
 
   // Before the first pair of a slice: its first copies, which fly while the table is made.
-  __device__ void begin_slice(const Slice& slice, const ChunkPair& first) {
-    staged_ = stage_records(slice, first, buffer_);
+  __device__ void begin_slice(const Slice& slice, const ChunkPair& first, const CUtensorMap& map) {
+    // These first: records have to wait for their offsets.
     if (elect_lane()) {
       for (uint32_t slot = 0; slot < 2; ++slot) {
         fill_slot(slot, first.sign_mantissa + slot * kStepWords, slice.view.steps);
       }
+      prefetch_map(map);
     }
+    staged_ = stage_records(slice, first, buffer_);
   }
 
   // Decodes `pair`, and has the copies for `next` begun if there are more. Returns which chunks
@@ -134,7 +137,9 @@ class PairDecoder {
   }
 
  private:
-  // Begins to copy the records, if their places can be right and there is room.
+  // Begins to copy the records, if their places can be right and there is room. What was loaded of
+  // the buffer's former records went into the checksums, or into the lengths, that all lanes have
+  // compared since: no load is still to read it whose value matters.
   __device__ bool stage_records(const Slice& slice, const ChunkPair& pair, uint32_t buffer) {
     if (!pair.records_fit(slice.exponents_words)) return false;
     if (elect_lane()) {
@@ -181,7 +186,7 @@ class PairDecoder {
     if (!sound) return false;
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
-      stream_[u].start(record_[u], start_[u], table);
+      stream_[u].start(of_stream(record_, u), of_stream(start_, u), table);
       sum_[u] = 0;
       applied_[u] = 0;
       // Patches behind the last step count as applied.
@@ -197,6 +202,11 @@ class PairDecoder {
       find_next_patch(u);
     }
     return true;
+  }
+
+  // A lane's streams are of chunks 0 and 1, in odd lanes of 1 and 0: see decode_half_step.
+  __device__ uint32_t of_stream(const uint32_t (&of_chunk)[2], int stream) const {
+    return odd_ ? of_chunk[1 - stream] : of_chunk[stream];
   }
 
   __device__ static int patch_step(uint32_t patch) { return static_cast<int>(patch >> 26); }
@@ -217,74 +227,92 @@ class PairDecoder {
     for (int step = 0; step < steps; ++step) {
       const uint32_t slot = step & 1;
       wait_for_slot(slot);
-      uint4 words[2][2];
+      uint4 words[2][2];  // by stream
       const uint32_t from = memory_.slots + 2 * slot * kStepBytes + 16 * lane_.number;
 #pragma unroll
-      for (int u = 0; u < 2; ++u) {
+      for (int i = 0; i < 2; ++i) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          words[u][h] = load_shared4(from + u * kStepBytes + h * (kStepBytes / 2));
+          words[i][h] = load_shared4(from + (i ^ odd_) * kStepBytes + h * (kStepBytes / 2));
         }
       }
       wait_stores_read<1>();
-      __syncwarp();  // All lanes have read the slot, and the box may be filled again.
+      __syncwarp();  // All lanes have issued their loads, and the box may be filled again.
+      const uint32_t box = memory_.boxes + slot * kBoxBytes;
+      decode_half_step(0, words, acc, box);
+      // Not before, so that nobody waits for the loads.
       const bool here = step + 2 < steps;  // else it is the next pair's that is needed in two steps
       if ((here || more) && elect_lane()) {
         const uint32_t* from = here ? pair.sign_mantissa : next.sign_mantissa - steps * kStepWords;
-        fill_slot(slot, from + (step + 2) * kStepWords, steps);
+        const uint32_t at = after_loads((step + 2) * kStepWords, zero_, words[0][0].x,
+                                        words[0][1].x, words[1][0].x, words[1][1].x);
+        fill_slot(slot, from + at, steps);
       }
-      const uint32_t boxes = memory_.boxes + 2 * slot * kBoxBytes;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) decode_half_step(h, words, acc, boxes);
+      decode_half_step(1, words, acc, box);
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
-        if (patched_step_[u] == step) apply_patches(u, step, boxes + u * kBoxBytes);
+        if (patched_step_[u] == step) apply_patches(u, step, box);
       }
       fence_to_async();
-      __syncwarp();  // The boxes are complete.
+      __syncwarp();  // The box is complete.
       if (elect_lane()) {
-        const int row = pair.row + step * kStepRows;
-        store_box(map, pair.col, row, boxes);
-        store_box(map, pair.col + kTileCols, row, boxes + kBoxBytes);
+        store_box(map, 0, pair.tile, pair.row + step * kStepRows, box);
         commit_stores();
       }
     }
+    uint32_t sum[2] = {};  // by stream
 #pragma unroll
-    for (int u = 0; u < 2; ++u) {
+    for (int i = 0; i < 2; ++i) {
 #pragma unroll
-      for (int j = 0; j < kLanePairs; ++j) sum_[u] += checksum_place(acc[u][j], lane_.place() + j);
+      for (int j = 0; j < kLanePairs; ++j) sum[i] += checksum_place(acc[i][j], lane_.place() + j);
     }
+#pragma unroll
+    for (int u = 0; u < 2; ++u) sum_[u] += of_stream(sum, u);
   }
 
   __device__ __forceinline__ void decode_half_step(int h, const uint4 (&words)[2][2],
-                                                   uint32_t (&acc)[2][kLanePairs], uint32_t boxes) {
+                                                   uint32_t (&acc)[2][kLanePairs], uint32_t box) {
     uint32_t pair[2][kLanePairs];
 #pragma unroll
-    for (int i = 0; i < kLaneWords; ++i) {
+    for (int j = 0; j < kLaneWords; ++j) {
       uint32_t entry[2][2];
 #pragma unroll
-      for (int u = 0; u < 2; ++u) stream_[u].next_two(entry[u][0], entry[u][1]);
+      for (int i = 0; i < 2; ++i) stream_[i].next_two(entry[i][0], entry[i][1]);
 #pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        const uint4& all = words[u][h];
-        const uint32_t word = i == 0 ? all.x : i == 1 ? all.y : i == 2 ? all.z : all.w;
-        pair[u][2 * i] = merge_in_one(entry[u][0], word);
-        pair[u][2 * i + 1] = merge_in_one(entry[u][1], rotl(word, 8));
-        acc[u][2 * i] = checksum_step(acc[u][2 * i], pair[u][2 * i]);
-        acc[u][2 * i + 1] = checksum_step(acc[u][2 * i + 1], pair[u][2 * i + 1]);
+      for (int i = 0; i < 2; ++i) {
+        const uint4& all = words[i][h];
+        const uint32_t word = j == 0 ? all.x : j == 1 ? all.y : j == 2 ? all.z : all.w;
+        pair[i][2 * j] = merge_in_one(entry[i][0], word);
+        pair[i][2 * j + 1] = merge_in_one(entry[i][1], rotl(word, 8));
+        acc[i][2 * j] = checksum_step(acc[i][2 * j], pair[i][2 * j]);
+        acc[i][2 * j + 1] = checksum_step(acc[i][2 * j + 1], pair[i][2 * j + 1]);
       }
     }
-    const int row = lane_.k + 2 * h;
+    // The box's row 4 t + 2 h + r of chunk u is its line 8 t + 4 h + 2 r + u, where lane 4 g + t
+    // stores at n = 8 g. Were all lanes to store the same r and u at a time, the four lanes of a g
+    // would meet in the same banks, since the lines' places depend on their number modulo 8. So
+    // lanes take the four lines of a half-step in another order for each t.
+    const bool seconds_first = lane_.number & 2;
 #pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      store_shared(place_in_box(boxes + u * kBoxBytes, row, lane_.n), firsts(pair[u]));
-      store_shared(place_in_box(boxes + u * kBoxBytes, row + 1, lane_.n), seconds(pair[u]));
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int line = 4 * h + 2 * r + i;
+        store_shared(place_of_line(box, line), one_of_each(pair[i], seconds_first != (r == 1)));
+      }
     }
   }
 
-  // Boxes are swizzled, so that few lanes meet in a bank: the map is told so.
-  __device__ static uint32_t place_in_box(uint32_t box, int k, int n) {
-    return box + k * kRowBytes + ((n / 8 ^ (k & 7)) << 4) + n % 8 * 2;
+  // Boxes are swizzled by 128 bytes, so that few lanes meet in a bank: the map is told so.
+  __device__ static uint32_t place_in_box(uint32_t box, int k, int u, int n) {
+    const int line = 2 * k + u;
+    return box + line * kRowBytes + ((n / 8 ^ (line & 7)) << 4) + n % 8 * 2;
+  }
+  // Of the lane's eight lines, taken in its own order.
+  __device__ uint32_t place_of_line(uint32_t box, int line) const {
+    const uint32_t t = lane_.number & 3, g = lane_.number >> 2;
+    const uint32_t first = box + 8 * t * kRowBytes + t * kRowBytes + ((g ^ t) << 4);
+    return first ^ line * (kRowBytes + 16);  // of both, the line and the place in it
   }
 
   // Patches are sorted by step. If they are not, some are left at the end.
@@ -296,7 +324,7 @@ class PairDecoder {
       const bool here = patch_step(patch) == step;
       if (here) {
         const int k = patch >> 22 & (kStepRows - 1), n = patch >> 16 & (kTileCols - 1);
-        store_shared(place_in_box(box, k, n), static_cast<uint16_t>(patch));
+        store_shared(place_in_box(box, k, u, n), static_cast<uint16_t>(patch));
       }
       const uint32_t count = __popc(__ballot_sync(kAllLanes, here));
       applied_[u] += count;
@@ -332,6 +360,8 @@ class PairDecoder {
 
   WarpMemory memory_;
   Lane lane_;
+  uint32_t odd_;  // the chunk of the lane's first stream
+  uint32_t zero_;
   bool staged_ = false;
   uint32_t buffer_ = 0, record_phases_ = 0, slot_phase_ = 0;
 

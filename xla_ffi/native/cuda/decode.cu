@@ -60,14 +60,15 @@ EncodeTensorMap tensor_map_encoder() {
   return encoder;
 }
 
-// The weights of all batch elements are one matrix; boxes are a step of a chunk.
+// The weights of all batch elements are one matrix of (row, tile, column of the tile), without a
+// last tile that is not full. A box is a step of a pair of chunks.
 bool encode_tensor_map(const TensorSlices& tensor, CUtensorMap* map) {
   const View& view = tensor.view;
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(view.n),
+  const cuuint64_t sizes[] = {kTileCols, static_cast<cuuint64_t>(view.n / kTileCols),
                               static_cast<cuuint64_t>(tensor.batch * view.batch * view.k)};
-  const cuuint64_t strides[] = {2 * sizes[0]};
-  const cuuint32_t box[] = {kTileCols, kStepRows}, steps[] = {1, 1};
-  return tensor_map_encoder()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, tensor.out, sizes, strides,
+  const cuuint64_t strides[] = {kRowBytes, 2 * static_cast<cuuint64_t>(view.n)};
+  const cuuint32_t box[] = {kTileCols, 2, kStepRows}, steps[] = {1, 1, 1};
+  return tensor_map_encoder()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, tensor.out, sizes, strides,
                               box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                               CU_TENSOR_MAP_L2_PROMOTION_NONE,
                               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
@@ -102,54 +103,84 @@ class BulkLaunches {
   }
 
   cudaError_t add(const TensorSlices& tensor) {
-    const PairGrid grid(tensor.view);
-    const uint32_t counts[] = {grid.pairs(), grid.singles()};
+    if (cudaError_t error = find_resident(); error != cudaSuccess) return error;
+    const int64_t singles = tensor.batch * PairGrid(tensor.view).singles();
     // Of all tensors' together, too, numbers fit.
-    for (int i = 0; i < 2; ++i) {
-      if (int64_t{batch_.first[i][batch_.count]} + tensor.batch * counts[i] > INT32_MAX) {
-        if (cudaError_t error = launch(); error != cudaSuccess) return error;
-      }
+    if (batch_.first_single[batch_.count] + singles > INT32_MAX) {
+      if (cudaError_t error = launch(); error != cudaSuccess) return error;
     }
     if (!encode_tensor_map(tensor, &batch_.maps[batch_.count])) return cudaErrorNotSupported;
     batch_.tensors[batch_.count] = tensor;
-    for (int i = 0; i < 2; ++i) {
-      batch_.first[i][batch_.count + 1] =
-          batch_.first[i][batch_.count] + static_cast<uint32_t>(tensor.batch) * counts[i];
-    }
-    return ++batch_.count == kTensorsPerBulkLaunch ? launch() : cudaSuccess;
+    batch_.first_single[batch_.count + 1] =
+        batch_.first_single[batch_.count] + static_cast<uint32_t>(singles);
+    // Each tensor has a block of its own at least.
+    return ++batch_.count == std::min(kTensorsPerBulkLaunch, resident_) ? launch() : cudaSuccess;
   }
 
   cudaError_t launch() {
     if (batch_.count == 0) return cudaSuccess;
-    const bool wide = BulkMemory<kWideWarps>::kEnd <= static_cast<uint32_t>(shared_bytes_);
-    const cudaError_t error = wide ? launch<kWideWarps>() : launch<kNarrowWarps>();
+    share_blocks();
+    const cudaError_t error = is_wide() ? launch<kWideWarps>() : launch<kNarrowWarps>();
     batch_.count = 0;
     return error;
   }
 
  private:
+  bool is_wide() const {
+    return BulkMemory<kWideWarps>::kEnd <= static_cast<uint32_t>(shared_bytes_);
+  }
+  template <int kBlockWarps>
+  cudaError_t find_resident() {
+    return resident_blocks<bulk_decode_kernel<kBlockWarps>>(
+        kBlockWarps * kLanes, BulkMemory<kBlockWarps>::kEnd, &resident_);
+  }
+  cudaError_t find_resident() {
+    return is_wide() ? find_resident<kWideWarps>() : find_resident<kNarrowWarps>();
+  }
+
+  // Gives each tensor a block, and those that are left, one by one, to the tensor that has most to
+  // decode for each of its blocks; but none more than it has pairs. So few pairs are spread over
+  // all multiprocessors, not decoded side by side on some.
+  void share_blocks() {
+    int64_t pairs[kTensorsPerBulkLaunch], steps[kTensorsPerBulkLaunch];
+    int blocks[kTensorsPerBulkLaunch];
+    for (int i = 0; i < batch_.count; ++i) {
+      const TensorSlices& tensor = batch_.tensors[i];
+      pairs[i] = tensor.batch * PairGrid(tensor.view).pairs();
+      steps[i] = pairs[i] * tensor.view.steps;
+      blocks[i] = 1;
+    }
+    for (int left = resident_ - batch_.count; left > 0; --left) {
+      int most = -1;
+      for (int i = 0; i < batch_.count; ++i) {
+        if (blocks[i] >= pairs[i]) continue;
+        if (most < 0 || steps[i] * blocks[most] > steps[most] * blocks[i]) most = i;
+      }
+      if (most < 0) break;
+      ++blocks[most];
+    }
+    for (int i = 0; i < kTensorsPerBulkLaunch; ++i) {
+      const int own = i < batch_.count ? blocks[i] : 0;
+      batch_.first_block[i + 1] = batch_.first_block[i] + static_cast<uint32_t>(own);
+    }
+  }
+
   template <int kBlockWarps>
   cudaError_t launch() {
-    constexpr int kBlockThreads = kBlockWarps * kLanes;
-    constexpr size_t kBytes = BulkMemory<kBlockWarps>::kEnd;
-    int resident = 0;
-    if (cudaError_t error =
-            resident_blocks<bulk_decode_kernel<kBlockWarps>>(kBlockThreads, kBytes, &resident);
-        error != cudaSuccess)
-      return error;
-    // Few chunks are better spread over all multiprocessors than decoded side by side on some.
-    const int64_t items = std::max(batch_.first[0][batch_.count], batch_.first[1][batch_.count]);
+    const uint32_t singles = batch_.first_single[batch_.count];
+    const uint32_t blocks = std::max(batch_.first_block[batch_.count],
+                                     std::min(static_cast<uint32_t>(resident_), singles));
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(resident, items)));
-    config.blockDim = dim3(kBlockThreads);
-    config.dynamicSmemBytes = kBytes;
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(kBlockWarps * kLanes);
+    config.dynamicSmemBytes = BulkMemory<kBlockWarps>::kEnd;
     config.stream = stream_;
     return cudaLaunchKernelEx(&config, bulk_decode_kernel<kBlockWarps>, batch_);
   }
 
   cudaStream_t stream_;
   bool usable_ = false;
-  int shared_bytes_ = 0;
+  int shared_bytes_ = 0, resident_ = 0;
   BulkBatch batch_ = {};
 };
 

@@ -18,16 +18,25 @@ namespace df11::native {
 
 // How a slice's chunks are pairs, and which are left over: those of the last tile along k if that
 // is not full, and in the others those at the end that have no full neighbour.
+// Numbers fit in 32 bits, and those of steps in a chunk are 2, 4 and 8: so little is divided, which
+// takes long at a block's start.
 struct PairGrid {
-  uint32_t batch, tiles_k, tiles_n, full_tiles_k, pairs_n;
+  uint32_t batch, steps_k, tiles_k, tiles_n, full_tiles_k, pairs_n;
 
   DF11_HD explicit PairGrid(const View& view)
       : batch(static_cast<uint32_t>(view.batch)),
-        tiles_k(static_cast<uint32_t>(view.tiles_k())),
-        tiles_n(static_cast<uint32_t>(view.tiles_n())),
-        full_tiles_k(static_cast<uint32_t>(divide(view.k, kStepRows * view.steps))),
-        pairs_n(static_cast<uint32_t>(view.n / (2 * kTileCols))) {}
+        steps_k((static_cast<uint32_t>(view.k) + kStepRows - 1) / kStepRows),
+        tiles_n((static_cast<uint32_t>(view.n) + kTileCols - 1) / kTileCols),
+        pairs_n(static_cast<uint32_t>(view.n) / (2 * kTileCols)) {
+    const int log2_steps = view.steps / 2 - view.steps / 8;
+    tiles_k = (steps_k + view.steps - 1) >> log2_steps;
+    full_tiles_k = static_cast<uint32_t>(view.k) / kStepRows >> log2_steps;
+  }
 
+  DF11_HD uint32_t chunks() const { return batch * tiles_k * tiles_n; }
+  DF11_HD int64_t sign_mantissa_words() const {
+    return int64_t{batch * steps_k} * tiles_n * kStepWords;
+  }
   DF11_HD uint32_t pairs() const { return batch * full_tiles_k * pairs_n; }
   DF11_HD uint32_t singles_n() const { return tiles_n - 2 * pairs_n; }
   // Of one of the batch.
@@ -48,93 +57,148 @@ struct PairGrid {
   }
 };
 
+// Where a pair is in whatever slice.
+struct PairPlace {
+  uint32_t chunk;
+  int64_t sign_mantissa_word;
+  int row, tile;
+
+  __device__ __forceinline__ ChunkPair of(const Slice& slice, int slice_row) const {
+    const uint32_t* offsets = slice.chunk_offsets + chunk;
+    return {chunk,
+            slice.sign_mantissa + sign_mantissa_word,
+            slice_row + row,
+            tile,
+            {__ldg(offsets), __ldg(offsets + 1), __ldg(offsets + 2)}};
+  }
+};
+__device__ __forceinline__ PairPlace place_pair(const PairGrid& grid, const View& view,
+                                                uint32_t pair) {
+  const uint32_t line = pair / grid.pairs_n, pair_n = pair - line * grid.pairs_n;
+  const uint32_t b = grid.batch == 1 ? 0 : line / grid.full_tiles_k;
+  const uint32_t tile_k = line - b * grid.full_tiles_k, first_step = tile_k * view.steps;
+  const int64_t step =
+      int64_t{b * grid.steps_k + first_step} * grid.tiles_n + 2 * pair_n * view.steps;
+  return {(b * grid.tiles_k + tile_k) * grid.tiles_n + 2 * pair_n, step * kStepWords,
+          static_cast<int>(b * static_cast<uint32_t>(view.k) + first_step * kStepRows),
+          static_cast<int>(2 * pair_n)};
+}
+
 // The tensors of one launch, passed by value in the 4 KB that parameters may take. Numbers of
 // chunks fit in 31 bits, so that nothing divides in 64.
 inline constexpr int kTensorsPerBulkLaunch = 11;
 struct BulkBatch {
   CUtensorMap maps[kTensorsPerBulkLaunch];  // of all batch elements' weights, as one matrix
   TensorSlices tensors[kTensorsPerBulkLaunch];
-  // Of each tensor the first pair and the first single chunk; the last is the end.
-  uint32_t first[2][kTensorsPerBulkLaunch + 1];
+  // Of each tensor the first of the blocks that decode its pairs, and its first single chunk;
+  // behind the last tensor's, the end.
+  uint32_t first_block[kTensorsPerBulkLaunch + 1];
+  uint32_t first_single[kTensorsPerBulkLaunch + 1];
   int count;
+  uint32_t zero;  // for after_loads
 };
 static_assert(sizeof(BulkBatch) <= 4096);
 
-// What a block works on: successive pairs of one slice, or successive single chunks. In shared
-// memory.
-struct BulkAssignment {
+// What a block works on: pairs of one slice, or single chunks of one. All its threads find out by
+// themselves, so that none waits for another.
+template <int kWarps>
+struct BulkWork {
+  uint32_t warp;
   Slice slice;
-  uint32_t first, count;  // pairs or single chunks of the slice; no count if nothing is left
+  PairGrid grid;
+  SliceHeader header;
+  const uint32_t* codebook;
   int row;                // of the slice's first weight, in the map's matrix
+  uint32_t first, count;  // pairs or single chunks of the slice
+  uint32_t turn, turns;   // so many blocks take pairs of these in turn, of which this is one
+  PairPlace first_pair;   // of the warp, if these are pairs and it has any
   bool singles;
-  bool header_sound, new_table;
-  TableKey table;
-  uint32_t at, end;  // what is left to the block of the launch's pairs or single chunks
-  int tensor;        // the next to look at
-};
+  int tensor;
+  uint32_t at, end;  // what is left to the block of the tensor's pairs, or of the launch's singles
 
-// Each block has its share of the pairs, and then its share of the single chunks: those take
-// longer.
-__device__ inline void take_share(const BulkBatch& batch, bool singles, BulkAssignment& work) {
-  const uint32_t total = batch.first[singles][batch.count], block = blockIdx.x;
-  const uint32_t share = total / gridDim.x, rest = total - share * gridDim.x;
-  work.singles = singles;
-  work.at = block * share + (block < rest ? block : rest);
-  work.end = work.at + share + (block < rest);
-  work.tensor = 0;
-}
-
-__device__ inline void next_assignment(const BulkBatch& batch, BulkAssignment& work) {
-  for (;;) {
-    work.count = 0;
-    if (work.at == work.end) {
-      if (work.singles) return;
-      take_share(batch, true, work);
-      continue;
+  // Each block has pairs of one tensor. If that is one slice, its blocks take groups of successive
+  // pairs in turn, so that what is in work at a time lies close together in memory. Of several
+  // slices each block has a contiguous share, so that it meets few of them: it makes a table for
+  // each.
+  __device__ BulkWork(const BulkBatch& batch, uint32_t warp)
+      : warp(warp), grid(batch.tensors[0].view) {
+    const uint32_t block = blockIdx.x;
+    singles = false;
+    tensor = 0;
+    at = end = 0;
+    turn = 0;
+    turns = 1;
+    if (block >= batch.first_block[kTensorsPerBulkLaunch]) return;
+    // All at once: a loop would wait for each.
+#pragma unroll
+    for (int i = 1; i < kTensorsPerBulkLaunch; ++i) tensor += block >= batch.first_block[i];
+    const TensorSlices& of = batch.tensors[tensor];
+    const uint32_t in_slice = PairGrid(of.view).pairs();
+    const uint32_t number = block - batch.first_block[tensor];
+    const uint32_t blocks = batch.first_block[tensor + 1] - batch.first_block[tensor];
+    if (of.batch == 1) {
+      end = in_slice;
+      turn = number;
+      turns = blocks;
+    } else {
+      take_share(static_cast<uint32_t>(of.batch) * in_slice, number, blocks);
     }
-    const uint32_t* first = batch.first[work.singles];
-    while (work.at >= first[work.tensor + 1]) ++work.tensor;
-    const TensorSlices& tensor = batch.tensors[work.tensor];
-    const PairGrid grid(tensor.view);
-    const uint32_t in_slice = work.singles ? grid.singles() : grid.pairs();
-    const uint32_t in_tensor = work.at - first[work.tensor];
-    const uint32_t b = tensor.batch == 1 ? 0 : in_tensor / in_slice;
-    work.first = in_tensor - b * in_slice;
-    const uint32_t left = work.end - work.at;
-    work.count = left < in_slice - work.first ? left : in_slice - work.first;
-    work.at += work.count;
-    work.row = static_cast<int>(b * tensor.view.batch * tensor.view.k);
-    const OpenSlice opened = open_slice(tensor, b, work.slice, work.table);
-    work.header_sound = opened.header_sound;
-    work.new_table = opened.new_table;
-    if (!opened.skipped) return;
   }
-}
 
-__device__ inline ChunkPair locate_pair(const Slice& slice, const PairGrid& grid, int slice_row,
-                                        uint32_t pair) {
-  const View& view = slice.view;
-  const uint32_t row = pair / grid.pairs_n, pair_n = pair - row * grid.pairs_n;
-  const uint32_t b = grid.batch == 1 ? 0 : row / grid.full_tiles_k;
-  const uint32_t tile_k = row - b * grid.full_tiles_k;
-  const uint32_t chunk = (b * grid.tiles_k + tile_k) * grid.tiles_n + 2 * pair_n;
-  const int64_t step =
-      (b * view.steps_k() + tile_k * view.steps) * grid.tiles_n + int64_t{2} * pair_n * view.steps;
-  const int k = static_cast<int>(b * view.k) + static_cast<int>(tile_k) * view.steps * kStepRows;
-  const uint32_t* offsets = slice.chunk_offsets + chunk;
-  return {chunk,
-          slice.sign_mantissa + step * kStepWords,
-          slice_row + k,
-          static_cast<int>(2 * pair_n) * kTileCols,
-          {__ldg(offsets), __ldg(offsets + 1), __ldg(offsets + 2)}};
-}
+  // Goes on to the next slice; false if nothing is left. Single chunks come last: those take
+  // longer.
+  __device__ __forceinline__ bool next(const BulkBatch& batch) {
+    for (;;) {
+      if (at == end) {
+        if (singles) return false;
+        singles = true;
+        tensor = 0;
+        take_share(batch.first_single[batch.count], blockIdx.x, gridDim.x);
+        continue;
+      }
+      uint32_t in_tensor = at;
+      if (singles) {
+        while (at >= batch.first_single[tensor + 1]) ++tensor;
+        in_tensor -= batch.first_single[tensor];
+      }
+      const TensorSlices& of = batch.tensors[tensor];
+      grid = PairGrid(of.view);
+      const uint32_t in_slice = singles ? grid.singles() : grid.pairs();
+      const uint32_t b = of.batch == 1 ? 0 : in_tensor / in_slice;
+      first = in_tensor - b * in_slice;
+      count = end - at < in_slice - first ? end - at : in_slice - first;
+      at += count;
+      const int64_t wanted = of.slice_of(b);
+      // While the index is on its way. Of single chunks it means nothing.
+      first_pair = place_pair(grid, of.view, first + pair_of_round(0));
+      if (wanted < 0) continue;
+      header = load_header(of, wanted);
+      codebook = codebook_of(of, wanted);
+      slice = locate_slice(of, wanted, b, grid.chunks(), grid.sign_mantissa_words());
+      row = static_cast<int>(b * of.view.batch * of.view.k);
+      return true;
+    }
+  }
+
+  // The pair for the warp, counted from `first`, of the round that begins with pair `base`; there
+  // is none if that is `count` or more. A round that is not full is spread over all blocks.
+  __device__ uint32_t pair_of_round(uint32_t base) const {
+    return base + (base + turns * kWarps <= count ? turn * kWarps + warp : warp * turns + turn);
+  }
+
+ private:
+  __device__ void take_share(uint32_t total, uint32_t number, uint32_t shares) {
+    const uint32_t share = total / shares, rest = total - share * shares;
+    at = number * share + (number < rest ? number : rest);
+    end = at + share + (number < rest);
+  }
+};
 
 // A block's shared memory: its state, the table at an address that is a multiple of the table's
 // size, then the warps'.
 template <int kWarps>
 struct BulkMemory {
   struct State {
-    BulkAssignment work;
     CanonicalCodes codes;
     Record records[kWarps];
     uint64_t barriers[4 * kWarps];
@@ -155,12 +219,11 @@ struct BulkMemory {
 };
 
 // Decodes a pair's chunks that are not of the usual kind.
-__device__ inline void decode_single(const BulkAssignment& work, uint32_t chunk, Record& record,
+__device__ inline void decode_single(const Slice& slice, bool sound, uint32_t chunk, Record& record,
                                      StagedRecord* staged, const uint32_t* table,
                                      const Lane& lane) {
-  const bool sound = work.header_sound && work.table.sound;
-  if (!sound || !decode_chunk<false>(work.slice, chunk, record, staged, table, lane)) {
-    poison_chunk<false>(work.slice, chunk, lane);
+  if (!sound || !decode_chunk<false>(slice, chunk, record, staged, table, lane)) {
+    poison_chunk<false>(slice, chunk, lane);
   }
 }
 
@@ -170,63 +233,64 @@ __global__ void __launch_bounds__(kWarps* kLanes, 1)
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   using Memory = BulkMemory<kWarps>;
   DF11_DYNAMIC_SHARED(memory);
-  const uint32_t base = shared_address(memory);
+  const uint32_t base_address = shared_address(memory);
   auto& state = *reinterpret_cast<typename Memory::State*>(memory);
-  auto* const table = reinterpret_cast<uint32_t*>(memory + (Memory::kTableBytes - base));
-  BulkAssignment& work = state.work;
+  auto* const table = reinterpret_cast<uint32_t*>(memory + (Memory::kTableBytes - base_address));
   const Lane lane(threadIdx.x % kLanes);
   // The same in all lanes, and the compiler knows it.
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / kLanes, 0);
   const WarpMemory warp_memory = Memory::of_warp(shared_address(state.barriers), warp);
-  PairDecoder decoder(warp_memory, lane);
+  PairDecoder decoder(warp_memory, lane, batch.zero);
+  __syncwarp();
 
-  if (threadIdx.x == 0) {
-    work.table = {};
-    take_share(batch, false, work);
-  }
-  for (;;) {
-    __syncthreads();  // No warp needs the former assignment, or its table, any more.
-    if (threadIdx.x == 0) next_assignment(batch, work);
-    __syncthreads();
-    if (work.count == 0) break;
-    const PairGrid grid(work.slice.view);
-    uint32_t i = warp;
+  TableKey table_of = {};
+  BulkWork<kWarps> work(batch, warp);
+  while (work.next(batch)) {
+    const CodebookWords codebook = load_codebook(work.codebook, lane.number);
+    uint32_t base = 0, i = work.pair_of_round(base);
     const bool pairs = !work.singles && i < work.count;
     ChunkPair pair = {};
     if (pairs) {
-      pair = locate_pair(work.slice, grid, work.row, work.first + i);
-      decoder.begin_slice(work.slice, pair);
+      pair = work.first_pair.of(work.slice, work.row);
+      decoder.begin_slice(work.slice, pair, batch.maps[work.tensor]);
     }
-    if (work.new_table) {
-      sort_codes(CodebookWords(work.table.codebook, lane.number), kMaxCodeBits, state.codes);
-      __syncthreads();
-      if (threadIdx.x == 0) work.table.sound = state.codes.sound;
-      if (state.codes.sound) {
+    const bool header_sound = work.header.geometry == batch.tensors[work.tensor].geometry;
+    if (header_sound && !table_of.serves(work.codebook, work.header)) {
+      sort_codes(codebook, kMaxCodeBits, state.codes);
+      __syncthreads();  // And no warp needs the former table any more.
+      const uint32_t* id = work.header.codebook_id;
+      table_of = {work.codebook, {id[0], id[1]}, state.codes.sound};
+      if (table_of.sound) {
         fill_table<4>(state.codes, kMaxCodeBits,
                       [&](uint32_t index, uint32_t entry) { table[index] = entry; });
       }
       __syncthreads();
     }
-    const bool sound = work.header_sound && work.table.sound;
+    const bool sound = header_sound && table_of.sound;
     if (pairs) {
       const CUtensorMap& map = batch.maps[work.tensor];
-      for (bool more = true; more; i += kWarps) {
-        more = i + kWarps < work.count;
+      for (bool more = true; more;) {
+        base += work.turns * kWarps;
+        i = work.pair_of_round(base);
+        more = i < work.count;
         ChunkPair next = {};
-        if (more) next = locate_pair(work.slice, grid, work.row, work.first + i + kWarps);
+        if (more) {
+          next = place_pair(work.grid, work.slice.view, work.first + i).of(work.slice, work.row);
+        }
         const uint32_t left_over =
             decoder.decode(work.slice, pair, next, more, map, Memory::kTableBytes, sound);
         for (uint32_t u = 0; u < 2 && left_over; ++u) {
-          decode_single(work, pair.chunk + u, state.records[warp], nullptr, table, lane);
+          decode_single(work.slice, sound, pair.chunk + u, state.records[warp], nullptr, table,
+                        lane);
         }
         pair = next;
       }
     } else if (work.singles) {
       // No copy is under way: their place serves to stage single records.
-      auto* staged = reinterpret_cast<StagedRecord*>(memory + (warp_memory.records - base));
-      for (; i < work.count; i += kWarps) {
-        const uint32_t chunk = grid.chunk_of_single(work.first + i);
-        decode_single(work, chunk, state.records[warp], staged, table, lane);
+      auto* staged = reinterpret_cast<StagedRecord*>(memory + (warp_memory.records - base_address));
+      for (uint32_t single = warp; single < work.count; single += kWarps) {
+        const uint32_t chunk = work.grid.chunk_of_single(work.first + single);
+        decode_single(work.slice, sound, chunk, state.records[warp], staged, table, lane);
       }
     }
   }

@@ -81,7 +81,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   __shared__ StagedRecord staged[kWarps];
   __shared__ Record records[kWarps];
   __shared__ CanonicalCodes codes;
-  __shared__ Assignment work;
+  // Raw, since shared memory has no initial values, which the type has.
+  alignas(Assignment) __shared__ unsigned char work_memory[sizeof(Assignment)];
+  auto& work = *reinterpret_cast<Assignment*>(work_memory);
   const Lane lane(threadIdx.x % kLanes);
   // The same in all lanes, and the compiler knows it.
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / kLanes, 0);
@@ -93,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     __syncthreads();
     if (work.count == 0) return;
     if (work.new_table) {
-      sort_codes(CodebookWords(work.table.codebook, lane.number), kMaxCodeBits, codes);
+      sort_codes(load_codebook(work.table.codebook, lane.number), kMaxCodeBits, codes);
       __syncthreads();
       if (threadIdx.x == 0) work.table.sound = codes.sound;
       if (codes.sound) {

@@ -1,4 +1,4 @@
-// Which slice a block works on, and which table that needs: shared by the decoders.
+// Slices of the payload, and which table they need: shared by the decoders.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,12 +10,45 @@
 
 namespace df11::native {
 
+// What matters here of what a slice's header says.
+struct SliceHeader {
+  uint32_t geometry;  // stands for all that says how a slice is cut
+  uint32_t codebook_id[2];
+};
+__device__ __forceinline__ SliceHeader load_header(const TensorSlices& tensor, int64_t at) {
+  const uint32_t* header = tensor.header + at * kHeaderWords;
+  return {__ldg(header + kGeometryWord),
+          {__ldg(header + kCodebookIdWord), __ldg(header + kCodebookIdWord + 1)}};
+}
+
+__device__ __forceinline__ const uint32_t* codebook_of(const TensorSlices& tensor, int64_t at) {
+  return tensor.codebook + at * kCodebookWords;
+}
+
 // What the block's table was made of.
 struct TableKey {
-  const uint32_t* codebook = nullptr;
-  uint32_t id[2] = {};
-  bool sound = false;
+  const uint32_t* codebook;  // null if there is no table yet
+  uint32_t id[2];
+  bool sound;
+
+  // Whether the table is the right one for a slice whose header is sound.
+  __device__ __forceinline__ bool serves(const uint32_t* of_slice,
+                                         const SliceHeader& header) const {
+    return of_slice == codebook ||
+           (sound && header.codebook_id[0] == id[0] && header.codebook_id[1] == id[1]);
+  }
 };
+
+// Slice `at` of the payload, for batch element `b`.
+__device__ __forceinline__ Slice locate_slice(const TensorSlices& tensor, int64_t at, int64_t b,
+                                              int64_t chunks, int64_t sign_mantissa_words) {
+  return {tensor.view,
+          tensor.chunk_offsets + at * (chunks + 1),
+          tensor.exponents + at * tensor.exponents_words,
+          tensor.sign_mantissa + at * sign_mantissa_words,
+          tensor.exponents_words,
+          tensor.out + b * tensor.view.size};
+}
 
 // What the block needs to know of batch element `b` of a tensor, beside the slice itself.
 struct OpenSlice {
@@ -30,22 +63,12 @@ __device__ inline OpenSlice open_slice(const TensorSlices& tensor, int64_t b, Sl
   const int64_t at = tensor.slice_of(b);
   if (at < 0) return {true, false, false};
   const View& view = tensor.view;
-  const uint32_t* header = tensor.header + at * kHeaderWords;
-  const uint32_t* codebook = tensor.codebook + at * kCodebookWords;
-  slice.view = view;
-  slice.chunk_offsets = tensor.chunk_offsets + at * (view.chunks() + 1);
-  slice.exponents = tensor.exponents + at * tensor.exponents_words;
-  slice.sign_mantissa = tensor.sign_mantissa + at * view.sign_mantissa_words();
-  slice.exponents_words = tensor.exponents_words;
-  slice.out = tensor.out + b * view.size;
-
-  // One word of the header stands for all that say how a slice is cut.
-  const bool sound = header[kGeometryWord] == tensor.geometry;
-  const uint32_t id[2] = {header[kCodebookIdWord], header[kCodebookIdWord + 1]};
-  const bool same =
-      codebook == key.codebook || (key.sound && id[0] == key.id[0] && id[1] == key.id[1]);
-  if (!sound || same) return {false, sound, false};
-  key = {codebook, {id[0], id[1]}, false};
+  slice = locate_slice(tensor, at, b, view.chunks(), view.sign_mantissa_words());
+  const SliceHeader header = load_header(tensor, at);
+  const uint32_t* codebook = codebook_of(tensor, at);
+  const bool sound = header.geometry == tensor.geometry;
+  if (!sound || key.serves(codebook, header)) return {false, sound, false};
+  key = {codebook, {header.codebook_id[0], header.codebook_id[1]}, false};
   return {false, true, true};
 }
 

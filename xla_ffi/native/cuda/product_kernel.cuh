@@ -238,15 +238,14 @@ __device__ __forceinline__ void multiply_chunk(Pairs pairs, Patches<Record> patc
       uint32_t weights[4][4];
       decode_half_step(pairs, words[step][0], 0, weights);
       if (step == 0) {
-        // The copy must not overtake the loads of what it replaces: it begins at an address that
-        // depends on them.
-        const uint32_t loaded =
-            (words[0][0].x | words[0][1].x | words[1][0].x | words[1][1].x) & work.zero;
-        __syncwarp();  // All lanes have read it.
+        __syncwarp();  // All lanes have read the slot.
         const int left = (end - k) / kStepRows - kSlotSteps;
         const int steps_left = left > 0 ? left : next.steps();
         if (steps_left > 0) {
-          copies.fetch_steps(matrix, (left > 0 ? ahead : next.first_step) + loaded, steps_left);
+          const uint32_t first = after_loads(left > 0 ? ahead : next.first_step, work.zero,
+                                             words[0][0].x, words[0][1].x, words[1][0].x,
+                                             words[1][1].x);
+          copies.fetch_steps(matrix, first, steps_left);
         }
         ahead += kSlotSteps;
       }
@@ -341,11 +340,15 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
   const int block = blockIdx.x - matrix.first_block;
   const int begin = first_item(matrix, block), end = first_item(matrix, block + 1);
   ChunkList chunks(copies.list(), begin + warp, end, memory.warps);
+  // Counters, which are needed at the end.
+  if (threadIdx.x < 2) {
+    prefetch_global(matrix.arrived + (threadIdx.x == 0 ? begin : end - 1) / matrix.column_items);
+  }
   const RowsOfX<kTiles> x(work.x, work.rows, lane);
   const LookupTable table{memory.table(base), memory.table_log2_bytes,
                           static_cast<uint32_t>(matrix.code_bits)};
   // The first copies are under way while the table is made.
-  const CodebookWords codebook(slice.codebook(), lane);
+  const CodebookWords codebook = load_codebook(slice.codebook(), lane);
   const uint2 offsets = chunks.find(slice, lane);
   const int first = chunks.take();
   ProductChunk chunk = chunks.place_of(first);

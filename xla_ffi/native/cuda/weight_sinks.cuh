@@ -24,13 +24,16 @@ struct Lane {
 };
 
 // The first weights of pairs, or the second ones, of 8 neighbouring n.
+__device__ __forceinline__ uint4 one_of_each(const uint32_t (&pair)[kLanePairs], bool second) {
+  const uint32_t bytes = second ? 0x7632 : 0x5410;
+  return {__byte_perm(pair[0], pair[1], bytes), __byte_perm(pair[2], pair[3], bytes),
+          __byte_perm(pair[4], pair[5], bytes), __byte_perm(pair[6], pair[7], bytes)};
+}
 __device__ __forceinline__ uint4 firsts(const uint32_t (&pair)[kLanePairs]) {
-  return {__byte_perm(pair[0], pair[1], 0x5410), __byte_perm(pair[2], pair[3], 0x5410),
-          __byte_perm(pair[4], pair[5], 0x5410), __byte_perm(pair[6], pair[7], 0x5410)};
+  return one_of_each(pair, false);
 }
 __device__ __forceinline__ uint4 seconds(const uint32_t (&pair)[kLanePairs]) {
-  return {__byte_perm(pair[0], pair[1], 0x7632), __byte_perm(pair[2], pair[3], 0x7632),
-          __byte_perm(pair[4], pair[5], 0x7632), __byte_perm(pair[6], pair[7], 0x7632)};
+  return one_of_each(pair, true);
 }
 
 class InnerRows {
