@@ -83,7 +83,7 @@ class ChunkList {
   // what offsets the lane has read, which are to be kept when they have arrived.
   __device__ __forceinline__ uint2 find(const Slice& slice, int lane) {
     const MatrixWork& matrix = slice.matrix;
-    const int at = first_row_ + lane, item_chunks = matrix.item_chunks;
+    const int at = row_ + lane, item_chunks = matrix.item_chunks;
     const int ahead = at / item_chunks, in_item = at - ahead * item_chunks;
     const int item = first_item_ + ahead * stride_;
     const int column = item / matrix.column_items;
@@ -101,9 +101,7 @@ class ChunkList {
                          slice.first_step() + step * matrix.tiles_n + column * steps, 0});
     }
     left_ = __ballot_sync(kAllLanes, is_there);
-    const int passed = (first_row_ + kLanes) / item_chunks;
-    first_item_ += passed * stride_;
-    first_row_ += kLanes - passed * item_chunks;
+    row_ += kLanes;
     __syncwarp();  // All places are there.
     return offsets;
   }
@@ -113,8 +111,10 @@ class ChunkList {
     __syncwarp();  // All are there.
   }
 
-  __device__ bool is_empty() const { return left_ == 0; }
-  __device__ bool has_more() const { return first_item_ < end_item_; }
+  // Whether there are no more in the list, but behind it.
+  __device__ bool is_to_be_filled(const MatrixWork& matrix) const {
+    return left_ == 0 && first_item_ + row_ / matrix.item_chunks * stride_ < end_item_;
+  }
 
   // Takes the next one, if there is any: its number in the list, else -1.
   __device__ __forceinline__ int take() {
@@ -144,7 +144,7 @@ class ChunkList {
  private:
   uint32_t memory_;
   int first_item_, end_item_, stride_;
-  int first_row_ = 0;  // of the first item
+  int row_ = 0;        // of all items' rows, the first that is not in the list yet
   uint32_t left_ = 0;  // a bit for each lane whose chunk is not taken
 };
 
@@ -242,9 +242,9 @@ __device__ __forceinline__ void multiply_chunk(Pairs pairs, Patches<Record> patc
         const int left = (end - k) / kStepRows - kSlotSteps;
         const int steps_left = left > 0 ? left : next.steps();
         if (steps_left > 0) {
-          const uint32_t first = after_loads(left > 0 ? ahead : next.first_step, work.zero,
-                                             words[0][0].x, words[0][1].x, words[1][0].x,
-                                             words[1][1].x);
+          const uint32_t first =
+              after_loads(left > 0 ? ahead : next.first_step, work.zero, words[0][0].x,
+                          words[0][1].x, words[1][0].x, words[1][1].x);
           copies.fetch_steps(matrix, first, steps_left);
         }
         ahead += kSlotSteps;
@@ -302,7 +302,7 @@ __device__ __forceinline__ void set_sums(float (&sums)[kTiles][4][4], float valu
 // What of a block's memory its threads share.
 struct BlockScratch {
   CanonicalCodes codes;
-  ColumnFlags flags;
+  BlockColumns columns;
 };
 static_assert(sizeof(BlockScratch) <= kBlockBytes);
 
@@ -340,9 +340,11 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
   const int block = blockIdx.x - matrix.first_block;
   const int begin = first_item(matrix, block), end = first_item(matrix, block + 1);
   ChunkList chunks(copies.list(), begin + warp, end, memory.warps);
-  // Counters, which are needed at the end.
   if (threadIdx.x < 2) {
-    prefetch_global(matrix.arrived + (threadIdx.x == 0 ? begin : end - 1) / matrix.column_items);
+    // For the end, where everything waits for this.
+    const int column = (threadIdx.x == 0 ? begin : end - 1) / matrix.column_items;
+    scratch.columns.number[threadIdx.x] = column;
+    prefetch_global(matrix.arrived + column);
   }
   const RowsOfX<kTiles> x(work.x, work.rows, lane);
   const LookupTable table{memory.table(base), memory.table_log2_bytes,
@@ -366,7 +368,7 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
   set_sums(sums, 0);
   int buffer = 0;
   while (chunk.steps() > 0) {
-    while (chunks.is_empty() && chunks.has_more()) chunks.keep(chunks.find(slice, lane), lane);
+    while (chunks.is_to_be_filled(matrix)) chunks.keep(chunks.find(slice, lane), lane);
     const int next_number = chunks.take();
     const uint32_t words = chunk.words(matrix);
     const bool staged = chunk.is_staged(matrix, memory);
@@ -411,7 +413,7 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
     }
     chunk = chunks[next_number];
   }
-  add_columns(work, matrix, begin, end, table.address, scratch.flags);
+  add_columns(work, matrix, begin, end, table.address, scratch.columns);
 #endif
 }
 

@@ -32,9 +32,10 @@ __device__ inline void store_sums(float* to, int item, int rows, int lane,
   }
 }
 
-// Whether the block is the last one at its first and at its last column of chunks: at those between
-// it is the only one.
-struct ColumnFlags {
+// Of a block's first and last columns of chunks, whether it is the last block there: at those
+// between it is the only one.
+struct BlockColumns {
+  int number[2];
   bool complete[2];
 };
 
@@ -66,19 +67,19 @@ __device__ inline void store_result(const ProductWork& work, const MatrixWork& m
 // Adds up the columns of which this block brings the last items. Items s, s + 8, s + 16 .. of a
 // column are added by one warp, and their sums by another: both in the order of items.
 __device__ inline void add_columns(const ProductWork& work, const MatrixWork& matrix, int begin,
-                                   int end, uint32_t memory, ColumnFlags& flags) {
+                                   int end, uint32_t memory, BlockColumns& columns) {
   constexpr int kGroups = 8;
   constexpr int kUnitBytes = kTileCols * 4;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
   const int per_column = matrix.column_items;
-  int first = begin / per_column, last = (end - 1) / per_column;
 
   __syncthreads();
+  int first = columns.number[0], last = columns.number[1];
   // What the block has stored is seen by whoever sees its count; and what others have counted,
   // here.
   if (threadIdx.x < 2) {
     const bool is_last = threadIdx.x == 1;
-    const int column = is_last ? last : first, column_begin = column * per_column;
+    const int column = columns.number[is_last], column_begin = column * per_column;
     const int items = min(end, column_begin + per_column) - max(begin, column_begin);
     fence_device();
     const uint32_t before = items == per_column || (is_last && first == last)
@@ -86,42 +87,70 @@ __device__ inline void add_columns(const ProductWork& work, const MatrixWork& ma
                                 : atomicAdd(matrix.arrived + column, static_cast<uint32_t>(items));
     fence_device();
     const bool complete = static_cast<int>(before) + items == per_column;
-    flags.complete[is_last] = complete;
+    columns.complete[is_last] = complete;
     if (complete && before > 0) matrix.arrived[column] = 0;  // as it was
   }
   __syncthreads();
-  const bool first_complete = flags.complete[0];
-  const bool last_complete = flags.complete[first != last];
+  const bool first_complete = columns.complete[0];
+  const bool last_complete = columns.complete[first != last];
   if (first == last && !first_complete) return;
   if (!first_complete) ++first;
   if (!last_complete) --last;
 
   // Of a column of chunks and a row of x: 64 sums of each item.
   const int results = (last - first + 1) * work.rows;
+  const auto column_of = [&](int result) {
+    return static_cast<int>(__umulhi(2 * static_cast<uint32_t>(result), work.rows_reciprocal));
+  };
+  const auto row_of = [&](int result) { return result - column_of(result) * work.rows; };
   const int at_once =
       static_cast<int>((1u << work.memory.table_log2_bytes) / (kGroups * kUnitBytes));
   for (int done = 0; done < results; done += at_once) {
     const int count = min(at_once, results - done);
-    for (int unit = warp; unit < count * kGroups; unit += warps) {
-      const int result = done + unit / kGroups, column = first + result / work.rows;
-      const int row = result - result / work.rows * work.rows;
-      const float* sums =
-          matrix.sums + (int64_t{column} * per_column * work.rows + row) * kTileCols;
-      float2 sum{0, 0};
-#pragma unroll 8
-      for (int item = unit % kGroups; item < per_column; item += kGroups) {
-        const float2 more = __ldcg(
-            reinterpret_cast<const float2*>(sums + int64_t{item} * work.rows * kTileCols) + lane);
-        sum.x += more.x;
-        sum.y += more.y;
+    // Several at a time, whose loads are waited for together.
+    constexpr int kTogether = 4;
+    for (int unit = warp; unit < count * kGroups; unit += kTogether * warps) {
+      const float2* from[kTogether];
+      int left[kTogether];
+      float2 sum[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const int that = unit + i * warps, group = that % kGroups;
+        const int column = column_of(done + that / kGroups), row = row_of(done + that / kGroups);
+        const int64_t item = int64_t{first + column} * per_column + group;
+        from[i] =
+            reinterpret_cast<const float2*>(matrix.sums + (item * work.rows + row) * kTileCols) +
+            lane;
+        left[i] = that < count * kGroups ? per_column - group : 0;
+        sum[i] = float2{0, 0};
       }
-      store_shared(memory + unit * kUnitBytes + 8 * lane, __float_as_uint(sum.x));
-      store_shared(memory + unit * kUnitBytes + 8 * lane + 4, __float_as_uint(sum.y));
+#pragma unroll 2
+      for (int item = 0; item < per_column; item += kGroups) {
+        float2 more[kTogether];
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          more[i] = item < left[i] ? __ldcg(from[i] + int64_t{item} * work.rows * (kTileCols / 2))
+                                   : float2{0, 0};
+        }
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          if (item < left[i]) {
+            sum[i].x += more[i].x;
+            sum[i].y += more[i].y;
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        if (unit + i * warps >= count * kGroups) continue;
+        const uint32_t place = memory + (unit + i * warps) * kUnitBytes + 8 * lane;
+        store_shared(place, __float_as_uint(sum[i].x));
+        store_shared(place + 4, __float_as_uint(sum[i].y));
+      }
     }
     __syncthreads();
     for (int i = warp; i < count; i += warps) {
-      const int result = done + i, column = first + result / work.rows;
-      const int row = result - result / work.rows * work.rows;
+      const int column = first + column_of(done + i), row = row_of(done + i);
       float2 sum{0, 0};
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {

@@ -62,7 +62,8 @@ struct ProductWork {
   const uint4* x;
   const int32_t* index;
   int rows, k, count;
-  uint32_t zero;  // is 0, which the compiler does not know
+  uint32_t rows_reciprocal;  // of 2^31, rounded up: what is below 2^26 is divided right
+  uint32_t zero;             // is 0, which the compiler does not know
   bool float_out;
   ProductMemory memory;
   MatrixWork matrices[kMatricesPerProduct];
@@ -154,6 +155,8 @@ inline bool plan_product(const Product& product, int blocks, int most_warps, uin
   work.x = reinterpret_cast<const uint4*>(product.x);
   work.index = product.matrices[0].slices.index;
   work.rows = product.rows;
+  work.rows_reciprocal =
+      static_cast<uint32_t>(((uint64_t{1} << 31) + product.rows - 1) / product.rows);
   work.k = static_cast<int>(first.k);
   work.count = product.count;
   work.float_out = product.float_out;
@@ -164,7 +167,7 @@ inline bool plan_product(const Product& product, int blocks, int most_warps, uin
     const TensorSlices& slices = product.matrices[i].slices;
     const View& view = slices.view;
     if (view.is_flat || view.batch != 1 || view.size == 0 || view.k != first.k ||
-        slices.batch != 1 || slices.batch_axes != 0 || view.n > kMost / kMostProductRows ||
+        slices.batch != 1 || slices.batch_axes != 0 || view.n >= 1 << 26 ||
         view.chunks() >= kMost || slices.exponents_words > UINT32_MAX || slices.stack > kMost ||
         slices.stack < 1 || slices.index != work.index) {
       return false;
@@ -195,10 +198,18 @@ inline bool plan_product(const Product& product, int blocks, int most_warps, uin
     sums += items.count * product.rows * kTileCols;
     steps = view.steps > steps ? view.steps : steps;
   }
-  work.memory = plan_memory(steps, most_warps, shared_bytes);
-  if (blocks < product.count || work.memory.warps < 1) return false;
+  if (blocks < product.count) return false;
   share_blocks(work, blocks);
-  return true;
+  // A warp for each of a block's items, if there are not more than fit: others would only take part
+  // in making the table.
+  int items = 0;
+  for (int i = 0; i < work.count; ++i) {
+    const MatrixWork& matrix = work.matrices[i];
+    const int most = matrix.block_items + (matrix.longer_blocks > 0);
+    items = most > items ? most : items;
+  }
+  work.memory = plan_memory(steps, items < most_warps ? items : most_warps, shared_bytes);
+  return work.memory.warps > 0;
 }
 
 // The kernel's launch. For tests, which share work out otherwise.
