@@ -27,29 +27,24 @@ struct LookupTable {
   DF11_HD uint32_t of_lane(int lane) const { return address + 4 * (lane % copies()); }
 };
 
-__device__ __forceinline__ void store_copies(const LookupTable& table, uint32_t index,
-                                             uint32_t entry) {
-  const uint32_t copies = table.copies(), at = table.address + 4 * copies * index;
-  const uint4 four{entry, entry, entry, entry};
-  if (copies == 4) {
-    store_shared(at, four);
-  } else if (copies < 4) {
-    store_shared(at, entry);
-    if (copies == 2) store_shared(at + 4, entry);
-  } else {
-    // Beginning elsewhere in each lane, so that fewer banks are asked twice.
-#pragma unroll 1
-    for (uint32_t i = 0; i < copies / 4; ++i) {
-      store_shared(at + 16 * ((i + threadIdx.x) % (copies / 4)), four);
-    }
-  }
-}
-
 // Fills the table when the codes are sorted. All threads of the block take part; a barrier has to
 // follow.
 __device__ inline void fill_lookup_table(const CanonicalCodes& codes, const LookupTable& table) {
-  fill_table<3>(codes, table.code_bits,
-                [&](uint32_t index, uint32_t entry) { store_copies(table, index, entry); });
+  const uint32_t copies = table.copies();
+  const auto place = [&](uint32_t index) { return table.address + 4 * copies * index; };
+  if (copies == 4) {
+    fill_table<3>(codes, table.code_bits, [&](uint32_t index, uint32_t entry) {
+      store_shared(place(index), uint4{entry, entry, entry, entry});
+    });
+    return;
+  }
+  // Beginning elsewhere in each lane, so that fewer banks are asked twice.
+  fill_table<3>(codes, table.code_bits, [&](uint32_t index, uint32_t entry) {
+#pragma unroll 1
+    for (uint32_t i = 0; i < copies; ++i) {
+      store_shared(place(index) + 4 * ((i + threadIdx.x) % copies), entry);
+    }
+  });
 }
 
 }  // namespace df11::native

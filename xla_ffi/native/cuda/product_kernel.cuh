@@ -84,9 +84,10 @@ class ChunkList {
   __device__ __forceinline__ uint2 find(const Slice& slice, int lane) {
     const MatrixWork& matrix = slice.matrix;
     const int at = row_ + lane, item_chunks = matrix.item_chunks;
-    const int ahead = at / item_chunks, in_item = at - ahead * item_chunks;
+    const int ahead = divide_by_reciprocal(at, matrix.item_chunks_reciprocal);
+    const int in_item = at - ahead * item_chunks;
     const int item = first_item_ + ahead * stride_;
-    const int column = item / matrix.column_items;
+    const int column = divide_by_reciprocal(item, matrix.column_items_reciprocal);
     const int begin = (item - column * matrix.column_items) * item_chunks, row = begin + in_item;
     const bool is_there = item < end_item_ && row < matrix.tiles_k;
     uint2 offsets{0, 0};
@@ -342,7 +343,8 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
   ChunkList chunks(copies.list(), begin + warp, end, memory.warps);
   if (threadIdx.x < 2) {
     // For the end, where everything waits for this.
-    const int column = (threadIdx.x == 0 ? begin : end - 1) / matrix.column_items;
+    const int column = divide_by_reciprocal(threadIdx.x == 0 ? begin : end - 1,
+                                            matrix.column_items_reciprocal);
     scratch.columns.number[threadIdx.x] = column;
     prefetch_global(matrix.arrived + column);
   }

@@ -100,7 +100,7 @@ __device__ inline void add_columns(const ProductWork& work, const MatrixWork& ma
   // Of a column of chunks and a row of x: 64 sums of each item.
   const int results = (last - first + 1) * work.rows;
   const auto column_of = [&](int result) {
-    return static_cast<int>(__umulhi(2 * static_cast<uint32_t>(result), work.rows_reciprocal));
+    return divide_by_reciprocal(result, work.rows_reciprocal);
   };
   const auto row_of = [&](int result) { return result - column_of(result) * work.rows; };
   const int at_once =

@@ -15,6 +15,16 @@ inline constexpr uint32_t kBlockBytes = 3072;
 inline constexpr uint32_t kListBytes = 24 * kLanes;  // of 32 chunks
 inline constexpr uint32_t kBarrierBytes = 32;        // of the slot and of up to two records
 
+// Divides by multiplying, for what a kernel divides where everything waits for it. Right as long as
+// the dividend times the divisor is less than 2^32.
+inline uint32_t reciprocal(int64_t divisor) {
+  return divisor == 1 ? 0 : static_cast<uint32_t>(((int64_t{1} << 32) + divisor - 1) / divisor);
+}
+DF11_HD int divide_by_reciprocal(int dividend, uint32_t reciprocal) {
+  return reciprocal == 0 ? dividend
+                         : static_cast<int>(uint64_t{static_cast<uint32_t>(dividend)} * reciprocal >> 32);
+}
+
 struct MatrixWork {
   const uint32_t* header;
   const uint32_t* codebook;
@@ -28,6 +38,7 @@ struct MatrixWork {
   int stack, chunks;
   int n, tiles_k, tiles_n, steps_k, steps, code_bits;
   int item_chunks, column_items;
+  uint32_t item_chunks_reciprocal, column_items_reciprocal;
   int first_block, blocks;
   int block_items, longer_blocks;  // every block has so many items, the first ones another
 };
@@ -62,7 +73,7 @@ struct ProductWork {
   const uint4* x;
   const int32_t* index;
   int rows, k, count;
-  uint32_t rows_reciprocal;  // of 2^31, rounded up: what is below 2^26 is divided right
+  uint32_t rows_reciprocal;
   uint32_t zero;             // is 0, which the compiler does not know
   bool float_out;
   ProductMemory memory;
@@ -101,10 +112,9 @@ inline ProductMemory plan_memory(int steps, int most_warps, uint32_t shared_byte
     }
     return memory.warps == most_warps;
   };
-  // Copies of the table over banks, then a second record, as long as they cost no warps.
-  const uint32_t small = 14, large = 16;
+  // First without which more warps would fit: a second record, then copies of the table over banks.
   static_assert(kMaxCodeBits + 2 == 14);
-  if (!fit(large, 2) && !fit(large, 1) && !fit(small, 2)) fit(small, 1);
+  if (!fit(16, 2) && !fit(15, 2) && !fit(16, 1) && !fit(15, 1) && !fit(14, 2)) fit(14, 1);
   return memory;
 }
 
@@ -155,8 +165,7 @@ inline bool plan_product(const Product& product, int blocks, int most_warps, uin
   work.x = reinterpret_cast<const uint4*>(product.x);
   work.index = product.matrices[0].slices.index;
   work.rows = product.rows;
-  work.rows_reciprocal =
-      static_cast<uint32_t>(((uint64_t{1} << 31) + product.rows - 1) / product.rows);
+  work.rows_reciprocal = reciprocal(product.rows);
   work.k = static_cast<int>(first.k);
   work.count = product.count;
   work.float_out = product.float_out;
@@ -168,7 +177,7 @@ inline bool plan_product(const Product& product, int blocks, int most_warps, uin
     const View& view = slices.view;
     if (view.is_flat || view.batch != 1 || view.size == 0 || view.k != first.k ||
         slices.batch != 1 || slices.batch_axes != 0 || view.n >= 1 << 26 ||
-        view.chunks() >= kMost || slices.exponents_words > UINT32_MAX || slices.stack > kMost ||
+        view.chunks() >= 1 << 24 || slices.exponents_words > UINT32_MAX || slices.stack > kMost ||
         slices.stack < 1 || slices.index != work.index) {
       return false;
     }
@@ -194,6 +203,8 @@ inline bool plan_product(const Product& product, int blocks, int most_warps, uin
     matrix.code_bits = product.matrices[i].code_bits;
     matrix.item_chunks = items.chunks;
     matrix.column_items = items.per_column;
+    matrix.item_chunks_reciprocal = reciprocal(items.chunks);
+    matrix.column_items_reciprocal = reciprocal(items.per_column);
     arrived += matrix.tiles_n;
     sums += items.count * product.rows * kTileCols;
     steps = view.steps > steps ? view.steps : steps;
