@@ -43,10 +43,11 @@ SIGN_MANTISSA = 0x807F807F  # sign and mantissa of both weights of a pair
 
 PAYLOAD = ("header", "codebook", "chunk_offsets", "exponents", "sign_mantissa")
 
-# A chunk of 8 steps keeps a GPU's warp busy for about 4 us, so that tensors of a few hundred of
-# them would leave most of the GPU idle; half as many steps cost 0.04 bits a weight. Tensors that
-# are smaller still take no longer than one chunk does; those that are larger have chunks enough.
-_HALF_CHUNK_SIZES = range(1 << 20, 1 << 23)
+# A chunk takes a GPU's warp about 1 us a step, and a tensor of a few hundred chunks leaves most of
+# the GPU idle. So such have chunks of fewer steps, though those cost 0.04 or 0.13 bits a weight; an
+# H200 decodes 1 M weights in 12.4, 8.7 and 7.0 us with 8, 4 and 2 steps (docs/figures.md). Smaller
+# tensors are too small to matter, and larger ones have chunks enough.
+_STEPS_OF_SIZES = {range(1 << 20, 1 << 21): 2, range(1 << 21, 1 << 23): 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +163,8 @@ def make_layout(
         raise ValueError(
             f"slices of shape {shape} do not have {batch_axes} batch axes and {row_axes} row axes"
         )
-    steps = MAX_STEPS // 2 if math.prod(shape) in _HALF_CHUNK_SIZES else MAX_STEPS
+    size = math.prod(shape)
+    steps = next((n for sizes, n in _STEPS_OF_SIZES.items() if size in sizes), MAX_STEPS)
     return Layout(shape, batch_axes, row_axes, along_columns, steps)
 
 

@@ -20,8 +20,9 @@ from df11_jax._array import DF11Array, DF11Slice
 from df11_jax._layout import Layout, View
 from df11_jax._slices import decode_slices
 
-# The kernel is made for so many rows of x; with more, decoding first has not been measured to lose.
-MOST_FUSED_ROWS = 16
+# As many rows of x as the kernel takes. With 32, the products of a Llama-3.1-8B block take an H200
+# 264 us, and decoding first takes about 320 (docs/figures.md).
+MOST_FUSED_ROWS = 32
 _MATRICES_PER_CALL = 4
 # An item of the kernel's work is so many chunks that there are about as many items: see
 # xla_ffi/native/cuda/product.h.
@@ -210,7 +211,7 @@ def _fused(call: _Call, x: Array, index: Array, *payloads: Array) -> list[Array]
 
 
 def _in_kernel_order(x: Array) -> Array:
-    """x as the kernel reads it, `[ceil(k / 32), rows, 32]`: see xla_ffi/native/cuda/product.h."""
+    """The rows as the kernel reads them, `[ceil(k / 32), rows, 32]`: see xla_ffi/native/cuda/product.h."""
     rows, k = x.shape
     x = jnp.pad(x, ((0, 0), (0, -k % 32)))
     return x.reshape(rows, -1, 2, 4, 4).transpose(1, 0, 3, 2, 4).reshape(-1, rows, 32)

@@ -19,6 +19,7 @@ from df11_jax import (
     compress,
     decompress,
     decompress_params,
+    dot,
     published,
     scan_blocks,
 )
@@ -89,6 +90,57 @@ def test_same_bits_as_the_xla_decoder(monkeypatch):
     compiled = decompress(stack)
     monkeypatch.setattr(_ffi, "platforms", lambda target: ())
     assert_same_bits(jax.jit(lambda a: decompress(a))(stack), compiled)
+
+
+def float64(array):
+    return np.asarray(array, np.float64)
+
+
+@pytest.mark.parametrize("along_columns", [False, True])
+@pytest.mark.parametrize("shape", [(2048, 2048), (4096, 512), (1072, 2040)])
+def test_dot(shape, along_columns):
+    """Right sums, the same bits for a row in every batch, and each time."""
+    weights = random_weights(shape)
+    array = compress(weights, along_columns=along_columns)
+    w = float64(weights).T if along_columns else float64(weights)
+    x = jnp.asarray(random_weights((32, w.shape[0]), 1, scale=1))
+    fused = jax.jit(lambda x: dot(x, array, preferred_element_type=jnp.float32))
+    assert "df11_product" in fused.lower(x).as_text()
+    found = np.asarray(fused(x))
+    allowed = 1e-5 * (np.abs(float64(x)) @ np.abs(w))
+    assert (np.abs(found - float64(x) @ w) <= allowed).all()
+    for rows in (1, 2, 8, 12, 16, 17):
+        for _ in range(10):
+            again = np.asarray(fused(x[:rows]))
+            np.testing.assert_array_equal(again.view(np.uint32), found[:rows].view(np.uint32))
+
+
+def test_dot_in_a_scan_is_captured(tmp_path):
+    stacks = {f"w{i}": random_weights((3, 256, 256), i) for i in range(3)}
+    small = {name: compress(stack, stack_axes=1) for name, stack in stacks.items()}
+    x = jnp.asarray(random_weights((4, 256), 9, scale=1))
+
+    def step(x, params):
+        def block(x, w, _):
+            y, z = dot(x, [w["w0"], w["w1"]])
+            return dot((y + z).astype(jnp.bfloat16), w["w2"]), y
+
+        return scan_blocks(block, x, params, lazy=True)[1]
+
+    out = jax.jit(step, compiler_options=dump_options(tmp_path, min_graph_size=1))(x, small)
+    first = np.asarray(dot(x, compress(stacks["w0"][0])))
+    assert_same_bits(np.asarray(out)[0], first)
+    assert decoder_in_graph(read_thunks(tmp_path)), read_thunks(tmp_path)
+
+
+def test_corrupt_columns_of_a_product_are_nan():
+    array = compress(random_weights((256, 128)))
+    # Where the first column's first chunk ends, and the second's begins.
+    offsets = array.chunk_offsets.at[..., 1].add(1)
+    bad = dataclasses.replace(array, chunk_offsets=offsets)
+    x = jnp.ones((2, 256), jnp.bfloat16)
+    assert not np.isnan(np.asarray(dot(x, array), np.float32)).any()
+    assert np.isnan(np.asarray(dot(x, bad), np.float32)).all()
 
 
 def test_corrupt_chunks_are_poisoned():
