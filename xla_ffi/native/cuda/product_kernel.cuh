@@ -251,8 +251,8 @@ __device__ __forceinline__ void multiply_chunk(Pairs pairs, Patches<Record> patc
         ahead += kSlotSteps;
       }
       decode_half_step(pairs, words[step][1], 1, weights);
-      const int step_k = k + step * kStepRows;
-      if (patches.are_in(step_k)) patches.apply(work.k, lane, weights);
+      const uint32_t number = static_cast<uint32_t>(k - chunk.k()) / kStepRows + step;
+      if (patches.are_in(number)) patches.apply(number, work.k - chunk.k(), lane, weights);
       multiply_add(sums, weights, rows[step]);
     }
   }
@@ -396,12 +396,12 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
     const ProductChunk next = chunks.place_of(next_number);
     if (staged && kind == GlobalPairs::kCoded) {
       multiply_chunk(StagedPairs(in_shared.address, start, table, lane),
-                     Patches(in_shared.from(words - patches), patches, chunk.k()), copies, work,
+                     Patches(in_shared.from(words - patches), patches), copies, work,
                      matrix, x, chunk, next, lane, sums);
     } else {
       multiply_chunk(GlobalPairs(kind, in_global.words, words, start, table, lane),
                      Patches(in_global.from(words - patches),
-                             kind == GlobalPairs::kCoded ? patches : 0, chunk.k()),
+                             kind == GlobalPairs::kCoded ? patches : 0),
                      copies, work, matrix, x, chunk, next, lane, sums);
       if (kind == GlobalPairs::kNone) set_sums(sums, __uint_as_float(0x7fffffff));
     }

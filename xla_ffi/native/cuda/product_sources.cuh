@@ -132,44 +132,33 @@ struct GlobalRecord {
   __device__ GlobalRecord from(uint32_t i) const { return {words + i}; }
 };
 
-// The patches of the chunk that begins at k, in the order of steps.
+// A chunk's patches, in the order of steps. All lanes look at the same one, the next.
 template <typename Record>
 class Patches {
  public:
-  __device__ Patches(const Record& patches, uint32_t count, int k)
-      : patches_(patches), left_(count), chunk_k_(k) {
-    set_next(count ? patches_.word(0) : kNone);
+  __device__ Patches(const Record& patches, uint32_t count) : patches_(patches), left_(count) {
+    next_ = left_ ? patches_.word(0) : kNone;
   }
 
-  // Whether there are any of the step that begins at k.
-  __device__ bool are_in(int k) const { return next_k_ == k; }
+  // Whether there are any of this step of the chunk.
+  __device__ __forceinline__ bool are_in(uint32_t step) const { return next_ >> kStepBits == step; }
 
   // Puts those of this step into the lane's weights, as the product has them, if they are not of k
-  // from k_end on.
-  __device__ __forceinline__ void apply(int k_end, int lane, uint32_t (&weights)[4][4]) {
-    const uint32_t step = (next_k_ - chunk_k_) / kStepRows;
-    uint32_t here;
-    do {
-      const uint32_t patch = static_cast<uint32_t>(lane) < left_ ? patches_.word(lane) : kNone;
-      here = __ballot_sync(kAllLanes, patch >> kStepBits == step);
+  // from `k_left` on, counted from the chunk's first.
+  __device__ __forceinline__ void apply(uint32_t step, int k_left, int lane,
+                                        uint32_t (&weights)[4][4]) {
 #pragma unroll 1
-      for (uint32_t todo = here; todo; todo &= todo - 1) {
-        put(__shfl_sync(kAllLanes, patch, __ffs(todo) - 1), k_end - chunk_k_, lane, weights);
-      }
-      const uint32_t done = __popc(here);
-      patches_ = patches_.from(done);
-      left_ -= done;
-      if (here != kAllLanes) set_next(__shfl_sync(kAllLanes, patch, __ffs(~here) - 1));
-    } while (here == kAllLanes);
+    do {
+      const uint32_t patch = next_;
+      patches_ = patches_.from(1);
+      next_ = --left_ ? patches_.word(0) : kNone;
+      put(patch, k_left, lane, weights);
+    } while (are_in(step));
   }
 
  private:
   // Of a step that there is not.
   static constexpr uint32_t kStepBits = 26, kNone = ~0u;
-
-  __device__ void set_next(uint32_t patch) {
-    next_k_ = chunk_k_ + static_cast<int>(patch >> kStepBits) * kStepRows;
-  }
 
   // The lane 4 g + t has k 4 t .. 4 t + 3 of a step, in its two half-steps, and n 8 g .. 8 g + 7.
   __device__ __forceinline__ static void put(uint32_t patch, int k_left, int lane,
@@ -218,8 +207,7 @@ class Patches {
   }
 
   Record patches_;
-  uint32_t left_;
-  int chunk_k_, next_k_;
+  uint32_t left_, next_;
 };
 
 }  // namespace df11::native
