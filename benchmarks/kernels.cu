@@ -1,14 +1,14 @@
 // How fast the CUDA kernels of the native layout are by themselves, without XLA: the decoder beside
-// a copy, the product beside cuBLAS. Every bit of the decoder is compared, and the product with sums
-// in double precision. docs/figures.md has what it printed.
+// a copy, the product beside cuBLAS. Every bit of the decoder is compared, and the product with
+// sums in double precision. docs/figures.md has what it printed.
 //
 //   nvcc -std=c++17 -arch=native -O3 -I xla_ffi -o kernels benchmarks/kernels.cu \
 //     xla_ffi/native/cuda/decode.cu xla_ffi/native/cuda/product.cu -ldl
 //   ./kernels decode [NAME]
 //   ./kernels product [K N [ROWS [BITS [STEPS]]]]      of what is not named, all; 0 is all
 //
-// Weights are normal(0, 0.02). Launches follow each other in a CUDA graph, each reading another copy
-// of the weights, as many as take 400 MB: no time is that of a cache.
+// Weights are normal(0, 0.02). Launches follow each other in a CUDA graph, each reading another
+// copy of the weights, as many as take 400 MB: no time is that of a cache.
 
 #include <cuda_runtime.h>
 #include <dlfcn.h>
@@ -152,12 +152,11 @@ class Compressed {
   }
   Compressed(const Compressed&) = delete;
   ~Compressed() {
-    for (const void* part : {static_cast<const void*>(slices_.header),
-                             static_cast<const void*>(slices_.codebook),
-                             static_cast<const void*>(slices_.chunk_offsets),
-                             static_cast<const void*>(slices_.exponents),
-                             static_cast<const void*>(slices_.sign_mantissa),
-                             static_cast<const void*>(index_)}) {
+    for (const void* part :
+         {static_cast<const void*>(slices_.header), static_cast<const void*>(slices_.codebook),
+          static_cast<const void*>(slices_.chunk_offsets),
+          static_cast<const void*>(slices_.exponents),
+          static_cast<const void*>(slices_.sign_mantissa), static_cast<const void*>(index_)}) {
       cudaFree(const_cast<void*>(part));
     }
   }
@@ -202,16 +201,21 @@ void time_decoder(const char* only) {
       {"16M", {{4096, 4096}}},
       {"64M", {{8192, 8192}}},
       {"llama-8b",
-       {{4096, 4096}, {4096, 1024}, {4096, 1024}, {4096, 4096}, {4096, 14336}, {4096, 14336},
+       {{4096, 4096},
+        {4096, 1024},
+        {4096, 1024},
+        {4096, 4096},
+        {4096, 14336},
+        {4096, 14336},
         {14336, 4096}}},
       {"218M", {{16384, 13312}}},
   };
   constexpr int64_t kCopied = 16384 * 13312;
   uint16_t *from = allocate<uint16_t>(kCopied), *to = allocate<uint16_t>(kCopied);
-  const double copy_rate = 4.0 * kCopied / time_launches(10, [&](cudaStream_t stream, int) {
-                             CHECK(cudaMemcpyAsync(to, from, 2 * kCopied, cudaMemcpyDeviceToDevice,
-                                                   stream));
-                           });
+  const double copy_rate =
+      4.0 * kCopied / time_launches(10, [&](cudaStream_t stream, int) {
+        CHECK(cudaMemcpyAsync(to, from, 2 * kCopied, cudaMemcpyDeviceToDevice, stream));
+      });
   CHECK(cudaFree(from));
   CHECK(cudaFree(to));
   std::printf("a copy moves %.3f TB/s\n", copy_rate * 1e-12);
@@ -254,9 +258,10 @@ void time_decoder(const char* only) {
       unsigned long long wrong;
       CHECK(cudaMemcpy(&wrong, differences, 8, cudaMemcpyDeviceToHost));
       const double limit = (2 + bits / 8) * weights / copy_rate;
-      std::printf("decode %-9s steps %d: %llu wrong, %6.3f bits, %7.2f us, %.3f TB/s, %.1f %% of a copy\n",
-                  that.name, steps, wrong, bits, seconds * 1e6, 2e-12 * weights / seconds,
-                  100 * limit / seconds);
+      std::printf(
+          "decode %-9s steps %d: %llu wrong, %6.3f bits, %7.2f us, %.3f TB/s, %.1f %% of a copy\n",
+          that.name, steps, wrong, bits, seconds * 1e6, 2e-12 * weights / seconds,
+          100 * limit / seconds);
       std::fflush(stdout);
       for (uint16_t* memory : originals) CHECK(cudaFree(memory));
       for (uint16_t* memory : outs) CHECK(cudaFree(memory));
@@ -291,9 +296,9 @@ class Cublas {
     const float one = 1, zero = 0;
     constexpr int kFloat32 = 68, kDefault = -1;
     set_stream_(handle_, stream);
-    const int status = gemm_(handle_, transposed, 0, n, rows, k, &one, w, CUDA_R_16BF,
-                             transposed ? k : n, x, CUDA_R_16BF, k, &zero, y, CUDA_R_16BF, n,
-                             kFloat32, kDefault);
+    const int status =
+        gemm_(handle_, transposed, 0, n, rows, k, &one, w, CUDA_R_16BF, transposed ? k : n, x,
+              CUDA_R_16BF, k, &zero, y, CUDA_R_16BF, n, kFloat32, kDefault);
     if (status != 0) std::exit(1);
   }
 
@@ -399,7 +404,8 @@ void time_product(const Choice& choice) {
           if (choice.rows && rows != choice.rows) continue;
           if (!choice.rows && rows != 1 && (rows != 8 || code_bits == 12) && steps != 8) continue;
           std::vector<uint16_t> ordered(rows * k);
-          for (int64_t i = 0; i < rows * k; ++i) ordered[place_in_x(rows, i / k, i % k)] = host_x[i];
+          for (int64_t i = 0; i < rows * k; ++i)
+            ordered[place_in_x(rows, i / k, i % k)] = host_x[i];
           uint16_t* const ordered_x = repeat(ordered, 1);
           const auto product_of = [&](int i) {
             Product product;
@@ -410,8 +416,7 @@ void time_product(const Choice& choice) {
             product.counters = counters;
             return product;
           };
-          uint32_t* const workspace =
-              allocate<uint32_t>(product_workspace_words(product_of(0)));
+          uint32_t* const workspace = allocate<uint32_t>(product_workspace_words(product_of(0)));
           const auto launch = [&](cudaStream_t stream, int i) {
             Product product = product_of(i);
             product.workspace = workspace;
@@ -420,8 +425,7 @@ void time_product(const Choice& choice) {
               return;
             }
             ProductWork work;
-            const int warps =
-                choice.warps ? choice.warps : most_product_warps(product_tiles(rows));
+            const int warps = choice.warps ? choice.warps : most_product_warps(product_tiles(rows));
             if (!plan_product(product, blocks, warps, shared_bytes, work)) std::exit(1);
             if (choice.table_log2_bytes || choice.records) {
               ProductMemory& memory = work.memory;

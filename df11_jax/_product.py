@@ -26,7 +26,7 @@ MOST_FUSED_ROWS = 32
 _MATRICES_PER_CALL = 4
 # An item of the kernel's work is so many chunks that there are about as many items: see
 # xla_ffi/native/cuda/product.h.
-_ITEMS = 24 * 132
+_ITEMS = 28 * 132
 
 Matrix = DF11Array | DF11Slice
 

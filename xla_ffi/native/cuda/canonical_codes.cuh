@@ -145,7 +145,7 @@ __device__ __forceinline__ void fill_table(const CanonicalCodes& codes, uint32_t
         entry = codes.sorted[++at];
         end += kTableSize >> (entry & 31);
       }
-      store(column + (__brev(i) >> (32 - kRunBits)) * columns, entry);
+      store(column + (kRunBits ? __brev(i) >> (32 - kRunBits) : 0) * columns, entry);
     }
   }
 }

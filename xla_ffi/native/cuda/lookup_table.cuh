@@ -27,24 +27,39 @@ struct LookupTable {
   DF11_HD uint32_t of_lane(int lane) const { return address + 4 * (lane % copies()); }
 };
 
-// Fills the table when the codes are sorted. All threads of the block take part; a barrier has to
-// follow.
-__device__ inline void fill_lookup_table(const CanonicalCodes& codes, const LookupTable& table) {
-  const uint32_t copies = table.copies();
-  const auto place = [&](uint32_t index) { return table.address + 4 * copies * index; };
-  if (copies == 4) {
-    fill_table<3>(codes, table.code_bits, [&](uint32_t index, uint32_t entry) {
-      store_shared(place(index), uint4{entry, entry, entry, entry});
-    });
+// A table entry's copies.
+__device__ __forceinline__ void store_copies(const LookupTable& table, uint32_t copies,
+                                             uint32_t index, uint32_t entry) {
+  const uint32_t at = table.address + 4 * copies * index;
+  if (copies < 4) {
+    store_shared(at, entry);
+    if (copies == 2) store_shared(at + 4, entry);
     return;
   }
   // Beginning elsewhere in each lane, so that fewer banks are asked twice.
-  fill_table<3>(codes, table.code_bits, [&](uint32_t index, uint32_t entry) {
 #pragma unroll 1
-    for (uint32_t i = 0; i < copies; ++i) {
-      store_shared(place(index) + 4 * ((i + threadIdx.x) % copies), entry);
-    }
-  });
+  for (uint32_t i = 0; i < copies / 4; ++i) {
+    store_shared(at + 16 * ((i + threadIdx.x) % (copies / 4)), uint4{entry, entry, entry, entry});
+  }
+}
+
+// Fills the table when the codes are sorted. All threads of the block take part; a barrier has to
+// follow. As many threads are busy, and store as much, whatever the longest code is.
+__device__ inline void fill_lookup_table(const CanonicalCodes& codes, const LookupTable& table) {
+  const uint32_t copies = table.copies();
+  const auto store = [&](uint32_t index, uint32_t entry) {
+    store_copies(table, copies, index, entry);
+  };
+  switch (table.code_bits) {
+    case 9:
+      return fill_table<0>(codes, 9, store);
+    case 10:
+      return fill_table<1>(codes, 10, store);
+    case 11:
+      return fill_table<2>(codes, 11, store);
+    default:
+      return fill_table<3>(codes, 12, store);
+  }
 }
 
 }  // namespace df11::native

@@ -49,8 +49,8 @@ struct ProductItems {
   int64_t count;   // of all columns
 };
 
-// An item a warp, on the GPUs that have most of them: 24 on each of 132 multiprocessors.
-inline constexpr int64_t kProductItems = 24 * 132;
+// An item a warp, on the GPUs that have most of them: 28 on each of 132 multiprocessors.
+inline constexpr int64_t kProductItems = 28 * 132;
 
 inline ProductItems cut_into_items(const View& view) {
   const int64_t chunks = (view.chunks() + kProductItems - 1) / kProductItems;
@@ -72,7 +72,7 @@ inline int64_t product_counters(const Product& product) {
 
 // Words of the workspace: 64 sums of each item and row of x.
 //   64 * rows * sum of (tiles_n * ceil(tiles_k / c)), c = min(tiles_k, ceil(tiles_k * tiles_n /
-//   3168))
+//   3696))
 inline int64_t product_workspace_words(const Product& product) {
   int64_t items = 0;
   for (int i = 0; i < product.count; ++i) {

@@ -343,8 +343,8 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
   ChunkList chunks(copies.list(), begin + warp, end, memory.warps);
   if (threadIdx.x < 2) {
     // For the end, where everything waits for this.
-    const int column = divide_by_reciprocal(threadIdx.x == 0 ? begin : end - 1,
-                                            matrix.column_items_reciprocal);
+    const int column =
+        divide_by_reciprocal(threadIdx.x == 0 ? begin : end - 1, matrix.column_items_reciprocal);
     scratch.columns.number[threadIdx.x] = column;
     prefetch_global(matrix.arrived + column);
   }
@@ -396,13 +396,13 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
     const ProductChunk next = chunks.place_of(next_number);
     if (staged && kind == GlobalPairs::kCoded) {
       multiply_chunk(StagedPairs(in_shared.address, start, table, lane),
-                     Patches(in_shared.from(words - patches), patches), copies, work,
-                     matrix, x, chunk, next, lane, sums);
+                     Patches(in_shared.from(words - patches), patches), copies, work, matrix, x,
+                     chunk, next, lane, sums);
     } else {
-      multiply_chunk(GlobalPairs(kind, in_global.words, words, start, table, lane),
-                     Patches(in_global.from(words - patches),
-                             kind == GlobalPairs::kCoded ? patches : 0),
-                     copies, work, matrix, x, chunk, next, lane, sums);
+      multiply_chunk(
+          GlobalPairs(kind, in_global.words, words, start, table, lane),
+          Patches(in_global.from(words - patches), kind == GlobalPairs::kCoded ? patches : 0),
+          copies, work, matrix, x, chunk, next, lane, sums);
       if (kind == GlobalPairs::kNone) set_sums(sums, __uint_as_float(0x7fffffff));
     }
     __syncwarp();  // No lane needs the record any more.

@@ -21,8 +21,9 @@ inline uint32_t reciprocal(int64_t divisor) {
   return divisor == 1 ? 0 : static_cast<uint32_t>(((int64_t{1} << 32) + divisor - 1) / divisor);
 }
 DF11_HD int divide_by_reciprocal(int dividend, uint32_t reciprocal) {
-  return reciprocal == 0 ? dividend
-                         : static_cast<int>(uint64_t{static_cast<uint32_t>(dividend)} * reciprocal >> 32);
+  return reciprocal == 0
+             ? dividend
+             : static_cast<int>(uint64_t{static_cast<uint32_t>(dividend)} * reciprocal >> 32);
 }
 
 struct MatrixWork {
@@ -74,7 +75,7 @@ struct ProductWork {
   const int32_t* index;
   int rows, k, count;
   uint32_t rows_reciprocal;
-  uint32_t zero;             // is 0, which the compiler does not know
+  uint32_t zero;  // is 0, which the compiler does not know
   bool float_out;
   ProductMemory memory;
   MatrixWork matrices[kMatricesPerProduct];
@@ -83,9 +84,9 @@ static_assert(sizeof(ProductWork) <= 4096);
 
 // Rows of x are taken in tiles of 8: 1, 2 or 4 of them.
 inline int product_tiles(int rows) { return rows <= 8 ? 1 : rows <= 16 ? 2 : 4; }
-// Warps of a block, which leave a thread 80, 128 and 168 registers.
+// Warps of a block, which leave a thread 72, 128 and 168 registers.
 DF11_HD constexpr int most_product_warps(int tiles) {
-  return tiles == 1 ? 24 : tiles == 2 ? 16 : 12;
+  return tiles == 1 ? 28 : tiles == 2 ? 16 : 12;
 }
 
 // Dynamic shared memory begins at this address or before.
