@@ -259,7 +259,7 @@ def count_published(arch: str) -> list[tuple[str, int, float, collections.Counte
 def product_loops(arch: str) -> dict[int, list[str]]:
     """The product's inner loops of two steps, by the rows of x that they are for.
 
-    Without what is not done for each step: patches, and k that x has not.
+    Without patches: they are branched over, and put into weights by a permutation that is computed.
     """
     with tempfile.TemporaryDirectory() as folder:
         kernels = disassemble(PRODUCT_SOURCE, arch, pathlib.Path(folder))
@@ -268,7 +268,7 @@ def product_loops(arch: str) -> dict[int, list[str]]:
         tiles = int(re.search(r"ILi(\d)E", name)[1])
         paths = [
             path
-            for path in Kernel(lines).usual_paths((r"LDG.*\.U16", "SHFL"))
+            for path in Kernel(lines).usual_paths((r"PRMT R\d+, R\S+, R\d\S*, R\d",))
             # 36 look-ups and loads for two steps; records in shared memory have refills there, too.
             if sum(opcode(i) == "HMMA" for i in path) == 8 * tiles
             and sum(opcode(i) == "LDS" for i in path) > 36

@@ -6,8 +6,8 @@ import count_sass
 import pytest
 from compiling import needs_nvcc, needs_nvdisasm, ptxas_report
 
-# Registers of a thread, of 65,536, where a block has 24, 16 and 12 warps.
-MOST_REGISTERS = {"1": 80, "2": 128, "4": 168}
+# Registers of a thread, of 65,536, where a block has 28, 16 and 12 warps.
+MOST_REGISTERS = {"1": 72, "2": 128, "4": 168}
 
 
 @needs_nvcc
@@ -25,16 +25,42 @@ def test_resources(tmp_path):
     for tiles, arch, frame, registers in reports:
         print(f"sm_{arch}, {tiles} tiles: {registers} registers, {frame} bytes on the stack")
         assert int(registers) <= MOST_REGISTERS[tiles]
-        assert int(frame) <= (64 if tiles == "1" else 0)
+        assert int(frame) <= (32 if tiles == "1" else 0)
 
 
 @needs_nvcc
 @needs_nvdisasm
 @pytest.mark.parametrize("arch", count_sass.PRODUCT_ARCHITECTURES)
 def test_inner_loop(arch):
-    """Nothing is spilled in it, and its instructions are within their budget."""
+    """Its instructions are within their budget; what it copies waits for what it overwrites."""
     for rows, loop in count_sass.product_loops(arch).items():
         per_step = len(loop) / 2
         print(f"sm_{arch}, {rows} rows of x: {per_step} instructions a step of 1,024 weights")
-        assert not {count_sass.opcode(i) for i in loop} & {"LDL", "STL"}
-        assert per_step <= {8: 220, 16: 230, 32: 260}[rows]
+        assert per_step <= {8: 175, 16: 180, 32: 205}[rows]
+        # 72 registers are enough on sm_90, where it was measured.
+        spilled = sum(count_sass.opcode(i) in ("LDL", "STL") for i in loop)
+        assert spilled <= (5 if rows == 8 and arch != "90" else 0)
+        (copy,) = (at for at, i in enumerate(loop) if count_sass.opcode(i) == "UBLKCP")
+        slot = {at for at, i in enumerate(loop) if i.startswith("LDS.128")}
+        assert len(slot) == 4
+        assert slot <= computed_from(loop, copy), "after_loads has no effect"
+
+
+def computed_from(path, at):
+    """The instructions before this one on a path that its operands depend on."""
+    needed, found = registers(path[at], 2), set()
+    for i in reversed(range(at)):
+        target, _, sources = path[i].partition(",")
+        if "[" in target:
+            continue  # a store
+        written = registers(target, 4 if ".128" in target else 2 if "WIDE" in target else 1)
+        if written & needed:
+            needed = (needed - written) | registers(sources, 2)
+            found.add(i)
+    return found
+
+
+def registers(text, count):
+    """Those that are named, and those that an operand of `count` registers takes, too."""
+    named = re.findall(r"\b(U?R)(\d+)\b", text)
+    return {f"{kind}{int(number) + i}" for kind, number in named for i in range(count)}

@@ -112,8 +112,8 @@ __device__ __forceinline__ void wait_for_phase(uint32_t barrier, uint32_t parity
 __device__ __forceinline__ void copy_to_shared(uint32_t to, const void* from, uint32_t bytes,
                                                uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(to),
+      "cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          to),
       "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
       : "memory");
 }

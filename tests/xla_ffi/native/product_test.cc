@@ -261,6 +261,59 @@ void devices() {
   expect(multiply(call) == expected, "bits depend on the device");
 }
 
+// More chunks than items, and more of a warp's than its list holds at a time.
+void items() {
+  const int64_t n = kTileCols * (kProductItems / 34 + 1);
+  const CompressedMatrix matrix(layout_of({34 * 32, n}, false, 2, 10), rare_weight);
+  expect(cut_into_items(matrix.view).chunks == 2, "items of two chunks");
+  Call call{{&matrix}, random_x(2, matrix.view.k), 2};
+  const Results expected = multiply(call);
+  compare(call, expected, name_of(matrix));
+  if (kIsSlow) return;
+  call.shares = {1, 3, 64 * 1024};
+  expect(multiply(call) == expected, "bits depend on who has which items");
+}
+
+// Batches of 9 rows and more, for which a block has fewer warps than a matrix has items for it:
+// what they have in shared memory is used again and again. Only a GPU is fast enough to be too fast
+// for a copy that does not wait until it may overwrite what is there, and not each time.
+void batches() {
+#ifdef __CUDACC__
+  const int repetitions = 20;
+  const CompressedMatrix matrices[] = {{layout_of({2048, 2048}, false, 8, 11), rare_weight},
+                                       {layout_of({4096, 6144}, false, 8, 12), normal_weight},
+                                       {layout_of({2048, 3080}, false, 2, 10), rare_weight}};
+#else
+  const int repetitions = 1;
+  const CompressedMatrix matrices[] = {{layout_of({330, 576}, false, 2, 10), rare_weight}};
+#endif
+  if (kIsSlow) return;  // 512 threads
+  for (const CompressedMatrix& matrix : matrices) {
+    const int most_rows = 20;
+    Call call{{&matrix}, random_x(most_rows, matrix.view.k), most_rows};
+    call.shares.blocks = 0;
+    const auto with_rows = [&](int first, int rows) {
+      Call part = call;
+      part.rows = rows;
+      part.x.assign(call.x.begin() + first * matrix.view.k,
+                    call.x.begin() + (first + rows) * matrix.view.k);
+      return multiply(part)[0];
+    };
+    std::vector<uint32_t> expected;
+    for (int row = 0; row < most_rows; ++row) {
+      for (const uint32_t bits : with_rows(row, 1)) expected.push_back(bits);
+    }
+    for (int repetition = 0; repetition < repetitions; ++repetition) {
+      for (const int rows : {12, 16, 20}) {
+        const std::vector<uint32_t> found = with_rows(0, rows);
+        expect(std::equal(found.begin(), found.end(), expected.begin()),
+               name_of(matrix) + ": other bits of " + std::to_string(rows) + " rows at once");
+        checked += static_cast<int64_t>(found.size());
+      }
+    }
+  }
+}
+
 void absent() {
   CompressedMatrix matrix(layout_of({256, 128}, false, 8, 12), normal_weight);
   // Nothing is read: there is nothing to be read.
@@ -316,6 +369,8 @@ int run() {
   section("shapes", "results", shapes);
   section("partners", "results", partners);
   section("devices", "results", devices);
+  section("items", "results", items);
+  section("batches", "results", batches);
   section("absent", "results", absent);
   section("damage", "results", damage);
   std::printf("%d failures\n", failures);

@@ -91,6 +91,7 @@ class ChunkList {
     const int begin = (item - column * matrix.column_items) * item_chunks, row = begin + in_item;
     const bool is_there = item < end_item_ && row < matrix.tiles_k;
     uint2 offsets{0, 0};
+    __syncwarp();  // All lanes have read what was in the list.
     if (is_there) {
       const uint32_t* from = slice.chunk_offsets() + (row * matrix.tiles_n + column);
       offsets = uint2{__ldg(from), __ldg(from + 1)};
