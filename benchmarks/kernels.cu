@@ -27,7 +27,6 @@
 
 #include "native/cuda/decode.h"
 #include "native/cuda/product.h"
-#include "native/cuda/product_work.h"
 #include "native/encode.h"
 
 namespace df11::native {
@@ -350,18 +349,13 @@ double largest_error(const uint16_t* device_y, const std::vector<double>& expect
   return worst;
 }
 
-struct Choice {  // 0 is all, or what the library chooses
+struct Choice {  // 0 is all
   int64_t k = 0, n = 0;
-  int rows = 0, code_bits = 0, steps = 0, warps = 0;
-  uint32_t table_log2_bytes = 0, records = 0;
+  int rows = 0, code_bits = 0, steps = 0;
 };
 
 void time_product(const Choice& choice) {
   const Cublas cublas;
-  int device = 0, blocks = 0, shared_bytes = 0;
-  CHECK(cudaGetDevice(&device));
-  CHECK(cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device));
-  CHECK(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   for (const Shape& shape : {Shape{4096, 4096}, {4096, 6144}, {4096, 28672}, {14336, 4096}}) {
     const int64_t k = shape.k, n = shape.n;
     if (choice.k && (k != choice.k || n != choice.n)) continue;
@@ -378,8 +372,6 @@ void time_product(const Choice& choice) {
     CHECK(cudaMemcpy(expected.data(), reference, 8 * kRows * n, cudaMemcpyDeviceToHost));
     CHECK(cudaMemcpy(mass.data(), masses, 8 * kRows * n, cudaMemcpyDeviceToHost));
     double best[kRows + 1] = {};
-    uint32_t* const counters = allocate<uint32_t>(n);
-    CHECK(cudaMemset(counters, 0, 4 * n));
     const std::vector<int> all_rows = {1, 2, 4, 8, 16, 32};
     for (const int rows : all_rows) {
       if (!cublas || (choice.rows && rows != choice.rows)) continue;
@@ -402,7 +394,7 @@ void time_product(const Choice& choice) {
         const Compressed matrix(weights, k, n, steps, code_bits, copies);
         for (const int rows : all_rows) {
           if (choice.rows && rows != choice.rows) continue;
-          if (!choice.rows && rows != 1 && (rows != 8 || code_bits == 12) && steps != 8) continue;
+          if (!choice.rows && rows != 1 && (code_bits != 12 || steps != 8)) continue;
           std::vector<uint16_t> ordered(rows * k);
           for (int64_t i = 0; i < rows * k; ++i)
             ordered[place_in_x(rows, i / k, i % k)] = host_x[i];
@@ -413,31 +405,13 @@ void time_product(const Choice& choice) {
             product.rows = rows;
             product.count = 1;
             product.matrices[0] = {matrix.slice(i), code_bits, y};
-            product.counters = counters;
             return product;
           };
           uint32_t* const workspace = allocate<uint32_t>(product_workspace_words(product_of(0)));
           const auto launch = [&](cudaStream_t stream, int i) {
             Product product = product_of(i);
             product.workspace = workspace;
-            if (!choice.warps && !choice.table_log2_bytes && !choice.records) {
-              CHECK(launch_product(stream, product));
-              return;
-            }
-            ProductWork work;
-            const int warps = choice.warps ? choice.warps : most_product_warps(product_tiles(rows));
-            if (!plan_product(product, blocks, warps, shared_bytes, work)) std::exit(1);
-            if (choice.table_log2_bytes || choice.records) {
-              ProductMemory& memory = work.memory;
-              if (choice.table_log2_bytes) memory.table_log2_bytes = choice.table_log2_bytes;
-              if (choice.records) memory.records = choice.records;
-              memory.warp_bytes =
-                  kSlotBytes + kBarrierBytes + kListBytes + memory.records * memory.record_bytes;
-              for (memory.warps = warps; memory.end(kMostSharedBase) > (uint32_t)shared_bytes;) {
-                --memory.warps;
-              }
-            }
-            CHECK(launch_product_work(stream, work));
+            CHECK(launch_product(stream, product));
           };
           CHECK(cudaMemset(y, 0xff, 2 * kRows * n));
           const double seconds = time_launches(2 * copies, launch);
@@ -455,8 +429,7 @@ void time_product(const Choice& choice) {
       }
     }
     for (void* memory : {static_cast<void*>(plain), static_cast<void*>(x), static_cast<void*>(y),
-                         static_cast<void*>(reference), static_cast<void*>(masses),
-                         static_cast<void*>(counters)}) {
+                         static_cast<void*>(reference), static_cast<void*>(masses)}) {
       CHECK(cudaFree(memory));
     }
   }
@@ -468,8 +441,7 @@ int run(int argc, char** argv) {
   if (which == "decode") {
     time_decoder(argc > 2 ? argv[2] : "");
   } else if (which == "product") {
-    time_product({number(2), number(3), number(4), number(5), number(6), number(7),
-                  static_cast<uint32_t>(number(8)), static_cast<uint32_t>(number(9))});
+    time_product({number(2), number(3), number(4), number(5), number(6)});
   } else {
     std::fprintf(stderr, "usage: kernels decode [NAME] | product [K N [ROWS [BITS [STEPS]]]]\n");
     return 2;
