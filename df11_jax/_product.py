@@ -211,7 +211,7 @@ def _fused(call: _Call, x: Array, index: Array, *payloads: Array) -> list[Array]
 
 
 def _in_kernel_order(x: Array) -> Array:
-    """The rows as the kernel reads them, `[ceil(k / 32), rows, 32]`: see xla_ffi/native/cuda/product.h."""
+    """The rows as the kernel reads them, `[ceil(k / 32), rows, 32]`: see product.h."""
     rows, k = x.shape
     x = jnp.pad(x, ((0, 0), (0, -k % 32)))
     return x.reshape(rows, -1, 2, 4, 4).transpose(1, 0, 3, 2, 4).reshape(-1, rows, 32)

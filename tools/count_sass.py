@@ -17,6 +17,9 @@ The decoder for pairs of chunks, xla_ffi/native/cuda/decode_bulk.cuh, from sm_90
 stores boxes by tensor maps. A lane decodes 64 weights in it. All of it counts, waits and copies
 included, but not what is branched over unless a step has patches (it holds a vote).
 
+The product, xla_ffi/native/cuda/product_kernel.cuh: the loop that multiplies on tensor cores, two
+steps an iteration, of which a lane decodes 64 weights. All of it counts but patches.
+
 The published layout: three loops of xla_ffi/published/cuda/decode_kernel.cuh. One counts codes, one
 decodes them, one joins them with signs and mantissas. The first two make two look-ups in shared
 memory and load the next word of the stream; if a code is too long for the table they branch to
@@ -178,6 +181,35 @@ def stores(loop: list[str]) -> int:
     return sum(i.startswith("STG") and ".128" in i for i in loop)
 
 
+def copies_wait(loop: list[str]) -> bool:
+    """Whether bulk copies depend on what is loaded from where they go: see after_loads."""
+    loads = {at for at, i in enumerate(loop) if i.startswith("LDS.128")}
+    copies = [at for at, i in enumerate(loop) if opcode(i) == "UBLKCP"]
+    return (
+        len(loads) == 4 and bool(copies) and all(loads <= computed_from(loop, at) for at in copies)
+    )
+
+
+def computed_from(path: list[str], at: int) -> set[int]:
+    """The instructions before this one on a path that its operands depend on."""
+    needed, found = registers(path[at], 2), set()
+    for i in reversed(range(at)):
+        target, _, sources = path[i].partition(",")
+        if "[" in target:
+            continue  # a store
+        written = registers(target, 4 if ".128" in target else 2 if "WIDE" in target else 1)
+        if written & needed:
+            needed = (needed - written) | registers(sources, 2)
+            found.add(i)
+    return found
+
+
+def registers(text: str, count: int) -> set[str]:
+    """Those that are named, and those after them that operands of `count` registers take, too."""
+    named = re.findall(r"\b(U?R)(\d+)\b", text)
+    return {f"{kind}{int(number) + i}" for kind, number in named for i in range(count)}
+
+
 def units(loop: list[str]) -> collections.Counter:
     """How many instructions keep each unit busy."""
     unit_of = {code: unit for unit, codes in UNITS.items() for code in codes.split()}
@@ -203,11 +235,16 @@ def count(arch: str) -> tuple[int, int, collections.Counter]:
     return len(loop), weights, units(loop)
 
 
-def count_bulk(arch: str) -> tuple[int, int, collections.Counter]:
-    """As `count`, of the decoder for pairs of chunks."""
+def bulk_loop(arch: str) -> list[str]:
+    """The inner loop of the decoder for pairs of chunks."""
     with tempfile.TemporaryDirectory() as folder:
         (lines,) = disassemble(BULK_SOURCE, arch, pathlib.Path(folder)).values()
-    loop = Kernel(lines).loop_of_boxes()
+    return Kernel(lines).loop_of_boxes()
+
+
+def count_bulk(arch: str) -> tuple[int, int, collections.Counter]:
+    """As `count`, of the decoder for pairs of chunks."""
+    loop = bulk_loop(arch)
     return len(loop), BULK_WEIGHTS, units(loop)
 
 

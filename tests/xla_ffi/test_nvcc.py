@@ -56,6 +56,14 @@ def test_instructions_per_weight_of_pairs(arch):
 
 @needs_nvcc
 @needs_nvdisasm
+@pytest.mark.parametrize("arch", count_sass.BULK_ARCHITECTURES)
+def test_copies_of_pairs_wait(arch):
+    """For what they overwrite."""
+    assert count_sass.copies_wait(count_sass.bulk_loop(arch)), "after_loads has no effect"
+
+
+@needs_nvcc
+@needs_nvdisasm
 @pytest.mark.parametrize("arch", count_sass.ARCHITECTURES)
 def test_instructions_per_weight(arch):
     instructions, weights, _ = count_sass.count(arch)

@@ -40,27 +40,4 @@ def test_inner_loop(arch):
         # 72 registers are enough on sm_90, where it was measured.
         spilled = sum(count_sass.opcode(i) in ("LDL", "STL") for i in loop)
         assert spilled <= (5 if rows == 8 and arch != "90" else 0)
-        (copy,) = (at for at, i in enumerate(loop) if count_sass.opcode(i) == "UBLKCP")
-        slot = {at for at, i in enumerate(loop) if i.startswith("LDS.128")}
-        assert len(slot) == 4
-        assert slot <= computed_from(loop, copy), "after_loads has no effect"
-
-
-def computed_from(path, at):
-    """The instructions before this one on a path that its operands depend on."""
-    needed, found = registers(path[at], 2), set()
-    for i in reversed(range(at)):
-        target, _, sources = path[i].partition(",")
-        if "[" in target:
-            continue  # a store
-        written = registers(target, 4 if ".128" in target else 2 if "WIDE" in target else 1)
-        if written & needed:
-            needed = (needed - written) | registers(sources, 2)
-            found.add(i)
-    return found
-
-
-def registers(text, count):
-    """Those that are named, and those that an operand of `count` registers takes, too."""
-    named = re.findall(r"\b(U?R)(\d+)\b", text)
-    return {f"{kind}{int(number) + i}" for kind, number in named for i in range(count)}
+        assert count_sass.copies_wait(loop), "after_loads has no effect"

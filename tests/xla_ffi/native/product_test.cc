@@ -263,13 +263,13 @@ void devices() {
 
 // More chunks than items, and more of a warp's than its list holds at a time.
 void items() {
+  if (kIsSlow) return;
   const int64_t n = kTileCols * (kProductItems / 34 + 1);
   const CompressedMatrix matrix(layout_of({34 * 32, n}, false, 2, 10), rare_weight);
   expect(cut_into_items(matrix.view).chunks == 2, "items of two chunks");
   Call call{{&matrix}, random_x(2, matrix.view.k), 2};
   const Results expected = multiply(call);
   compare(call, expected, name_of(matrix));
-  if (kIsSlow) return;
   call.shares = {1, 3, 64 * 1024};
   expect(multiply(call) == expected, "bits depend on who has which items");
 }
@@ -290,22 +290,19 @@ void batches() {
   if (kIsSlow) return;  // 512 threads
   for (const CompressedMatrix& matrix : matrices) {
     const int most_rows = 20;
-    Call call{{&matrix}, random_x(most_rows, matrix.view.k), most_rows};
-    call.shares.blocks = 0;
-    const auto with_rows = [&](int first, int rows) {
-      Call part = call;
-      part.rows = rows;
-      part.x.assign(call.x.begin() + first * matrix.view.k,
-                    call.x.begin() + (first + rows) * matrix.view.k);
-      return multiply(part)[0];
+    const std::vector<uint16_t> x = random_x(most_rows, matrix.view.k);
+    const auto with_rows = [&](int first, int rows, const Shares& shares) {
+      const auto begin = x.begin() + first * matrix.view.k;
+      const std::vector<uint16_t> part(begin, begin + rows * matrix.view.k);
+      return multiply({{&matrix}, part, rows, 0, true, shares})[0];
     };
     std::vector<uint32_t> expected;
     for (int row = 0; row < most_rows; ++row) {
-      for (const uint32_t bits : with_rows(row, 1)) expected.push_back(bits);
+      for (const uint32_t bits : with_rows(row, 1, {})) expected.push_back(bits);
     }
     for (int repetition = 0; repetition < repetitions; ++repetition) {
       for (const int rows : {12, 16, 20}) {
-        const std::vector<uint32_t> found = with_rows(0, rows);
+        const std::vector<uint32_t> found = with_rows(0, rows, {0});
         expect(std::equal(found.begin(), found.end(), expected.begin()),
                name_of(matrix) + ": other bits of " + std::to_string(rows) + " rows at once");
         checked += static_cast<int64_t>(found.size());
