@@ -188,7 +188,7 @@ class Programs(NamedTuple):
     @property
     def fused(self) -> bool:
         """Whether the token loop multiplies blocks without decompressing them first."""
-        return f'"{_ffi.PRODUCT_TARGET}"' in self.decode.as_text()
+        return f'"{_ffi.PRODUCT_TARGET}"' in (self.decode.as_text() or "")
 
 
 def compile_programs(
