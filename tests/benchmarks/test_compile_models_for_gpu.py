@@ -58,7 +58,7 @@ def test_fused_token_loop_has_no_block_that_is_decompressed(ways):
         assert program["calls"] == calls
         assert program["decode"] < program["block"]
     assert not any(program["fused"] for program in ways["exact"] + ways["plain"])
-    assert all(program["dense"] for program in ways["exact"])
+    assert all(program["dense"] for program in ways["exact"] if program["devices"] == 1)
 
 
 def test_decoder_is_called_for_embedding_and_block_and_head(pairs):
