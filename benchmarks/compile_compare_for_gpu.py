@@ -9,6 +9,7 @@ the token loop. With `--memory` of a device, further lines: the longest context 
 XLA allocates of it.
 """
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -80,7 +81,7 @@ def describe_copies(decode) -> dict:
 @click.option("--memory", type=parse_bytes)
 def main(file, batches, prompt, tokens, memory) -> None:
     fields = LLAMA_3_1_8B if file is None else json.loads(file.read_text())
-    config = models.read_config(fields)
+    config = dataclasses.replace(models.read_config(fields), exact=True)  # like `df11-jax compare`
     compile_one = Compiler()
     placements = make_placements(
         *(shapes.param_shapes(config, compress=compress) for compress in (True, False))

@@ -3,11 +3,13 @@
     pip install "jax[cuda13]" ".[models]"
     python benchmarks/compile_models_for_gpu.py
 
-Only shapes go in. Prints one line of JSON for each model, batch and prompt, with compressed and
-with plain weights: bytes on the device, and the shapes of all matrix products in the token loop,
+Only shapes go in. Prints one line of JSON for each model, batch and prompt, with compressed weights
+whose products are exact, with plain ones, and on a single device with compressed ones whose
+products are fused: bytes on the device, and the shapes of all matrix products in the token loop,
 which tell whether XLA computes the same from compressed as from plain weights.
 """
 
+import dataclasses
 import json
 import re
 
@@ -17,6 +19,7 @@ import shapes
 from known_configs import KNOWN
 
 from df11_jax import models
+from df11_jax.models._transformer import block_shapes
 
 TOKENS = 1000
 # Model, batch, tokens of the prompts, and devices. Of Qwen3-14B, five query heads share one for
@@ -43,6 +46,9 @@ def describe(
     targets = re.findall(r'custom_call_target="(\w+)"', text)
     # Large arrays in the text of asynchronous operations are those that arrive.
     moved = re.findall(r"= .*?(\w+\[[\d,]*\])\S*\)? (?:all|collective|reduce)-[a-z-]+\(", text)
+    # Kernels of a block, which are not compressed in the token loop.
+    kernels = {leaf.shape for leaf in jax.tree.leaves(block_shapes(config)) if len(leaf.shape) > 1}
+    dense = [f"bf16[{rows},{cols}]" for rows, cols in kernels]
     return {
         **models.measure_memory(params, programs)._asdict(),
         "estimate": models.estimate_memory(
@@ -53,6 +59,8 @@ def describe(
         "moved": sorted(set(moved)),
         "cache_copies": [shapes.cache_copies(program) for program in programs[:2]],
         "products": sorted(products),
+        "dense": sorted(name for name in dense if name in text),
+        "fused": programs.fused,
         "calls": sorted(targets),
     }
 
@@ -62,14 +70,17 @@ def main() -> None:
         gpus = h100.devices(devices)
         sharding = jax.sharding.SingleDeviceSharding(gpus[0])
         config = models.read_config(KNOWN[name])
-        for compress in (True, False):
+        ways = ("exact", "plain") if devices > 1 else ("exact", "plain", "fused")
+        for way in ways:
+            compress = way != "plain"
+            config = dataclasses.replace(config, exact=way == "exact")
             params = shapes.param_shapes(config, compress=compress, sharding=sharding, devices=gpus)
             program = {
                 "model": name,
                 "batch": batch,
                 "prompt": prompt,
                 "devices": devices,
-                "compressed": compress,
+                "way": way,
             }
             print(json.dumps(program | describe(config, params, batch, prompt, devices)))
 

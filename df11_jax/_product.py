@@ -68,6 +68,21 @@ def dot(
     return _dot_all(x, list(a), preferred_element_type, exact)
 
 
+def can_fuse(stack: DF11Array, rows: int) -> bool:
+    """Whether `dot` may fuse products of so many rows with slices of a stack.
+
+    It may where the program runs on a GPU that can. That is known only when the program is lowered,
+    which may be for other devices than those that are here.
+
+    Args:
+        stack: the stack, or a matrix.
+        rows: the number of rows of x, which are bfloat16.
+    """
+    layout = stack.layout
+    is_matrix = _is_matrix(layout) and not layout.parts
+    return is_matrix and _can_fuse(layout) and bool(_platforms(rows))
+
+
 class _Call(NamedTuple):
     """A call but for its arrays.
 
@@ -140,9 +155,13 @@ def _runs(slices: Sequence[DF11Slice]) -> list[tuple[int, int]]:
     return runs
 
 
+def _is_matrix(layout: Layout) -> bool:
+    return not layout.batch_axes and 0 < layout.row_axes < len(layout.shape)
+
+
 def _matrix_shape(layout: Layout) -> tuple[int, int]:
     """K and N of the matrix that x is multiplied with; of a flat view, too."""
-    if layout.batch_axes or not layout.row_axes or layout.row_axes == len(layout.shape):
+    if not _is_matrix(layout):
         raise ValueError(
             f"dot: slices of shape {layout.shape} with {layout.batch_axes} batch axes and "
             f"{layout.row_axes} row axes are no matrices: see the arguments of compress"
@@ -155,6 +174,11 @@ def _matrix_shape(layout: Layout) -> tuple[int, int]:
 def _can_fuse(layout: Layout) -> bool:
     view = layout.view
     return view.size > 0 and (view.k, view.n) == _matrix_shape(layout)
+
+
+def _platforms(rows: int) -> tuple[str, ...]:
+    """The platforms on which products of so many rows are fused."""
+    return _ffi.product_platforms() if 1 <= rows <= MOST_FUSED_ROWS else ()
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -193,8 +217,7 @@ def _batched(call: _Call) -> Any:
 
 def _choose(call: _Call, x: Array, index: Array, *payloads: Array) -> list[Array]:
     decode_first = functools.partial(_decode_first, call)
-    is_possible = call.is_fused and 1 <= x.shape[0] <= MOST_FUSED_ROWS
-    platforms = _ffi.product_platforms() if is_possible else ()
+    platforms = _platforms(x.shape[0]) if call.is_fused else ()
     compiled = dict.fromkeys(platforms, functools.partial(_fused, call))
     return jax.lax.platform_dependent(x, index, *payloads, **compiled, default=decode_first)
 

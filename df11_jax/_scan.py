@@ -52,7 +52,7 @@ def scan_blocks(
         ValueError: there is nothing to scan over, or a leaf cannot be scanned over or differs in
             length; the message has its path.
     """
-    stack = _Stack(stacked_params, lazy)
+    stack = _Stack(stacked_params, lambda _: lazy)
     length = _common_length(stack, xs)
 
     # The index is carried, not scanned over: XLA makes it one with the loop's own counter, and a
@@ -80,6 +80,7 @@ def scan_range(
     stacked_params: PyTree,
     begin: Int[Array, ""] | int,
     count: int,
+    is_lazy: Callable[[DF11Array], bool] = lambda _: False,
 ) -> tuple[Carry, Int[Array, ""]]:
     """`scan_blocks` for some blocks of a stack, which is not sliced for it.
 
@@ -92,6 +93,8 @@ def scan_range(
             this one returned: XLA might else decompress or copy the first block here ahead of it,
             and hold that block meanwhile.
         count: the number of blocks.
+        is_lazy: tells the leaves that are passed to `block_fn` as a `DF11Slice` each. All others
+            are decompressed by one call.
 
     Returns:
         The last carry, and the index of the block after the last.
@@ -99,7 +102,7 @@ def scan_range(
     Raises:
         ValueError: the weights are no stack of blocks; see `scan_blocks`.
     """
-    stack = _Stack(stacked_params)
+    stack = _Stack(stacked_params, is_lazy)
     _common_length(stack, None)
 
     def body(state: tuple[Any, Carry], _: None) -> tuple[tuple[Any, Carry], None]:
@@ -130,26 +133,27 @@ class _Stack:
         plain: the leaves that are not compressed.
     """
 
-    def __init__(self, stacked_params: PyTree, lazy: bool = False) -> None:
-        self._lazy = lazy
+    def __init__(
+        self, stacked_params: PyTree, is_lazy: Callable[[DF11Array], bool] = lambda _: False
+    ) -> None:
         with_paths, self._treedef = jax.tree.flatten_with_path(stacked_params, is_leaf=is_df11)
         self.names = [path_name(path) for path, _ in with_paths]
         self.leaves = [leaf for _, leaf in with_paths]
         self._compressed = [i for i, leaf in enumerate(self.leaves) if is_df11(leaf)]
         self._plain = [i for i, leaf in enumerate(self.leaves) if not is_df11(leaf)]
+        self._lazy = [i for i in self._compressed if is_lazy(self.leaves[i])]
+        self._eager = [i for i in self._compressed if i not in self._lazy]
         self.plain = [self.leaves[i] for i in self._plain]
 
     def block(self, index: Any, plain: list[Any], after: Any) -> Any:
         """The weights of one block, given those that are not compressed."""
-        stacks = [self.leaves[i] for i in self._compressed]
-        if self._lazy:
+        if self._compressed:
             index = tie(index, after)
-            weights: list[Any] = [DF11Slice(stack, index) for stack in stacks]
-        else:
-            names = [self.names[i] for i in self._compressed]
-            weights = decode_slices(stacks, index, names=names, after=after)
+        stacks = [self.leaves[i] for i in self._eager]
+        names = [self.names[i] for i in self._eager]
         by_leaf = dict(zip(self._plain, plain, strict=True))
-        by_leaf |= dict(zip(self._compressed, weights, strict=True))
+        by_leaf |= zip(self._eager, decode_slices(stacks, index, names=names), strict=True)
+        by_leaf |= {i: DF11Slice(self.leaves[i], index) for i in self._lazy}
         return jax.tree.unflatten(self._treedef, [by_leaf[i] for i in range(len(self.leaves))])
 
     def checkpoint(self, body: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,5 +1,6 @@
 """The measurements of `df11-jax compare`, and their order."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,8 @@ def run_compare(
             f"prompts of {prompt} tokens and {tokens} more take {needed} positions, but the model "
             f"was made for {config.max_length}"
         )
+    # Tokens and logits of all placements are compared, bit by bit.
+    config = dataclasses.replace(config, exact=True)
     _check_host_memory(name, config)
     budget = free_bytes() if memory is None else read_budget(memory).usable
     say(f"{name} ...")

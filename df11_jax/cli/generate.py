@@ -1,5 +1,6 @@
 """The command `df11-jax generate`."""
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,6 +65,11 @@ def _hub_directory(context: click.Context, argument: click.Parameter, path: Path
 )
 @seed_option
 @click.option("--plain", is_flag=True, help="Do not compress the weights.")
+@click.option(
+    "--exact",
+    is_flag=True,
+    help="Decompress before multiplying, for the bits of plain weights on GPUs that can fuse both.",
+)
 @click.option("--cast", is_flag=True, help="Round float32 and float16 weights to bfloat16.")
 @devices_option
 def generate(
@@ -75,6 +81,7 @@ def generate(
     top_p: float | None,
     seed: int,
     plain: bool,
+    exact: bool,
     cast: bool,
     devices: int,
 ) -> None:
@@ -91,6 +98,7 @@ def generate(
 
     with failures():
         config, tokenizer, stop = models.read_directory(model)
+        config = dataclasses.replace(config, exact=exact)
         # Before the weights are read, which takes a while.
         (ids,) = encode(tokenizer, [prompt])
         check_prompts([ids], config, tokens)
@@ -127,6 +135,8 @@ def generate(
         times.append(time.perf_counter())
         click.echo()
         say("\n" + _describe_speed(completion, times))
+        if not plain:
+            say(_describe_products(programs.fused))
         say(_describe_memory(models.measure_memory(params, programs), plain, devices))
 
 
@@ -134,6 +144,12 @@ def _describe_speed(completion: "Completion", times: list[float]) -> str:
     count = len(completion.tokens)
     speed = f", then {(count - 1) / (times[-1] - times[1]):.2f} a second" if count > 1 else ""
     return f"{count} tokens, the first after {times[1] - times[0]:.2f} s{speed}"
+
+
+def _describe_products(fused: bool) -> str:
+    if fused:
+        return "products fused with decompression; --exact gives the bits of plain weights"
+    return "products after decompression, with the bits of plain weights"
 
 
 def _describe_memory(memory: "Memory", plain: bool, devices: int) -> str:

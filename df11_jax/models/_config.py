@@ -62,6 +62,8 @@ class Config:
         logit_softcap: the same for logits.
         tied: the output head is the embedding.
         dtype: the dtype of activations and of the key-value cache; weights are cast to it.
+        exact: products of compressed weights are those of plain ones, bit for bit: a block is
+            decompressed first. Otherwise a GPU may fuse the two; see `df11_jax.dot`.
         axis: the axis of a mesh of devices, if this is the shard that each of them computes in one
             program for all; None otherwise.
     """
@@ -93,4 +95,5 @@ class Config:
     logit_softcap: float | None
     tied: bool
     dtype: Any = jnp.bfloat16
+    exact: bool = False
     axis: str | None = None

@@ -1,7 +1,8 @@
 """The two jitted programs of text generation: one reads the prompts, one runs the token loop.
 
 Both call `_transformer.forward`, so the layer scan, and with compressed weights the decompression
-of each block, is inside the token loop: no decompressed weights outlive their use.
+of each block, is inside the token loop: no decompressed weights outlive their use. Where products
+are fused (see `df11_jax.dot`), the token loop has no decompressed blocks at all.
 """
 
 import functools
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from df11_jax import _ffi
 from df11_jax.models import _cache, _transformer
 from df11_jax.models._cache import Cache
 from df11_jax.models._config import Config
@@ -182,6 +184,11 @@ class Programs(NamedTuple):
     prefill: jax.stages.Compiled
     decode: jax.stages.Compiled
     cache_bytes: int
+
+    @property
+    def fused(self) -> bool:
+        """Whether the token loop multiplies blocks without decompressing them first."""
+        return f'"{_ffi.PRODUCT_TARGET}"' in (self.decode.as_text() or "")
 
 
 def compile_programs(

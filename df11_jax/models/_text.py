@@ -153,6 +153,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     compress: bool = True,
+    exact: bool = False,
     cast: bool = False,
     verify: bool = True,
     progress: bool = False,
@@ -168,6 +169,8 @@ def load(
         path: the path of a directory with `config.json`, `tokenizer.json` and weights, which are
             plain, native, or published as DFloat11.
         compress: False for plain bfloat16 weights.
+        exact: decompress a block before it is computed, which gives the bits of plain weights, on
+            GPUs that could fuse that with the products as well; see `Config`.
         cast: round float32 and float16 tensors to bfloat16, which is not lossless.
         verify: decode each tensor and compare it bit by bit before going on.
         progress: show a progress bar, in bytes.
@@ -186,6 +189,7 @@ def load(
             them.
     """
     config, tokenizer, stop = read_directory(path)
+    config = dataclasses.replace(config, exact=exact)
     params = load_params(
         open_checkpoint(path),
         config,

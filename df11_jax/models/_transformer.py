@@ -15,6 +15,7 @@ Every other leaf may be a plain array or a `DF11Array`; the code below treats bo
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,6 +24,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from df11_jax._array import DF11Array, DF11Slice
+from df11_jax._product import can_fuse, dot
 from df11_jax._scan import scan_range, stack_length
 from df11_jax.models import _attention, _cache, _collectives, _rope
 from df11_jax.models._attention import softcap
@@ -57,20 +60,21 @@ class Attention(nn.Module):
         """Attends from `inputs.positions`; returns the slots with these tokens added."""
         c = self.config
 
-        def project(name: str, heads: int) -> Float[Array, "batch seq heads head_dim"]:
-            flat = _dense(c, heads * c.head_dim, c.qkv_bias, name)(x)
-            return flat.reshape(*x.shape[:2], heads, c.head_dim)
-
-        query = project("q_proj", c.heads)
-        key = project("k_proj", c.kv_heads)
-        value = project("v_proj", c.kv_heads)
+        heads = {"q_proj": c.heads, "k_proj": c.kv_heads, "v_proj": c.kv_heads}
+        features = {name: count * c.head_dim for name, count in heads.items()}
+        query, key, value = (
+            flat.reshape(*x.shape[:2], -1, c.head_dim)
+            for flat in _multiply(self, x, features, c.qkv_bias)
+        )
         if c.qk_norm:
             query = RMSNorm(c, name="q_norm")(query)
             key = RMSNorm(c, name="k_norm")(key)
         query, key = _rope.rotate(query, inputs.rotation), _rope.rotate(key, inputs.rotation)
         mixed, slots = _attention.attend(query, key, value, slots, layer, inputs, c)
-        out = _dense(c, c.dim, c.output_bias, "o_proj", _collectives.summing_dot_general(c.axis))
-        return out(mixed.reshape(*x.shape[:2], -1)), slots
+        mixed = mixed.reshape(*x.shape[:2], -1)
+        sum_up = _collectives.summing_dot_general(c.axis)
+        (out,) = _multiply(self, mixed, {"o_proj": c.dim}, c.output_bias, sum_up)
+        return out, slots
 
 
 class MLP(nn.Module):
@@ -82,11 +86,12 @@ class MLP(nn.Module):
     def __call__(self, x: Float[Array, "batch seq dim"]) -> Float[Array, "batch seq dim"]:
         """Maps each position by itself."""
         c = self.config
-        gate = _dense(c, c.hidden, c.mlp_bias, "gate_proj")(x)
+        features = {"gate_proj": c.hidden, "up_proj": c.hidden}
+        gate, up = _multiply(self, x, features, c.mlp_bias)
         gate = nn.silu(gate) if c.activation == "silu" else nn.gelu(gate, approximate=True)
-        up = _dense(c, c.hidden, c.mlp_bias, "up_proj")(x)
-        down = _dense(c, c.dim, c.mlp_bias, "down_proj", _collectives.summing_dot_general(c.axis))
-        return down(gate * up)
+        sum_up = _collectives.summing_dot_general(c.axis)
+        (down,) = _multiply(self, gate * up, {"down_proj": c.dim}, c.mlp_bias, sum_up)
+        return down
 
 
 class Block(nn.Module):
@@ -210,6 +215,15 @@ def _scan_layers(
         The activations after the last block, and the cache with the slots of these layers filled.
     """
     block, types = Block(config), layer_types(config)
+    rows = math.prod(carry[0].shape[:-1])
+
+    # Where no product can be fused, because there are many rows or because of the GPUs that are
+    # here, all of a block is decompressed by one call. Where some can, `dot` decides when the
+    # program is lowered: it may be for other devices than those that are here.
+    def is_lazy(leaf: DF11Array) -> bool:
+        is_possible = not config.exact and config.axis is None and config.dtype == jnp.bfloat16
+        # `dot` would multiply by the transpose of a kernel whose pairs are along columns.
+        return is_possible and can_fuse(leaf, rows) and not leaf.layout.along_columns
 
     # A cache in the carry is updated in place; with one in xs and one in ys, there would be two.
     def scan_run(carry: Any, type_: LayerType, number: Number, count: int) -> Any:
@@ -220,7 +234,7 @@ def _scan_layers(
             return block.apply(variables, *carry, inputs[type_], number + index - first)
 
         carry = x, cache.of(type_)
-        (x, slots), end = scan_range(block_fn, carry, stack, first, count)
+        (x, slots), end = scan_range(block_fn, carry, stack, first, count, is_lazy)
         return end, x, cache.replace(type_, slots)
 
     run = types[layers.start : layers.stop]
@@ -269,7 +283,40 @@ def rms_norm(
     return (wide * jax.lax.rsqrt(mean_square + config.norm_eps) * scale).astype(x.dtype)
 
 
-def _dense(
-    config: Config, features: int, bias: bool, name: str, dot_general: Any = None
-) -> nn.Dense:
-    return nn.Dense(features, use_bias=bias, dtype=config.dtype, name=name, dot_general=dot_general)
+def _multiply(
+    module: nn.Module,
+    x: Float[Array, "batch seq in_features"],
+    features: Mapping[str, int],
+    bias: bool,
+    dot_general: Callable[..., Array] | None = None,
+) -> list[Float[Array, "batch seq _"]]:
+    """The outputs of dense layers of a module for the same `x`.
+
+    Args:
+        module: the module, in its compact method.
+        x: the inputs.
+        features: the names of the layers, and the numbers of their outputs.
+        bias: whether they have biases.
+        dot_general: the product of layers whose kernels are arrays; None for the usual one.
+    """
+    dtype = module.config.dtype
+    weights: dict[str, Params] = {
+        name: module.get_variable("params", name, {}) for name in features
+    }
+    # Kernels that are still compressed are multiplied by one call.
+    slices = {
+        name: layer["kernel"]
+        for name, layer in weights.items()
+        if isinstance(layer.get("kernel"), DF11Slice)
+    }
+    products = dict(zip(slices, dot(x, list(slices.values())), strict=True))
+    outputs = []
+    for name, size in features.items():
+        if name not in slices:
+            layer = nn.Dense(size, bias, dtype=dtype, name=name, dot_general=dot_general)
+            outputs.append(layer(x))
+        elif bias:
+            outputs.append(products[name] + weights[name]["bias"].astype(dtype))
+        else:
+            outputs.append(products[name])
+    return outputs

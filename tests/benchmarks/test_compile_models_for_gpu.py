@@ -7,13 +7,19 @@ pytestmark = needs_gpu_compiler
 
 
 @pytest.fixture(scope="module")
-def pairs():
-    """For each model, batch and prompt, what came of compressed and of plain weights."""
+def ways():
+    """What came of each way, for each model, batch and prompt."""
     programs = run_script("compile_models_for_gpu.py")
-    compressed, plain = programs[::2], programs[1::2]
-    assert all(program["compressed"] for program in compressed)
-    assert not any(program["compressed"] for program in plain)
-    return list(zip(compressed, plain, strict=True))
+    return {
+        way: [program for program in programs if program["way"] == way]
+        for way in ("exact", "plain", "fused")
+    }
+
+
+@pytest.fixture(scope="module")
+def pairs(ways):
+    """For each model, batch and prompt, what came of compressed and of plain weights."""
+    return list(zip(ways["exact"], ways["plain"], strict=True))
 
 
 def test_memory_is_weights_and_cache_and_one_block_and_a_piece_of_the_head(pairs):
@@ -41,6 +47,18 @@ def test_estimate_is_the_plan_or_little_more(pairs):
     for program, _ in pairs:
         plan = program["weights"] + program["cache"] + max(program["prefill"], program["decode"])
         assert plan <= program["estimate"] <= 1.04 * plan
+
+
+def test_fused_token_loop_has_no_block_that_is_decompressed(ways):
+    for program in ways["fused"]:
+        assert program["fused"] and program["dense"] == []
+        # For q, k and v; o; gate and up; down.
+        runs = 3 if program["model"].startswith("gemma") else 1
+        calls = ["df11_decode"] * 2 + ["df11_product"] * 4 * runs
+        assert program["calls"] == calls
+        assert program["decode"] < program["block"]
+    assert not any(program["fused"] for program in ways["exact"] + ways["plain"])
+    assert all(program["dense"] for program in ways["exact"] if program["devices"] == 1)
 
 
 def test_decoder_is_called_for_embedding_and_block_and_head(pairs):

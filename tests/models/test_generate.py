@@ -12,8 +12,9 @@ from payloads import count_decodes
 from runs import BF16, DRAWN, F32, GREEDY, NONE, PROMPTS, assert_same_bits, begin, load, run
 
 import df11_jax
-from df11_jax import models
-from df11_jax.models import _programs, tables
+from df11_jax import _ffi, models
+from df11_jax._product import MOST_FUSED_ROWS
+from df11_jax.models import _programs, _transformer, tables
 from df11_jax.models._sampling import choose
 
 
@@ -36,6 +37,43 @@ def test_same_bits_as_with_plain_weights(family, dtype, batch, sampling):
     plain, _ = load(family, compress=False)
     config = dataclasses.replace(config, dtype=dtype)
     assert_same_bits(*(run(params, config, batch, sampling) for params in (compressed, plain)))
+
+
+@pytest.mark.parametrize("family", families.CONFIGS)
+def test_same_bits_where_blocks_are_passed_compressed(family, monkeypatch):
+    compressed, config = load(family)
+    plain, _ = load(family, compress=False)
+    fusing = dataclasses.replace(config, exact=False)
+    # As where the CUDA library is: on a CPU, `dot` then decompresses each matrix.
+    monkeypatch.setattr(_transformer, "can_fuse", lambda stack, rows: rows <= MOST_FUSED_ROWS)
+    monkeypatch.setattr(_programs, "PIECE_TOKENS", MOST_FUSED_ROWS)
+    assert_same_bits(run(compressed, fusing, batch=2), run(plain, config, batch=2))
+
+
+@pytest.mark.skipif(
+    not _ffi.platforms(_ffi.PRODUCT_TARGET),
+    reason="needs the CUDA library: install df11_jax with nvcc on PATH",
+)
+def test_calls_on_a_gpu():
+    sizes = {"hidden_size": 256, "intermediate_size": 512}
+    config = models.read_config(families.CONFIGS["llama"] | sizes)
+    params = models.load_params(models.RandomSource(config), config)
+    state = jax.eval_shape(lambda: begin(params, config).args[1])
+    keys = jax.random.split(jax.random.key(0), 1)
+
+    def calls(function, *args):
+        lowered = function.trace(*args).lower(lowering_platforms=("cuda",))
+        text = lowered.as_text()
+        return [text.count(f"@{target}(") for target in (_ffi.PRODUCT_TARGET, _ffi.DECODE_TARGET)]
+
+    rest = (5, GREEDY, keys, NONE, 8)
+    # Embedding and head are decompressed; of a block, four products are fused.
+    assert calls(models.decode, params, state, *rest, config) == [4, 2]
+    exact = dataclasses.replace(config, exact=True)
+    assert calls(models.decode, params, state, *rest, exact) == [0, 3]
+    # Of all leaves of a block that many tokens are multiplied with, one call decompresses.
+    many = np.ones((1, MOST_FUSED_ROWS + 1), np.int32), np.array([2], np.int32)
+    assert calls(models.prefill, params, *many, GREEDY, keys, NONE, 32, config) == [0, 3]
 
 
 @pytest.mark.parametrize("family", families.CONFIGS)

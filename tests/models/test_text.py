@@ -135,9 +135,11 @@ def test_the_command_prints_text_and_what_it_took(directory, model):
     assert f"{len(completion.tokens)} tokens, the first after " in result.stderr
     assert " a second" in result.stderr
     assert "(plain: " in result.stderr and "temporary" in result.stderr
+    exact = run(directory, "--prompt", PROMPT, "--tokens", 12, "--exact")
+    assert "products after decompression, with the bits of plain weights\n" in exact.stderr
     plain = run(directory, "--prompt", PROMPT, "--tokens", 12, "--plain")
     assert plain.stdout == result.stdout
-    assert "(plain: " not in plain.stderr
+    assert "(plain: " not in plain.stderr and "products" not in plain.stderr
 
 
 def test_options_of_sampling_are_passed_on(directory, model):
