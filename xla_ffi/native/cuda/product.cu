@@ -19,7 +19,8 @@ class CounterPool {
  public:
   static cudaError_t take(int device, int64_t count, uint32_t** counters) {
     static std::mutex mutex;
-    static std::map<int, CounterPool> pools;
+    // Not destroyed when the process ends: kernels may still run.
+    static std::map<int, CounterPool>& pools = *new std::map<int, CounterPool>;
     if (count > kCounters) return cudaErrorInvalidValue;
     const std::lock_guard<std::mutex> lock(mutex);
     CounterPool& pool = pools[device];
