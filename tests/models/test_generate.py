@@ -73,7 +73,7 @@ def test_calls_on_a_gpu():
     assert calls(models.decode, params, state, *rest, exact) == [0, 3]
     # Of all leaves of a block that many tokens are multiplied with, one call decompresses.
     many = np.ones((1, MOST_FUSED_ROWS + 1), np.int32), np.array([2], np.int32)
-    assert calls(models.prefill, params, *many, GREEDY, keys, NONE, 32, config) == [0, 3]
+    assert calls(models.prefill, params, *many, GREEDY, keys, NONE, 64, config) == [0, 3]
 
 
 @pytest.mark.parametrize("family", families.CONFIGS)
