@@ -21,6 +21,16 @@ DF11_HD bool is_aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % sizeof(uint4) == 0;
 }
 
+// The inclusive prefix sum over the lanes of a warp.
+__device__ __forceinline__ uint32_t sum_up_to(uint32_t x, int lane) {
+#pragma unroll
+  for (int distance = 1; distance < kLanes; distance *= 2) {
+    const uint32_t below = __shfl_up_sync(kAllLanes, x, distance);
+    if (lane >= distance) x += below;
+  }
+  return x;
+}
+
 // Stores to global memory. The compiler does not see that a pointer that comes from shared
 // memory is one to global memory, and would take a slower, generic store.
 __device__ __forceinline__ void store_global(uint16_t* to, const uint4& weights) {

@@ -71,12 +71,7 @@ __device__ inline void sort_codes(const CodebookWords& codebook, uint32_t longes
     for (int i = 0; i < 3; ++i) {
       own |= static_cast<uint32_t>(counts >> (4 * (3 * word + i + 1)) & 15) << (10 * i);
     }
-    uint32_t inclusive = own;
-#pragma unroll
-    for (int distance = 1; distance < kLanes; distance *= 2) {
-      const uint32_t below = __shfl_up_sync(kAllLanes, inclusive, distance);
-      if (lane >= distance) inclusive += below;
-    }
+    const uint32_t inclusive = sum_up_to(own, lane);
     before.words[word] = inclusive - own;
     all.words[word] = __shfl_sync(kAllLanes, inclusive, kLanes - 1);
   }
@@ -85,12 +80,7 @@ __device__ inline void sort_codes(const CodebookWords& codebook, uint32_t longes
   const bool is_length = lane >= 1 && lane <= kMaxCodeBits;
   const uint32_t count = is_length ? all.of(lane) : 0;
   const uint32_t own = is_length ? (count << (kMaxCodeBits - lane)) << 9 | count : 0;
-  uint32_t inclusive = own;
-#pragma unroll
-  for (int distance = 1; distance < kLanes; distance *= 2) {
-    const uint32_t below = __shfl_up_sync(kAllLanes, inclusive, distance);
-    if (lane >= distance) inclusive += below;
-  }
+  const uint32_t inclusive = sum_up_to(own, lane);
   const uint32_t first = inclusive - own;
   // Kraft's sum.
   const bool complete = __shfl_sync(kAllLanes, inclusive, kLanes - 1) >> 9 == kTableSize;

@@ -111,16 +111,6 @@ __device__ inline bool is_inner(const Slice& slice, const Chunk& chunk) {
          (!view.is_flat || end * kTileCols <= view.size) && is_aligned(slice.out);
 }
 
-// The inclusive prefix sum over the lanes of a warp.
-__device__ __forceinline__ uint32_t sum_up_to(uint32_t x, int lane) {
-#pragma unroll
-  for (int distance = 1; distance < kLanes; distance *= 2) {
-    const uint32_t below = __shfl_up_sync(kAllLanes, x, distance);
-    if (lane >= distance) x += below;
-  }
-  return x;
-}
-
 // The sum over the lanes, in all of them.
 __device__ __forceinline__ uint32_t sum_of_warp(uint32_t x) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800

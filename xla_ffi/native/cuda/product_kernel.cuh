@@ -268,12 +268,7 @@ __device__ __forceinline__ GlobalPairs::Kind open_record(const Record& record, i
   const uint32_t counts = record.word(1);
   const uint32_t extra = record.word(2 + lane / 4) >> (8 * (lane % 4)) & 255;
   const uint32_t bits = (counts >> 16) + extra;
-  uint32_t end = bits;
-#pragma unroll
-  for (int distance = 1; distance < kLanes; distance *= 2) {
-    const uint32_t below = __shfl_up_sync(kAllLanes, end, distance);
-    if (lane >= distance) end += below;
-  }
+  const uint32_t end = sum_up_to(bits, lane);
   const uint32_t total = __shfl_sync(kAllLanes, end, kLanes - 1);
   start = 32 * kRecordHeaderWords + end - bits;
   patches = 0;

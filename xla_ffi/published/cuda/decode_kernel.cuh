@@ -134,11 +134,7 @@ __device__ inline bool decode_round(const Unit& unit, const StepTable& table, Wa
                                                      : 0;
   const LaneCodes codes = count_codes(unit, table, words, position, end, windows_end);
 
-  uint32_t sum = codes.count;
-  for (int distance = 1; distance < kLanes; distance *= 2) {
-    const uint32_t below = __shfl_up_sync(kAllLanes, sum, distance);
-    if (lane >= distance) sum += below;
-  }
+  const uint32_t sum = sum_up_to(codes.count, lane);
   const int total = static_cast<int>(__shfl_sync(kAllLanes, sum, kLanes - 1));
   if (total > kMaxRoundElements) {
     windows = kFewestWindows;
