@@ -7,6 +7,7 @@
 #include "native/cuda/decode.h"
 #include "native/cuda/decode_bulk.cuh"
 #include "native/cuda/decode_kernel.cuh"
+#include "native/cuda/share_blocks.h"
 
 namespace df11::native {
 namespace {
@@ -119,7 +120,7 @@ class BulkLaunches {
 
   cudaError_t launch() {
     if (batch_.count == 0) return cudaSuccess;
-    share_blocks();
+    assign_blocks();
     const cudaError_t error = is_wide() ? launch<kWideWarps>() : launch<kNarrowWarps>();
     batch_.count = 0;
     return error;
@@ -138,27 +139,17 @@ class BulkLaunches {
     return is_wide() ? find_resident<kWideWarps>() : find_resident<kNarrowWarps>();
   }
 
-  // Gives each tensor a block, and those that are left, one by one, to the tensor that has most to
-  // decode for each of its blocks; but none more than it has pairs. So few pairs are spread over
-  // all multiprocessors, not decoded side by side on some.
-  void share_blocks() {
+  // A tensor has no more blocks than pairs: few pairs are spread over all multiprocessors, not
+  // decoded side by side on some.
+  void assign_blocks() {
     int64_t pairs[kTensorsPerBulkLaunch], steps[kTensorsPerBulkLaunch];
     int blocks[kTensorsPerBulkLaunch];
     for (int i = 0; i < batch_.count; ++i) {
       const TensorSlices& tensor = batch_.tensors[i];
       pairs[i] = tensor.batch * PairGrid(tensor.view).pairs();
       steps[i] = pairs[i] * tensor.view.steps;
-      blocks[i] = 1;
     }
-    for (int left = resident_ - batch_.count; left > 0; --left) {
-      int most = -1;
-      for (int i = 0; i < batch_.count; ++i) {
-        if (blocks[i] >= pairs[i]) continue;
-        if (most < 0 || steps[i] * blocks[most] > steps[most] * blocks[i]) most = i;
-      }
-      if (most < 0) break;
-      ++blocks[most];
-    }
+    share_blocks(resident_, batch_.count, steps, pairs, blocks);
     for (int i = 0; i < kTensorsPerBulkLaunch; ++i) {
       const int own = i < batch_.count ? blocks[i] : 0;
       batch_.first_block[i + 1] = batch_.first_block[i] + static_cast<uint32_t>(own);

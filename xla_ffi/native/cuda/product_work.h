@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "native/cuda/product.h"
+#include "native/cuda/share_blocks.h"
 #include "native/layout.h"
 
 namespace df11::native {
@@ -119,32 +120,20 @@ inline ProductMemory plan_memory(int steps, int most_warps, uint32_t shared_byte
   return memory;
 }
 
-// Shares blocks out among the matrices by how many chunks these have.
-inline void share_blocks(ProductWork& work, int blocks) {
-  int64_t items[kMatricesPerProduct], chunks[kMatricesPerProduct];
-  int left = blocks;
+// By how many steps the matrices have.
+inline void assign_blocks(ProductWork& work, int blocks) {
+  int64_t items[kMatricesPerProduct], steps[kMatricesPerProduct];
+  int shares[kMatricesPerProduct];
   for (int i = 0; i < work.count; ++i) {
-    MatrixWork& matrix = work.matrices[i];
+    const MatrixWork& matrix = work.matrices[i];
     items[i] = int64_t{matrix.tiles_n} * matrix.column_items;
-    chunks[i] = int64_t{matrix.chunks} * matrix.steps;
-    matrix.blocks = 1;
-    --left;
+    steps[i] = int64_t{matrix.chunks} * matrix.steps;
   }
-  for (; left > 0; --left) {
-    int most = -1;
-    for (int i = 0; i < work.count; ++i) {
-      if (work.matrices[i].blocks >= items[i]) continue;
-      if (most < 0 ||
-          chunks[i] * work.matrices[most].blocks > chunks[most] * work.matrices[i].blocks) {
-        most = i;
-      }
-    }
-    if (most < 0) break;
-    ++work.matrices[most].blocks;
-  }
+  share_blocks(blocks, work.count, steps, items, shares);
   int first = 0;
   for (int i = 0; i < work.count; ++i) {
     MatrixWork& matrix = work.matrices[i];
+    matrix.blocks = shares[i];
     matrix.first_block = first;
     first += matrix.blocks;
     matrix.block_items = static_cast<int>(items[i] / matrix.blocks);
@@ -211,7 +200,7 @@ inline bool plan_product(const Product& product, int blocks, int most_warps, uin
     steps = view.steps > steps ? view.steps : steps;
   }
   if (blocks < product.count) return false;
-  share_blocks(work, blocks);
+  assign_blocks(work, blocks);
   // A warp for each of a block's items, if there are not more than fit: others would only take part
   // in making the table.
   int items = 0;
