@@ -97,14 +97,13 @@ Results multiply(const Call& call) {
   product.workspace = workspace.get();
   const std::vector<uint32_t> zeros(product_counters(product));
   const Buffer<uint32_t> counters(zeros);
-  product.counters = counters.get();
   if (call.shares.blocks == 0) {
     Recording recording([&](cudaStream_t stream) { return launch_product(stream, product); });
     for (int i = 0; i < 2; ++i) expect(recording.run() == 1, "one kernel a product");
   } else {
     ProductWork work;
-    expect(plan_product(product, call.shares.blocks, call.shares.warps, call.shares.shared_bytes,
-                        work),
+    expect(plan_product(product, counters.get(), call.shares.blocks, call.shares.warps,
+                        call.shares.shared_bytes, work),
            "a plan");
     expect(
         launch_product_work(nullptr, work) == cudaSuccess && cudaDeviceSynchronize() == cudaSuccess,

@@ -87,8 +87,7 @@ cudaError_t launch_product_work(cudaStream_t stream, const ProductWork& work) {
   }
 }
 
-cudaError_t launch_product(cudaStream_t stream, const Product& given) {
-  Product product = given;
+cudaError_t launch_product(cudaStream_t stream, const Product& product) {
   int device = 0, major = 0, blocks = 0, shared_bytes = 0;
   if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
   const auto ask = [&](int* value, cudaDeviceAttr attribute) {
@@ -106,10 +105,11 @@ cudaError_t launch_product(cudaStream_t stream, const Product& given) {
     }
   }
   if (!is_aligned(product.x) || !is_aligned(product.workspace)) return cudaErrorMisalignedAddress;
-  error = CounterPool::take(device, product_counters(product), &product.counters);
+  uint32_t* counters = nullptr;
+  error = CounterPool::take(device, product_counters(product), &counters);
   if (error != cudaSuccess) return error;
   ProductWork work;
-  if (!plan_product(product, blocks, most_product_warps(product_tiles(product.rows)),
+  if (!plan_product(product, counters, blocks, most_product_warps(product_tiles(product.rows)),
                     static_cast<uint32_t>(shared_bytes), work)) {
     return cudaErrorInvalidValue;
   }

@@ -38,7 +38,6 @@ struct Product {
   ProductMatrix matrices[kMatricesPerProduct];
   bool float_out = false;
   uint32_t* workspace = nullptr;  // of product_workspace_words; aligned to 16 bytes
-  uint32_t* counters = nullptr;   // of product_counters, all 0; launch_product has its own
 };
 
 // How sums over k are cut, which decides in which order they are added. It depends on the view

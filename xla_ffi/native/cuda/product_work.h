@@ -141,9 +141,10 @@ inline void assign_blocks(ProductWork& work, int blocks) {
   }
 }
 
-// False if the product is not one that the kernel can do.
-inline bool plan_product(const Product& product, int blocks, int most_warps, uint32_t shared_bytes,
-                         ProductWork& work) {
+// False if the product is not one that the kernel can do. Of `counters` there are
+// product_counters(product), all 0.
+inline bool plan_product(const Product& product, uint32_t* counters, int blocks, int most_warps,
+                         uint32_t shared_bytes, ProductWork& work) {
   constexpr int64_t kMost = INT32_MAX;
   if (product.count < 1 || product.count > kMatricesPerProduct || product.rows < 1 ||
       product.rows > kMostProductRows) {
@@ -159,7 +160,7 @@ inline bool plan_product(const Product& product, int blocks, int most_warps, uin
   work.k = static_cast<int>(first.k);
   work.count = product.count;
   work.float_out = product.float_out;
-  uint32_t* arrived = product.counters;
+  uint32_t* arrived = counters;
   float* sums = reinterpret_cast<float*>(product.workspace);
   int steps = 2;
   for (int i = 0; i < product.count; ++i) {
