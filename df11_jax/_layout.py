@@ -11,6 +11,8 @@ from typing import Any, Self
 import numpy as np
 from jaxtyping import UInt32
 
+from df11_jax._brief import brief
+
 FORMAT_VERSION = 2
 
 LANES = 32
@@ -102,7 +104,7 @@ class Layout:
         )
         # A header names each layout, but for those that there are not.
         if not is_sound or unpack_header(pack_header(layout)) != layout:
-            raise ValueError(f"there is no such layout: {fields!s:.200}")
+            raise ValueError(f"there is no such layout: {brief(fields)}")
         return layout
 
     @property

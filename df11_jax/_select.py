@@ -13,6 +13,7 @@ import numpy as np
 
 from df11_jax import _layout
 from df11_jax._array import is_df11
+from df11_jax._brief import brief
 from df11_jax._host_arrays import BFLOAT16
 from df11_jax._units import format_bytes
 
@@ -164,12 +165,14 @@ def _compile_pattern(argument: str, pattern: str | None) -> re.Pattern[str] | No
     if pattern is None:
         return None
     if not isinstance(pattern, (str, re.Pattern)):
-        raise TypeError(f"{argument}: expected a regular expression for paths, got {pattern!r:.80}")
+        raise TypeError(
+            f"{argument}: expected a regular expression for paths, got {brief(pattern)}"
+        )
     try:
         return re.compile(pattern)
     except re.error as error:
         raise ValueError(
-            f"{argument}: {pattern!r:.80} is not a regular expression ({error})"
+            f"{argument}: {brief(pattern)} is not a regular expression ({error})"
         ) from None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from df11_jax._brief import brief
 from df11_jax._files.atomic import new_file
 from df11_jax._files.safetensors import TensorFile
 from df11_jax._files.untrusted_json import MAX_BYTES, parse_json, require_file
@@ -135,7 +136,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: is not a JSON file ({error!s:.200})") from None
     if not isinstance(fields, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {fields!r:.80}")
+        raise ValueError(f"{path}: expected a JSON object, got {brief(fields)}")
     return fields
 
 
@@ -209,8 +210,8 @@ def _header_checksums(index: Path, fields: dict[str, Any]) -> dict[str, Any] | N
     shards = set(fields["weight_map"].values())
     if not isinstance(checksums, dict) or checksums.keys() != shards:
         raise ValueError(
-            f"{index}: is corrupt: {_HEADER_CHECKSUMS} is {checksums!s:.200}, expected those of "
-            f"the shards in its weight_map, {sorted(shards)!s:.200}"
+            f"{index}: is corrupt: {_HEADER_CHECKSUMS} is {brief(checksums)}, expected those of "
+            f"the shards in its weight_map, {brief(sorted(shards))}"
         )
     return checksums
 
@@ -223,6 +224,6 @@ def _check_header(file: TensorFile, expected: Any, index: Path) -> None:
     if file.header_crc32 != expected:
         raise ValueError(
             f"{file.path}: the CRC-32 of its header is {file.header_crc32}, {index.name} expects "
-            f"{expected!s:.80}: the shard is corrupt, or is not of the same save as the index. Get "
-            "another copy of the directory, or write it again"
+            f"{brief(expected)}: the shard is corrupt, or is not of the same save as the index. "
+            "Get another copy of the directory, or write it again"
         )

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from df11_jax._brief import brief
+
 # The values that transformers assumes for fields that a config.json leaves out, by model type. The
 # configs of text models inside of others, as in Gemma 3, leave out all fields with these values.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -141,7 +143,7 @@ class ModelConfig:
         number = self._fields.get(field)
         if not isinstance(number, int) or isinstance(number, bool) or number <= 0:
             raise ValueError(
-                f"{self._where}: {field} is {number!r:.80}, expected a positive integer (model "
+                f"{self._where}: {field} is {brief(number)}, expected a positive integer (model "
                 f"type {self.family})"
             )
         return number

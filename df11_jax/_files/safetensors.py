@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from df11_jax._brief import brief
 from df11_jax._files.untrusted_json import MAX_BYTES, parse_json, require_file
 from df11_jax._host_arrays import as_bytes
 
@@ -222,7 +223,7 @@ def _parse(header: bytes, data_bytes: int) -> tuple[dict[str, str], dict[str, En
         raise ValueError("is not a safetensors file: its header is not a JSON object")
     metadata = fields.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise ValueError(f"__metadata__ is {metadata!r:.80}, expected a JSON object of strings")
+        raise ValueError(f"__metadata__ is {brief(metadata)}, expected a JSON object of strings")
     entries = {name: _parse_entry(name, entry) for name, entry in fields.items()}
     entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
     end = 0
@@ -248,7 +249,7 @@ def check_shape(shape: Sequence[int], name: str) -> None:
         ValueError: there can be none.
     """
     if math.prod(max(1, n) for n in shape) >= _MAX_ELEMENTS:
-        raise ValueError(f"{name}: shape is {list(shape)!s:.80}, which no array can have")
+        raise ValueError(f"{name}: shape is {brief(list(shape))}, which no array can have")
 
 
 def _check_name(name: str) -> None:
@@ -261,12 +262,12 @@ def _check_name(name: str) -> None:
 def _parse_entry(name: str, entry: Any) -> Entry:
     _check_name(name)
     if not isinstance(entry, dict):
-        raise ValueError(f"{name}: its header entry is {entry!r:.80}, expected a JSON object")
+        raise ValueError(f"{name}: its header entry is {brief(entry)}, expected a JSON object")
     dtype: Any = entry.get("dtype")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
     if not isinstance(dtype, str):
-        raise ValueError(f"{name}: dtype is {dtype!r:.80}, expected a string")
+        raise ValueError(f"{name}: dtype is {brief(dtype)}, expected a string")
     for key, numbers, most in (("shape", shape, _MAX_DIMS), ("data_offsets", offsets, 2)):
         if (
             not isinstance(numbers, list)
@@ -274,15 +275,15 @@ def _parse_entry(name: str, entry: Any) -> Entry:
             or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers)
         ):
             raise ValueError(
-                f"{name}: {key} is {numbers!r:.80}, expected a list of up to {most} sizes"
+                f"{name}: {key} is {brief(numbers)}, expected a list of up to {most} sizes"
             )
     if len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"{name}: data_offsets are {offsets!r:.80}, expected [begin, end]")
+        raise ValueError(f"{name}: data_offsets are {brief(offsets)}, expected [begin, end]")
     check_shape(shape, name)
     nbytes = offsets[1] - offsets[0]
     if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != nbytes:
         raise ValueError(
-            f"{name}: data_offsets span {nbytes:,} bytes, which is not what {dtype}{shape!r:.80} "
+            f"{name}: data_offsets span {nbytes:,} bytes, which is not what {dtype}{brief(shape)} "
             "needs"
         )
     return Entry(dtype, tuple(shape), *offsets)

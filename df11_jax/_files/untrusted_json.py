@@ -6,6 +6,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from df11_jax._brief import brief
+
 MAX_BYTES = 100_000_000  # of a text; the library safetensors has this limit for headers
 
 
@@ -48,6 +50,6 @@ def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in fields:
-            raise ValueError(f"{name!r:.80} is there twice")
+            raise ValueError(f"{brief(name)} is there twice")
         fields[name] = value
     return fields

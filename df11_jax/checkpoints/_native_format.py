@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from df11_jax import _layout
 from df11_jax._array import DF11Array
+from df11_jax._brief import brief
 from df11_jax._files.safetensors import DTYPES, TensorFile, check_shape
 from df11_jax._files.source import TensorInfo
 from df11_jax._host_codec import decode
@@ -69,7 +70,7 @@ class NativeCheckpoint:
             if metadata != METADATA:
                 raise ValueError(
                     f"{file.path}: expected a file with the metadata {METADATA}, "
-                    f"got {metadata!s:.200}"
+                    f"got {brief(metadata)}"
                 )
             if not file.entries.keys() <= files.keys():
                 name = min(file.entries.keys() - files.keys())

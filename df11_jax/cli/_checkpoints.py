@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from df11_jax._brief import brief
 from df11_jax._files.directory import read_json
 from df11_jax._units import format_bytes
 from df11_jax.checkpoints import Source, open_checkpoint
@@ -30,7 +31,7 @@ def read_patterns(path: Path) -> dict[str, Any]:
     for key in (CONFIG_KEY, "pattern_dict"):
         patterns = patterns.get(key, patterns)
         if not isinstance(patterns, dict):
-            raise ValueError(f"{path}: {key} is {patterns!r:.80}, expected a JSON object")
+            raise ValueError(f"{path}: {key} is {brief(patterns)}, expected a JSON object")
     return patterns
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from df11_jax._brief import brief
 from df11_jax._files.model_config import DEFAULTS
 from df11_jax.models._config import Config, Rope
 
@@ -46,13 +47,13 @@ def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config
     family = fields.get("model_type")
     if not isinstance(family, str) or family not in _FAMILIES:
         raise UnsupportedModelError(
-            f"{where}: the model_type {family!r:.80} is not supported, only "
+            f"{where}: the model_type {brief(family)} is not supported, only "
             f"{', '.join(_FAMILIES)} and gemma3 are"
         )
     f = _Fields(DEFAULTS[family] | {k: v for k, v in fields.items() if v is not None}, where)
     for name, harmless in _NOT_IMPLEMENTED.items():
         if f.get(name) not in harmless:
-            raise UnsupportedModelError(f"{where}: {name} {f.get(name)!r:.80} is not supported")
+            raise UnsupportedModelError(f"{where}: {name} {brief(f.get(name))} is not supported")
 
     gemma = family == "gemma3_text"
     dim, heads = f.size("hidden_size"), f.size("num_attention_heads")
@@ -101,7 +102,7 @@ def _gemma3_text(fields: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """The fields of the text part of a multimodal Gemma 3."""
     text = fields.get("text_config")
     if not isinstance(text, Mapping):
-        raise ValueError(f"{where}: text_config is {text!r:.80}, expected a JSON object")
+        raise ValueError(f"{where}: text_config is {brief(text)}, expected a JSON object")
     # These are about the whole model, and transformers reads them there.
     outer = ("quantization_config", "tie_word_embeddings")
     whole = {name: fields[name] for name in outer if fields.get(name) is not None}
@@ -146,7 +147,7 @@ class _Fields:
         if name not in self._fields:
             return ValueError(f"{self.where}: {name} is missing, expected {expected}")
         return ValueError(
-            f"{self.where}: {name} is {self._fields[name]!r:.80}, expected {expected}"
+            f"{self.where}: {name} is {brief(self._fields[name])}, expected {expected}"
         )
 
 
@@ -154,7 +155,7 @@ def _activation(f: _Fields) -> str:
     name = f.get("hidden_activation") or f.get("hidden_act")
     if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise UnsupportedModelError(
-            f"{f.where}: the activation {name!r:.80} is not supported, only "
+            f"{f.where}: the activation {brief(name)} is not supported, only "
             f"{', '.join(_ACTIVATIONS)} are"
         )
     return _ACTIVATIONS[name]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from df11_jax._brief import brief
 from df11_jax._files.directory import CONFIG, read_json
 from df11_jax.checkpoints import open_checkpoint
 from df11_jax.models._config import Config
@@ -253,5 +254,5 @@ def _stop_tokens(path: Path, fields: dict[str, Any]) -> tuple[int, ...]:
     stop: Any = next((tokens for tokens in said if tokens is not None), [])
     tokens = stop if isinstance(stop, list) else [stop]
     if not all(type(token) is int and 0 <= token < 2**31 for token in tokens):
-        raise ValueError(f"{path}: eos_token_id is {stop!r:.80}, expected one or several tokens")
+        raise ValueError(f"{path}: eos_token_id is {brief(stop)}, expected one or several tokens")
     return tuple(tokens)

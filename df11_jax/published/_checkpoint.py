@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
+from df11_jax._brief import brief
 from df11_jax._files.directory import CONFIG, read_json
 from df11_jax._files.model_config import ModelConfig
 from df11_jax._files.source import TensorInfo
@@ -179,7 +180,7 @@ class Checkpoint:
         sizes = tuple(stop - start for start, stop in itertools.pairwise(ends))
         if min(sizes) < 0:
             raise ValueError(
-                f"{unit}: split_positions is {positions!s:.80}, expected ascending positions up "
+                f"{unit}: split_positions is {brief(positions)}, expected ascending positions up "
                 f"to {unit.size}; download or write the checkpoint again"
             )
         names = self._tensor_names(unit, len(sizes))
@@ -212,7 +213,7 @@ class Checkpoint:
         if shape is None:
             reason = "there is no config.json of the model"
             if self._model.family is not None:
-                reason = f"config.json is of the model type {self._model.family!r:.80}"
+                reason = f"config.json is of the model type {brief(self._model.family)}"
             raise ValueError(
                 f"{where}: its shape in the model is not known ({reason}). Pass shapes=... "
                 "(--shapes), the original model's safetensors file, index or directory, or shapes "
@@ -242,11 +243,11 @@ class Checkpoint:
 def _published_patterns(config: Any, path: str) -> dict[str, list[str]]:
     where = f"{path}: {CONFIG_KEY}"
     if not isinstance(config, dict):
-        raise ValueError(f"{where}: is {config!r:.80}, expected an object")
+        raise ValueError(f"{where}: is {brief(config)}, expected an object")
     for field, expected in GEOMETRY.items():
         if config.get(field, expected) != expected:
             raise ValueError(
-                f"{where}: {field} is {config[field]!r:.80}; only {expected} is known, which all "
+                f"{where}: {field} is {brief(config[field])}; only {expected} is known, which all "
                 "published checkpoints have"
             )
     return check_pattern_dict(config.get("pattern_dict"), where)

@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from df11_jax._brief import brief
+
 _SUPPORTED = (
     r"characters (special ones after a backslash), '.', \d, \w, sets such as [0-9a-f], each of "
     "these perhaps with '?', '*' or '+'; '|'; groups, perhaps with '?'; '^' and '$'"
@@ -121,7 +123,7 @@ def _parse(expression: str) -> tuple[_Piece, ...]:
         at = match.end()
     if at < len(expression):
         rest = expression[at:]
-        raise ValueError(f"{rest!r:.80} is not supported; supported are {_SUPPORTED}")
+        raise ValueError(f"{brief(rest)} is not supported; supported are {_SUPPORTED}")
     if depth:
         raise ValueError("a parenthesis is not closed")
     return tuple(pieces)
@@ -135,5 +137,5 @@ def _finder(kind: str, text: str) -> Callable[[_Places], int]:
     try:
         is_in_set = re.compile(text).fullmatch
     except re.error as error:
-        raise ValueError(f"{text!r:.80}: {error}") from None
+        raise ValueError(f"{brief(text)}: {error}") from None
     return lambda places: sum(where for c, where in places.items() if is_in_set(c))

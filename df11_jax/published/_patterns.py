@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from df11_jax._brief import brief
 from df11_jax._files.model_config import DEFAULTS, ModelConfig
 from df11_jax.published import _expressions
 
@@ -35,7 +36,7 @@ def check_pattern_dict(pattern_dict: Any, where: str) -> dict[str, list[str]]:
             supported.
     """
     if not isinstance(pattern_dict, Mapping):
-        raise ValueError(f"{where}: pattern_dict is {pattern_dict!r:.80}, expected a dict")
+        raise ValueError(f"{where}: pattern_dict is {brief(pattern_dict)}, expected a dict")
     size = sum(len(str(pattern)) for pattern in pattern_dict)
     if size > _MAX_CHARACTERS:
         raise ValueError(
@@ -48,13 +49,13 @@ def check_pattern_dict(pattern_dict: Any, where: str) -> dict[str, list[str]]:
         ):
             raise ValueError(
                 f"{where}: pattern_dict: {pattern!r}: expected a list of attributes such as "
-                f"'self_attn.q_proj', got {attributes!r:.80}"
+                f"'self_attn.q_proj', got {brief(attributes)}"
             )
         try:
             _expressions.check(pattern)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"{where}: pattern_dict: {pattern!r:.80} is not a regular expression that this "
+                f"{where}: pattern_dict: {brief(pattern)} is not a regular expression that this "
                 f"library matches: {error}"
             ) from None
     return {pattern: list(attributes) for pattern, attributes in pattern_dict.items()}

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from df11_jax._brief import brief
 from df11_jax._files.directory import read_index
 from df11_jax._files.safetensors import TensorFile
 
@@ -46,7 +47,7 @@ def _as_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
     except TypeError:
         dims = (-1,)
     if min(dims, default=0) < 0:
-        raise ValueError(f"shapes: {name}: {shape!r:.80} is not a shape")
+        raise ValueError(f"shapes: {name}: {brief(shape)} is not a shape")
     return dims
 
 
