@@ -1,7 +1,9 @@
 """The compiled encoder and decoder, of numpy arrays: no devices, no tracing."""
 
 import importlib
+import math
 import os
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +11,7 @@ import numpy as np
 from jaxtyping import BFloat16, UInt32
 
 from df11_jax import _layout, _parts
-from df11_jax._host_arrays import BFLOAT16
+from df11_jax._host_arrays import BFLOAT16, as_bytes
 from df11_jax._layout import Layout
 
 Payload = Sequence[UInt32[np.ndarray, "*stack words"]]
@@ -72,18 +74,57 @@ def decode(payload: Payload, layout: Layout, name: str) -> BFloat16[np.ndarray, 
     Raises:
         ValueError: the arrays do not fit each other, or are corrupt.
     """
-    stack_shape = _layout.check_payload(payload, layout, name)
-    header, known = _layout.pack_header(layout), _layout.CODEBOOK_ID
-    if np.any(payload[0][..., :known] != header[:known]):
-        raise ValueError(f"{name}: not all slices have a header of the shape {layout.shape}")
+    stack_shape, header, words = _slices(payload, layout, name)
     parts = np.empty((*stack_shape, *layout.parts, *layout.part_shape), BFLOAT16)
     bits = _stack_of_bits(parts, parts.ndim - len(layout.shape))
-    words = [np.ascontiguousarray(part).reshape(bits.shape[0], -1) for part in payload[1:]]
     at = cpu_library().decode(bits, header, *words, available_threads())
     if at >= 0:
-        index, chunk = divmod(at, layout.view.chunks)
-        raise ValueError(f"{name}: is corrupt: chunk {chunk} of slice {index}")
+        raise _corrupt_chunk(at, layout, name)
     return _parts.join(parts, layout)
+
+
+def verify(payload: Payload, layout: Layout, name: str, *, threads: int | None = None) -> None:
+    """Checks all that `decode` checks, without memory for the tensor.
+
+    Args:
+        payload: the five arrays.
+        layout: the layout of a slice, as their header states it.
+        name: the name of the tensor, for messages.
+        threads: the number of threads; None for all that this process may run on.
+
+    Raises:
+        ValueError: the arrays do not fit each other, or are corrupt.
+    """
+    _, header, words = _slices(payload, layout, name)
+    at = cpu_library().verify(header, *words, threads or available_threads())
+    if at >= 0:
+        raise _corrupt_chunk(at, layout, name)
+
+
+def payload_digest(payload: Payload, layout: Layout, name: str) -> int:
+    """A digest of all weights of a tensor or stack, which decodes none of them.
+
+    It is the CRC-32 (zlib's) of the checksums of the chunks: of each slice in order, and of each of
+    its chunks in order, the first word of the record, in little-endian bytes. That these checksums
+    are right, `verify` checks.
+
+    Args:
+        payload: the five arrays.
+        layout: the layout of a slice, as their header states it.
+        name: the name of the tensor, for messages.
+
+    Returns:
+        The digest; 0 if there are no chunks.
+
+    Raises:
+        ValueError: the arrays do not fit each other, or chunk offsets are corrupt.
+    """
+    _, _, (_, chunk_offsets, exponents, _) = _slices(payload, layout, name)
+    begin, end = chunk_offsets[:, :-1], chunk_offsets[:, 1:]
+    outside = (begin >= end) | (end > exponents.shape[1])
+    if outside.any():
+        raise _corrupt_chunk(int(outside.argmax()), layout, name)
+    return zlib.crc32(as_bytes(np.take_along_axis(exponents, begin, axis=1)).data)
 
 
 def available_threads() -> int:
@@ -91,6 +132,29 @@ def available_threads() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _slices(
+    payload: Payload, layout: Layout, name: str
+) -> tuple[tuple[int, ...], np.ndarray, list[np.ndarray]]:
+    """The stack axes, the header of all slices, and the other four arrays as [slices, words].
+
+    Raises:
+        ValueError: the arrays do not fit each other.
+    """
+    stack_shape = _layout.check_payload(payload, layout, name)
+    header, known = _layout.pack_header(layout), _layout.CODEBOOK_ID
+    if np.any(payload[0][..., :known] != header[:known]):
+        raise ValueError(f"{name}: not all slices have a header of the shape {layout.shape}")
+    slices = math.prod(payload[0].shape[:-1])
+    words = [np.ascontiguousarray(part).reshape(slices, part.shape[-1]) for part in payload[1:]]
+    return stack_shape, header, words
+
+
+def _corrupt_chunk(at: int, layout: Layout, name: str) -> ValueError:
+    """The error for a chunk, which is counted over the whole stack."""
+    index, chunk = divmod(at, layout.view.chunks)
+    return ValueError(f"{name}: is corrupt: chunk {chunk} of slice {index}")
 
 
 def _stack_of_bits(weights: np.ndarray, stack_axes: int) -> np.ndarray:

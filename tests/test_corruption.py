@@ -6,17 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from payloads import random_weights
+from payloads import assert_same_bits, random_weights
 
 import df11_jax
-from df11_jax import _layout, _xla_decoder
+from df11_jax import _host_codec, _layout, _xla_decoder
 from df11_jax._layout import make_layout
 
 RNG = np.random.default_rng(0)
 
 
-def sample(kind):
-    weights = np.array(random_weights((136, 64), scale=1.0))
+def sample(kind, shape=(136, 64)):
+    weights = np.array(random_weights(shape, scale=1.0))
     if kind == "patched":
         places = RNG.integers(0, weights.size, 50)
         weights.reshape(-1).view(np.uint16)[places] = RNG.integers(0, 65536, 50)
@@ -72,6 +72,56 @@ def test_xla_decoder(kind):
         poisoned += poison.any()
         assert ((out == weights.view(np.uint16)) | poison).all()
     assert poisoned > 60
+
+
+# What tensors hold, their shapes, how many axes are a stack, and how slices are cut.
+CUTS = {
+    "plain": ("plain", (136, 64), 0, {}),
+    "patched": ("patched", (136, 64), 0, {"steps": 4}),
+    "raw": ("raw", (136, 64), 0, {"steps": 2}),
+    "matrix": ("patched", (500, 64), 0, {}),
+    "along columns": ("patched", (64, 504), 0, {"along_columns": True, "code_bits": 9}),
+    "matrices": ("plain", (2, 64, 64), 0, {"batch_axes": 1, "row_axes": 1, "steps": 2}),
+    "stack": ("plain", (2, 64, 64), 1, {"steps": 2}),
+    "divided": ("plain", (2, 64, 64), 1, {"parts": (2, 1)}),
+    "one weight": ("plain", (1,), 0, {}),
+    "empty": ("plain", (0, 64), 0, {}),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_host_verification_finds_what_decoding_finds(cut):
+    kind, shape, stack_axes, options = CUTS[cut]
+    weights = sample(kind, shape)
+    layout = dataclasses.replace(make_layout(shape[stack_axes:]), **options)
+    payload = [part.copy() for part in _host_codec.encode(weights, "w", layout)]
+
+    def problem(check):
+        try:
+            return check(payload, layout, "w"), None
+        except ValueError as error:
+            return None, str(error)
+
+    rng = np.random.default_rng(1)
+    found = set()
+    for part, array in zip(_layout.PAYLOAD, payload, strict=True):
+        words = array.reshape(-1)
+        # Every word, so every field of every record: first a bit of it, then all.
+        for at in range(len(words)):
+            good = words[at]
+            for bad in (good ^ np.uint32(1 << rng.integers(32)), rng.integers(2**32)):
+                words[at] = bad
+                decoded, expected = problem(_host_codec.decode)
+                assert problem(_host_codec.verify) == (None, expected), (part, at, bad)
+                if expected is None:
+                    assert_same_bits(decoded, weights)
+                else:
+                    found.add(part)
+                # What the digest refuses, decoding refuses.
+                assert expected or problem(_host_codec.payload_digest)[1] is None
+                words[at] = good
+    assert found == set(_layout.PAYLOAD if weights.size else ["header"])
+    _host_codec.verify(payload, layout, "w")
 
 
 def test_messages_name_the_leaf_and_the_chunk():

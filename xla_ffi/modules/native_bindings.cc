@@ -1,5 +1,5 @@
-// The native layout's functions in the Python module: encoding, its verification, and decoding for
-// files. Programs decode through the FFI handler.
+// The native layout's functions in the Python module: encoding, its verification, and decoding and
+// verification for files. Programs decode through the FFI handler.
 
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/vector.h>
@@ -45,9 +45,14 @@ struct WordArray {
 using HeaderIn =
     nb::ndarray<const uint32_t, nb::shape<kHeaderWords>, nb::c_contig, nb::device::cpu, nb::ro>;
 
-Layout checked_layout(const HeaderIn& header, size_t size) {
+Layout checked_layout(const HeaderIn& header) {
   Layout layout;
   if (!unpack_header(header.data(), layout)) throw std::invalid_argument("not a header");
+  return layout;
+}
+
+Layout checked_layout(const HeaderIn& header, size_t size) {
+  const Layout layout = checked_layout(header);
   if (static_cast<size_t>(make_view(layout).size) != size) {
     throw std::invalid_argument("the weights do not have the size that the header says");
   }
@@ -205,6 +210,19 @@ int64_t decode(WeightsOut weights, HeaderIn header, WordsIn codebook, WordsIn ch
   return first.get();
 }
 
+// Decodes, and keeps nothing. The first chunk, counted in the same way, that is corrupt, or -1.
+int64_t verify(HeaderIn header, WordsIn codebook, WordsIn chunk_offsets, WordsIn exponents,
+               WordsIn sign_mantissa, int threads) {
+  const View view = make_view(checked_layout(header));
+  Smallest first;
+  for_each_chunk(view, codebook.shape(0), codebook, chunk_offsets, exponents, sign_mantissa,
+                 threads, [&](ChunkDecoder* decoder, int64_t slice, int64_t chunk) {
+                   const bool sound = decoder && decoder->verify(chunk);
+                   if (!sound) first.offer(slice * view.chunks() + chunk);
+                 });
+  return first.get();
+}
+
 }  // namespace
 
 void add_bindings(nb::module_& m) {
@@ -219,6 +237,9 @@ void add_bindings(nb::module_& m) {
         nb::arg("chunk_offsets"), nb::arg("exponents"), nb::arg("sign_mantissa"),
         nb::arg("threads"),
         "Decodes into uint16[stack, size]; the index of the first chunk that is corrupt, or -1.");
+  m.def("verify", &verify, nb::arg("header"), nb::arg("codebook"), nb::arg("chunk_offsets"),
+        nb::arg("exponents"), nb::arg("sign_mantissa"), nb::arg("threads"),
+        "Decodes into nothing; the index of the first chunk that is corrupt, or -1.");
   m.def("decode_count", &decode_count, "Slices decoded by the CPU handler so far.");
 }
 

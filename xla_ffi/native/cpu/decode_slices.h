@@ -135,6 +135,11 @@ class ChunkDecoder {
     return true;
   }
 
+  // Decodes, and keeps nothing; false if the chunk is corrupt.
+  bool verify(int64_t index) {
+    return decode_tile(index, locate_chunk(slice_.view, index), tile_, kTileCols);
+  }
+
   // The first element at which the chunk does not decode to `weights`, or -1.
   int64_t find_difference(int64_t index, const uint16_t* weights) {
     const View& view = slice_.view;
