@@ -44,7 +44,7 @@ def main(repeats: int) -> None:
         device = jax.devices("cuda")[0]
     except RuntimeError as error:
         raise SystemExit(f"JAX sees no CUDA device: {error}") from None
-    if problem := _ffi.register("cuda"):
+    if problem := _ffi.find_obstacle("cuda"):
         raise SystemExit(f"df11_jax was built without its CUDA decoder: {problem}")
     try:
         import cupy

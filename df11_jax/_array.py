@@ -216,6 +216,14 @@ class DF11Slice:
         return BFLOAT16
 
 
+jax.export.register_pytree_node_serialization(
+    DF11Slice,
+    serialized_name="df11_jax.DF11Slice",
+    serialize_auxdata=lambda static: b"",
+    deserialize_auxdata=lambda data: (),
+)
+
+
 def is_df11(leaf: Any) -> bool:
     """Whether a leaf is a `DF11Array`: the `is_leaf` of this package's tree functions."""
     return isinstance(leaf, DF11Array)

@@ -12,7 +12,7 @@ from df11_jax._array import DF11Array, DF11Slice, is_df11
 from df11_jax._slices import decode_slices, decode_stacks, tie
 
 # For `jax.export.export(..., disabled_checks=EXPORT_SAFETY_CHECKS)`. The FFI call is stable, but a
-# process that runs the exported program must have imported df11_jax.
+# process that runs the exported program must have imported df11_jax, which registers the handlers.
 EXPORT_SAFETY_CHECKS = tuple(
     export.DisabledSafetyCheck.custom_call(target)
     for target in (_ffi.DECODE_TARGET, _ffi.PUBLISHED_DECODE_TARGET, _ffi.PRODUCT_TARGET)

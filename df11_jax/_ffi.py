@@ -1,4 +1,4 @@
-"""The compiled decoders: which are there, and their registration with XLA."""
+"""The compiled decoders: their registration with XLA, and which can be used here."""
 
 import functools
 import importlib
@@ -20,37 +20,57 @@ _LIBRARIES = {
     "cpu": ("df11_jax._cpu_library", "cpu"),
     "cuda": (_cuda.MODULE, "CUDA"),
 }
-_registered: dict[str, frozenset[str]] = {}  # the targets of each platform
+
+
+def _register(platform: str) -> frozenset[str]:
+    """Registers the handlers in a platform's library, if it loads; returns their targets."""
+    module, xla_platform = _LIBRARIES[platform]
+    try:
+        handlers = importlib.import_module(module).handlers()
+    except ImportError:
+        return frozenset()
+    for target, handler in handlers.items():
+        jax.ffi.register_ffi_target(target, handler, platform=xla_platform)
+    return frozenset(handlers)
+
+
+# On import, and whatever devices there are: a process that runs an exported program may trace
+# nothing that decodes. This starts no backend.
+_TARGETS = {platform: _register(platform) for platform in _LIBRARIES}
 
 
 @functools.cache
-def register(platform: str) -> _cuda.Obstacle | None:
-    """Loads a platform's library and registers its handlers, once.
+def find_obstacle(platform: str) -> _cuda.Obstacle | None:
+    """Finds out why nothing that is compiled can decode on a platform here.
 
     Args:
         platform: "cpu" or "cuda".
 
     Returns:
-        None, or why nothing that is compiled can decode on that platform here. It is then as if
-        there were no library, for programs fall back only while they are lowered.
+        The obstacle; None if there is none. With one, programs do not call the library, for they
+        fall back only while they are lowered.
     """
-    obstacle = _find_obstacle(platform)
-    if obstacle is not None:
-        return obstacle
-    module, xla_platform = _LIBRARIES[platform]
-    handlers = importlib.import_module(module).handlers()
-    for target, handler in handlers.items():
-        jax.ffi.register_ffi_target(target, handler, platform=xla_platform)
-    _registered[platform] = frozenset(handlers)
+    if platform == "cuda":
+        build = _cuda.load()
+        if isinstance(build, _cuda.Obstacle):
+            return build
+        return _cuda.find_obstacle(build, _cuda.driver_version(), _cuda.local_gpus())
+    try:
+        importlib.import_module(_LIBRARIES[platform][0])
+    except ImportError as error:
+        return _cuda.Obstacle(
+            f"its library does not load ({error})",
+            "Install df11_jax, for its source tree alone is not compiled: pip install .",
+        )
     return None
 
 
 def platforms(target: str = DECODE_TARGET) -> tuple[str, ...]:
-    """The platforms with a compiled decoder; it is registered when this returns."""
+    """The platforms on which programs that are lowered here call the compiled decoder."""
     return tuple(
         platform
-        for platform in _LIBRARIES
-        if register(platform) is None and target in _registered[platform]
+        for platform, targets in _TARGETS.items()
+        if target in targets and find_obstacle(platform) is None
     )
 
 
@@ -69,7 +89,7 @@ def warn_if_slow() -> None:
     Such devices use the decoder in plain XLA operations instead: right, but much slower.
     """
     for platform in _LIBRARIES:
-        obstacle = register(platform)
+        obstacle = find_obstacle(platform)
         if obstacle is not None and _has_devices(platform):
             warnings.warn(
                 f"On {platform.upper()}, df11_jax decompresses weights by plain XLA operations, "
@@ -82,19 +102,3 @@ def warn_if_slow() -> None:
 
 def _has_devices(platform: str) -> bool:
     return platform == "cpu" or bool(_cuda.local_gpus())
-
-
-def _find_obstacle(platform: str) -> _cuda.Obstacle | None:
-    if platform == "cuda":
-        build = _cuda.load()
-        if isinstance(build, _cuda.Obstacle):
-            return build
-        return _cuda.find_obstacle(build, _cuda.driver_version(), _cuda.local_gpus())
-    try:
-        importlib.import_module(_LIBRARIES[platform][0])
-    except ImportError as error:
-        return _cuda.Obstacle(
-            f"its library does not load ({error})",
-            "Install df11_jax, for its source tree alone is not compiled: pip install .",
-        )
-    return None

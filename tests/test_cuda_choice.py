@@ -73,7 +73,7 @@ def too_old_a_gpu(monkeypatch):
     """What the decoders believe to be there; whether they have a library or not, it is no use."""
 
     def forget():
-        _ffi.register.cache_clear()
+        _ffi.find_obstacle.cache_clear()
         _ffi.warn_if_slow.cache_clear()
         jax.clear_caches()
 
@@ -107,7 +107,7 @@ def encoded():
 @pytest.mark.parametrize("layout", ["native", "published"])
 def test_lowered_for_cuda(layout, encoded):
     decode, array, target = encoded[layout]
-    usable = _ffi.register("cuda") is None
+    usable = _ffi.find_obstacle("cuda") is None
     assert (target in lower_for_cuda(lambda a: decode(a), array)) == usable
 
 
@@ -128,6 +128,6 @@ def test_falls_back_with_one_warning(layout, encoded, too_old_a_gpu):
 def test_doctor_says_what_to_do(too_old_a_gpu):
     decoder, why, obstacle = machine._decoder_of("cuda")
     assert decoder == "plain XLA operations"
-    assert why == obstacle.reason == _ffi.register("cuda").reason
+    assert why == obstacle.reason == _ffi.find_obstacle("cuda").reason
     assert obstacle.remedy
     assert machine._decoder_of("tpu")[2] is None

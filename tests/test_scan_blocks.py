@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from payloads import assert_same_bits, count_decodes, random_weights
+from payloads import assert_same_bits, bits, count_decodes, random_weights
 
 from df11_jax import compress, scan_blocks
 from df11_jax._scan import scan_range
@@ -87,6 +87,23 @@ def test_same_bits_as_the_plain_program(params, x):
         assert_same_bits(carry, function(plain, x)[0])
         assert_same_bits(ys, function(plain, x)[1])
     assert_same_bits(jax.jit(forward)(plain, x)[0], jax.jit(reference)(plain, x)[0])
+
+
+def test_every_bit_pattern():
+    # XLA changes payloads of NaNs on CPUs, of plain weights as well, but not of other numbers.
+    patterns = np.arange(2**16, dtype=np.uint16).reshape(2, 128, 256)
+
+    def copy(carry, weights, _):
+        return carry, (weights, jax.lax.bitcast_convert_type(weights, jnp.uint16))
+
+    stack = compress(patterns.view(jnp.bfloat16), stack_axes=1)
+    _, (weights, as_decoded) = jax.jit(lambda stack: scan_blocks(copy, 0, stack))(stack)
+    np.testing.assert_array_equal(as_decoded, patterns)
+    is_nan = patterns & 0x7FFF > 0x7F80
+    returned = bits(weights)
+    np.testing.assert_array_equal(returned[~is_nan], patterns[~is_nan])
+    np.testing.assert_array_equal(np.isnan(weights), is_nan)
+    np.testing.assert_array_equal(returned[is_nan] >> 15, patterns[is_nan] >> 15)
 
 
 def test_one_layer(one_layer, x):

@@ -91,7 +91,7 @@ def _decoder_of(platform: str) -> tuple[str, str, _cuda.Obstacle | None]:
     plain = "plain XLA operations"
     if platform not in ("cpu", "cuda"):
         return plain, "there is no compiled decoder for this platform", None
-    obstacle = _ffi.register(platform)
+    obstacle = _ffi.find_obstacle(platform)
     if obstacle is not None:
         return plain, obstacle.reason, obstacle
     if platform == "cuda":

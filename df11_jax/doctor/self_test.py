@@ -112,11 +112,11 @@ def _decoders(
         compiled, plain = jax.jit(decompress), jax.jit(_decode_native_plainly)
     else:
         compiled, plain = jax.jit(_decode_published), jax.jit(_decode_published_plainly)
-    if platform == "cpu" and _ffi.register("cpu") is None:
+    if platform == "cpu" and _ffi.find_obstacle("cpu") is None:
         # All of them, for other processors have less than the best one here.
         for level in _host_codec.cpu_library().simd_levels():
             yield simd_name(level), compiled, _use_simd(level)
-    elif platform == "cuda" and _ffi.register("cuda") is None:
+    elif platform == "cuda" and _ffi.find_obstacle("cuda") is None:
         yield "CUDA", compiled, contextlib.nullcontext()
     yield PLAIN, plain, contextlib.nullcontext()
 

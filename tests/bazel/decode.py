@@ -36,7 +36,7 @@ def main() -> None:
     for platform in ("cpu", "cuda"):
         if platform == "cuda" and not (built / "_cuda_library.so").exists():
             continue
-        problem = _ffi.register(platform)
+        problem = _ffi.find_obstacle(platform)
         assert problem is None, problem
         try:
             device = jax.devices(platform)[0]

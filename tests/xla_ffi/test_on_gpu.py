@@ -47,7 +47,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def on_gpu():
-    assert _ffi.register("cuda") is None, "df11_jax was built without its CUDA decoder"
+    assert _ffi.find_obstacle("cuda") is None, "df11_jax was built without its CUDA decoder"
     with jax.default_device(jax.devices("cuda")[0]):
         yield
 
