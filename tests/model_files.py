@@ -65,6 +65,20 @@ def write_model(path: Path, weights: Mapping[str, np.ndarray], shards: int = 1) 
     return path
 
 
+def write_unknown_dtype(path: Path) -> Path:
+    """A directory with a file that has 24 bytes of a dtype that numpy lacks, and a matrix."""
+    path.mkdir()
+    header = {
+        "__metadata__": {"format": "pt", "by": "somebody"},
+        "a.weight": {"dtype": "BF16", "shape": [4, 2], "data_offsets": [0, 16]},
+        "four bits": {"dtype": "F4", "shape": [3, 16], "data_offsets": [16, 40]},
+    }
+    text = json.dumps(header).encode()
+    data = bytes(16) + bytes(range(24))
+    (path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
 def assert_holds(source: Source, weights: Mapping[str, np.ndarray]) -> None:
     """A checkpoint gives exactly these tensors, bit for bit."""
     assert set(source.tensors) == set(weights)

@@ -6,7 +6,6 @@ for which they are not.
 """
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,16 @@ from typing import Any
 import numpy as np
 
 from df11_jax._files.atomic import new_file
-from df11_jax._files.safetensors import DTYPES
+from df11_jax._files.safetensors import check_name, numpy_form
+from df11_jax._files.source import TensorInfo
 from df11_jax._host_arrays import as_bytes
 
 # Tensors of the last of these types come first in a file.
 _ORDER = (
     "BOOL",
+    "F4",
+    "F6_E2M3",
+    "F6_E3M2",
     "U8",
     "I8",
     "F8_E5M2",
@@ -41,7 +44,7 @@ _ORDER = (
 
 def write_file(
     path: Path,
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    tensors: Mapping[str, TensorInfo],
     read: Callable[[str], np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
@@ -49,29 +52,36 @@ def write_file(
 
     Args:
         path: the path of the file, which it gets when it is complete.
-        tensors: the safetensors type and the shape of each tensor, by name.
-        read: a function that returns a tensor by its name.
+        tensors: the safetensors type, the shape and the number of bytes of each tensor, by name.
+        read: a function that returns a tensor by its name; its bytes if numpy lacks the type.
         metadata: the strings for the header.
 
     Raises:
-        ValueError: `read` returns a tensor of another type or shape.
+        ValueError: `read` returns a tensor of another type or shape, or a file cannot hold a tensor
+            of that name.
     """
-    order = sorted(tensors, key=lambda name: (-_ORDER.index(tensors[name][0]), name))
+    places = {dtype: place for place, dtype in enumerate(_ORDER)}
+    order = sorted(tensors, key=lambda name: (-places.get(tensors[name].dtype, -1), name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     stop = 0
     for name in order:
-        dtype, shape = tensors[name]
-        start, stop = stop, stop + DTYPES[dtype].itemsize * math.prod(shape)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
+        check_name(name)
+        info = tensors[name]
+        start, stop = stop, stop + info.nbytes
+        header[name] = {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "data_offsets": [start, stop],
+        }
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with new_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            array, (dtype, shape) = read(name), tensors[name]
-            if array.dtype != DTYPES[dtype] or array.shape != shape:
+            array, info = read(name), tensors[name]
+            if (array.dtype, array.shape) != numpy_form(info.dtype, info.shape, info.nbytes):
                 raise ValueError(
-                    f"{name}: was announced as {dtype}{list(shape)}, but is "
+                    f"{name}: was announced as {info.dtype}{list(info.shape)}, but is "
                     f"{array.dtype}{list(array.shape)}"
                 )
             file.write(as_bytes(array).data)

@@ -1,21 +1,25 @@
 """Directories that are written file by file, also in several runs after interruptions."""
 
 import contextlib
+import errno
 import fcntl
-import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from df11_jax._files.atomic import sync_directory
+from df11_jax._files.atomic import exchange, partial_path, partial_paths, sync_directory
 from df11_jax._files.directory import JOURNAL
-from df11_jax._files.source import Source
+from df11_jax._files.source import changed_files
+
+# What distinguishes a job from others. A mapping is that of files to what identifies them.
+Job = Mapping[str, str | Mapping[str, str]]
 
 
 @contextlib.contextmanager
-def incomplete(path: Path, job: Mapping[str, str]) -> Iterator[None]:
+def incomplete(path: Path, job: Job) -> Iterator[Path]:
     """A directory that is marked as incomplete until the block has succeeded.
 
     If the block fails or the process dies, the files that were written stay, so that the same job
@@ -26,6 +30,9 @@ def incomplete(path: Path, job: Mapping[str, str]) -> Iterator[None]:
         path: the path of the directory, which is new, empty, or left behind by the same job.
         job: a description that distinguishes this job from others, readable by people.
 
+    Yields:
+        The path.
+
     Raises:
         FileExistsError: something else is there.
         BlockingIOError: another process is writing to it.
@@ -35,10 +42,10 @@ def incomplete(path: Path, job: Mapping[str, str]) -> Iterator[None]:
     if not is_new and not path.is_dir():
         raise FileExistsError(f"{path}: exists already, and is a file; expected a new directory")
     not_empty = f"{path}: exists already, and is not empty; nothing was changed"
-    if not is_new and _is_begun(path) and not journal.exists():
+    if not is_new and _is_begun(path) and not os.path.lexists(journal):
         raise FileExistsError(not_empty)
     path.mkdir(parents=True, exist_ok=True)
-    with open(journal, "a+") as file:
+    with _open(journal) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -47,7 +54,6 @@ def incomplete(path: Path, job: Mapping[str, str]) -> Iterator[None]:
         if os.fstat(file.fileno()).st_nlink == 0:
             raise BlockingIOError(f"{path}: another process was writing to it")
         is_begun = _is_begun(path)
-        file.seek(0)
         found, record = file.read(), json.dumps(job, indent=2) + "\n"
         if is_begun and not found:
             journal.unlink()
@@ -64,7 +70,7 @@ def incomplete(path: Path, job: Mapping[str, str]) -> Iterator[None]:
                 "delete the directory to start anew"
             )
         try:
-            yield
+            yield path
             journal.unlink()
         except BaseException:
             if list(path.iterdir()) == [journal]:
@@ -73,33 +79,101 @@ def incomplete(path: Path, job: Mapping[str, str]) -> Iterator[None]:
                     path.rmdir()
             raise
     sync_directory(path)
+    sync_directory(path.absolute().parent)
+
+
+@contextlib.contextmanager
+def replacement(path: Path, job: Job) -> Iterator[Path]:
+    """A new directory that takes the place of the one at `path` when the block has succeeded.
+
+    Until then, and if the block fails or the process dies, the old one is as it was. What killed
+    processes have left of new ones is removed.
+
+    Args:
+        path: the path of a directory.
+        job: a description of what is written, readable by people.
+
+    Yields:
+        The path at which to write the new directory.
+    """
+    path = path.resolve()
+    for left in partial_paths(path):
+        _remove_left(left)
+    partial, lock = _create_partial(path)
+    try:
+        with incomplete(partial, job):
+            yield partial
+        exchange(partial, path)
+        sync_directory(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        os.close(lock)
+
+
+def _create_partial(path: Path) -> tuple[Path, int]:
+    """Creates a directory to be finished, and locks it."""
+    while True:
+        partial = partial_path(path)
+        partial.mkdir()
+        with contextlib.suppress(FileNotFoundError):  # as below
+            descriptor = _open_directory(partial)
+            # Between creation and lock, another process may take it for one that was left.
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if os.fstat(descriptor).st_nlink:
+                return partial, descriptor
+            os.close(descriptor)
+
+
+def _remove_left(path: Path) -> None:
+    """Removes a directory that `replacement` has left, unless its process still exists."""
+    with contextlib.suppress(OSError):
+        descriptor = _open_directory(path)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+
+def _open_directory(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def _open(journal: Path) -> TextIO:
+    """Opens a journal, which is created if it is not there."""
+    try:
+        descriptor = os.open(
+            journal,
+            os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC,
+            0o666,
+        )
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise FileExistsError(
+            f"{journal}: is a link, which no run of df11_jax has made; nothing was changed"
+        ) from None
+    return open(descriptor, "r+")
 
 
 def _is_begun(path: Path) -> bool:
     return any(entry.name != JOURNAL for entry in path.iterdir())
 
 
-def fingerprint(source: Source) -> str:
-    """A hash of a checkpoint's headers and of its files' sizes and times of change."""
-    files = sorted(source.path.iterdir()) if source.path.is_dir() else [source.path]
-    stats = [(file.name, file.stat()) for file in files if file.is_file()]
-    text = json.dumps(
-        [
-            source.format,
-            [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
-            list(source.tensors.items()),
-        ]
-    )
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _difference(found: str, job: Mapping[str, Any]) -> str:
     try:
         old = json.loads(found)
         return "; ".join(
-            f"{key}: {old.get(key)}, now {value}"
+            _describe_change(key, old.get(key), value)
             for key, value in job.items()
             if old.get(key) != value
         )
     except (ValueError, AttributeError):
         return f"{JOURNAL} cannot be read"
+
+
+def _describe_change(key: str, old: Any, new: Any) -> str:
+    if isinstance(old, dict) and isinstance(new, Mapping):
+        changed = changed_files(old, new)
+        return f"{key} that changed: {', '.join(changed[:8])}"
+    return f"{key}: {old}, now {new}"

@@ -8,7 +8,7 @@ JSON, and the tensors one after the other.
 import json
 import math
 import mmap
-import os
+import weakref
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,8 @@ import ml_dtypes
 import numpy as np
 
 from df11_jax._brief import brief
-from df11_jax._files.untrusted_json import MAX_BYTES, parse_json, require_file
+from df11_jax._files.opened_file import OpenedFile
+from df11_jax._files.untrusted_json import MAX_BYTES, parse_json
 from df11_jax._host_arrays import as_bytes
 
 DTYPES: dict[str, np.dtype] = {
@@ -46,6 +47,7 @@ DTYPES: dict[str, np.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _LENGTH_BYTES = 8
+_METADATA = "__metadata__"  # the key in the header that is none of a tensor
 _MAX_DIMS = 64  # the limit of numpy
 # The limit of numpy for elements of 16 bytes, which holds for the dimensions other than 0.
 _MAX_ELEMENTS = 2**59
@@ -67,7 +69,35 @@ class Entry(NamedTuple):
         return self.end - self.begin
 
 
-class TensorFile:
+class Tensor(NamedTuple):
+    """One tensor to be written.
+
+    Attributes:
+        name: the name of the tensor.
+        dtype: its dtype, as the format names it.
+        shape: its shape.
+        array: the tensor; or, if numpy has no such dtype, its bytes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    array: np.ndarray
+
+    @classmethod
+    def of(cls, name: str, array: np.ndarray) -> "Tensor":
+        """A tensor of a dtype that numpy has.
+
+        Raises:
+            ValueError: safetensors has no name for its dtype.
+        """
+        dtype = DTYPE_NAMES.get(array.dtype)
+        if dtype is None:
+            raise ValueError(f"{name}: safetensors files cannot hold the dtype {array.dtype}")
+        return cls(name, dtype, array.shape, array)
+
+
+class TensorFile(OpenedFile):
     """A safetensors file, open for reading: its header is read and checked, the rest mapped.
 
     Attributes:
@@ -84,59 +114,64 @@ class TensorFile:
             OSError: the file cannot be read.
             ValueError: the file is not a safetensors file, or is truncated; the message names it.
         """
-        self.path = path
-        require_file(path)
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-            self._data_begin = _LENGTH_BYTES + length
-            if size < _LENGTH_BYTES or length > MAX_BYTES or self._data_begin > size:
-                raise ValueError(
-                    f"{path}: is not a safetensors file, or is truncated: it has {size:,} bytes, "
-                    f"and its header would have {length:,}"
-                )
-            header = file.read(length)
+        super().__init__(path)
+        length = 0
+        if self.nbytes >= _LENGTH_BYTES:
+            length = int.from_bytes(self.read(_LENGTH_BYTES), "little")
+        self._data_begin = _LENGTH_BYTES + length
+        if length > MAX_BYTES or self._data_begin > self.nbytes:
+            raise ValueError(
+                f"{path}: is not a safetensors file, or is truncated: it has {self.nbytes:,} "
+                f"bytes, and its header would have {length:,}"
+            )
+        header = self.read(length, _LENGTH_BYTES)
         self.header_crc32 = f"{zlib.crc32(header):08x}"
         try:
-            self.metadata, self.entries = _parse(header, size - self._data_begin)
+            self.metadata, self.entries = _parse(header, self.nbytes - self._data_begin)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        self._mapped = self.map()
 
     def array(self, name: str) -> np.ndarray:
-        """A tensor, as a read-only view of the mapped file, which must not change meanwhile.
+        """A tensor, as a read-only view of the mapped file.
+
+        The view shows what is written to the file later, which `check_unchanged` notices. It does
+        not depend on the path.
+
+        Returns:
+            The tensor; or, if numpy has no such dtype, its bytes.
 
         Raises:
             KeyError: there is no tensor of that name.
-            ValueError: numpy has no such dtype, or the file has become shorter.
+            ValueError: the file was changed since it was opened.
         """
+        self.check_unchanged()
         entry = self.entries[name]
-        dtype = DTYPES.get(entry.dtype)
-        if dtype is None:
-            raise ValueError(f"{self.path}: {name}: cannot read the dtype {entry.dtype}")
+        dtype, shape = numpy_form(entry.dtype, entry.shape, entry.nbytes)
         if not entry.nbytes:
-            return np.empty(entry.shape, dtype)
+            return np.empty(shape, dtype)
         begin = self._data_begin + entry.begin
-        skipped = begin % mmap.ALLOCATIONGRANULARITY
-        try:
-            # The file is mapped anew each time, and unmapped when the array is gone.
-            with open(self.path, "rb") as file:
-                mapped = mmap.mmap(
-                    file.fileno(),
-                    skipped + entry.nbytes,
-                    access=mmap.ACCESS_READ,
-                    offset=begin - skipped,
-                )
-        except (OSError, ValueError) as error:
-            if isinstance(error, OSError) and error.filename:
-                raise
-            raise ValueError(f"{self.path}: {name}: cannot be read ({error})") from None
+        page = begin - begin % mmap.ALLOCATIONGRANULARITY
+        place = page, begin + entry.nbytes - page
         # Encoders read tile by tile, in which the kernel would see no order to read ahead by.
-        mapped.madvise(mmap.MADV_WILLNEED)
-        array = np.frombuffer(mapped, dtype, math.prod(entry.shape), skipped)
+        self._mapped.madvise(mmap.MADV_WILLNEED, *place)
+        array = np.frombuffer(self._mapped, dtype, math.prod(shape), begin)
+        # What has been read would count as memory of this process as long as the file is open.
+        finalizer = weakref.finalize(array, self._mapped.madvise, mmap.MADV_DONTNEED, *place)
+        finalizer.atexit = False  # type: ignore[misc]
         # Nothing in the format aligns tensors to their own size.
-        array = np.require(array, requirements="A").reshape(entry.shape)
+        array = np.require(array, requirements="A").reshape(shape)
         array.flags.writeable = False
         return array
+
+
+def numpy_form(dtype: str, shape: tuple[int, ...], nbytes: int) -> tuple[np.dtype, tuple[int, ...]]:
+    """The dtype and the shape of the array by which a tensor is read and written.
+
+    If numpy lacks the dtype, these are the tensor's bytes.
+    """
+    known = DTYPES.get(dtype)
+    return (np.dtype(np.uint8), (nbytes,)) if known is None else (known, tuple(shape))
 
 
 class TensorWriter:
@@ -166,27 +201,19 @@ class TensorWriter:
         self._end = 0
         file.seek(self._data_begin)
 
-    def add(self, name: str, array: np.ndarray) -> None:
-        """Appends a tensor.
-
-        Raises:
-            ValueError: safetensors has no name for its dtype, or its name is too long.
-        """
-        _check_name(name)
-        dtype = DTYPE_NAMES.get(array.dtype)
-        if dtype is None:
-            raise ValueError(f"{name}: safetensors files cannot hold the dtype {array.dtype}")
-        self._file.write(as_bytes(array).data)
-        begin, self._end = self._end, self._end + array.nbytes
-        self._header[name] = {
-            "dtype": dtype,
-            "shape": list(array.shape),
+    def add(self, tensor: Tensor) -> None:
+        """Appends a tensor."""
+        self._file.write(as_bytes(tensor.array).data)
+        begin, self._end = self._end, self._end + tensor.array.nbytes
+        self._header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
             "data_offsets": [begin, self._end],
         }
 
     def finish(self) -> None:
         """Writes the header."""
-        metadata = {"__metadata__": self.metadata} if self.metadata else {}
+        metadata = {_METADATA: self.metadata} if self.metadata else {}
         header = json.dumps(metadata | self._header, separators=(",", ":")).encode()
         length = self._data_begin - _LENGTH_BYTES
         assert len(header) <= length, "header_room was told of all tensors"
@@ -197,18 +224,29 @@ class TensorWriter:
 def header_room(
     tensors: Iterable[tuple[str, int]], metadata: Mapping[str, str] | None = None
 ) -> int:
-    """The bytes that suffice for the header of a file.
+    """The bytes that suffice for the header of a file, which readers accept.
 
     Args:
         tensors: the name and the number of dimensions of each tensor that there may be.
         metadata: the strings for the header.
+
+    Raises:
+        ValueError: a file cannot hold a tensor of that name, or as many tensors.
     """
     number = 20  # digits of 2**64, and a comma
-    fields = len('"":{"dtype":"F8_E4M3","shape":[],"data_offsets":[]},')
-    room = len(json.dumps({"__metadata__": dict(metadata or {})}))
-    return room + sum(
-        len(json.dumps(name)) + fields + number * (ndim + 2) for name, ndim in tensors
-    )
+    fields = len('"":{"dtype":"F6_E2M3","shape":[],"data_offsets":[]},')
+    room = len(json.dumps({_METADATA: dict(metadata or {})}))
+    count = 0
+    for name, ndim in tensors:
+        check_name(name)
+        room += len(json.dumps(name)) + fields + number * (ndim + 2)
+        count += 1
+    if room > MAX_BYTES:
+        raise ValueError(
+            f"{count:,} tensors need a header of up to {room:,} bytes, of which a safetensors file "
+            f"can have {MAX_BYTES:,}; divide them among several files"
+        )
+    return room
 
 
 def _parse(header: bytes, data_bytes: int) -> tuple[dict[str, str], dict[str, Entry]]:
@@ -221,7 +259,7 @@ def _parse(header: bytes, data_bytes: int) -> tuple[dict[str, str], dict[str, En
         ) from None
     if not isinstance(fields, dict):
         raise ValueError("is not a safetensors file: its header is not a JSON object")
-    metadata = fields.pop("__metadata__", None) or {}
+    metadata = fields.pop(_METADATA, None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError(f"__metadata__ is {brief(metadata)}, expected a JSON object of strings")
     entries = {name: _parse_entry(name, entry) for name, entry in fields.items()}
@@ -252,15 +290,26 @@ def check_shape(shape: Sequence[int], name: str) -> None:
         raise ValueError(f"{name}: shape is {brief(list(shape))}, which no array can have")
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Checks that a tensor can have a name.
+
+    Raises:
+        ValueError: it cannot.
+    """
     if len(name) > _MAX_NAME:
         raise ValueError(
             f"{name:.80}...: a name of {len(name):,} characters, expected up to {_MAX_NAME:,}"
         )
+    if name == _METADATA:
+        raise ValueError(f"{name}: safetensors files cannot hold a tensor of this name; rename it")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name!a}: is no Unicode text, as names in files have to be") from None
 
 
 def _parse_entry(name: str, entry: Any) -> Entry:
-    _check_name(name)
+    check_name(name)
     if not isinstance(entry, dict):
         raise ValueError(f"{name}: its header entry is {brief(entry)}, expected a JSON object")
     dtype: Any = entry.get("dtype")

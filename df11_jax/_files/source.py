@@ -1,8 +1,9 @@
 """The protocols by which checkpoints of all formats are read."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -40,18 +41,36 @@ class TensorSource(Protocol):
     def read(self, name: str) -> np.ndarray:
         """One tensor, decoded, on the host; not to be written to.
 
+        If numpy has no such dtype, it is the tensor's bytes.
+
         Raises:
             KeyError: there is no such tensor.
             ValueError: the tensor is corrupt; the message names the file and the tensor.
         """
 
 
+class Arrangement(NamedTuple):
+    """The files in which tensors lie that are, or were before compression, in safetensors files.
+
+    Attributes:
+        shards: the names of tensors, by the names of files.
+        metadata: the strings in the headers of the files, by their names.
+        index_file: the name of the index; None if there is none.
+        index_metadata: the entries of the index's metadata that are not computed.
+    """
+
+    shards: Mapping[str, Sequence[str]]
+    metadata: Mapping[str, Mapping[str, str]]
+    index_file: str | None
+    index_metadata: Mapping[str, Any]
+
+
 @runtime_checkable
 class Source(TensorSource, Protocol):
     """A checkpoint that is read tensor by tensor, whatever its format.
 
-    Opening it reads headers only; `read` takes the memory of one tensor, or in the published
-    format that of the unit of which the tensor is a part.
+    Opening it opens its files and reads headers; `read` takes the memory of one tensor, or in the
+    published format that of the unit of which the tensor is a part.
     """
 
     @property
@@ -61,3 +80,68 @@ class Source(TensorSource, Protocol):
     @property
     def format(self) -> str:
         """`"plain"`, `"native"`, `"published"` or `"orbax"`."""
+
+    def model_config(self) -> Mapping[str, Any]:
+        """The content of the model's config.json; empty if there is none.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+
+    def arrangement(self) -> Arrangement | None:
+        """The files of the tensors; None if they do not lie in safetensors files."""
+
+    def fingerprint(self) -> dict[str, str]:
+        """What tells whether the files at `path` change, by their names."""
+
+    def check_unchanged(self) -> None:
+        """Checks that nothing was written to the files since they were opened.
+
+        Raises:
+            ValueError: something was, so that what was read may be a mixture.
+        """
+
+
+def check_fingerprint(source: Source, expected: Mapping[str, str]) -> None:
+    """Checks that the files of a checkpoint are those that they were.
+
+    Args:
+        source: the checkpoint.
+        expected: its fingerprint as it was.
+
+    Raises:
+        ValueError: a file was changed or replaced; the message names some.
+    """
+    if changed := changed_files(expected, source.fingerprint()):
+        raise ValueError(
+            f"{source.path}: changed while it was read: {', '.join(changed[:8])}. What was read "
+            "may be a mixture; read it again when nothing writes to it"
+        )
+
+
+def changed_files(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """The names of files that differ between two fingerprints, in order."""
+    return sorted(name for name in {**old, **new} if old.get(name) != new.get(name))
+
+
+@contextlib.contextmanager
+def unchanged(source: TensorSource) -> Iterator[None]:
+    """Raises an error if a checkpoint's files are written to while the block reads them.
+
+    Otherwise what was read would be a mixture, or what comes of one, such as a verification that
+    fails, would look like a bug or broken hardware.
+
+    Args:
+        source: the checkpoint. Other sources of tensors are not checked.
+
+    Raises:
+        ValueError: a file was changed; the message names it.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError):
+        if isinstance(source, Source):
+            source.check_unchanged()
+        raise
+    if isinstance(source, Source):
+        source.check_unchanged()

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 import df11_jax
-from df11_jax._files.directory import CONFIG, read_json
+from df11_jax._files.directory import read_json
+from df11_jax._files.folder import CONFIG
 from df11_jax._progress import say
 from df11_jax.bench.device import describe_device, free_bytes, free_host_bytes
 from df11_jax.bench.generation_figures import GenerationFigures, Row
@@ -136,10 +137,10 @@ def _open(model: Path | None) -> tuple[str, Config, TensorSource]:
         config = read_config(_SMALL if small else LLAMA_3_1_8B)
         shape = "Llama-3.1-8B's shapes" + (" / 8, with 8 layers" if small else "")
         return f"random weights of {shape}", config, RandomSource(config)
-    file = model / CONFIG if model.is_dir() else model
-    config = read_config(read_json(file), str(file))
     if model.is_dir():
-        return str(model), config, open_checkpoint(model)
+        source = open_checkpoint(model)
+        return str(model), read_config(source.model_config(), str(model / CONFIG)), source
+    config = read_config(read_json(model), str(model))
     return f"random weights of the shapes in {model}", config, RandomSource(config)
 
 

@@ -5,7 +5,8 @@ modules `convert`, `differences` and `summary` are for the command line, and not
 """
 
 from df11_jax._files.source import Source, TensorInfo, TensorSource
+from df11_jax.checkpoints._load import load
 from df11_jax.checkpoints._open import open_checkpoint
-from df11_jax.checkpoints._pytree import load, save
+from df11_jax.checkpoints._save import save
 
 __all__ = ["Source", "TensorInfo", "TensorSource", "load", "open_checkpoint", "save"]

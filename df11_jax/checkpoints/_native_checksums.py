@@ -1,31 +1,47 @@
 """Checksums of the tensors in native files, which lie in `__metadata__` under `crc32:<name>`.
 
-Coded exponents, signs and mantissas, which are nearly all of a file, have none: their chunks have
-checksums of their own, which are verified when they are decoded. Every other tensor has one. It
-covers the tensor's name, dtype and shape, too, since a damaged header may have others that fit.
+That of a tensor covers its name, dtype and shape, too, since a damaged header may have others that
+fit. Coded exponents, signs and mantissas, which are nearly all of a file, have chunks with
+checksums of their own, which are verified when they are decoded. Of all of them together the
+exponents have a checksum, the *digest*; signs and mantissas have none.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from df11_jax._files import crc32
-from df11_jax._files.safetensors import DTYPE_NAMES, TensorFile
+from df11_jax._files.safetensors import Tensor, TensorFile
+from df11_jax._host_codec import payload_digest
+from df11_jax._layout import Layout
 
 _PREFIX = "crc32:"
-_CHECKED_BY_CHUNK = ("exponents", "sign_mantissa")
+_DIGEST = "exponents"
+_COVERED = "sign_mantissa"
 
 
 def metadata_key(name: str) -> str | None:
     """The key of a tensor's checksum in the metadata; None if it is to have none."""
-    return None if name.partition(":")[2] in _CHECKED_BY_CHUNK else _PREFIX + name
+    return None if name.partition(":")[2] == _COVERED else _PREFIX + name
 
 
-def checksum(name: str, array: np.ndarray) -> str:
+def digest(name: str, payload: Sequence[np.ndarray], layout: Layout, where: str) -> dict[str, str]:
+    """The checksum of a compressed leaf's exponents, by the name of that tensor.
+
+    Args:
+        name: the name of the leaf.
+        payload: its five arrays.
+        layout: its layout.
+        where: the leaf, for messages.
+    """
+    return {f"{name}:{_DIGEST}": f"{payload_digest(payload, layout, where):08x}"}
+
+
+def checksum(tensor: Tensor) -> str:
     """The checksum of a tensor, as docs/format.md defines it."""
-    dims = ",".join(map(str, array.shape))
-    description = f"{name}\n{DTYPE_NAMES[array.dtype]}\n{dims}\n".encode()
-    found = crc32.host_checksum([np.frombuffer(description, np.uint8), array])
+    dims = ",".join(map(str, tensor.shape))
+    description = f"{tensor.name}\n{tensor.dtype}\n{dims}\n".encode()
+    found = crc32.host_checksum([np.frombuffer(description, np.uint8), tensor.array])
     return f"{found:08x}"
 
 
@@ -56,14 +72,38 @@ def split_metadata(file: TensorFile) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def check(file: TensorFile, name: str, array: np.ndarray, checksums: Mapping[str, str]) -> None:
-    """Checks a tensor that was read against its checksum, if there is one.
+    """Checks a tensor that was read against its checksum, if that is one of its bytes.
 
     Raises:
         ValueError: the tensor differs from the one that was written.
     """
-    expected = checksums.get(name)
-    if expected is not None and (found := checksum(name, array)) != expected:
+    if name.partition(":")[2] == _DIGEST:
+        return
+    expected, entry = checksums.get(name), file.entries[name]
+    tensor = Tensor(name, entry.dtype, entry.shape, array)
+    if expected is not None and (found := checksum(tensor)) != expected:
         raise ValueError(
-            f"{file.path}: {name}: is corrupt: the CRC-32 of its {array.dtype}{list(array.shape)} "
+            f"{file.path}: {name}: is corrupt: the CRC-32 of its {entry.dtype}{list(entry.shape)} "
             f"is {found}, expected {expected:.80}. Get another copy of the file, or write it again"
         )
+
+
+def check_digest(
+    name: str,
+    payload: Sequence[np.ndarray],
+    layout: Layout,
+    checksums: Mapping[str, str],
+    where: str,
+) -> None:
+    """Checks that a compressed leaf is the one whose digest its file has, if there is one.
+
+    Raises:
+        ValueError: its chunks are others, or are corrupt.
+    """
+    for key, found in digest(name, payload, layout, where).items():
+        expected = checksums.get(key)
+        if expected not in (None, found):
+            raise ValueError(
+                f"{where}: is corrupt: the digest of its chunks is {found}, expected "
+                f"{expected:.80}. Get another copy of the file, or write it again"
+            )

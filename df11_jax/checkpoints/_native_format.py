@@ -1,28 +1,40 @@
 """Native checkpoints: safetensors files that hold pytrees with compressed leaves.
 
 A compressed leaf at path `a/b` is five tensors, `a/b:header` to `a/b:sign_mantissa`; its header
-holds its shape, so a file describes itself. Every other leaf is one tensor, named by its path.
+holds its shape, so a file describes itself. Every other leaf is one tensor, named by its path. The
+metadata of a file that was made of another one keeps the other's under keys of its own.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from df11_jax import _layout
+from df11_jax import _host_codec, _layout
 from df11_jax._array import DF11Array
 from df11_jax._brief import brief
-from df11_jax._files.safetensors import DTYPES, TensorFile, check_shape
-from df11_jax._files.source import TensorInfo
-from df11_jax._host_codec import decode
+from df11_jax._files.folder import Folder
+from df11_jax._files.folder_source import FolderSource
+from df11_jax._files.safetensors import DTYPES, Tensor, TensorFile, check_shape
+from df11_jax._files.source import Arrangement, TensorInfo
+from df11_jax._host_codec import Payload
 from df11_jax._layout import Layout
 from df11_jax.checkpoints import _native_checksums
+from df11_jax.checkpoints._shard_files import StoredLeaf
+from df11_jax.checkpoints._tree import Structure
 
 METADATA = {"format": "df11_jax", "version": str(_layout.FORMAT_VERSION)}
+# In the metadata of one file: what the names of leaves do not tell about the tree.
+STRUCTURE = "structure"
+# In the metadata of a file, before the keys of those of the file that it was made of; and in that
+# of an index, the key of the metadata of the index that it was made of.
+SOURCE_PREFIX = "source:"
+SOURCE = "source"
 
 
 def part_names(name: str) -> tuple[str, ...]:
@@ -43,30 +55,35 @@ def is_native(files: Iterable[TensorFile]) -> bool:
     )
 
 
-class NativeCheckpoint:
+class NativeCheckpoint(FolderSource):
     """Leaves from one or several files.
 
     Attributes:
         path: the path of the directory or file.
         tensors: all leaves by path, as they are without compression.
+        structure: what the paths do not tell about the tree that was saved.
     """
 
     format = "native"
 
-    def __init__(self, path: Path, files: Mapping[str, TensorFile]) -> None:
+    def __init__(self, folder: Folder, files: Mapping[str, TensorFile]) -> None:
         """Takes the files that hold the tensors, and checks the leaves that the headers describe.
 
         Raises:
             ValueError: a file is not native or of another version; parts of a leaf are missing or
                 do not fit each other; a header is corrupt. The message names the file and the leaf.
         """
-        self.path = path
+        super().__init__(folder)
         self.tensors: dict[str, TensorInfo] = {}
+        self.structure = Structure()
         self._files = files
         self._layouts: dict[str, Layout] = {}
         self._checksums: dict[Path, dict[str, str]] = {}
         for file in dict.fromkeys(files.values()):
             metadata, self._checksums[file.path] = _native_checksums.split_metadata(file)
+            metadata = {k: v for k, v in metadata.items() if not k.startswith(SOURCE_PREFIX)}
+            if STRUCTURE in metadata:
+                self.structure = Structure.from_json(metadata.pop(STRUCTURE), str(file.path))
             if metadata != METADATA:
                 raise ValueError(
                     f"{file.path}: expected a file with the metadata {METADATA}, "
@@ -74,7 +91,7 @@ class NativeCheckpoint:
                 )
             if not file.entries.keys() <= files.keys():
                 name = min(file.entries.keys() - files.keys())
-                raise ValueError(f"{path}: the index does not list {name} of {file.path.name}")
+                raise ValueError(f"{self.path}: the index does not list {name} of {file.path.name}")
         leaves: dict[str, list[str]] = {}
         for name in files:
             leaf, _, part = name.partition(":")
@@ -88,15 +105,43 @@ class NativeCheckpoint:
         """One leaf, decoded, on the host."""
         if name not in self._layouts:
             return self._array(name)
-        payload = [self._array(part) for part in part_names(name)]
-        return decode(payload, self._layouts[name], self._where(name))
+        return _host_codec.decode(self._payload(name), self._layouts[name], self._where(name))
 
-    def load(self, name: str) -> DF11Array | Array | np.ndarray:
-        """One leaf as it is stored, on the default device."""
+    def load(self, name: str, *, verify: bool = True) -> DF11Array | Array | np.ndarray:
+        """One leaf as it is stored, on the default device.
+
+        Args:
+            name: the path of the leaf.
+            verify: whether to check the chunks of a compressed leaf, too.
+
+        Raises:
+            ValueError: the leaf is corrupt.
+        """
         if name not in self._layouts:
             return to_device(self._array(name))
-        payload = [jnp.asarray(to_device(self._array(part))) for part in part_names(name)]
-        return DF11Array.from_payload(payload, self._layouts[name])
+        layout, payload = self._layouts[name], self._payload(name, verify=verify)
+        if verify:
+            _host_codec.verify(payload, layout, self._where(name))
+        arrays = [jnp.asarray(to_device(array)) for array in payload]
+        return DF11Array.from_payload(arrays, layout)
+
+    def arrangement(self) -> Arrangement:
+        """The files of the tensors, with the strings that they had before compression."""
+        files = {
+            name: self._files[part_names(name)[0] if name in self._layouts else name]
+            for name in self.tensors
+        }
+        return self._arrange(files, _source_metadata, _source_index_metadata)
+
+    def _payload(self, name: str, *, verify: bool = True) -> list[np.ndarray]:
+        parts = part_names(name)
+        payload = [self._array(part) for part in parts]
+        if verify:
+            checksums = self._checksums[self._files[parts[3]].path]
+            _native_checksums.check_digest(
+                name, payload, self._layouts[name], checksums, self._where(name)
+            )
+        return payload
 
     def _array(self, name: str) -> np.ndarray:
         file = self._files[name]
@@ -137,6 +182,31 @@ class NativeCheckpoint:
 
     def _where(self, name: str) -> str:
         return f"{self._files[part_names(name)[0]].path}: {name}"
+
+
+def compressed_leaf(name: str, payload: Payload, layout: Layout) -> StoredLeaf:
+    """A compressed leaf, as it is to be written.
+
+    Args:
+        name: the path of the leaf.
+        payload: its five arrays.
+        layout: its layout.
+    """
+    digest = _native_checksums.digest(name, payload, layout, name)
+    return StoredLeaf(map(Tensor.of, part_names(name), payload), digest)
+
+
+def _source_metadata(file: TensorFile) -> dict[str, str]:
+    return {
+        key.removeprefix(SOURCE_PREFIX): value
+        for key, value in file.metadata.items()
+        if key.startswith(SOURCE_PREFIX)
+    }
+
+
+def _source_index_metadata(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+    entries = metadata.get(SOURCE)
+    return entries if isinstance(entries, dict) else {}
 
 
 def to_device(array: np.ndarray) -> Array | np.ndarray:

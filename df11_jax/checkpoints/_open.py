@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from df11_jax._files.directory import find_tensors
+from df11_jax._files.folder import Folder
 from df11_jax._files.source import Source
 from df11_jax.checkpoints._native_format import NativeCheckpoint, is_native
 from df11_jax.checkpoints._plain import PlainCheckpoint
@@ -16,7 +17,7 @@ Shapes = Mapping[str, Sequence[int]] | str | os.PathLike[str]
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Folder,
     *,
     shapes: Shapes | None = None,
     pattern_dict: Mapping[str, Sequence[str]] | None = None,
@@ -42,14 +43,15 @@ def open_checkpoint(
         ValueError: the checkpoint has none of the formats, or is damaged; the message says what
             was found.
     """
-    path = Path(path)
-    if is_orbax(path):
+    folder = path if isinstance(path, Folder) else Folder(Path(path))
+    if is_orbax(folder):
         from df11_jax.checkpoints._orbax import OrbaxCheckpoint
 
-        return OrbaxCheckpoint(path)
-    if is_published(path):
-        return Checkpoint(path, shapes, pattern_dict)
-    files = find_tensors(path)
-    if is_native(files.values()):
-        return NativeCheckpoint(path, files)
-    return PlainCheckpoint(path, files)
+        return OrbaxCheckpoint(folder.path)
+    if is_published(folder):
+        return Checkpoint(folder, shapes, pattern_dict)
+    files = find_tensors(folder)
+    kind = NativeCheckpoint if is_native(files.values()) else PlainCheckpoint
+    source = kind(folder, files)
+    folder.check_current()
+    return source

@@ -8,8 +8,11 @@ import numpy as np
 from jaxtyping import Array
 
 from df11_jax._array import DF11Array
+from df11_jax._files.directory import read_json
+from df11_jax._files.file_stats import file_stats
+from df11_jax._files.folder import CONFIG
 from df11_jax._files.safetensors import DTYPE_NAMES
-from df11_jax._files.source import TensorInfo
+from df11_jax._files.source import TensorInfo, check_fingerprint
 from df11_jax._host_codec import decode
 from df11_jax.checkpoints._native_format import to_device
 from df11_jax.orbax.items import LeafReader, StoredLeaf
@@ -33,6 +36,7 @@ class OrbaxCheckpoint:
                 arrays.
         """
         self.path = path
+        self._opened = file_stats(path)
         self._reader = LeafReader(path.resolve())
         self.tensors = {name: self._info(leaf) for name, leaf in self._reader.leaves.items()}
 
@@ -44,9 +48,31 @@ class OrbaxCheckpoint:
         payload = [np.asarray(part) for part in value.payload]
         return decode(payload, value.layout, f"{self.path}: {name}")
 
-    def load(self, name: str) -> DF11Array | Array | np.ndarray:
-        """One leaf as it is stored, on the default device."""
+    def load(self, name: str, *, verify: bool = True) -> DF11Array | Array | np.ndarray:
+        """One leaf as it is stored, on the default device; always verified."""
         return jax.tree.map(to_device, self._reader.read(name))
+
+    def model_config(self) -> dict[str, Any]:
+        """The content of the model's config.json, if somebody has put one into the folder."""
+        config = self.path / CONFIG
+        return read_json(config) if config.exists() else {}
+
+    def arrangement(self) -> None:
+        """The files of the tensors, which do not lie in safetensors files."""
+        return None
+
+    def fingerprint(self) -> dict[str, str]:
+        """What tells whether the files in the folder change, by their paths."""
+        return file_stats(self.path)
+
+    def check_unchanged(self) -> None:
+        """Checks that no file was written or replaced since the checkpoint was opened.
+
+        Raises:
+            ValueError: one was. Orbax opens files by their paths, so that what was read may be a
+                mixture.
+        """
+        check_fingerprint(self, self._opened)
 
     def _info(self, leaf: StoredLeaf) -> TensorInfo:
         dtype: Any = None if leaf.dtype is None or leaf.is_key else np.dtype(leaf.dtype)

@@ -4,38 +4,53 @@ import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-import numpy as np
+from types import MappingProxyType
+from typing import NamedTuple
 
 from df11_jax._files.atomic import new_file
-from df11_jax._files.safetensors import TensorWriter, header_room
+from df11_jax._files.safetensors import Tensor, TensorWriter, header_room
 from df11_jax.checkpoints import _native_checksums
 
-# The most bytes that the leaves of a shard have before compression, which leaves about two thirds
-# of them. An interruption costs no more than one shard.
+# The most bytes of the leaves of a shard, unless one leaf has more. An interruption costs no more
+# than one shard.
 SHARD_BYTES = 2_000_000_000
 _SYNC_BYTES = 1 << 26
 
-Tensors = Iterable[tuple[str, np.ndarray]]
 Places = Iterable[tuple[str, int]]
 
 
-def plan_shards(path: Path, nbytes: Mapping[str, int]) -> dict[Path, list[str]]:
-    """Divides leaves among files in their order, up to `SHARD_BYTES` in each.
+class StoredLeaf(NamedTuple):
+    """A leaf, as it is to be written.
+
+    Attributes:
+        tensors: the tensors that it is stored as.
+        checksums: the checksums of those tensors whose checksums are not those of their bytes.
+    """
+
+    tensors: Iterable[Tensor]
+    checksums: Mapping[str, str] = MappingProxyType({})
+
+
+def plan_shards(
+    path: Path, nbytes: Mapping[str, int], shard_bytes: int | None = None
+) -> dict[Path, list[str]]:
+    """Divides leaves among files in their order.
 
     Args:
         path: the path of the directory.
         nbytes: the bytes of each leaf, by its name.
+        shard_bytes: the most bytes of each file, unless one leaf has more; None for `SHARD_BYTES`.
 
     Returns:
         The files, with names as Hugging Face gives them, and the names of their leaves.
     """
     shards: list[list[str]] = []
+    most = SHARD_BYTES if shard_bytes is None else shard_bytes
     room = -1
     for name, size in nbytes.items():
         if size > room:
             shards.append([])
-            room = SHARD_BYTES
+            room = most
         shards[-1].append(name)
         room -= size
     count = len(shards)
@@ -48,7 +63,7 @@ def plan_shards(path: Path, nbytes: Mapping[str, int]) -> dict[Path, list[str]]:
 def write_shard(
     path: Path,
     places: Places,
-    leaves: Iterable[Tensors],
+    leaves: Iterable[StoredLeaf],
     metadata: Mapping[str, str],
     *,
     checksums: bool,
@@ -58,7 +73,7 @@ def write_shard(
     Args:
         path: the path of the file.
         places: the names and numbers of dimensions of all tensors that there may be.
-        leaves: the tensors of leaf after leaf; while one leaf is written, the next is computed.
+        leaves: leaf after leaf; while one is written, the next is computed.
         metadata: the strings for the header.
         checksums: whether to add checksums to them, as native files have them.
     """
@@ -69,12 +84,13 @@ def write_shard(
         writer = TensorWriter(file, room, metadata)
         synced = 0
 
-        def write(tensors: Tensors) -> None:
+        def write(leaf: StoredLeaf) -> None:
             nonlocal synced
-            for name, array in tensors:
-                writer.add(name, array)
-                if key := keys.get(name):
-                    writer.metadata[key] = _native_checksums.checksum(name, array)
+            for tensor in leaf.tensors:
+                writer.add(tensor)
+                if key := keys.get(tensor.name):
+                    known = leaf.checksums.get(tensor.name)
+                    writer.metadata[key] = known or _native_checksums.checksum(tensor)
             # Syncing everything at the end would leave the processor idle meanwhile.
             if file.tell() - synced > _SYNC_BYTES:
                 file.flush()
@@ -82,10 +98,10 @@ def write_shard(
                 synced = file.tell()
 
         writing = None
-        for tensors in leaves:
+        for leaf in leaves:
             if writing is not None:
                 writing.result()
-            writing = writing_thread.submit(write, tensors)
+            writing = writing_thread.submit(write, leaf)
         if writing is not None:
             writing.result()
         writer.finish()

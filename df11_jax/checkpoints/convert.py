@@ -1,24 +1,39 @@
 """Writes a checkpoint in another format, with little of it in memory at a time."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from df11_jax._files.directory import copy_small_files, write_index
-from df11_jax._files.journal import fingerprint, incomplete
-from df11_jax._files.safetensors import DTYPES
-from df11_jax._files.source import Source, TensorInfo
+from df11_jax._files.directory import INDEX, copy_small_files, write_index
+from df11_jax._files.folder_source import FolderSource
+from df11_jax._files.journal import Job, incomplete
+from df11_jax._files.safetensors import Tensor
+from df11_jax._files.source import (
+    Arrangement,
+    Source,
+    TensorInfo,
+    check_fingerprint,
+    unchanged,
+)
 from df11_jax._host_arrays import cpu_device
 from df11_jax._host_codec import encode
 from df11_jax._layout import make_layout
 from df11_jax._progress import ProgressBar
 from df11_jax._select import is_candidate, is_worth_keeping
-from df11_jax.checkpoints._native_format import METADATA, part_names
-from df11_jax.checkpoints._pytree import load
-from df11_jax.checkpoints._shard_files import Places, Tensors, plan_shards, write_shard
+from df11_jax.checkpoints._load import load
+from df11_jax.checkpoints._native_format import (
+    METADATA,
+    SOURCE,
+    SOURCE_PREFIX,
+    compressed_leaf,
+    part_names,
+)
+from df11_jax.checkpoints._shard_files import Places, StoredLeaf, plan_shards, write_shard
+from df11_jax.checkpoints._tree import Structure, nest
 from df11_jax.published.detect import CONFIG_KEY
 
 
@@ -31,8 +46,9 @@ def write_native(
 ) -> None:
     """Writes a native checkpoint, with one tensor in memory at a time.
 
-    It compresses the tensors that `compress_params` would. The directory is complete when it has
-    an index; after an interruption, the same call writes the shards that are missing.
+    It compresses the tensors that `compress_params` would. Each file of the source becomes one of
+    the same name, which keeps the strings in its header. After an interruption, the same call
+    writes the files that are missing.
 
     Args:
         source: the checkpoint to compress.
@@ -43,7 +59,7 @@ def write_native(
     Raises:
         FileExistsError: there is something else at `path`.
         OSError: reading or writing failed.
-        ValueError: the source is corrupt, has a dtype that cannot be read, or has names that the
+        ValueError: the source is corrupt, was changed while it was read, or has names that the
             format cannot hold.
         RuntimeError: verification failed.
     """
@@ -53,7 +69,8 @@ def write_native(
 def write_plain(source: Source, path: Path, *, progress: bool = False) -> None:
     """Writes a checkpoint without compression, as Hugging Face's libraries read it.
 
-    Memory, and what happens after an interruption, are as for `write_native`.
+    Memory, and what happens after an interruption, are as for `write_native`. Files have the names
+    and the strings in their headers that they had before compression, if that is known.
 
     Args:
         source: the checkpoint to decompress.
@@ -63,7 +80,7 @@ def write_plain(source: Source, path: Path, *, progress: bool = False) -> None:
     Raises:
         FileExistsError: there is something else at `path`.
         OSError: reading or writing failed.
-        ValueError: the source is corrupt, or has a dtype that cannot be read.
+        ValueError: the source is corrupt, or was changed while it was read.
     """
     _write(source, path, _PlainTarget(source), progress)
 
@@ -83,14 +100,17 @@ def write_orbax(source: Source, path: Path, *, progress: bool = False) -> None:
         FileExistsError: there is something at `path`.
         ImportError: Orbax is not installed.
         OSError: reading or writing failed.
-        ValueError: the source is corrupt.
+        ValueError: the source is corrupt, was changed while it was read, or has a dtype that numpy
+            lacks.
     """
     from df11_jax.orbax.items import save_item  # Orbax is optional
 
     if path.exists():
         raise FileExistsError(f"{path}: exists already; expected a new directory")
+    fingerprint = source.fingerprint()
     with jax.default_device(cpu_device()):
         params = load(source, progress=progress)
+    check_fingerprint(source, fingerprint)
     save_item(params, path.resolve())
 
 
@@ -98,27 +118,40 @@ class _PlainTarget:
     """A checkpoint to be written whose leaves are stored plain."""
 
     def __init__(self, source: Source) -> None:
-        for name, info in source.tensors.items():
-            if info.dtype not in DTYPES:
-                raise ValueError(f"{source.path}: {name}: cannot read the dtype {info.dtype}")
         self._source = source
         self.format = "plain"
         self.verb = "decompress"
-        # transformers refuses files that do not name the library that they are for.
-        self.metadata = {"format": "pt"}
         self.has_checksums = False
+
+    def metadata(self, source_metadata: Mapping[str, str]) -> Mapping[str, str]:
+        """The strings in the header of a file.
+
+        Args:
+            source_metadata: those of the file that it is made of, or was before compression.
+        """
+        # transformers refuses files that do not name the library that they are for.
+        return source_metadata or {"format": "pt"}
+
+    def index_metadata(self, source_metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The metadata of the index.
+
+        Args:
+            source_metadata: that of the index of the source, or of that before compression.
+        """
+        return source_metadata
 
     def places(self, name: str) -> Places:
         """The names and numbers of dimensions of all tensors that a leaf may be stored as."""
         return [(name, len(self._source.tensors[name].shape))]
 
-    def tensors(self, name: str) -> Tensors:
-        """The tensors that a leaf is stored as."""
-        return [(name, self._source.read(name))]
+    def leaf(self, name: str) -> StoredLeaf:
+        """A leaf as it is to be written."""
+        info = self._source.tensors[name]
+        return StoredLeaf([Tensor(name, info.dtype, info.shape, self._source.read(name))])
 
     def itemsize(self, info: TensorInfo) -> int:
         """The bytes of an element of the tensors that a leaf may be stored as."""
-        return DTYPES[info.dtype].itemsize
+        return 1 if info.numpy_dtype is None else info.numpy_dtype.itemsize
 
 
 class _NativeTarget(_PlainTarget):
@@ -129,26 +162,34 @@ class _NativeTarget(_PlainTarget):
         # A run that verifies must not keep shards of an interrupted one that did not.
         self.format = "native" if verify else "native, not verified"
         self.verb = "compress"
-        self.metadata = METADATA
         self.has_checksums = True
         self._verify = verify
         for name in source.tensors:
             if ":" in name:
                 raise ValueError(f"{source.path}: {name}: native checkpoints have no ':' in names")
+        nest(dict.fromkeys(source.tensors), Structure(), str(source.path))  # as readers do it
+
+    def metadata(self, source_metadata: Mapping[str, str]) -> Mapping[str, str]:
+        kept = {f"{SOURCE_PREFIX}{key}": value for key, value in source_metadata.items()}
+        return {**METADATA, **kept}
+
+    def index_metadata(self, source_metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {SOURCE: source_metadata} if source_metadata else {}
 
     def places(self, name: str) -> Places:
         yield from super().places(name)
         if self._is_candidate(self._source.tensors[name]):
             yield from ((part, 1) for part in part_names(name))
 
-    def tensors(self, name: str) -> Tensors:
-        array = self._source.read(name)
-        if self._is_candidate(self._source.tensors[name]):
-            array = np.ascontiguousarray(array)
-            words = encode(array, name, make_layout(array.shape), verify=self._verify)
-            if is_worth_keeping(sum(part.nbytes for part in words), array.nbytes):
-                return zip(part_names(name), words, strict=True)
-        return [(name, array)]
+    def leaf(self, name: str) -> StoredLeaf:
+        if not self._is_candidate(self._source.tensors[name]):
+            return super().leaf(name)
+        array = np.ascontiguousarray(self._source.read(name))
+        layout = make_layout(array.shape)
+        payload = encode(array, name, layout, verify=self._verify)
+        if is_worth_keeping(sum(part.nbytes for part in payload), array.nbytes):
+            return compressed_leaf(name, payload, layout)
+        return StoredLeaf([Tensor.of(name, array)])
 
     def itemsize(self, info: TensorInfo) -> int:
         return 4 if self._is_candidate(info) else super().itemsize(info)
@@ -159,30 +200,46 @@ class _NativeTarget(_PlainTarget):
 
 def _write(source: Source, path: Path, target: _PlainTarget, progress: bool) -> None:
     infos = source.tensors
-    shards = plan_shards(path, {name: info.nbytes for name, info in infos.items()})
-    job = {
-        "writes": f"{target.format} {json.dumps(target.metadata)}",
+    arrangement = source.arrangement() or _arrange(infos)
+    fingerprint = source.fingerprint()
+    job: Job = {
+        "writes": f"{target.format} {json.dumps(target.metadata({}))}",
         "from": str(source.path.resolve()),
-        "fingerprint": fingerprint(source),
+        "files": fingerprint,
     }
     total = sum(info.nbytes for info in infos.values())
     with incomplete(path, job), ProgressBar(target.verb, total, show=progress) as bar:
 
-        def leaves(names: Sequence[str]) -> Iterator[Tensors]:
+        def leaves(names: Sequence[str]) -> Iterator[StoredLeaf]:
             for name in names:
-                yield target.tensors(name)
+                yield target.leaf(name)
                 bar.update(name, infos[name].nbytes)
 
-        for file, names in shards.items():
+        for shard, in_shard in arrangement.shards.items():
+            file = path / shard
             if file.exists():
-                bar.update(file.name, sum(infos[name].nbytes for name in names))
+                bar.update(shard, sum(infos[name].nbytes for name in in_shard))
                 continue
             # Wide types come first, so that each tensor is aligned to its elements, as readers
             # like it.
-            names.sort(key=lambda name: -target.itemsize(infos[name]))
+            names = sorted(in_shard, key=lambda name: -target.itemsize(infos[name]))
             places = (place for name in names for place in target.places(name))
-            write_shard(
-                file, places, leaves(names), target.metadata, checksums=target.has_checksums
+            metadata = target.metadata(arrangement.metadata.get(shard, {}))
+            with unchanged(source):
+                write_shard(file, places, leaves(names), metadata, checksums=target.has_checksums)
+        if isinstance(source, FolderSource):
+            copy_small_files(source.folder, path, without=CONFIG_KEY)
+        check_fingerprint(source, fingerprint)
+        if arrangement.index_file is not None:
+            write_index(
+                path / arrangement.index_file,
+                [path / shard for shard in arrangement.shards],
+                checksums=target.has_checksums,
+                metadata=target.index_metadata(arrangement.index_metadata),
             )
-        copy_small_files(source.path, path, without=CONFIG_KEY)
-        write_index(path, shards, checksums=target.has_checksums)
+
+
+def _arrange(infos: Mapping[str, TensorInfo]) -> Arrangement:
+    """Files for tensors that do not lie in safetensors files."""
+    shards = plan_shards(Path(), {name: info.nbytes for name, info in infos.items()})
+    return Arrangement({file.name: names for file, names in shards.items()}, {}, INDEX, {})

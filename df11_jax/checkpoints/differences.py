@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 
 from df11_jax._bits import first_difference
-from df11_jax._files.directory import read_config
 from df11_jax._files.model_config import ModelConfig
-from df11_jax._files.source import Source
+from df11_jax._files.source import Source, unchanged
 from df11_jax._progress import ProgressBar
 
 
@@ -26,7 +25,7 @@ def differences(a: Source, b: Source, *, progress: bool = False) -> Iterator[str
         Descriptions of the differences.
 
     Raises:
-        ValueError: a tensor is corrupt.
+        ValueError: a tensor is corrupt, or a file was changed while it was read.
     """
     pairs, different = _pair_up(a, b)
     for name_a, name_b in pairs:
@@ -40,7 +39,7 @@ def differences(a: Source, b: Source, *, progress: bool = False) -> Iterator[str
     if different:
         return
     total = sum(a.tensors[name].nbytes for name, _ in pairs)
-    with ProgressBar("verify", total, show=progress) as bar:
+    with unchanged(a), unchanged(b), ProgressBar("verify", total, show=progress) as bar:
         for name_a, name_b in pairs:
             difference = first_difference(a.read(name_a), b.read(name_b))
             if difference:
@@ -72,6 +71,6 @@ def _tied_embedding(name: str, source: Source) -> str | None:
     """The embedding that stands for an `lm_head` if a checkpoint rightly lacks that."""
     if name.rpartition("lm_head.weight")[1:] != ("lm_head.weight", ""):
         return None
-    if not ModelConfig(read_config(source.path)).is_tied:
+    if not ModelConfig(source.model_config()).is_tied:
         return None
     return next((other for other in source.tensors if other.endswith("embed_tokens.weight")), None)

@@ -5,7 +5,6 @@ import math
 import re
 from typing import Any
 
-from df11_jax._files.directory import read_config
 from df11_jax._files.source import Source
 
 _NUMBER = re.compile(r"(?<![^./])\d+(?![^./])")
@@ -102,7 +101,7 @@ def summarize(source: Source) -> Summary:
         group.count += 1
         group.nbytes_before += info.nbytes
         group.nbytes += info.stored_nbytes
-    model_type = read_config(source.path).get("model_type")
+    model_type = source.model_config().get("model_type")
     return Summary(
         path=str(source.path),
         format=source.format,

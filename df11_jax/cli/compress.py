@@ -4,7 +4,6 @@ from pathlib import Path
 
 import click
 
-from df11_jax._files.directory import read_config
 from df11_jax._progress import say
 from df11_jax._select import MIN_SIZE, is_candidate
 from df11_jax._units import format_bytes
@@ -82,7 +81,7 @@ def compress(
 def _write_published(source: Source, target: Path, pattern_dict: Path | None) -> None:
     from df11_jax import published
 
-    config = read_config(source.path)
+    config = source.model_config()
     if pattern_dict is None:
         patterns = published.default_pattern_dict(config)
     else:

@@ -97,14 +97,15 @@ def generate(
     from df11_jax.models.prompts import check_prompts, encode
 
     with failures():
-        config, tokenizer, stop = models.read_directory(model)
+        source = open_checkpoint(model)
+        config, tokenizer, stop = models.read_directory(source)
         config = dataclasses.replace(config, exact=exact)
         # Before the weights are read, which takes a while.
         (ids,) = encode(tokenizer, [prompt])
         check_prompts([ids], config, tokens)
         sampling = models.Sampling(temperature, top_k, top_p).checked()
         params = models.load_params(
-            open_checkpoint(model),
+            source,
             config,
             compress=not plain,
             cast=cast,

@@ -3,11 +3,12 @@
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from df11_jax._brief import brief
-from df11_jax._files.directory import CONFIG, read_json
+from df11_jax._files.folder import CONFIG, Folder
+from df11_jax._files.folder_source import FolderSource
+from df11_jax._files.source import Source
 from df11_jax.checkpoints import open_checkpoint
 from df11_jax.models._config import Config
 from df11_jax.models._devices import Devices
@@ -189,10 +190,11 @@ def load(
             a file is damaged; there are not as many devices, or the model cannot be divided among
             them.
     """
-    config, tokenizer, stop = read_directory(path)
+    source = open_checkpoint(path)
+    config, tokenizer, stop = read_directory(source)
     config = dataclasses.replace(config, exact=exact)
     params = load_params(
-        open_checkpoint(path),
+        source,
         config,
         compress=compress,
         cast=cast,
@@ -205,12 +207,12 @@ def load(
 
 
 def read_directory(
-    path: str | os.PathLike[str],
+    model: str | os.PathLike[str] | Source,
 ) -> tuple[Config, "tokenizers.Tokenizer", tuple[int, ...]]:
     """Reads all of a model but its weights from a Hugging Face directory.
 
     Args:
-        path: the path of the directory.
+        model: the path of the directory, or the checkpoint in it, which is open already.
 
     Returns:
         Configuration, tokenizer and stop tokens.
@@ -219,7 +221,8 @@ def read_directory(
         FileNotFoundError: a file is missing.
         ImportError: tokenizers is not installed.
         UnsupportedModelError: another architecture, or a variant that is not implemented.
-        ValueError: a file is damaged.
+        ValueError: a file is damaged, or was replaced while others were opened; or it is no
+            checkpoint of safetensors files.
     """
     try:
         import tokenizers
@@ -228,31 +231,47 @@ def read_directory(
             f'text needs tokenizers ({error}). Install with: pip install "df11_jax[models]"'
         ) from None
 
-    path = Path(path)
-    fields = read_json(path / CONFIG)
-    config = read_config(fields, str(path / CONFIG))
-    file = path / "tokenizer.json"
-    if not file.exists():
-        raise FileNotFoundError(f"{file}: is missing; it says which texts tokens stand for")
+    source = open_checkpoint(model) if isinstance(model, (str, os.PathLike)) else model
+    if not isinstance(source, FolderSource):
+        raise ValueError(
+            f"{source.path}: is an Orbax checkpoint; expected the directory of a model, with "
+            f"safetensors files, {CONFIG} and tokenizer.json"
+        )
+    folder = source.folder
+    fields = folder.json(CONFIG)
+    config = read_config(fields, str(folder.directory / CONFIG))
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        text = folder.content("tokenizer.json")
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{folder.directory / 'tokenizer.json'}: is missing; it says which texts tokens stand "
+            "for"
+        ) from None
+    try:
+        tokenizer = tokenizers.Tokenizer.from_buffer(text)
     except BaseException as error:  # tokenizers has no class of its own for it, and panics of Rust
         if isinstance(error, KeyboardInterrupt):
             raise
-        raise ValueError(f"{file}: cannot be read as a tokenizer ({error})") from None
+        raise ValueError(
+            f"{folder.directory / 'tokenizer.json'}: cannot be read as a tokenizer ({error})"
+        ) from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    return config, tokenizer, _stop_tokens(path, fields)
+    stop = _stop_tokens(folder, fields)
+    folder.check_current()
+    return config, tokenizer, stop
 
 
-def _stop_tokens(path: Path, fields: dict[str, Any]) -> tuple[int, ...]:
+def _stop_tokens(folder: Folder, fields: dict[str, Any]) -> tuple[int, ...]:
     """The tokens that end a text, by `generation_config.json`, or else by `config.json`."""
-    file = path / "generation_config.json"
-    generation = read_json(file) if file.exists() else {}
+    file = "generation_config.json"
+    generation = folder.json(file) if (folder.directory / file).exists() else {}
     inner = fields.get("text_config") if fields.get("model_type") == "gemma3" else None
     said = (object_.get("eos_token_id") for object_ in (generation, fields, inner or {}))
     stop: Any = next((tokens for tokens in said if tokens is not None), [])
     tokens = stop if isinstance(stop, list) else [stop]
     if not all(type(token) is int and 0 <= token < 2**31 for token in tokens):
-        raise ValueError(f"{path}: eos_token_id is {brief(stop)}, expected one or several tokens")
+        raise ValueError(
+            f"{folder.directory}: eos_token_id is {brief(stop)}, expected one or several tokens"
+        )
     return tuple(tokens)

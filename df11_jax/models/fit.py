@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from df11_jax._files.directory import CONFIG, read_json
+from df11_jax._files.directory import read_json
+from df11_jax._files.folder import CONFIG, Folder
 from df11_jax.checkpoints import Source, open_checkpoint
 from df11_jax.checkpoints.detect import has_weights
 from df11_jax.models import estimate
@@ -238,11 +239,10 @@ def read_model(path: Path) -> Model:
         )
     if path.suffix == ".json":
         return _read_config_alone(path, read_json(path))
-    config_path = (path if path.is_dir() else path.parent) / CONFIG
-    fields = read_json(config_path) if config_path.is_file() else None
-    if path.is_dir() and fields is not None and not has_weights(path):
-        return _read_config_alone(config_path, fields)
-    return _read_checkpoint(path, fields, str(config_path))
+    folder = Folder(path)
+    if not folder.is_file and folder.config and not has_weights(folder):
+        return _read_config_alone(folder.directory / CONFIG, folder.config)
+    return _read_checkpoint(open_checkpoint(folder), str(folder.directory / CONFIG))
 
 
 def _read_config_alone(path: Path, fields: Mapping[str, Any]) -> Model:
@@ -253,10 +253,10 @@ def _read_config_alone(path: Path, fields: Mapping[str, Any]) -> Model:
     return _known_model(path, "config", config)
 
 
-def _read_checkpoint(path: Path, fields: Mapping[str, Any] | None, where: str) -> Model:
-    source = open_checkpoint(path)
+def _read_checkpoint(source: Source, where: str) -> Model:
+    path = source.path
     config, reason, names = None, f"{path}: has no {CONFIG}", set(source.tensors)
-    if fields is not None:
+    if fields := source.model_config():
         try:
             config = read_config(fields, where)
             names = set(find_places(source.tensors, config))

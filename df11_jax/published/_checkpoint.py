@@ -10,9 +10,10 @@ import numpy as np
 from jaxtyping import Shaped
 
 from df11_jax._brief import brief
-from df11_jax._files.directory import CONFIG, read_json
+from df11_jax._files.folder import CONFIG, Folder
+from df11_jax._files.folder_source import FolderSource
 from df11_jax._files.model_config import ModelConfig
-from df11_jax._files.source import TensorInfo
+from df11_jax._files.source import Arrangement, TensorInfo
 from df11_jax._host_codec import cpu_library
 from df11_jax.published._headers import PARTS, StoredUnit, find_units, read_headers
 from df11_jax.published._patterns import PatternDict, check_pattern_dict, match_module
@@ -45,16 +46,16 @@ class UnitInfo:
     compressed_nbytes: int
 
 
-class Checkpoint:
+class Checkpoint(FolderSource):
     """A DFloat11 checkpoint, as DFloat11's own library and `df11_jax.published.write` make them.
 
-    Opening it reads and checks headers; the contents of a unit are checked when it is first read. A
-    file is mapped into memory only as long as an array that was read from it exists.
+    Opening it opens the files, and reads and checks headers; the contents of a unit are checked
+    when it is first read. What is read are the files that were opened, whatever takes their places.
 
     Attributes:
         path: the path of the directory or file.
         format: `"published"`.
-        config: the content of config.json, or None.
+        config: the content of config.json; empty if there is none.
         units: the units by the names of their modules.
         tensors: all tensors of the model, compressed or not, in the order of the files. The
             `stored_nbytes` of a compressed one are the bytes of the unit, divided among its tensors
@@ -65,7 +66,7 @@ class Checkpoint:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | Folder,
         shapes: Shapes | None = None,
         pattern_dict: PatternDict | None = None,
     ) -> None:
@@ -86,13 +87,13 @@ class Checkpoint:
             ValueError: something is damaged, missing, or does not fit; the message names the file,
                 the unit and the field, and says what to do.
         """
-        self.path = Path(path)
-        self._stored = read_headers(self.path)
+        super().__init__(path if isinstance(path, Folder) else Folder(Path(path)))
+        self._stored = read_headers(self.folder)
         self._stored_units = find_units(self.path, self._stored)
-        config = (self.path if self.path.is_dir() else self.path.parent) / CONFIG
-        self.config: dict[str, Any] | None = read_json(config) if config.is_file() else None
+        self.config = self.folder.config
+        config = self.folder.directory / CONFIG
         self._patterns = check_pattern_dict(pattern_dict, "Checkpoint") if pattern_dict else None
-        if pattern_dict is None and self.config is not None and CONFIG_KEY in self.config:
+        if pattern_dict is None and CONFIG_KEY in self.config:
             self._patterns = _published_patterns(self.config[CONFIG_KEY], str(config))
         self._model = ModelConfig(self.config, str(config))
         self._shapes = read_shapes(shapes)
@@ -108,13 +109,14 @@ class Checkpoint:
                 self._add(name, info, tensor.file)
             elif part == "sign_mantissa":
                 self._add_unit(self.units[module])
-        if self.path.is_dir():
+        if not self.folder.is_file:
             missing = self._model.missing_part(self.tensors)
             if missing is not None:
                 raise ValueError(
                     f"{self.path}: there is no tensor of {missing}, which the model has by its "
                     "config.json; download or write the missing files"
                 )
+        self.folder.check_current()
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.path)!r}, {len(self.units)} units)"
@@ -133,7 +135,7 @@ class Checkpoint:
 
         Raises:
             KeyError: there is no such tensor.
-            ValueError: the unit is corrupt, or the file has changed since it was opened.
+            ValueError: the unit is corrupt, or its file was changed since it was opened.
         """
         if name not in self.tensors:
             raise KeyError(f"{self.path}: there is no tensor {name!r}")
@@ -158,7 +160,7 @@ class Checkpoint:
 
         Raises:
             KeyError: there is no such unit.
-            ValueError: the unit is corrupt, or the file has changed since it was opened.
+            ValueError: the unit is corrupt, or its file was changed since it was opened.
         """
         if unit not in self.units:
             raise KeyError(f"{self.path}: there is no unit {unit!r}")
@@ -173,6 +175,16 @@ class Checkpoint:
                 raise _corrupt(stored, problem)
             self._checked.add(unit)
         return PublishedUnit(**arrays, names=info.tensors, shapes=info.shapes)
+
+    def arrangement(self) -> Arrangement:
+        """The files of the tensors. Of those before compression, no strings are known."""
+        files = {
+            name: self._places[name][0].parts["sign_mantissa"].source
+            if name in self._places
+            else self._stored[name].source
+            for name in self.tensors
+        }
+        return self._arrange(files, lambda file: {})
 
     def _unit_info(self, unit: StoredUnit) -> UnitInfo:
         positions = unit.parts["split_positions"].read().tolist()

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from df11_jax._files.atomic import PARTIAL
-from df11_jax._files.directory import JOURNAL, read_index
+from df11_jax._files.directory import check_complete, find_indices, read_index
+from df11_jax._files.folder import Folder
+from df11_jax._files.opened_file import OpenedFile
 from df11_jax._files.safetensors import TensorFile
 from df11_jax.published._unit import ARRAYS, BLOCK_BYTES, BLOCK_GAP_BYTES
 
@@ -46,11 +48,10 @@ class StoredTensor:
         return self.source.entries[self.name].nbytes
 
     def read(self) -> np.ndarray:
-        """The tensor, as a read-only view of the file.
+        """The tensor, as a read-only view of the file; its bytes if numpy has no such type.
 
         Raises:
-            OSError: the file is no longer there.
-            ValueError: numpy has no such type, or the file has become shorter.
+            ValueError: the file was changed since it was opened.
         """
         return self.source.array(self.name)
 
@@ -86,37 +87,37 @@ class StoredUnit:
         return sum(part.nbytes for part in self.parts.values())
 
 
-def read_headers(path: Path) -> dict[str, StoredTensor]:
+def read_headers(folder: Folder) -> dict[str, StoredTensor]:
     """All tensors in the files of a checkpoint, in the order of the files.
 
     Args:
-        path: the path of the directory or file.
+        folder: the directory or file.
 
     Raises:
-        OSError: there is nothing at `path`, or it cannot be read.
+        OSError: a file cannot be read.
         ValueError: a file is damaged, a pickle, or not finished; there is no file; two files hold
             the same tensor; or an index names another file for a tensor.
     """
     tensors: dict[str, StoredTensor] = {}
-    for file in _find_files(path):
+    for file in _find_files(folder):
         try:
-            source = TensorFile(file)
+            source = folder.tensors(file)
         except ValueError as error:
             raise ValueError(f"{error}; download or write it again") from None
         for name in source.entries:
             if name in tensors:
                 raise ValueError(
-                    f"{file}: {name}: is in {tensors[name].file}, too; remove the file that does "
-                    "not belong to the checkpoint"
+                    f"{source.path}: {name}: is in {tensors[name].file}, too; remove the file that "
+                    "does not belong to the checkpoint"
                 )
             tensors[name] = StoredTensor(name, source)
     # DFloat11's own index lists only the tensors that no unit owns, so others may be missing.
-    for index in sorted(path.glob("*.safetensors.index.json")):
-        for name, shard in read_index(index).items():
+    for index in find_indices(folder):
+        for name, shard in read_index(folder, index).items():
             if name not in tensors or tensors[name].file.name != shard:
                 raise ValueError(
-                    f"{path / shard}: {name}: {index.name} says that it is in this file, but it is "
-                    "not; download the file again"
+                    f"{folder.path / shard}: {name}: {index} says that it is in this file, but it "
+                    "is not; download the file again"
                 )
     return tensors
 
@@ -148,34 +149,29 @@ def find_units(path: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, Sto
     return units
 
 
-def _find_files(path: Path) -> list[Path]:
-    """The safetensors files of a directory, or the one that the path names.
+def _find_files(folder: Folder) -> list[str]:
+    """The names of the safetensors files of a directory, or of the single file.
 
     Raises:
-        FileNotFoundError: there is nothing at `path`.
-        ValueError: a file is damaged, a pickle, or not finished; or there is none.
+        ValueError: a file is a pickle, or not finished; or there is none.
     """
-    if path.is_dir():
-        if (path / JOURNAL).exists():
-            raise ValueError(
-                f"{path}: is incomplete: writing it was interrupted, or is still going on. The "
-                "same call or command again goes on from there"
-            )
-        files = sorted(path.glob("*.safetensors"))
-        if not files:
-            pickles = sorted(file for file in path.iterdir() if file.suffix in _PICKLES)
+    path = folder.path
+    if not folder.is_file:
+        check_complete(folder)
+        if not folder.tensor_files:
+            pickles = [name for name in folder.names if name.endswith(_PICKLES)]
             if pickles:
-                raise _pickle_error(pickles[0])
+                raise _pickle_error(path / pickles[0])
             raise ValueError(f"{path}: there are no *.safetensors files in it")
-        return files
-    with open(path, "rb") as stream:
-        start = stream.read(8)
+        return folder.tensor_files
+    file = OpenedFile(path)
+    start = file.read(min(8, file.nbytes))
     # A safetensors file begins with the length of its header, which is far below 2**32.
     if path.suffix in _PICKLES or (start.startswith(_PICKLE_MAGIC) and any(start[4:])):
         raise _pickle_error(path)
     if path.suffix == PARTIAL:
         raise ValueError(f"{path}: is incomplete: writing it was interrupted")
-    return [path]
+    return [path.name]
 
 
 def _pickle_error(path: Path) -> ValueError:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from df11_jax._brief import brief
 from df11_jax._files.directory import read_index
-from df11_jax._files.safetensors import TensorFile
+from df11_jax._files.folder import Folder
 
 Shapes = Mapping[str, Sequence[int]] | str | os.PathLike[str]
 
@@ -29,15 +29,15 @@ def read_shapes(shapes: Shapes | None) -> dict[str, tuple[int, ...]]:
     if isinstance(shapes, Mapping):
         return {name: _as_shape(name, shape) for name, shape in shapes.items()}
     path = Path(shapes)
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors"))
-        if not files:
-            raise ValueError(f"shapes: {path}: there are no *.safetensors files in it")
-    elif path.name.endswith(".index.json"):
-        files = [path.with_name(file) for file in dict.fromkeys(read_index(path).values())]
+    if path.name.endswith(".index.json"):
+        folder = Folder(path.parent)
+        files = list(dict.fromkeys(read_index(folder, path.name).values()))
     else:
-        files = [path]
-    headers = (TensorFile(file).entries for file in files)
+        folder = Folder(path)
+        files = folder.tensor_files
+    if not files:
+        raise ValueError(f"shapes: {path}: there are no *.safetensors files in it")
+    headers = (folder.tensors(file).entries for file in files)
     return {name: entry.shape for entries in headers for name, entry in entries.items()}
 
 

@@ -100,9 +100,10 @@ class ShardWriter:
         read: Callable[[str], np.ndarray],
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        infos = {name: self._infos[name] for name in shard.others}
-        tensors = {name: (info.dtype, tuple(info.shape)) for name, info in infos.items()}
-        tensors |= {name: (DTYPE_NAMES[part.dtype], part.shape) for name, part in parts.items()}
+        tensors = {name: self._infos[name] for name in shard.others}
+        for name, part in parts.items():
+            dtype = DTYPE_NAMES[part.dtype]
+            tensors[name] = TensorInfo(part.shape, dtype, part.nbytes, part.nbytes)
         write_file(
             shard.file,
             tensors,

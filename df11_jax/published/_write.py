@@ -11,11 +11,18 @@ from jaxtyping import PyTree
 
 from df11_jax._bits import have_same_bits
 from df11_jax._files.atomic import new_file
-from df11_jax._files.directory import CONFIG, copy_small_files
-from df11_jax._files.journal import incomplete
+from df11_jax._files.directory import copy_small_files
+from df11_jax._files.folder import CONFIG
+from df11_jax._files.folder_source import FolderSource
+from df11_jax._files.journal import Job, incomplete
 from df11_jax._files.model_config import ModelConfig
-from df11_jax._files.safetensors import DTYPES
-from df11_jax._files.source import Source, TensorInfo, TensorSource
+from df11_jax._files.source import (
+    Source,
+    TensorInfo,
+    TensorSource,
+    check_fingerprint,
+    unchanged,
+)
 from df11_jax._progress import ProgressBar
 from df11_jax.published._checkpoint import GEOMETRY
 from df11_jax.published._patterns import PatternDict, check_pattern_dict, match_units
@@ -66,7 +73,8 @@ def write(
         OSError: reading or writing failed.
         ValueError: the layout cannot hold a unit (a weight is not bfloat16 or not a matrix, or has
             an exponent of 240 or more), a unit lacks a tensor, no unit matches, or names do not
-            fit; the message names all such units. No file stays.
+            fit; the message names all such units, and no file stays. Or a checkpoint was changed
+            while it was read.
         RuntimeError: a unit does not come back as it was, because of broken hardware or a bug.
     """
     path = Path(path)
@@ -78,15 +86,18 @@ def write(
     shards = plan_shards(path, units, infos)
     writer = ShardWriter(source.read, infos, patterns, threads)
     headers = [(name, info.dtype, list(info.shape)) for name, info in infos.items()]
-    job = {
+    fingerprint = source.fingerprint() if isinstance(source, Source) else {}
+    job: Job = {
         "writes": "published",
         "pattern_dict": json.dumps(patterns),
         "tensors": hashlib.sha256(json.dumps(headers).encode()).hexdigest(),
+        "files": fingerprint,
     }
     total = sum(info.nbytes for info in infos.values())
     with incomplete(path, job), ProgressBar("compress", total, show=progress) as bar:
         for shard in shards:
-            writer.write(shard)
+            with unchanged(source):
+                writer.write(shard)
             bar.update(shard.file.name, sum(infos[name].nbytes for name in shard.tensors))
         if writer.refusals:
             for shard in shards:
@@ -97,11 +108,13 @@ def write(
             **GEOMETRY,
             "pattern_dict": patterns,
         }
+        if isinstance(source, FolderSource):
+            copy_small_files(source.folder, path)
+        if isinstance(source, Source):
+            check_fingerprint(source, fingerprint)
         with new_file(path / CONFIG) as file:
             text = json.dumps({**(config or {}), CONFIG_KEY: published}, indent=2)
             file.write(text.encode() + b"\n")
-        if isinstance(source, Source):
-            copy_small_files(source.path, path)
 
 
 def _without_tied(source: TensorSource, model: ModelConfig) -> dict[str, TensorInfo]:
@@ -124,9 +137,6 @@ def _check_types(units: Mapping[str, tuple[str, ...]], infos: Mapping[str, Tenso
             "no module matches the pattern dict, so there is nothing to compress; names of tensors "
             f"are like {next(iter(infos), 'none')!r}"
         )
-    for name, info in infos.items():
-        if info.dtype not in DTYPES:
-            raise ValueError(f"{name}: is of type {info.dtype}, which cannot be read or written")
     refusals = [
         f"{unit}: {name} is {infos[name].dtype}{list(infos[name].shape)}, expected a matrix of BF16"
         for unit, names in units.items()

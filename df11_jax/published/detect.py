@@ -1,28 +1,27 @@
 """The signs of a published checkpoint: an entry of its config.json, or the names of tensors."""
 
 from collections.abc import Iterable
-from pathlib import Path
 
-from df11_jax._files.directory import find_index, read_config, read_index
-from df11_jax._files.safetensors import TensorFile
+from df11_jax._files.directory import find_index, read_index
+from df11_jax._files.folder import Folder
 
 CONFIG_KEY = "dfloat11_config"  # of the entry that a config.json has for the units
 
 
-def is_published(path: Path) -> bool:
+def is_published(folder: Folder) -> bool:
     """Whether a file or directory is a published checkpoint, even a damaged one."""
-    if not path.is_dir():
-        return path.is_file() and _has_unit(TensorFile(path).entries)
-    if CONFIG_KEY in read_config(path):
+    if folder.is_file:
+        return _has_unit(folder.tensors(folder.path.name).entries)
+    if CONFIG_KEY in folder.config:
         return True
-    index = find_index(path)
-    listed = read_index(index) if index else {}
+    index = find_index(folder)
+    listed = read_index(folder, index) if index else {}
     if _has_unit(listed):
         return True
     # Published directories have a file for each unit, and an index, if any, of the other tensors.
-    for file in set(path.glob("*.safetensors")) - {path / name for name in listed.values()}:
+    for name in set(folder.tensor_files) - set(listed.values()):
         try:
-            if _has_unit(TensorFile(file).entries):
+            if _has_unit(folder.tensors(name).entries):
                 return True
         except ValueError:
             if index is None:

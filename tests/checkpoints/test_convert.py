@@ -12,12 +12,14 @@ from payloads import random_weights
 from safetensors.flax import load_file
 
 from df11_jax import checkpoints
-from df11_jax._files.journal import fingerprint
+from df11_jax._files.directory import find_tensors
+from df11_jax._files.folder import Folder
 from df11_jax._files.safetensors import DTYPES, TensorFile
 from df11_jax.checkpoints import _shard_files, open_checkpoint
 from df11_jax.checkpoints._native_format import METADATA
 from df11_jax.checkpoints._plain import PlainCheckpoint
 from df11_jax.checkpoints.convert import write_native, write_plain
+from df11_jax.checkpoints.differences import differences
 
 JOURNAL = "df11_jax-incomplete.json"
 
@@ -29,12 +31,7 @@ def weights():
 
 @pytest.fixture
 def plain(tmp_path, weights):
-    return open_checkpoint(model_files.write_model(tmp_path / "plain", weights, shards=2))
-
-
-@pytest.fixture
-def small_shards(monkeypatch):
-    monkeypatch.setattr(_shard_files, "SHARD_BYTES", 50_000)
+    return open_checkpoint(model_files.write_model(tmp_path / "plain", weights, shards=9))
 
 
 def inodes(path):
@@ -54,7 +51,7 @@ def break_source(monkeypatch, source, name):
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_there_and_back(tmp_path, weights, plain, small_shards, verify, capsys):
+def test_there_and_back(tmp_path, weights, plain, verify, capsys):
     write_native(plain, tmp_path / "native", verify=verify, progress=True)
     native = open_checkpoint(tmp_path / "native")
     model_files.assert_holds(native, weights)
@@ -70,7 +67,7 @@ def test_there_and_back(tmp_path, weights, plain, small_shards, verify, capsys):
         assert not list(path.glob("*.partial")) and not (path / JOURNAL).exists()
 
 
-def test_other_libraries_read_what_is_decompressed(tmp_path, weights, plain, small_shards):
+def test_other_libraries_read_what_is_decompressed(tmp_path, weights, plain):
     write_native(plain, tmp_path / "native")
     write_plain(open_checkpoint(tmp_path / "native"), tmp_path / "back")
     index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
@@ -102,7 +99,7 @@ def test_transformers_loads_what_is_decompressed(tmp_path):
         assert torch.equal(a.view(torch.int16), b.view(torch.int16)), name
 
 
-def test_the_same_leaves_as_compress_params(tmp_path, weights, plain, small_shards):
+def test_the_same_leaves_as_compress_params(tmp_path, weights, plain):
     write_native(plain, tmp_path / "native")
     native, from_plain = (checkpoints.load(path) for path in (tmp_path / "native", plain.path))
     assert set(native) == set(weights)
@@ -136,12 +133,12 @@ def test_files_beside_the_weights(tmp_path, weights):
         (path / "config.json").write_text(text)
         target = tmp_path / f"native {len(text)}"
         # It would be taken for a published checkpoint, which it is not.
-        write_native(PlainCheckpoint(path, _files(path)), target)
+        folder = Folder(path)
+        write_native(PlainCheckpoint(folder, find_tensors(folder)), target)
         assert {file.name for file in target.iterdir()} == {
             "chat_template.jinja",
             "config.json",
-            "model-00001-of-00001.safetensors",
-            "model.safetensors.index.json",
+            "model.safetensors",
             "tokenizer.json",
         }
         copied = (target / "config.json").read_text()
@@ -149,14 +146,7 @@ def test_files_beside_the_weights(tmp_path, weights):
         assert copied == text or "dfloat11_config" in text
 
 
-def _files(path):
-    file = TensorFile(path / "model.safetensors")
-    return dict.fromkeys(file.entries, file)
-
-
-def test_a_failed_run_is_incomplete_and_goes_on(
-    tmp_path, weights, plain, small_shards, monkeypatch
-):
+def test_a_failed_run_is_incomplete_and_goes_on(tmp_path, weights, plain, monkeypatch):
     target = tmp_path / "native"
     with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"layers\.2.* is corrupt"):
         break_source(patch, plain, "model.layers.2.mlp.up_proj.weight")
@@ -167,7 +157,7 @@ def test_a_failed_run_is_incomplete_and_goes_on(
     with pytest.raises(ValueError, match="native: is incomplete"):
         open_checkpoint(target)
 
-    (target / "model-00002-of-00009.safetensors.partial").write_bytes(b"from a crash")
+    (target / "model-00009-of-00009.safetensors.0123abcd.partial").write_bytes(b"from a crash")
     write_native(plain, target)
     after = inodes(target)
     assert len(after) > len(before)
@@ -185,14 +175,14 @@ def test_nothing_stays_if_nothing_was_finished(tmp_path, plain, monkeypatch):
     assert not list((tmp_path / "empty").iterdir())
 
 
-def test_a_run_that_lost_only_its_end(tmp_path, weights, plain, small_shards):
+def test_a_run_that_lost_only_its_end(tmp_path, weights, plain):
     target = tmp_path / "native"
     write_native(plain, target)
     # Killed between the index and the removal of the journal.
     job = {
         "writes": f"native {json.dumps(METADATA)}",
         "from": str(plain.path),
-        "fingerprint": fingerprint(plain),
+        "files": plain.fingerprint(),
     }
     (target / JOURNAL).write_text(json.dumps(job, indent=2) + "\n")
     model_files.assert_holds(open_checkpoint(target), weights)
@@ -203,7 +193,7 @@ def test_a_run_that_lost_only_its_end(tmp_path, weights, plain, small_shards):
 
 
 @pytest.mark.parametrize("change", ["time", "other format", "garbage"])
-def test_what_another_run_left_is_refused(tmp_path, plain, small_shards, monkeypatch, change):
+def test_what_another_run_left_is_refused(tmp_path, plain, monkeypatch, change):
     target = tmp_path / "native"
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="is corrupt"):
         break_source(patch, plain, "model.layers.2.mlp.up_proj.weight")
@@ -212,7 +202,7 @@ def test_what_another_run_left_is_refused(tmp_path, plain, small_shards, monkeyp
     write = write_native
     if change == "time":
         os.utime(next(plain.path.glob("*.safetensors")), ns=(1, 1))
-        message = "fingerprint"
+        message = r"files that changed: model-0000\d-of-00009\.safetensors"
     elif change == "other format":
         write, message = write_plain, r"writes: native .*, now plain"
     else:
@@ -250,7 +240,7 @@ def test_two_at_a_time(tmp_path, plain):
 @pytest.mark.parametrize("when", ["before the journal is opened", "after it"])
 def test_another_that_finishes_just_before(tmp_path, plain, monkeypatch, when):
     target = tmp_path / "native"
-    shard = target / "model-00001-of-00001.safetensors"
+    shard = target / "model-00001-of-00009.safetensors"
     flock = fcntl.flock
 
     def late(*args):
@@ -273,13 +263,24 @@ def test_names_that_the_format_cannot_hold(tmp_path):
     assert not (tmp_path / "native").exists()
 
 
-@pytest.mark.parametrize("write", [write_native, write_plain])
-def test_dtypes_that_cannot_be_read(tmp_path, plain, small_shards, write):
-    last = list(plain.tensors)[-1]
-    plain.tensors[last] = plain.tensors[last]._replace(dtype="F4")
-    with pytest.raises(ValueError, match=f"plain: {last}: cannot read the dtype F4"):
-        write(plain, tmp_path / "target")
-    assert not (tmp_path / "target").exists()
+def test_dtypes_that_numpy_lacks_are_copied(tmp_path):
+    plain = open_checkpoint(model_files.write_unknown_dtype(tmp_path / "plain"))
+    write_native(plain, tmp_path / "native")
+    native = open_checkpoint(tmp_path / "native")
+    write_plain(native, tmp_path / "back")
+    back = open_checkpoint(tmp_path / "back")
+    for source in (native, back):
+        assert source.tensors["four bits"].dtype == "F4"
+        assert source.tensors["four bits"].shape == (3, 16)
+        assert source.read("four bits").tobytes() == bytes(range(24))
+        assert not list(differences(plain, source))
+    with pytest.raises(ValueError, match="four bits: has the dtype F4, which numpy lacks"):
+        checkpoints.load(native)
+    content = bytearray((tmp_path / "native" / "model.safetensors").read_bytes())
+    content[content.index(bytes(range(24)))] ^= 1
+    (tmp_path / "native" / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="four bits: is corrupt"):
+        open_checkpoint(tmp_path / "native").read("four bits")
 
 
 def test_shards_are_filled_in_order():
@@ -298,6 +299,7 @@ import re, sys
 from pathlib import Path
 from df11_jax.checkpoints import open_checkpoint
 from df11_jax.checkpoints.convert import write_native, write_plain
+from df11_jax.checkpoints.differences import differences
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) // 1024
 before = peak()

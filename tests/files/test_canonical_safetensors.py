@@ -4,6 +4,7 @@ import safetensors.numpy
 
 from df11_jax._files.canonical_safetensors import write_file
 from df11_jax._files.safetensors import DTYPES
+from df11_jax._files.source import TensorInfo
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
@@ -20,11 +21,18 @@ def test_same_bytes_as_the_safetensors_library(tmp_path, metadata):
 
 def save_as(path, tensors, metadata):
     names = {dtype: name for name, dtype in DTYPES.items()}
-    infos = {name: (names[array.dtype], array.shape) for name, array in tensors.items()}
+    infos = {
+        name: TensorInfo(array.shape, names[array.dtype], array.nbytes, array.nbytes)
+        for name, array in tensors.items()
+    }
     write_file(path, infos, tensors.__getitem__, metadata)
 
 
 def test_a_source_that_changes(tmp_path):
     with pytest.raises(ValueError, match=r"a: was announced as BF16\[2\], but is float32\[2\]"):
-        write_file(tmp_path / "x", {"a": ("BF16", (2,))}, lambda name: np.zeros(2, np.float32))
+        write_file(
+            tmp_path / "x",
+            {"a": TensorInfo((2,), "BF16", 4, 4)},
+            lambda name: np.zeros(2, np.float32),
+        )
     assert not list(tmp_path.iterdir())

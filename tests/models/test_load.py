@@ -208,8 +208,10 @@ def test_memory_on_the_host_is_that_of_the_result(how):
 
 
 def test_missing_files(directory, tmp_path):
+    path = write(tmp_path / "config", tensors_of("llama"))
+    (path / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
-        models.load(tmp_path)
+        models.load(path)
     path = write(tmp_path / "shards", tensors_of("llama"), shards=3)
     (path / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="model-00002-of-00003"):

@@ -184,7 +184,7 @@ def test_wrong_use(directory, arguments, message):
 def test_directories_that_are_no_models(tmp_path):
     assert run(tmp_path / "nowhere", "--prompt", "a").exit_code == 2
     result = run(tmp_path, "--prompt", "a")
-    assert result.exit_code == 2 and "config.json" in result.output
+    assert result.exit_code == 2 and "expected model.safetensors" in result.output
     fields = {"model_type": "mixtral"}
     path = families.write_directory(tmp_path / "m", fields, {"x": np.zeros(1, jnp.bfloat16)})
     result = run(path, "--prompt", "a")

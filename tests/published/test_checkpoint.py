@@ -101,7 +101,7 @@ def test_a_file_by_itself(tmp_path):
     shutil.copy(SHARDED / "lm_head.safetensors", tmp_path / "x")
     head = published.Checkpoint(tmp_path / "x", {"lm_head.weight": (96, 64)})
     assert_same_bits(head.read("lm_head.weight"), original()["lm_head.weight"])
-    assert head.config is None
+    assert head.config == {}
 
 
 def test_without_config(tmp_path):

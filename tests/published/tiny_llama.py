@@ -9,6 +9,7 @@ from safetensors.flax import load_file
 
 from df11_jax._files.canonical_safetensors import write_file
 from df11_jax._files.safetensors import DTYPE_NAMES, TensorFile
+from df11_jax._files.source import TensorInfo
 
 FIXTURE = Path(__file__).parent / "fixtures" / "tiny_llama"
 ORIGINAL = FIXTURE / "original"
@@ -36,7 +37,10 @@ def load(file: Path) -> Tensors:
 
 
 def save(file: Path, tensors: Tensors) -> None:
-    infos = {name: (DTYPE_NAMES[array.dtype], array.shape) for name, array in tensors.items()}
+    infos = {
+        name: TensorInfo(array.shape, DTYPE_NAMES[array.dtype], array.nbytes, array.nbytes)
+        for name, array in tensors.items()
+    }
     write_file(file, infos, tensors.__getitem__)
 
 

@@ -1,0 +1,116 @@
+"""Pytrees from checkpoints."""
+
+import os
+from typing import Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from df11_jax._array import DF11Array, is_df11
+from df11_jax._compress import compress_leaf
+from df11_jax._files.source import Source, unchanged
+from df11_jax._host_arrays import cpu_device
+from df11_jax._progress import ProgressBar
+from df11_jax._select import Selection
+from df11_jax.checkpoints._native_format import NativeCheckpoint, to_device
+from df11_jax.checkpoints._open import Shapes, open_checkpoint
+from df11_jax.checkpoints._tree import Structure, nest
+
+
+@runtime_checkable
+class LeafSource(Protocol):
+    """A checkpoint of a format that stores leaves as this library has them in memory."""
+
+    def load(self, name: str, *, verify: bool = True) -> DF11Array | Array | np.ndarray:
+        """One leaf as it is stored, on the default device.
+
+        Args:
+            name: the name of the leaf.
+            verify: whether to check all of it, other than what it takes to read it.
+
+        Raises:
+            ValueError: the leaf is corrupt.
+        """
+
+
+def load(
+    checkpoint: str | os.PathLike[str] | Source,
+    *,
+    shapes: Shapes | None = None,
+    device: jax.Device | jax.sharding.Sharding | None = None,
+    verify: bool = True,
+    progress: bool = False,
+) -> PyTree:
+    """Loads a checkpoint of any format, compressed, onto a device.
+
+    Leaves of native checkpoints, which `save` and `df11-jax compress` write, and of Orbax's come
+    back as they were saved. Leaves of other formats are compressed as `compress_params` does it:
+    float32 ones stay as they are, and `compress_params(..., cast=True)` can round them. The leaves
+    are loaded one by one, so that the host holds what one of them needs (of a published checkpoint,
+    one unit), and the device holds nothing twice. All are from the files that were there when the
+    checkpoint was opened, even if others take their places meanwhile.
+
+    Args:
+        checkpoint: the path of its directory or file; or a checkpoint that is open already.
+        shapes: the model's shapes, which only published checkpoints may need; see
+            `df11_jax.published.Checkpoint`.
+        device: the device or sharding of all arrays, as for `jax.device_put`; None for the default
+            device. Each array gets that sharding, so one over several devices has to replicate.
+        verify: whether to check leaves that are loaded compressed, by the checksums of their
+            chunks; to decode them later finds damage, too, but on a GPU as NaNs.
+        progress: whether to show a progress bar.
+
+    Returns:
+        Arrays and `DF11Array`s by name; nested dicts where names contain `/`.
+
+    Raises:
+        FileNotFoundError: nothing is there, or a shard is missing.
+        ValueError: the checkpoint has none of the formats, is of another version, or is damaged, a
+            file was changed while it was read, or numpy has no such dtype; the message names the
+            file and the leaf. Or `device` does not suit an array; a note names the leaf.
+    """
+    if isinstance(checkpoint, (str, os.PathLike)):
+        source = open_checkpoint(checkpoint, shapes=shapes)
+    else:
+        source = checkpoint
+    structure = source.structure if isinstance(source, NativeCheckpoint) else Structure()
+    where = str(source.path)
+    nest(dict.fromkeys(source.tensors), structure, where)  # before anything is read
+    for name, info in source.tensors.items():
+        if info.numpy_dtype is None:
+            raise ValueError(f"{where}: {name}: has the dtype {info.dtype}, which numpy lacks")
+    total = sum(info.nbytes for info in source.tensors.values())
+    leaves = {}
+    with unchanged(source), ProgressBar("load", total, show=progress) as bar:
+        for name, info in source.tensors.items():
+            leaves[name] = _load_leaf(source, name, device, verify)
+            bar.update(name, info.nbytes)
+    return nest(leaves, structure, where)
+
+
+def _load_leaf(
+    source: Source, name: str, device: jax.Device | jax.sharding.Sharding | None, verify: bool
+) -> DF11Array | Array | np.ndarray:
+    if device is None:
+        return _read_leaf(source, name, verify)
+    with jax.default_device(cpu_device()):
+        leaf = _read_leaf(source, name, verify)
+    try:
+        # Arrays of types that jax lacks are on the host; `device_put` would lose bits of them.
+        return jax.tree.map(
+            lambda array: jax.device_put(array, device) if isinstance(array, jax.Array) else array,
+            leaf,
+        )
+    except Exception as error:
+        error.add_note(f"df11_jax: {source.path}: while placing the leaf {name}")
+        raise
+
+
+def _read_leaf(source: Source, name: str, verify: bool) -> DF11Array | Array | np.ndarray:
+    if isinstance(source, LeafSource):
+        return source.load(name, verify=verify)
+    array = source.read(name)
+    selection = Selection()
+    leaf = compress_leaf(name, array, selection) if selection.has(name, array) else array
+    return leaf if is_df11(leaf) else to_device(array)
