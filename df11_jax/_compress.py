@@ -13,6 +13,7 @@ from df11_jax._array import DF11Array, is_df11
 from df11_jax._decode import path_name
 from df11_jax._host_arrays import BFLOAT16, to_host
 from df11_jax._host_codec import encode
+from df11_jax._identity import identity
 from df11_jax._layout import Layout, make_layout
 from df11_jax._progress import ProgressBar
 from df11_jax._select import MIN_SIZE, Selection, is_castable, is_worth_keeping
@@ -90,6 +91,10 @@ def compress_params(
     Leaves are compressed one by one, so beside `params` and the result the host holds what one
     leaf needs. `params` itself is never changed: if this is interrupted, nothing is lost.
 
+    Tied leaves, which are one array at several paths, are compressed once and stay tied: they
+    become one `DF11Array`. Paths that are left out keep the array, and a path at which it is a
+    stack gets a `DF11Array` of its own.
+
     Args:
         params: a pytree of arrays, such as Flax parameters.
         include: a regular expression; only leaves in whose path (`layers/attention/query`) it is
@@ -103,7 +108,7 @@ def compress_params(
         cast: round float32 and float16 leaves to bfloat16 first, which is not lossless. Those
             that are then not compressed keep their type.
         verify: decode each leaf and compare it bit by bit before going on.
-        progress: show a progress bar, in bytes.
+        progress: show a progress bar, in bytes; tied leaves count once.
         threads: the number of threads; None for all that this process may run on.
 
     Returns:
@@ -127,21 +132,30 @@ def compress_params(
     )
     with_paths, treedef = jax.tree.flatten_with_path(params, is_leaf=is_df11)
     named = [(path_name(path), leaf) for path, leaf in with_paths]
-    wanted = [selection.has(path, leaf) for path, leaf in named]
-    total = sum(leaf.nbytes for (_, leaf), want in zip(named, wanted, strict=True) if want)
-    leaves = []
+    # Of tied leaves one is compressed, for each way in which they are to be.
+    ways = [
+        (identity(leaf), selection.stack_axes(path)) if selection.has(path, leaf) else None
+        for path, leaf in named
+    ]
+    to_compress = {way: leaf for (_, leaf), way in zip(named, ways, strict=True) if way}
+    compressed: dict[Any, Any] = {}
+    total = sum(leaf.nbytes for leaf in to_compress.values())
     with ProgressBar("compress", total, show=progress) as bar:
-        for (path, leaf), want in zip(named, wanted, strict=True):
-            if want:
-                nbytes = leaf.nbytes
-                leaf = compress_leaf(path, leaf, selection, verify=verify, threads=threads)
-                bar.update(path, nbytes)
-            leaves.append((path, leaf))
+        for (path, leaf), way in zip(named, ways, strict=True):
+            if way and way not in compressed:
+                compressed[way] = compress_leaf(
+                    path, leaf, selection, verify=verify, threads=threads
+                )
+                bar.update(path, leaf.nbytes)
+    leaves = [
+        (path, compressed[way] if way else leaf)
+        for (path, leaf), way in zip(named, ways, strict=True)
+    ]
     selection.warn_if_futile("compress_params", leaves, stacklevel=2)
-    aligned = iter(align_layers([pair for pair, want in zip(leaves, wanted, strict=True) if want]))
+    aligned = iter(align_layers([pair for pair, way in zip(leaves, ways, strict=True) if way]))
     return jax.tree.unflatten(
         treedef,
-        [next(aligned) if want else leaf for (_, leaf), want in zip(leaves, wanted, strict=True)],
+        [next(aligned) if way else leaf for (_, leaf), way in zip(leaves, ways, strict=True)],
     )
 
 
@@ -182,21 +196,31 @@ def align_layers(named: Sequence[tuple[str, Any]]) -> list[Any]:
 
     Args:
         named: paths and leaves. Leaves are the same in different layers if their paths differ in
-            nothing but numbers.
+            nothing but numbers. Where a leaf is at paths of several kinds, these are of one kind.
 
     Returns:
-        The leaves.
+        The leaves. Those that were tied still are.
     """
-    leaves = [leaf for _, leaf in named]
-    alike: dict[Any, list[int]] = {}
-    for i, (path, leaf) in enumerate(named):
-        if is_df11(leaf):
+    groups: dict[Any, Any] = {}  # a group for each kind and each leaf; joined ones lead to another
+
+    def find(key: Any) -> Any:
+        while (parent := groups.setdefault(key, key)) != key:
+            key = parent
+        return key
+
+    identities = [identity(leaf) if is_df11(leaf) else None for _, leaf in named]
+    for (path, leaf), own in zip(named, identities, strict=True):
+        if own:
             kind = (re.sub(r"\d+", "", path), leaf.stack_shape, leaf.layout)
-            alike.setdefault(kind, []).append(i)
+            groups[find(kind)] = find(own)
+    alike: dict[Any, dict[Any, DF11Array]] = {}
+    for (_, leaf), own in zip(named, identities, strict=True):
+        if own:
+            alike.setdefault(find(own), {})[own] = leaf
+    padded: dict[Any, DF11Array] = {}
     for members in alike.values():
-        for i, leaf in zip(members, pad_exponents([leaves[i] for i in members]), strict=True):
-            leaves[i] = leaf
-    return leaves
+        padded |= zip(members, pad_exponents(list(members.values())), strict=True)
+    return [padded[own] if own else leaf for (_, leaf), own in zip(named, identities, strict=True)]
 
 
 def _compress(

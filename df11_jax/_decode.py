@@ -1,6 +1,7 @@
 """Decompression of tensors and pytrees, also inside of traced programs."""
 
 import dataclasses
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from jaxtyping import Array, BFloat16, PyTree
 
 from df11_jax import _ffi
 from df11_jax._array import DF11Array, DF11Slice, is_df11
+from df11_jax._identity import identity
 from df11_jax._slices import decode_slices, decode_stacks, tie
 
 # For `jax.export.export(..., disabled_checks=EXPORT_SAFETY_CHECKS)`. The FFI call is stable, but a
@@ -48,7 +50,8 @@ def decompress_params(params: PyTree) -> PyTree:
     """Decompresses all compressed leaves of a pytree.
 
     Leaves with the same stack axes (all leaves of a transformer block, say) are decoded together,
-    by one call.
+    by one call. A tied leaf, which is at several paths, is decoded once and stays tied. Inside of
+    a jitted function, which takes each path as an argument of its own, its arguments are not tied.
 
     Args:
         params: any pytree.
@@ -61,17 +64,22 @@ def decompress_params(params: PyTree) -> PyTree:
         ValueError: the arrays of a leaf do not fit each other; the message has the leaf's path.
     """
     with_paths, treedef = jax.tree.flatten_with_path(params, is_leaf=is_df11)
-    leaves = [leaf for _, leaf in with_paths]
-    by_stack: dict[tuple[int, ...], list[int]] = {}
-    for i, leaf in enumerate(leaves):
+    identities = [identity(leaf) if is_df11(leaf) else None for _, leaf in with_paths]
+    by_stack: dict[tuple[int, ...], dict[Hashable, tuple[str, DF11Array]]] = {}
+    for (path, leaf), own in zip(with_paths, identities, strict=True):
         if is_df11(leaf):
-            by_stack.setdefault(leaf.stack_shape, []).append(i)
+            by_stack.setdefault(leaf.stack_shape, {}).setdefault(own, (path_name(path), leaf))
+    weights: dict[Hashable, Array] = {}
     for members in by_stack.values():
-        names = [path_name(with_paths[i][0]) for i in members]
-        weights = decode_stacks([leaves[i] for i in members], names)
-        for i, weight in zip(members, weights, strict=True):
-            leaves[i] = weight
-    return jax.tree.unflatten(treedef, leaves)
+        names, stacks = zip(*members.values(), strict=True)
+        weights |= zip(members, decode_stacks(stacks, names), strict=True)
+    return jax.tree.unflatten(
+        treedef,
+        [
+            weights[own] if is_df11(leaf) else leaf
+            for (_, leaf), own in zip(with_paths, identities, strict=True)
+        ],
+    )
 
 
 def after(params: PyTree, inputs: PyTree) -> PyTree:

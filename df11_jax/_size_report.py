@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from jaxtyping import PyTree
 
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._decode import path_name
+from df11_jax._identity import identity
 from df11_jax._units import format_bytes
 
 
@@ -24,6 +26,7 @@ class LeafSize:
         compressed: whether it is a `DF11Array`.
         nbytes_before: the bytes of its weights, not compressed.
         nbytes: the bytes that it takes now.
+        tied_to: the path of the first leaf that is the same array; None if none before it is.
     """
 
     path: str
@@ -32,6 +35,7 @@ class LeafSize:
     compressed: bool
     nbytes_before: int
     nbytes: int
+    tied_to: str | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -43,9 +47,12 @@ class LeafSize:
 class SizeReport:
     """The sizes of all leaves of a pytree; `print` shows them as a table, `plot` as bars.
 
+    Tied leaves, which are one array at several paths, count once in all totals, and show as bytes
+    at the first of these paths alone.
+
     Attributes:
         leaves: the sizes of the leaves, each with `path`, `shape`, `dtype`, whether it is
-            `compressed`, `nbytes_before`, `nbytes` and `bits_per_weight`.
+            `compressed`, `nbytes_before`, `nbytes`, `bits_per_weight` and `tied_to`.
     """
 
     leaves: tuple[LeafSize, ...]
@@ -53,18 +60,22 @@ class SizeReport:
     @property
     def nbytes_before(self) -> int:
         """The bytes of all weights, not compressed."""
-        return sum(leaf.nbytes_before for leaf in self.leaves)
+        return sum(leaf.nbytes_before for leaf in self._distinct)
 
     @property
     def nbytes(self) -> int:
         """The bytes that all leaves take now."""
-        return sum(leaf.nbytes for leaf in self.leaves)
+        return sum(leaf.nbytes for leaf in self._distinct)
 
     @property
     def bits_per_weight(self) -> float:
         """The bits that a weight takes now, on average over all leaves."""
-        weights = sum(math.prod(leaf.shape) for leaf in self.leaves)
+        weights = sum(math.prod(leaf.shape) for leaf in self._distinct)
         return 8 * self.nbytes / max(1, weights)
+
+    @property
+    def _distinct(self) -> list[LeafSize]:
+        return [leaf for leaf in self.leaves if leaf.tied_to is None]
 
     def __str__(self) -> str:
         head = ("leaf", "shape", "dtype", "before", "now", "bits/weight")
@@ -73,9 +84,15 @@ class SizeReport:
                 leaf.path,
                 "x".join(map(str, leaf.shape)) or "scalar",
                 leaf.dtype,
-                format_bytes(leaf.nbytes_before),
-                format_bytes(leaf.nbytes),
-                f"{leaf.bits_per_weight:.2f}" + ("" if leaf.compressed else " (plain)"),
+                *(
+                    ("tied", "tied", f"(is {leaf.tied_to})")
+                    if leaf.tied_to is not None
+                    else (
+                        format_bytes(leaf.nbytes_before),
+                        format_bytes(leaf.nbytes),
+                        f"{leaf.bits_per_weight:.2f}" + ("" if leaf.compressed else " (plain)"),
+                    )
+                ),
             )
             for leaf in self.leaves
         ]
@@ -98,7 +115,7 @@ class SizeReport:
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
     def plot(self, ax: Any = None) -> Any:
-        """Draws bytes before and now, a pair of bars for each leaf.
+        """Draws bytes before and now, a pair of bars for each leaf; for tied ones, at the first.
 
         Args:
             ax: matplotlib axes to draw on; None for new ones.
@@ -117,14 +134,15 @@ class SizeReport:
             ) from None
 
         if ax is None:
-            _, ax = plt.subplots(figsize=(8, 1 + 0.3 * len(self.leaves)), layout="constrained")
-        y = np.arange(len(self.leaves))
+            _, ax = plt.subplots(figsize=(8, 1 + 0.3 * len(self._distinct)), layout="constrained")
+        leaves = self._distinct
+        y = np.arange(len(leaves))
         for offset, label, sizes in (
-            (-0.2, "bfloat16", [leaf.nbytes_before for leaf in self.leaves]),
-            (0.2, "now", [leaf.nbytes for leaf in self.leaves]),
+            (-0.2, "bfloat16", [leaf.nbytes_before for leaf in leaves]),
+            (0.2, "now", [leaf.nbytes for leaf in leaves]),
         ):
             ax.barh(y + offset, np.array(sizes) / 2**20, height=0.4, label=label)
-        ax.set_yticks(y, [leaf.path for leaf in self.leaves])
+        ax.set_yticks(y, [leaf.path for leaf in leaves])
         ax.invert_yaxis()
         ax.set_xlabel("MiB")
         ax.legend()
@@ -134,6 +152,9 @@ class SizeReport:
 def size_report(params: PyTree) -> SizeReport:
     """Measures the size of a pytree of parameters, everything included.
 
+    Tied leaves, plain or compressed, count once. Where a tied leaf was compressed at one path and
+    left plain at another, there are two, and both count, now and before.
+
     Args:
         params: a pytree of arrays and `DF11Array`s, or of their shapes.
 
@@ -141,19 +162,24 @@ def size_report(params: PyTree) -> SizeReport:
         A report that can be printed and plotted.
     """
     leaves = []
+    first_paths: dict[Hashable, str] = {}
     for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_df11):
         compressed = isinstance(leaf, DF11Array)
         shape = leaf.shape if compressed else np.shape(leaf)
         dtype = leaf.dtype if hasattr(leaf, "dtype") else np.result_type(leaf)
         before = leaf.nbytes if compressed else math.prod(shape) * dtype.itemsize
+        name = path_name(path)
+        own = identity(leaf)
         leaves.append(
             LeafSize(
-                path=path_name(path),
+                path=name,
                 shape=tuple(shape),
                 dtype=str(dtype),
                 compressed=compressed,
                 nbytes_before=before,
                 nbytes=leaf.compressed_nbytes if compressed else before,
+                tied_to=first_paths.get(own),
             )
         )
+        first_paths.setdefault(own, name)
     return SizeReport(tuple(leaves))

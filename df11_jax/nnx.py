@@ -8,7 +8,7 @@ temporary.
 import dataclasses
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 if importlib.util.find_spec("flax") is None:
@@ -22,6 +22,7 @@ from flax import nnx
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._compress import align_layers, compress_leaf
 from df11_jax._decode import decompress
+from df11_jax._identity import identity
 from df11_jax._select import MIN_SIZE, Selection
 
 __all__ = ["CompressedParam", "compress"]
@@ -108,7 +109,8 @@ def compress(
     Each `nnx.Param` that gains from it becomes a `CompressedParam`, wherever the model refers to
     it; so does one that was given a `DF11Array`, by `nnx.update` for instance. All others are left
     as they are, and so are adapters (`nnx.LoRAParam`), which are there to be trained. If this is
-    interrupted, the remaining ones are left as well.
+    interrupted, the remaining ones are left as well. Parameters that hold one array are compressed
+    together, and then hold one `DF11Array`.
 
     Args:
         model: an `nnx.Module`, or any container of them.
@@ -138,25 +140,20 @@ def compress(
     selection = Selection.from_options(
         include=include, stacked=stacked, predicate=predicate, min_size=min_size, cast=cast
     )
-    has_params = False
+    params = [
+        ("/".join(map(str, path)), param)
+        for path, param in nnx.iter_graph(model, graph=True)
+        if isinstance(param, nnx.Param)
+    ]
+    # Known before the first array goes: a new one may get the identity of one that is gone.
+    tied: dict[Hashable, list[tuple[str, nnx.Param[Any]]]] = {}
+    for name, param in params:
+        if not param.hijax:
+            tied.setdefault(identity(param.get_raw_value()), []).append((name, param))
     seen: list[tuple[str, nnx.Param[Any]]] = []
-    for path, param in nnx.iter_graph(model, graph=True):
-        if not isinstance(param, nnx.Param):
-            continue
-        has_params = True
-        if param.hijax:
-            continue
-        name, value = "/".join(map(str, path)), param.get_raw_value()
-        is_adapter = isinstance(param, nnx.LoRAParam)  # which is there to be trained
-        if selection.has(name, value) and not is_adapter:
-            value = compress_leaf(name, value, selection, verify=verify, threads=threads)
-        if is_df11(value):
-            # Other modules may refer to the same parameter, so it has to remain the same object.
-            param.__class__ = _compressed_type(type(param))
-            param.set_raw_value(value)
-        if not is_adapter:
-            seen.append((name, param))
-    if not has_params and not isinstance(model, nnx.Module):
+    for members in tied.values():
+        seen += _compress_tied(members, selection, verify=verify, threads=threads)
+    if not params and not isinstance(model, nnx.Module):
         raise TypeError(
             f"expected an nnx.Module, or a container with some, got {type(model).__name__} without "
             "any nnx.Param. For a pytree of arrays there is df11_jax.compress_params"
@@ -166,6 +163,29 @@ def compress(
     for (_, param), value in zip(seen, align_layers(values), strict=True):
         if is_df11(value):
             param.set_raw_value(value)
+
+
+def _compress_tied(
+    params: Sequence[tuple[str, nnx.Param[Any]]], selection: Selection, **options: Any
+) -> list[tuple[str, nnx.Param[Any]]]:
+    """Compresses parameters that hold one array; returns those that are no adapters."""
+    compressed: dict[int, Any] = {}  # by the number of stack axes
+    seen = []
+    for name, param in params:
+        value = param.get_raw_value()
+        is_adapter = isinstance(param, nnx.LoRAParam)  # which is there to be trained
+        if selection.has(name, value) and not is_adapter:
+            axes = selection.stack_axes(name)
+            if axes not in compressed:
+                compressed[axes] = compress_leaf(name, value, selection, **options)
+            value = compressed[axes]
+        if is_df11(value):
+            # Other modules may refer to the same parameter, so it has to remain the same object.
+            param.__class__ = _compressed_type(type(param))
+            param.set_raw_value(value)
+        if not is_adapter:
+            seen.append((name, param))
+    return seen
 
 
 def _check_is_weights(raw: DF11Array) -> None:

@@ -1,7 +1,7 @@
 """From parameters to the tree and the metadata that Orbax saves."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from df11_jax._compress import compress_params
 from df11_jax._decode import path_name
 from df11_jax._files import crc32
 from df11_jax._host_arrays import cpu_device, to_host
+from df11_jax._identity import identity
 from df11_jax._select import Selection
 from df11_jax.orbax import _describe, _leaf_arrays, _manifest
 
@@ -68,22 +69,24 @@ def _compress_on_host(params: PyTree, options: Mapping[str, Any]) -> PyTree:
     """Compresses leaf by leaf; the compressed leaves stay on the host."""
     selection = Selection.from_options(**options)
 
-    def compress(path: tuple[Any, ...], leaf: Any) -> Any:
-        name = path_name(path)
-        if not isinstance(leaf, (jax.Array, np.ndarray)):
-            return leaf
-        if not selection.admits(name, leaf.shape, leaf.dtype):
-            return leaf
+    with_paths, treedef = jax.tree.flatten_with_path(params, is_leaf=is_df11)
+    leaves = [leaf for _, leaf in with_paths]
+    names = [path_name(path) for path, _ in with_paths]
+    # Tied leaves go together, and stay tied.
+    tied: dict[Hashable, list[int]] = {}
+    for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
+        if isinstance(leaf, (jax.Array, np.ndarray)):
+            if selection.admits(name, leaf.shape, leaf.dtype):
+                tied.setdefault(identity(leaf), []).append(i)
+    for members in tied.values():
+        whole = _gather(leaves[members[0]])
         with jax.default_device(cpu_device()):
-            small = compress_params({name: _gather(leaf)}, **options)[name]
-        return jax.tree.map(np.asarray, small) if is_df11(small) else leaf
-
-    compressed = jax.tree.map_with_path(compress, params, is_leaf=is_df11)
-    leaves = jax.tree.leaves_with_path(compressed, is_leaf=is_df11)
-    selection.warn_if_futile(
-        "DF11Save", ((path_name(path), leaf) for path, leaf in leaves), stacklevel=1
-    )
-    return compressed
+            small = compress_params({names[i]: whole for i in members}, **options)
+        for i in members:
+            if is_df11(small[names[i]]):
+                leaves[i] = jax.tree.map(np.asarray, small[names[i]])
+    selection.warn_if_futile("DF11Save", zip(names, leaves, strict=True), stacklevel=1)
+    return jax.tree.unflatten(treedef, leaves)
 
 
 def _gather(leaf: Any) -> np.ndarray:

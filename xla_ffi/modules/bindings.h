@@ -19,8 +19,8 @@ using NumpyArray = nanobind::ndarray<T, nanobind::numpy, nanobind::ndim<N>>;
 template <typename T, size_t N>
 NumpyArray<T, N> release(Words words, const size_t (&shape)[N]) {
   if (!words.data()) words.reserve(1);  // a capsule cannot hold a null pointer
+  nanobind::capsule owner(words.data(), [](void* p) noexcept { std::free(p); });
   uint32_t* raw = words.release();
-  nanobind::capsule owner(raw, [](void* p) noexcept { std::free(p); });
   return NumpyArray<T, N>(reinterpret_cast<T*>(raw), N, shape, owner);
 }
 

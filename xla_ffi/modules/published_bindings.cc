@@ -3,7 +3,6 @@
 
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
 
 #include <array>
 #include <stdexcept>
@@ -27,6 +26,17 @@ using In = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu, nb::
 using TablesIn = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu, nb::ro>;
 using CountsIn = nb::ndarray<const uint32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu, nb::ro>;
 
+// The arrays of a sequence. nanobind would end the process if there were no memory for the vector.
+std::vector<In<uint16_t>> arrays_of(const nb::sequence& parts) {
+  std::vector<In<uint16_t>> arrays;
+  for (const nb::handle item : parts) {
+    In<uint16_t> array;
+    if (!nb::try_cast(item, array)) throw nb::type_error("expected contiguous arrays of uint16");
+    arrays.push_back(array);
+  }
+  return arrays;
+}
+
 std::vector<Part> make_parts(const std::vector<In<uint16_t>>& arrays) {
   std::vector<Part> parts;
   for (const auto& array : arrays) {
@@ -35,7 +45,8 @@ std::vector<Part> make_parts(const std::vector<In<uint16_t>>& arrays) {
   return parts;
 }
 
-NumpyArray<uint32_t, 2> histogram(const std::vector<In<uint16_t>>& arrays, int threads) {
+NumpyArray<uint32_t, 2> histogram(const nb::sequence& parts, int threads) {
+  const std::vector<In<uint16_t>> arrays = arrays_of(parts);
   const std::vector<Piece> pieces = cut_to_pieces(make_parts(arrays));
   Words words(256 * pieces.size());
   {
@@ -45,8 +56,9 @@ NumpyArray<uint32_t, 2> histogram(const std::vector<In<uint16_t>>& arrays, int t
   return release<uint32_t>(std::move(words), {pieces.size(), 256});
 }
 
-nb::tuple encode(const std::vector<In<uint16_t>>& arrays, CountsIn counts, In<uint32_t> code_bits,
+nb::tuple encode(const nb::sequence& parts, CountsIn counts, In<uint32_t> code_bits,
                  In<uint8_t> code_lengths, uint32_t tail_bits, uint32_t tail_length, int threads) {
+  const std::vector<In<uint16_t>> arrays = arrays_of(parts);
   std::vector<Piece> pieces = cut_to_pieces(make_parts(arrays));
   if (counts.shape(0) != pieces.size() || counts.shape(1) != 256 || code_bits.shape(0) != 256 ||
       code_lengths.shape(0) != 256) {

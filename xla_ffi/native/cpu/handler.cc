@@ -9,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "common/handler.h"
 #include "common/run_items.h"
 #include "common/simd.h"
 #include "common/words.h"
@@ -125,12 +126,12 @@ ffi::Error DecodeCpuImpl(ffi::ThreadPool pool, std::string_view names_attribute,
 
 int64_t decode_count() { return decode_counter; }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(df11_decode_cpu, DecodeCpuImpl,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<std::string_view>("names")
-                                  .Attr<ffi::Span<const uint32_t>>("headers")
-                                  .RemainingArgs()    // index, then five arrays a tensor
-                                  .RemainingRets());  // the tensors
+DF11_DEFINE_HANDLER_SYMBOL(df11_decode_cpu, DecodeCpuImpl,
+                           ffi::Ffi::Bind()
+                               .Ctx<ffi::ThreadPool>()
+                               .Attr<std::string_view>("names")
+                               .Attr<ffi::Span<const uint32_t>>("headers")
+                               .RemainingArgs()    // index, then five arrays a tensor
+                               .RemainingRets());  // the tensors
 
 }  // namespace df11::native

@@ -7,6 +7,7 @@
 #include <string_view>
 #include <vector>
 
+#include "common/handler.h"
 #include "native/cuda/decode.h"
 #include "native/operands.h"
 
@@ -30,13 +31,13 @@ ffi::Error DecodeCudaImpl(cudaStream_t stream, std::string_view names,
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(df11_decode_cuda, DecodeCudaImpl,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                                  .Attr<std::string_view>("names")
-                                  .Attr<ffi::Span<const uint32_t>>("headers")
-                                  .RemainingArgs()   // index, then five arrays a tensor
-                                  .RemainingRets(),  // the tensors
-                              {ffi::Traits::kCmdBufferCompatible});
+DF11_DEFINE_HANDLER_SYMBOL(df11_decode_cuda, DecodeCudaImpl,
+                           ffi::Ffi::Bind()
+                               .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                               .Attr<std::string_view>("names")
+                               .Attr<ffi::Span<const uint32_t>>("headers")
+                               .RemainingArgs()   // index, then five arrays a tensor
+                               .RemainingRets(),  // the tensors
+                           {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace df11::native

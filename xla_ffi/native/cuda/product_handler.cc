@@ -3,6 +3,7 @@
 #include <string>
 #include <string_view>
 
+#include "common/handler.h"
 #include "native/cuda/handler.h"
 #include "native/cuda/product.h"
 #include "native/cuda/product_operands.h"
@@ -26,13 +27,13 @@ ffi::Error ProductCudaImpl(cudaStream_t stream, std::string_view names,
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(df11_product_cuda, ProductCudaImpl,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                                  .Attr<std::string_view>("names")
-                                  .Attr<ffi::Span<const uint32_t>>("headers")
-                                  .RemainingArgs()   // x, index, then five arrays a matrix
-                                  .RemainingRets(),  // a result a matrix, then the workspace
-                              {ffi::Traits::kCmdBufferCompatible});
+DF11_DEFINE_HANDLER_SYMBOL(df11_product_cuda, ProductCudaImpl,
+                           ffi::Ffi::Bind()
+                               .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                               .Attr<std::string_view>("names")
+                               .Attr<ffi::Span<const uint32_t>>("headers")
+                               .RemainingArgs()   // x, index, then five arrays a matrix
+                               .RemainingRets(),  // a result a matrix, then the workspace
+                           {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace df11::native

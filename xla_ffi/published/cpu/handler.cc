@@ -7,6 +7,7 @@
 #include <string>
 #include <string_view>
 
+#include "common/handler.h"
 #include "common/run_items.h"
 #include "common/simd.h"
 #include "common/words.h"
@@ -74,15 +75,15 @@ ffi::Error DecodeUnitImpl(ffi::ThreadPool pool, std::string_view name, ffi::AnyB
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(df11_published_decode_cpu, DecodeUnitImpl,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<std::string_view>("name")
-                                  .Arg<ffi::AnyBuffer>()    // sign_mantissa
-                                  .Arg<ffi::AnyBuffer>()    // encoded_exponent
-                                  .Arg<ffi::AnyBuffer>()    // luts
-                                  .Arg<ffi::AnyBuffer>()    // output_positions
-                                  .Arg<ffi::AnyBuffer>()    // gaps
-                                  .Ret<ffi::AnyBuffer>());  // the weights
+DF11_DEFINE_HANDLER_SYMBOL(df11_published_decode_cpu, DecodeUnitImpl,
+                           ffi::Ffi::Bind()
+                               .Ctx<ffi::ThreadPool>()
+                               .Attr<std::string_view>("name")
+                               .Arg<ffi::AnyBuffer>()    // sign_mantissa
+                               .Arg<ffi::AnyBuffer>()    // encoded_exponent
+                               .Arg<ffi::AnyBuffer>()    // luts
+                               .Arg<ffi::AnyBuffer>()    // output_positions
+                               .Arg<ffi::AnyBuffer>()    // gaps
+                               .Ret<ffi::AnyBuffer>());  // the weights
 
 }  // namespace df11::published

@@ -6,6 +6,7 @@
 #include <string>
 #include <string_view>
 
+#include "common/handler.h"
 #include "published/cuda/decode.h"
 #include "published/operands.h"
 
@@ -30,16 +31,16 @@ ffi::Error DecodeUnitCudaImpl(cudaStream_t stream, std::string_view name,
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(df11_published_decode_cuda, DecodeUnitCudaImpl,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                                  .Attr<std::string_view>("name")
-                                  .Arg<ffi::AnyBuffer>()   // sign_mantissa
-                                  .Arg<ffi::AnyBuffer>()   // encoded_exponent
-                                  .Arg<ffi::AnyBuffer>()   // luts
-                                  .Arg<ffi::AnyBuffer>()   // output_positions
-                                  .Arg<ffi::AnyBuffer>()   // gaps
-                                  .Ret<ffi::AnyBuffer>(),  // the weights
-                              {ffi::Traits::kCmdBufferCompatible});
+DF11_DEFINE_HANDLER_SYMBOL(df11_published_decode_cuda, DecodeUnitCudaImpl,
+                           ffi::Ffi::Bind()
+                               .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                               .Attr<std::string_view>("name")
+                               .Arg<ffi::AnyBuffer>()   // sign_mantissa
+                               .Arg<ffi::AnyBuffer>()   // encoded_exponent
+                               .Arg<ffi::AnyBuffer>()   // luts
+                               .Arg<ffi::AnyBuffer>()   // output_positions
+                               .Arg<ffi::AnyBuffer>()   // gaps
+                               .Ret<ffi::AnyBuffer>(),  // the weights
+                           {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace df11::published
