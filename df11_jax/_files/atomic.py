@@ -5,6 +5,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -65,11 +66,8 @@ def partial_path(path: Path) -> Path:
 
 def partial_paths(path: Path) -> Iterator[Path]:
     """The paths of that kind that exist."""
-    beginning = path.name[:_KEPT]
-    for entry in path.parent.iterdir():
-        token = entry.name.removeprefix(beginning).removesuffix(PARTIAL)
-        if entry.name == f"{beginning}{token}{PARTIAL}" and len(token) == 9 and token[0] == ".":
-            yield entry
+    name = re.compile(re.escape(path.name[:_KEPT]) + r"\.[0-9a-f]{8}" + re.escape(PARTIAL))
+    return (entry for entry in path.parent.iterdir() if name.fullmatch(entry.name))
 
 
 def remove_partial_files(path: Path) -> None:

@@ -205,11 +205,11 @@ def copy_small_files(folder: Folder, target: Path, *, without: str | None = None
 
 
 def _copy_config(source: Path, target: Path, without: str | None) -> None:
-    text = source.read_bytes()
-    config = read_json(source)
-    if without in config:
-        del config[without]
-        text = json.dumps(config, indent=2).encode() + b"\n"
+    file = JsonFile(source)
+    text = file.content
+    if without in file.fields:
+        kept = {key: value for key, value in file.fields.items() if key != without}
+        text = json.dumps(kept, indent=2).encode() + b"\n"
     with new_file(target) as out:
         out.write(text)
 

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from df11_jax._files.atomic import exchange, partial_path, partial_paths, sync_directory
 from df11_jax._files.directory import JOURNAL
 from df11_jax._files.source import changed_files
+from df11_jax._files.untrusted_json import MAX_BYTES
 
 # What distinguishes a job from others. A mapping is that of files to what identifies them.
 Job = Mapping[str, str | Mapping[str, str]]
@@ -54,7 +55,7 @@ def incomplete(path: Path, job: Job) -> Iterator[Path]:
         if os.fstat(file.fileno()).st_nlink == 0:
             raise BlockingIOError(f"{path}: another process was writing to it")
         is_begun = _is_begun(path)
-        found, record = file.read(), json.dumps(job, indent=2) + "\n"
+        found, record = file.read(MAX_BYTES), json.dumps(job, indent=2) + "\n"
         if is_begun and not found:
             journal.unlink()
             raise FileExistsError(not_empty)
