@@ -35,6 +35,6 @@ def _jax_identity(array: jax.Array) -> Hashable:
         return id(array)
     try:
         buffers = [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards]
-    except (AttributeError, jax.errors.JaxRuntimeError):  # keys, and memory without addresses
+    except (AttributeError, ValueError, RuntimeError):  # keys, and memory without addresses
         return id(array)
     return array.sharding, array.shape, array.dtype, *buffers
