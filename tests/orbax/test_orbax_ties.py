@@ -12,7 +12,9 @@ from df11_jax.orbax._save import to_orbax
 
 @pytest.mark.parametrize("placed", [False, True], ids=["numpy", "placed"])
 def test_saved(placed, tmp_path):
-    weights = np.array(random_weights((4, 128, 128)))
+    weights = random_weights((4, 128, 128))
+    if not placed:
+        weights = np.array(weights)
     params = {"embedding": weights, "layers": [weights, weights], "plain": weights}
     if placed:
         params = jax.device_put(params, jax.devices()[0])
