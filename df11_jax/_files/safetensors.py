@@ -91,10 +91,23 @@ class Tensor(NamedTuple):
         Raises:
             ValueError: safetensors has no name for its dtype.
         """
-        dtype = DTYPE_NAMES.get(array.dtype)
-        if dtype is None:
-            raise ValueError(f"{name}: safetensors files cannot hold the dtype {array.dtype}")
-        return cls(name, dtype, array.shape, array)
+        return cls(name, dtype_name(name, array.dtype), array.shape, array)
+
+
+def dtype_name(name: str, dtype: Any) -> str:
+    """The name of a dtype in safetensors files.
+
+    Args:
+        name: the name of the tensor, for messages.
+        dtype: the dtype of the tensor.
+
+    Raises:
+        ValueError: it has no name.
+    """
+    known = DTYPE_NAMES.get(dtype)
+    if known is None:
+        raise ValueError(f"{name}: safetensors files cannot hold the dtype {dtype}")
+    return known
 
 
 class TensorFile(OpenedFile):

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import PyTree
 
 from df11_jax._array import DF11Array, is_df11
-from df11_jax._files.directory import INDEX, write_index
+from df11_jax._files.directory import INDEX, JOURNAL, write_index
 from df11_jax._files.journal import incomplete, replacement
-from df11_jax._files.safetensors import Tensor, check_name
+from df11_jax._files.safetensors import Tensor, check_name, dtype_name
 from df11_jax._host_arrays import to_host
 from df11_jax._host_codec import verify
 from df11_jax._units import parse_bytes
@@ -63,19 +62,23 @@ def save(
     }
     if any(structure) and not leaves:
         raise ValueError("there is no array in it, so that there is nothing to save")
-    for name, leaf in leaves.items():
+    for name in (*leaves, *structure.none, *structure.empty):
         check_name(name)
+    for name, leaf in leaves.items():
         if not isinstance(leaf, DF11Array):
-            Tensor.of(name, np.empty(0, leaf.dtype))
+            dtype_name(name, leaf.dtype)
         elif 0 in leaf.stack_shape:
             raise ValueError(f"{name}: is an empty stack, {leaf!r}, of which nothing can be saved")
     most = parse_bytes(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
+    if not isinstance(most, int) or most < 1:
+        raise ValueError(f"max_shard_size is {most!r}, expected a number of bytes, or '5GB'")
     path = Path(path)
     if path.suffix == ".safetensors":
         _write_leaves(path, leaves, structure)
         return
     job = {"writes": "native", "from": "df11_jax.checkpoints.save"}
-    if overwrite and path.is_dir() and any(path.iterdir()):
+    names = os.listdir(path) if path.is_dir() else []
+    if overwrite and names and JOURNAL not in names:
         _check_is_native(path)
         writing = replacement(path, job)
     else:
@@ -96,7 +99,7 @@ def _check_is_native(path: Path) -> None:
     """Raises FileExistsError if a directory holds anything but a native checkpoint."""
     problem = ""
     try:
-        if open_checkpoint(path).format == "native":
+        if open_checkpoint(path).format == "native" or os.listdir(path) == [INDEX]:  # no arrays
             return
     except (OSError, ValueError) as error:
         problem = f" ({error})"

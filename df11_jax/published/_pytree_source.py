@@ -8,7 +8,7 @@ from jaxtyping import PyTree
 
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._decode import decompress
-from df11_jax._files.safetensors import DTYPE_NAMES
+from df11_jax._files.safetensors import dtype_name
 from df11_jax._files.source import TensorInfo
 from df11_jax._host_arrays import to_host
 
@@ -34,9 +34,7 @@ class PyTreeSource:
                 raise ValueError(f"{name}: two leaves have this name")
             if not isinstance(leaf, (DF11Array, jax.Array, np.ndarray, np.generic)):
                 raise ValueError(f"{name}: is a {type(leaf).__name__}, expected an array")
-            dtype = DTYPE_NAMES.get(leaf.dtype)
-            if dtype is None:
-                raise ValueError(f"{name}: safetensors files cannot hold {leaf.dtype}")
+            dtype = dtype_name(name, leaf.dtype)
             self._leaves[name] = leaf
             self.tensors[name] = TensorInfo(leaf.shape, dtype, leaf.nbytes, leaf.nbytes)
 

@@ -246,7 +246,11 @@ def test_exponents_that_the_layout_lacks(tmp_path):
         ({"a.b.weight": matrix()}, ["a"], ["expected a dict"]),
         ({"a.b": {"weight": matrix()}, "a": {"b.weight": matrix()}}, {"a": []}, ["two leaves"]),
         ({"a.weight": "text"}, {"a": []}, ["a.weight: is a str"]),
-        ({"a.weight": np.zeros((4, 4), "datetime64[s]")}, {"a": []}, ["cannot hold datetime64"]),
+        (
+            {"a.weight": np.zeros((4, 4), "datetime64[s]")},
+            {"a": []},
+            ["cannot hold the dtype datetime64"],
+        ),
         ({"model.weight": matrix(), "b": matrix()}, {"model": []}, ["the rest: its file would be"]),
         (
             {"a.b.weight": matrix(), "a_b.weight": matrix()},
