@@ -11,7 +11,7 @@ from df11_jax import _layout
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._decode import path_name
 from df11_jax.orbax import _shardings
-from df11_jax.orbax._manifest import TABLES, Keys, Manifest, StoredLeaf
+from df11_jax.orbax._manifest import MAX_DEPTH, TABLES, Keys, Manifest, StoredLeaf
 
 
 def describe(params: PyTree) -> tuple[Manifest, list[Any]]:
@@ -23,12 +23,14 @@ def describe(params: PyTree) -> tuple[Manifest, list[Any]]:
 
     Raises:
         TypeError: a leaf is neither an array nor a number nor a text.
-        ValueError: two leaves would be stored in one place.
+        ValueError: two leaves would be stored in one place, or one is in too many containers.
     """
     values: list[Any] = []
 
     def describe_leaf(value: Any, path: str, keys: Keys) -> StoredLeaf:
         values.append(value)
+        if len(keys) > MAX_DEPTH:
+            raise ValueError(f"{path}: is in more than {MAX_DEPTH} containers")
         arrays = value.payload if is_df11(value) else (value,)
         shardings = tuple(
             _shardings.to_text(array.sharding) if isinstance(array, jax.Array) else None

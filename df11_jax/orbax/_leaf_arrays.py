@@ -35,27 +35,18 @@ def to_stored(array: DF11Array) -> dict[str, Any]:
     return {TABLES: tables, "exponents": exponents, "sign_mantissa": sign_mantissa}
 
 
-def from_stored(arrays: Sequence[Any], leaf: StoredLeaf, name: str) -> DF11Array:
+def from_stored(arrays: Sequence[Any], leaf: StoredLeaf) -> DF11Array:
     """Makes a compressed leaf of the arrays that are stored for it.
 
     Args:
         arrays: the arrays that were read.
         leaf: the description of the leaf.
-        name: the name of the leaf, for messages.
-
-    Raises:
-        ValueError: the tables do not have the length that the leaf's shape says.
     """
     if not leaf.has_tables:
         return join(arrays, leaf)
     assert leaf.layout is not None, "the leaf is compressed"
     tables, exponents, sign_mantissa = arrays
     words = table_words(leaf.layout)
-    if tables.shape[-1:] != (sum(words),):
-        raise ValueError(
-            f"{name}: {TABLES} has the shape {list(tables.shape)}, expected "
-            f"[..., {sum(words)}] for slices of shape {list(leaf.layout.shape)}"
-        )
     ends = list(itertools.accumulate(words, initial=0))
     short = [tables[..., start:end] for start, end in itertools.pairwise(ends)]
     return join([*short, exponents, sign_mantissa], leaf)

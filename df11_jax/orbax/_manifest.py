@@ -6,10 +6,13 @@ tuples, nor which keys are not strings.
 """
 
 import dataclasses
+import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import PyTree
 
@@ -21,6 +24,10 @@ FORMAT = "df11_jax.orbax"
 VERSION = 1
 
 _KEY_DTYPE = "key<"  # the beginning of the names of dtypes of keys for random numbers
+
+MAX_DEPTH = 256  # of containers in each other; Orbax saves about 300 before Python's stack ends
+_MAX_DIMS = 64 - 1 - _layout.MAX_DIMS  # numpy's limit, and the axes that coded arrays have more
+_MAX_ELEMENTS = 1 << 59  # of which the bytes have 64 bits
 
 # The name of the short arrays of a compressed leaf, which are stored as one array: Orbax takes some
 # time and stores some text for each array, however short it is.
@@ -49,6 +56,20 @@ class StoredArray:
     @property
     def nbytes(self) -> int:
         return _nbytes(self.shape, self.dtype)
+
+    @property
+    def in_zarr(self) -> dict[str, Any] | None:
+        """The shape and dtype that zarr has for it; None for texts and what is unknown here."""
+        if self.dtype is None:
+            return None
+        if not self.dtype.startswith(_KEY_DTYPE):
+            return {"shape": self.shape, "dtype": str(np.dtype(self.dtype).newbyteorder("="))}
+        try:
+            key = jax.ShapeDtypeStruct(self.shape, dtype_of(self.dtype))
+        except ValueError:
+            return None
+        data = jax.eval_shape(jax.random.key_data, key)
+        return {"shape": data.shape, "dtype": str(data.dtype)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +117,7 @@ class StoredLeaf:
         """The bytes of the arrays that are stored for it."""
         return sum(array.nbytes for array in self.arrays)
 
-    @property
+    @functools.cached_property
     def arrays(self) -> tuple[StoredArray, ...]:
         """The arrays that are stored for it."""
         if self.layout is None or self.exponent_words is None:
@@ -111,6 +132,11 @@ class StoredLeaf:
             StoredArray((*self.keys, name), (*leading, n), "uint32", part)
             for name, n, part in arrays
         )
+
+    @functools.cached_property
+    def parts(self) -> tuple[StoredArray, ...]:
+        """The arrays of which it consists in memory, each with its sharding in `shardings`."""
+        return dataclasses.replace(self, has_tables=False).arrays
 
     def __str__(self) -> str:
         shape = f"{self.dtype}[{','.join(map(str, self.shape))}]"
@@ -220,34 +246,81 @@ class Manifest:
         format_name = data.get("format") if isinstance(data, dict) else None
         if format_name != FORMAT:
             raise ValueError(
-                f"{where}: its metadata names the format {format_name!r}, expected {FORMAT!r}"
+                f"{where}: its metadata names the format {format_name!r:.100}, expected {FORMAT!r}"
             )
         for field, known in (("version", VERSION), ("layout_version", _layout.FORMAT_VERSION)):
             if data.get(field) != known:
                 raise ValueError(
-                    f"{where}: has {field} {data.get(field)!r}, this version of df11_jax reads "
-                    f"{known}. If it was made by a newer df11_jax, update df11_jax"
+                    f"{where}: has {field} {data.get(field)!r:.100}, this version of df11_jax "
+                    f"reads {known}. If it was made by a newer df11_jax, update df11_jax"
                 )
         try:
-            places = _find_leaves(data["containers"])
-            if sorted(places) != list(range(len(data["leaves"]))):
-                raise ValueError("leaves and containers do not fit")
-            leaves = (
-                _parse_leaf(entry, places[i], data["shardings"])
-                for i, entry in enumerate(data["leaves"])
-            )
-            return cls(data["containers"], tuple(leaves))
-        except (
-            AttributeError,
-            IndexError,
-            KeyError,
-            RecursionError,
-            TypeError,
-            ValueError,
-        ) as error:
+            entries = _field(data, "leaves", _is_list_of(dict))
+            shardings = _field(data, "shardings", _is_list_of(str))
+            places = _find_leaves(data.get("containers"))
+            if sorted(places) != list(range(len(entries))):
+                raise ValueError(f"containers has the leaves {sorted(places)!s:.100}")
+            leaves = [_parse_leaf(entry, places[i], shardings) for i, entry in enumerate(entries)]
+            names = [".".join(array.keys) for leaf in leaves for array in leaf.arrays]
+            if len(set(names)) != len(names):
+                raise ValueError("containers has two arrays of the same name")
+        except ValueError as error:
             raise ValueError(
-                f"{where}: the metadata of df11_jax is damaged ({type(error).__name__}: {error})"
+                f"{where}: the metadata of df11_jax is damaged ({error}). Restore another copy of "
+                "the checkpoint"
             ) from None
+        return cls(data["containers"], tuple(leaves))
+
+
+@functools.lru_cache
+def dtype_of(name: str) -> Any:
+    """The dtype with a name, which may be one of keys for random numbers.
+
+    Raises:
+        ValueError: there is no such dtype.
+    """
+    if name.startswith(_KEY_DTYPE):
+        for implementation in ("threefry2x32", "rbg", "unsafe_rbg"):
+            key = jax.eval_shape(functools.partial(jax.random.key, 0, impl=implementation))
+            if str(key.dtype) == name:
+                return key.dtype
+        raise ValueError(f"the dtype {name!r:.100} is unknown")
+    return np.dtype(name)
+
+
+def _field(entry: dict[str, Any], name: str, is_sound: Callable[[Any], bool]) -> Any:
+    """A field of an object.
+
+    Raises:
+        ValueError: it is missing, or not sound.
+    """
+    if not is_sound(entry.get(name)):
+        raise ValueError(f"{name} is {entry.get(name)!r:.100}")
+    return entry.get(name)
+
+
+def _is_list_of(kind: type) -> Callable[[Any], bool]:
+    return lambda value: type(value) is list and all(type(item) is kind for item in value)
+
+
+def _is_shape(value: Any) -> bool:
+    if not _is_list_of(int)(value) or len(value) > _MAX_DIMS:
+        return False
+    return all(n >= 0 for n in value) and math.prod(n or 1 for n in value) < _MAX_ELEMENTS
+
+
+def _is_dtype(value: Any) -> bool:
+    if value is None:
+        return True  # a text
+    if type(value) is not str:
+        return False
+    if value.startswith(_KEY_DTYPE):
+        return True  # perhaps of an implementation of the user's
+    try:
+        dtype = np.dtype(value)
+    except (SyntaxError, TypeError, ValueError):
+        return False
+    return str(dtype) == value and dtype.kind in "biufcV" and dtype.type is not np.void
 
 
 def _find_leaves(containers: Any) -> dict[int, Keys]:
@@ -255,44 +328,67 @@ def _find_leaves(containers: Any) -> dict[int, Keys]:
     places: dict[int, Keys] = {}
 
     def find(node: Any, keys: Keys) -> None:
-        if isinstance(node, int):
+        if type(node) is int:
             places[node] = keys
-        elif node is not None:
-            ((container, content),) = node.items()
-            if container not in ("dict", "list", "tuple"):
-                raise ValueError(f"unknown container {container!r}")
-            for key, child in content if container == "dict" else enumerate(content):
-                find(child, (*keys, str(key)))
+            return
+        if node is None:
+            return
+        if type(node) is not dict or len(node) != 1 or len(keys) > MAX_DEPTH:
+            raise ValueError(f"containers has {node!r:.100} at the depth {len(keys)}")
+        ((container, content),) = node.items()
+        if container not in ("dict", "list", "tuple") or type(content) is not list:
+            raise ValueError(f"containers has {node!r:.100}")
+        if container != "dict":
+            content = [[i, child] for i, child in enumerate(content)]
+        for pair in content:
+            if type(pair) is not list or len(pair) != 2 or type(pair[0]) not in (str, int):
+                raise ValueError(f"containers has {pair!r:.100} in a dict")
+            find(pair[1], (*keys, str(pair[0])))
 
     find(containers, ())
     return places
 
 
 def _parse_leaf(entry: dict[str, Any], keys: Keys, shardings: list[str]) -> StoredLeaf:
-    leaf = StoredLeaf(
-        path=entry["path"],
-        keys=keys,
-        shape=tuple(entry["shape"]),
-        dtype=entry["dtype"],
-        shardings=tuple(None if i is None else shardings[i] for i in entry["shardings"]),
-        layout=Layout.from_json(entry["layout"]) if "layout" in entry else None,
-        exponent_words=entry.get("exponent_words"),
-        crc32=int(entry["crc32"], 16) if "crc32" in entry else None,
-    )
-    if leaf.dtype is not None and not leaf.is_key:
-        np.dtype(leaf.dtype)
-    sizes = (*leaf.shape, leaf.exponent_words or 0)
-    if any(type(n) is not int or n < 0 for n in sizes) or math.prod(n or 1 for n in sizes) >> 59:
-        raise ValueError(f"shape {leaf.shape}")
-    if (leaf.layout is None) != (leaf.exponent_words is None):
-        raise ValueError(f"{leaf.path} has only one of layout and exponent_words")
-    if leaf.layout is not None:
-        slice_shape = leaf.shape[max(0, len(leaf.shape) - len(leaf.layout.shape)) :]
-        if leaf.layout.shape != slice_shape:
-            raise ValueError(f"{leaf.path} has the shape {leaf.shape}, and {leaf.layout}")
-    if len(leaf.shardings) != (len(_layout.PAYLOAD) if leaf.is_compressed else 1):
-        raise ValueError(f"{leaf.path} has {len(leaf.shardings)} shardings")
-    return leaf
+    path = _field(entry, "path", lambda value: type(value) is str)
+    try:
+        return _parse_fields(entry, path, keys, shardings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _parse_fields(entry: dict[str, Any], path: str, keys: Keys, shardings: list[str]) -> StoredLeaf:
+    shape = tuple(_field(entry, "shape", _is_shape))
+    dtype = _field(entry, "dtype", _is_dtype)
+    if dtype is None and shape:
+        raise ValueError(f"shape is {list(shape)}, and dtype says that it is a text")
+    layout = words = crc32 = None
+    if "layout" in entry or "exponent_words" in entry:
+        try:
+            layout = Layout.from_json(entry["layout"])
+        except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"layout: {type(error).__name__}: {error}") from None
+        words = _field(entry, "exponent_words", lambda value: _is_shape([*shape, value]))
+        if dtype != "bfloat16":
+            raise ValueError(f"dtype is {dtype!r:.100}, and it has a layout")
+        if layout.shape != shape[max(0, len(shape) - len(layout.shape)) :]:
+            raise ValueError(f"shape is {list(shape)}, and layout {layout}")
+    if "crc32" in entry:
+        is_crc32 = re.compile("[0-9a-f]{8}").fullmatch
+        crc32 = int(_field(entry, "crc32", lambda v: type(v) is str and bool(is_crc32(v))), 16)
+
+    def are_shardings(value: Any) -> bool:
+        count = 1 if layout is None else len(_layout.PAYLOAD)
+        known = range(len(shardings))
+        return (
+            type(value) is list
+            and len(value) == count
+            and all(i is None or (type(i) is int and i in known) for i in value)
+        )
+
+    numbers = _field(entry, "shardings", are_shardings)
+    texts = tuple(None if i is None else shardings[i] for i in numbers)
+    return StoredLeaf(path, keys, shape, dtype, texts, layout, words, crc32)
 
 
 def _nbytes(shape: tuple[int, ...], dtype: str | None) -> int:

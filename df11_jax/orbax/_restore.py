@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
@@ -17,7 +18,7 @@ from df11_jax._files import crc32
 from df11_jax._select import Selection
 from df11_jax.orbax import _leaf_arrays, _plan, _shardings, _stored
 from df11_jax.orbax._args import DF11Restore
-from df11_jax.orbax._manifest import Keys, StoredLeaf
+from df11_jax.orbax._manifest import Keys, StoredLeaf, dtype_of
 from df11_jax.orbax._plan import Conversion, LeafPlan
 from df11_jax.orbax._stored import StoredItem
 
@@ -76,7 +77,8 @@ def _read(stored: StoredItem, batch: Sequence[LeafPlan]) -> list[Any]:
         destinations = _destinations(plan)
         for array in plan.leaf.arrays:
             if 0 in array.shape:
-                empty[array.keys] = np.zeros(array.shape, array.dtype)
+                zeros = jnp.zeros if plan.leaf.is_key else np.zeros
+                empty[array.keys] = zeros(array.shape, dtype_of(array.dtype))
             else:
                 wanted[array.keys] = _restore_args(plan.leaf, destinations[array.part])
     arrays = stored.read(wanted) | empty
@@ -85,7 +87,7 @@ def _read(stored: StoredItem, batch: Sequence[LeafPlan]) -> list[Any]:
         name = f"{stored.name}: {plan.leaf.path}"
         parts = [arrays.pop(array.keys) for array in plan.leaf.arrays]
         compressed = plan.leaf.is_compressed
-        leaves.append(_leaf_arrays.from_stored(parts, plan.leaf, name) if compressed else parts[0])
+        leaves.append(_leaf_arrays.from_stored(parts, plan.leaf) if compressed else parts[0])
         _check(plan.leaf, leaves[-1], name)
     return leaves
 
@@ -99,10 +101,10 @@ def _destinations(plan: LeafPlan) -> list[jax.sharding.Sharding | None]:
     if plan.leaf.is_compressed == is_df11(plan.target):
         targets = list(plan.target.payload) if is_df11(plan.target) else [plan.target]
     destinations = []
-    for text, target in zip(texts, targets, strict=True):
+    for text, part, target in zip(texts, plan.leaf.parts, targets, strict=True):
         sharding = getattr(target, "sharding", None)
         if sharding is None and text is not None:
-            sharding = _shardings.from_text(text)
+            sharding = _shardings.from_text(text, part.shape)
         elif sharding is None and plan.leaf.is_compressed:
             sharding = _shardings.default()
         destinations.append(sharding)
@@ -132,6 +134,8 @@ def _check(leaf: StoredLeaf, value: Any, name: str) -> None:
         found = dataclasses.replace(leaf, shape=tuple(value.shape), dtype=str(value.dtype))
         if found != leaf:
             raise ValueError(f"{name}: {found} is stored, expected {leaf}")
+    elif isinstance(value, str) != (leaf.dtype is None):
+        raise ValueError(f"{name}: {value!r:.100} is stored, expected {leaf}")
 
 
 def _verify(stored: StoredItem, batch: Sequence[LeafPlan], values: Sequence[Any]) -> None:

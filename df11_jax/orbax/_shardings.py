@@ -1,12 +1,13 @@
 """Shardings as text, as Orbax writes them."""
 
 import functools
-import json
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+
+from df11_jax._files.untrusted_json import parse_json
 
 _METADATA_TYPES: dict[str, Any] = {
     "NamedSharding": ocp.metadata.NamedShardingMetadata,
@@ -22,17 +23,43 @@ def to_text(sharding: jax.sharding.Sharding) -> str:
 
 
 @functools.lru_cache(1024)
-def from_text(text: str) -> jax.sharding.Sharding:
-    """The sharding that a text says; the default device if that sharding's devices do not exist."""
+def from_text(text: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    """The sharding that a text says.
+
+    Args:
+        text: the text.
+        shape: the shape of the array that is to be sharded.
+
+    Returns:
+        The sharding; the default device if its devices do not exist, or the text is damaged.
+    """
+    sharding = _parse(text)
     try:
-        fields = json.loads(text)
-        return (
-            _METADATA_TYPES[fields["sharding_type"]]
-            .from_deserialized_dict(fields)
-            .to_jax_sharding()
-        )
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=sharding)  # for as many axes
+        sharding.shard_shape(shape)  # and divides them evenly
+    except ValueError:
         return default()
+    return sharding
+
+
+@functools.lru_cache(1024)
+def _parse(text: str) -> jax.sharding.Sharding:
+    try:
+        fields = parse_json(text.encode())
+        metadata = _METADATA_TYPES[fields["sharding_type"]].from_deserialized_dict(fields)
+        sharding = metadata.to_jax_sharding()
+    except Exception:  # of any type: jax has some of its own
+        return default()
+    return sharding if _has_devices(sharding) else default()
+
+
+def _has_devices(sharding: jax.sharding.Sharding) -> bool:
+    # jax makes a mesh of anything, and XLA ends the process for one of no devices.
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return True
+    devices = sharding.mesh.devices.ravel().tolist()
+    are_devices = all(isinstance(device, jax.Device) for device in devices)
+    return are_devices and 0 < len(devices) == len(set(devices))
 
 
 def default() -> jax.sharding.Sharding:

@@ -1,10 +1,7 @@
 """An item that Orbax has stored in a directory: its manifest, and reading arrays of it."""
 
 import contextlib
-import dataclasses
-import functools
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,13 +10,17 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
 
-from df11_jax.orbax import _describe, _leaf_arrays, _manifest, _shardings
-from df11_jax.orbax._manifest import Keys, Manifest, StoredLeaf
+from df11_jax._files.untrusted_json import parse_json
+from df11_jax.orbax import _checked_read, _describe, _leaf_arrays, _manifest, _shardings
+from df11_jax.orbax._checked_read import Stored, StoredArrayError
+from df11_jax.orbax._folder import METADATA_FILE, check_files
+from df11_jax.orbax._manifest import Keys, Manifest, StoredArray, StoredLeaf
 
 ON_HOST = ocp.RestoreArgs(restore_type=np.ndarray)
 
-# Orbax's metadata of a pytree.
-_METADATA_FILE = "_METADATA"
+# df11_jax has arrays stored uncompressed, so that larger ones than all files together cannot be
+# there. OCDBT compresses very short chunks, of which a smaller array may consist.
+_MAY_BE_COMPRESSED_BYTES = 1 << 26
 
 
 class StoredItem:
@@ -31,11 +32,10 @@ class StoredItem:
         manifest: the manifest that is stored, or one that was inferred from Orbax's metadata.
     """
 
-    def __init__(self, handler: ocp.PyTreeCheckpointHandler, directory: epath.PathLike) -> None:
+    def __init__(self, directory: epath.PathLike) -> None:
         """Reads the metadata.
 
         Args:
-            handler: Orbax's handler, which reads.
             directory: the directory of the item.
 
         Raises:
@@ -43,12 +43,19 @@ class StoredItem:
             ValueError: the checkpoint is of another format or an unknown version, or is damaged.
         """
         self.name = str(directory)
-        self._handler = handler
+        self._handler = _checked_read.handler(self._check_arrays)
         self._directory = epath.Path(directory)
+        self._file_bytes = check_files(self._directory)
+        self._expected: dict[str, tuple[StoredLeaf, StoredArray]] = {}
         entry = self._entry()
         self.has_manifest = entry is not None
         if self.has_manifest:
             self.manifest = Manifest.from_json(entry, self.name)
+            self._expected = {
+                ".".join(array.keys): (leaf, array)
+                for leaf in self.manifest.leaves
+                for array in leaf.arrays
+            }
             return
         tree = self._orbax_metadata().tree
         headers = dict.fromkeys(_describe.find_headers(tree), ON_HOST)
@@ -61,8 +68,18 @@ class StoredItem:
         self.manifest = _describe.infer(tree, self._read(with_values, headers), self.name)
 
     def abstract(self) -> PyTree:
-        """The pytree that was saved, with `jax.ShapeDtypeStruct`s in place of the arrays."""
-        return self.manifest.unflatten([_abstract(leaf) for leaf in self.manifest.leaves])
+        """The pytree that was saved, with `jax.ShapeDtypeStruct`s in place of the arrays.
+
+        Raises:
+            ValueError: a leaf has keys for random numbers of an implementation that is unknown.
+        """
+        leaves = []
+        for leaf in self.manifest.leaves:
+            try:
+                leaves.append(_abstract(leaf))
+            except ValueError as error:
+                raise ValueError(f"{self.name}: {leaf.path}: {error}") from None
+        return self.manifest.unflatten(leaves)
 
     def read(self, wanted: Mapping[Keys, ocp.RestoreArgs]) -> dict[Keys, Any]:
         """Reads arrays.
@@ -71,6 +88,7 @@ class StoredItem:
             wanted: Orbax's arguments for restoring each of them.
 
         Raises:
+            MemoryError: the arrays are larger than this machine's memory.
             ValueError: the arrays that are stored are not those of the manifest.
         """
         try:
@@ -85,11 +103,43 @@ class StoredItem:
     def _entry(self) -> Any:
         """The manifest as JSON; None if there is none."""
         # Orbax opens all arrays to get at its metadata, which takes as long as reading small ones.
+        file = self._directory / METADATA_FILE
+        if not file.exists():
+            return self._orbax_metadata().custom_metadata  # or its error, which says what is there
         try:
-            metadata = json.loads((self._directory / _METADATA_FILE).read_text())["custom_metadata"]
-        except (KeyError, OSError, RecursionError, TypeError, ValueError):
-            metadata = self._orbax_metadata().custom_metadata
-        return metadata.get(_manifest.KEY) if isinstance(metadata, dict) else None
+            metadata = parse_json(file.read_bytes())
+        except ValueError as error:
+            raise ValueError(
+                f"{self.name}: {METADATA_FILE} is damaged ({error}). Restore another copy of it"
+            ) from None
+        custom = metadata.get("custom_metadata") if isinstance(metadata, dict) else None
+        return custom.get(_manifest.KEY) if isinstance(custom, dict) else None
+
+    def _check_arrays(self, arrays: Sequence[Stored]) -> None:
+        """Checks what is to be read at once, before it is."""
+        for stored in arrays:
+            if stored.name not in self._expected:
+                continue  # Orbax alone saved it; its metadata is all that is known
+            leaf, array = self._expected[stored.name]
+            place = f"{self.name}: {leaf.path}"
+            if leaf.is_compressed:
+                place += f": {array.keys[-1]}"
+            expected = stored if array.in_zarr is None else stored._replace(**array.in_zarr)
+            if stored != expected:
+                raise StoredArrayError(f"{place}: {stored} is stored, expected {expected}")
+            limit = max(self._file_bytes or 0, _MAY_BE_COMPRESSED_BYTES)
+            if self._file_bytes is not None and stored.nbytes > limit:
+                raise StoredArrayError(
+                    f"{place}: its chunks of {stored} have {stored.nbytes} bytes, but all files of "
+                    f"the checkpoint together {self._file_bytes}: it is damaged"
+                )
+        if not _checked_read.can_allocate(sum(stored.memory for stored in arrays)):
+            largest = max(arrays, key=lambda stored: stored.memory)
+            raise MemoryError(
+                f"{self.name}: {largest.name}: {largest} is stored, and to read it takes "
+                f"{largest.memory} bytes of memory, more than there are. Either the checkpoint is "
+                "damaged, or it needs a machine with more memory"
+            )
 
     def _orbax_metadata(self) -> Any:
         with self._orbax_errors():
@@ -100,6 +150,8 @@ class StoredItem:
         """Adds the checkpoint's name to the errors, of any type, that Orbax raises for damage."""
         try:
             yield
+        except StoredArrayError:
+            raise
         except (
             AssertionError,
             AttributeError,
@@ -165,22 +217,12 @@ class StoredItem:
 def _abstract(leaf: StoredLeaf) -> Any:
     if leaf.dtype is None:
         return ""
-    leaf = dataclasses.replace(leaf, has_tables=False)  # as in memory
     arrays = [
         jax.ShapeDtypeStruct(
             array.shape,
-            _dtype(str(array.dtype)),
-            sharding=None if text is None else _shardings.from_text(text),
+            _manifest.dtype_of(str(array.dtype)),
+            sharding=None if text is None else _shardings.from_text(text, array.shape),
         )
-        for array, text in zip(leaf.arrays, leaf.shardings, strict=True)
+        for array, text in zip(leaf.parts, leaf.shardings, strict=True)
     ]
     return _leaf_arrays.join(arrays, leaf) if leaf.is_compressed else arrays[0]
-
-
-def _dtype(name: str) -> Any:
-    # numpy has no dtypes for keys for random numbers.
-    for implementation in ("threefry2x32", "rbg", "unsafe_rbg"):
-        key = jax.eval_shape(functools.partial(jax.random.key, 0, impl=implementation))
-        if str(key.dtype) == name:
-            return key.dtype
-    return np.dtype(name)

@@ -68,7 +68,7 @@ class DF11CheckpointHandler(ocp.AsyncCheckpointHandler):
             args: the selection of what to restore, and in which form; None for everything, as it
                 was saved.
         """
-        return _restore.restore(StoredItem(self._orbax, directory), args or DF11Restore())
+        return _restore.restore(StoredItem(directory), args or DF11Restore())
 
     def metadata(self, directory: epath.PathLike) -> PyTree:
         """The pytree that `restore` returns without a target, with shapes in place of the arrays.
@@ -78,7 +78,7 @@ class DF11CheckpointHandler(ocp.AsyncCheckpointHandler):
         Args:
             directory: the directory of the item.
         """
-        return StoredItem(self._orbax, directory).abstract()
+        return StoredItem(directory).abstract()
 
     def finalize(self, directory: epath.Path) -> None:
         """Merges the files that the processes have written; Orbax calls this.

@@ -1,11 +1,13 @@
 """A single item, saved, or read leaf by leaf: for the other packages of df11_jax."""
 
+from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
 
+from df11_jax._files.file_stats import file_stats
 from df11_jax.orbax import _restore
 from df11_jax.orbax._args import DF11Save
 from df11_jax.orbax._manifest import StoredLeaf
@@ -32,7 +34,8 @@ class LeafReader:
             FileNotFoundError: no pytree was saved there.
             ValueError: the checkpoint is of another format or an unknown version, or is damaged.
         """
-        self._item = StoredItem(ocp.PyTreeCheckpointHandler(), directory)
+        self._directory = Path(directory)
+        self._item = StoredItem(directory)
         self.leaves = {leaf.path: leaf for leaf in self._item.manifest.leaves}
 
     def read(self, path: str) -> Any:
@@ -42,6 +45,14 @@ class LeafReader:
             ValueError: its checksum is wrong, or it is not what the manifest says.
         """
         return _restore.read_leaf(self._item, self.leaves[path])
+
+    def fingerprint(self) -> dict[str, str]:
+        """The size and the time of modification of each file: other ones if any file was changed.
+
+        Returns:
+            A text for each file, by its path below the directory, in sorted order.
+        """
+        return file_stats(self._directory)
 
 
 def save_item(params: PyTree, directory: epath.PathLike) -> None:

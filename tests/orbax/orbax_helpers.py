@@ -1,10 +1,11 @@
 """Parameters to save, comparisons, and Python in processes of their own."""
 
+import json
 import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -79,6 +80,14 @@ def save_plain(path: pathlib.Path, item: Any, **options: Any) -> None:
     """As Orbax alone does it."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         checkpointer.save(path, args=ocp.args.PyTreeSave(item, **options))
+
+
+def edit_metadata(path: pathlib.Path, change: Callable[[Any], None]) -> None:
+    """Changes the manifest of a checkpoint."""
+    file = path / "_METADATA"
+    data = json.loads(file.read_text())
+    change(data["custom_metadata"]["df11_jax"])
+    file.write_text(json.dumps(data))
 
 
 def compressed_leaves(tree: Any) -> list[DF11Array]:

@@ -41,6 +41,7 @@ def test_leaves_that_come_back(tmp_path):
         "numpy": np.arange(4, dtype=np.int16),
         "numpy scalar": np.ones((), np.float64),
         "key": jax.random.key(3),
+        "no keys": jax.random.split(jax.random.key(3), 2)[:0],
         "no elements": jnp.zeros((0, 3)),
         "float8": jnp.arange(4, dtype=jnp.float8_e4m3fn),
         "compressed, one element": df11_jax.compress(jnp.ones((), jnp.bfloat16)),
@@ -52,8 +53,8 @@ def test_leaves_that_come_back(tmp_path):
     }
     save(tmp_path / "x", tree)
     back = restore(tmp_path / "x")
-    assert (back["key"] == tree.pop("key")).all()
-    del back["key"]
+    assert (back.pop("key") == tree.pop("key")).all()
+    assert (back["no keys"].dtype, back.pop("no keys").shape) == (tree.pop("no keys").dtype, (0,))
     assert back.pop("str") == tree.pop("str")
     for name, value in tree.items():
         # The same type of number, but for those of numpy, which are Python's in Orbax.
@@ -101,6 +102,16 @@ def test_names_that_orbax_confuses_are_refused(tmp_path):
 def test_leaves_that_cannot_be_saved(tmp_path):
     with pytest.raises(TypeError, match="a/0: Orbax cannot save a object"):
         save(tmp_path / "x", {"a": [object()]})
+
+
+def test_as_deep_as_can_be_restored(tmp_path):
+    tree = jnp.ones(1)
+    for _ in range(_manifest.MAX_DEPTH):
+        tree = {"a": tree}
+    save(tmp_path / "x", tree)
+    assert_same_tree(restore(tmp_path / "x"), tree)
+    with pytest.raises(ValueError, match="a/a: is in more than 256 containers"):
+        save(tmp_path / "y", {"a": tree})
 
 
 def test_json():
