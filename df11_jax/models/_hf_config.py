@@ -173,7 +173,7 @@ def _sliding_layers(f: _Fields, layers: int, gemma: bool) -> tuple[bool, ...]:
             raise f.error("layer_types", f"a list of {layers}, one a layer")
         if unknown := [type_ for type_ in types if type_ not in (_FULL, _SLIDING)]:
             raise UnsupportedModelError(
-                f"{f.where}: the layer type {unknown[0]!r} is not supported, only {_FULL} and "
+                f"{f.where}: the layer type {brief(unknown[0])} is not supported, only {_FULL} and "
                 f"{_SLIDING} are"
             )
         return tuple(type_ == _SLIDING for type_ in types)
@@ -219,6 +219,6 @@ def _rope(scaling: _Fields, theta: float, f: _Fields) -> Rope:
             scaling.size("original_max_position_embeddings", f.size("max_position_embeddings")),
         )
     raise UnsupportedModelError(
-        f"{scaling.where}: the RoPE type {kind!r} is not supported, only default, linear and "
+        f"{scaling.where}: the RoPE type {brief(kind)} is not supported, only default, linear and "
         "llama3 are"
     )

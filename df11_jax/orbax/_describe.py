@@ -49,8 +49,15 @@ def describe(params: PyTree) -> tuple[Manifest, list[Any]]:
         if isinstance(value, str):
             return StoredLeaf(path, keys, (), None, shardings)
         dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
-        if getattr(dtype, "kind", None) == "O":
-            raise TypeError(f"{path}: Orbax cannot save a {type(value).__name__}")
+        if getattr(dtype, "kind", "") in ("O", "S", "U", "M", "m") or getattr(
+            dtype, "fields", None
+        ):
+            raise TypeError(f"{path}: Orbax cannot save a {type(value).__name__} of {dtype}")
+        if not getattr(dtype, "isnative", True):
+            raise TypeError(
+                f"{path}: Orbax would not give back the byte order of {dtype}; save "
+                "array.astype(array.dtype.newbyteorder('='))"
+            )
         return StoredLeaf(path, keys, tuple(np.shape(value)), str(dtype), shardings)
 
     manifest = _walk(params, is_df11, describe_leaf)

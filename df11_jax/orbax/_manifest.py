@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from df11_jax import _layout
+from df11_jax._brief import brief
 from df11_jax._layout import Layout
 
 KEY = "df11_jax"
@@ -246,12 +247,12 @@ class Manifest:
         format_name = data.get("format") if isinstance(data, dict) else None
         if format_name != FORMAT:
             raise ValueError(
-                f"{where}: its metadata names the format {format_name!r:.100}, expected {FORMAT!r}"
+                f"{where}: its metadata names the format {brief(format_name)}, expected {FORMAT!r}"
             )
         for field, known in (("version", VERSION), ("layout_version", _layout.FORMAT_VERSION)):
             if data.get(field) != known:
                 raise ValueError(
-                    f"{where}: has {field} {data.get(field)!r:.100}, this version of df11_jax "
+                    f"{where}: has {field} {brief(data.get(field))}, this version of df11_jax "
                     f"reads {known}. If it was made by a newer df11_jax, update df11_jax"
                 )
         try:
@@ -284,7 +285,7 @@ def dtype_of(name: str) -> Any:
             key = jax.eval_shape(functools.partial(jax.random.key, 0, impl=implementation))
             if str(key.dtype) == name:
                 return key.dtype
-        raise ValueError(f"the dtype {name!r:.100} is unknown")
+        raise ValueError(f"the dtype {brief(name)} is unknown")
     return np.dtype(name)
 
 
@@ -295,7 +296,7 @@ def _field(entry: dict[str, Any], name: str, is_sound: Callable[[Any], bool]) ->
         ValueError: it is missing, or not sound.
     """
     if not is_sound(entry.get(name)):
-        raise ValueError(f"{name} is {entry.get(name)!r:.100}")
+        raise ValueError(f"{name} is {brief(entry.get(name))}")
     return entry.get(name)
 
 
@@ -334,15 +335,15 @@ def _find_leaves(containers: Any) -> dict[int, Keys]:
         if node is None:
             return
         if type(node) is not dict or len(node) != 1 or len(keys) > MAX_DEPTH:
-            raise ValueError(f"containers has {node!r:.100} at the depth {len(keys)}")
+            raise ValueError(f"containers has {brief(node)} at the depth {len(keys)}")
         ((container, content),) = node.items()
         if container not in ("dict", "list", "tuple") or type(content) is not list:
-            raise ValueError(f"containers has {node!r:.100}")
+            raise ValueError(f"containers has {brief(node)}")
         if container != "dict":
             content = [[i, child] for i, child in enumerate(content)]
         for pair in content:
             if type(pair) is not list or len(pair) != 2 or type(pair[0]) not in (str, int):
-                raise ValueError(f"containers has {pair!r:.100} in a dict")
+                raise ValueError(f"containers has {brief(pair)} in a dict")
             find(pair[1], (*keys, str(pair[0])))
 
     find(containers, ())
@@ -370,7 +371,7 @@ def _parse_fields(entry: dict[str, Any], path: str, keys: Keys, shardings: list[
             raise ValueError(f"layout: {type(error).__name__}: {error}") from None
         words = _field(entry, "exponent_words", lambda value: _is_shape([*shape, value]))
         if dtype != "bfloat16":
-            raise ValueError(f"dtype is {dtype!r:.100}, and it has a layout")
+            raise ValueError(f"dtype is {brief(dtype)}, and it has a layout")
         if layout.shape != shape[max(0, len(shape) - len(layout.shape)) :]:
             raise ValueError(f"shape is {list(shape)}, and layout {layout}")
     if "crc32" in entry:

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 
 from df11_jax import _layout
 from df11_jax._array import DF11Array, is_df11
+from df11_jax._brief import brief
 from df11_jax._compress import compress_as, compress_params
 from df11_jax._decode import decompress_params
 from df11_jax._files import crc32
@@ -135,7 +136,7 @@ def _check(leaf: StoredLeaf, value: Any, name: str) -> None:
         if found != leaf:
             raise ValueError(f"{name}: {found} is stored, expected {leaf}")
     elif isinstance(value, str) != (leaf.dtype is None):
-        raise ValueError(f"{name}: {value!r:.100} is stored, expected {leaf}")
+        raise ValueError(f"{name}: {brief(value)} is stored, expected {leaf}")
 
 
 def _verify(stored: StoredItem, batch: Sequence[LeafPlan], values: Sequence[Any]) -> None:

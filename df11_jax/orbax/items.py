@@ -36,7 +36,14 @@ class LeafReader:
         """
         self._directory = Path(directory)
         self._item = StoredItem(directory)
-        self.leaves = {leaf.path: leaf for leaf in self._item.manifest.leaves}
+        self.leaves: dict[str, StoredLeaf] = {}
+        for leaf in self._item.manifest.leaves:
+            if leaf.path in self.leaves:
+                raise ValueError(
+                    f"{directory}: {leaf.path}: two leaves have this path, in containers whose "
+                    "names contain '/'; only df11_jax.orbax.DF11Restore can tell them apart"
+                )
+            self.leaves[leaf.path] = leaf
 
     def read(self, path: str) -> Any:
         """One leaf in the form in which it is stored, verified, on the host.

@@ -48,7 +48,7 @@ def check_pattern_dict(pattern_dict: Any, where: str) -> dict[str, list[str]]:
             isinstance(attributes, Sequence) and all(isinstance(a, str) for a in attributes)
         ):
             raise ValueError(
-                f"{where}: pattern_dict: {pattern!r}: expected a list of attributes such as "
+                f"{where}: pattern_dict: {brief(pattern)}: expected a list of attributes such as "
                 f"'self_attn.q_proj', got {brief(attributes)}"
             )
         try:
@@ -137,7 +137,7 @@ def default_pattern_dict(config: Mapping[str, Any] | None) -> dict[str, list[str
     model = ModelConfig(config)
     if not model.is_known:
         raise ValueError(
-            f"there is no default pattern dict for the model type {model.family!r}, only for "
+            f"there is no default pattern dict for the model type {brief(model.family)}, only for "
             f"{', '.join(DEFAULTS)}; pass one (--pattern-dict)"
         )
     inner = r"(?:language_model\.model|model\.language_model)" if model.is_nested else "model"

@@ -15,6 +15,7 @@ import df11_jax
 from df11_jax import checkpoints
 from df11_jax.cli import _commands
 from df11_jax.orbax import DF11CheckpointHandler, DF11Restore, DF11Save
+from df11_jax.orbax.items import save_item
 
 
 def run(*args, status=0):
@@ -85,3 +86,10 @@ def test_leaves_that_are_no_arrays(tmp_path):
     path = save(tmp_path / "orbax", {"w": jnp.ones(3), "key": jax.random.key(0)})
     with pytest.raises(ValueError, match="key: is key<fry>, and only arrays"):
         checkpoints.open_checkpoint(path)
+
+
+def test_two_leaves_of_one_path(tmp_path):
+    params = {"a/b": np.zeros(2, np.float32), "a": {"b": np.ones(2, np.float32)}}
+    save_item(params, tmp_path / "x")
+    with pytest.raises(ValueError, match="x: a/b: two leaves have this path"):
+        checkpoints.open_checkpoint(tmp_path / "x")

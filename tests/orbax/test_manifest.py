@@ -181,3 +181,18 @@ def test_damaged_json(change):
     change(data)
     with pytest.raises(ValueError, match="here: the metadata of df11_jax is damaged"):
         _manifest.Manifest.from_json(data, "here")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.arange(4, dtype=">f4"),
+        np.array(["2020"], "datetime64[s]"),
+        np.array([b"ab"]),
+        np.array(["ab"]),
+        np.zeros(2, [("a", "i4")]),
+    ],
+)
+def test_what_would_not_come_back_is_refused(value):
+    with pytest.raises(TypeError, match=r"a/b: Orbax (cannot save|would not give back)"):
+        _describe.describe({"a": {"b": value}})
