@@ -60,7 +60,8 @@ def incomplete(path: Path, job: Job) -> Iterator[Path]:
             journal.unlink()
             raise FileExistsError(not_empty)
         if not is_begun:
-            file.truncate(0)
+            file.seek(0)
+            file.truncate()
             file.write(record)
             file.flush()
             os.fsync(file.fileno())

@@ -165,6 +165,18 @@ def test_a_failed_run_is_incomplete_and_goes_on(tmp_path, weights, plain, monkey
     model_files.assert_holds(open_checkpoint(target), weights)
 
 
+def test_a_journal_of_a_run_that_finished_nothing(tmp_path, weights, plain, monkeypatch):
+    target = tmp_path / "native"
+    target.mkdir()
+    (target / JOURNAL).write_text(json.dumps({"writes": "something else"}))  # killed at once
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"layers\.2.* is corrupt"):
+        break_source(patch, plain, "model.layers.2.mlp.up_proj.weight")
+        write_native(plain, target)
+    assert json.loads((target / JOURNAL).read_text())["from"] == str(plain.path)
+    write_native(plain, target)
+    model_files.assert_holds(open_checkpoint(target), weights)
+
+
 def test_nothing_stays_if_nothing_was_finished(tmp_path, plain, monkeypatch):
     break_source(monkeypatch, plain, next(iter(plain.tensors)))
     (tmp_path / "empty").mkdir()
