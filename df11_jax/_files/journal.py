@@ -46,6 +46,7 @@ def incomplete(path: Path, job: Job) -> Iterator[Path]:
     if not is_new and _is_begun(path) and not os.path.lexists(journal):
         raise FileExistsError(not_empty)
     path.mkdir(parents=True, exist_ok=True)
+    _remove_left(path)
     with _open(journal) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -99,8 +100,7 @@ def replacement(path: Path, job: Job) -> Iterator[Path]:
         The path at which to write the new directory.
     """
     path = path.resolve()
-    for left in partial_paths(path):
-        _remove_left(left)
+    _remove_left(path)
     partial, lock = _create_partial(path)
     try:
         with incomplete(partial, job):
@@ -127,14 +127,15 @@ def _create_partial(path: Path) -> tuple[Path, int]:
 
 
 def _remove_left(path: Path) -> None:
-    """Removes a directory that `replacement` has left, unless its process still exists."""
-    with contextlib.suppress(OSError):
-        descriptor = _open_directory(path)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path, ignore_errors=True)
-        finally:
-            os.close(descriptor)
+    """Removes what `replacement` of a directory has left of others, if their processes are gone."""
+    for left in partial_paths(path):
+        with contextlib.suppress(OSError):
+            descriptor = _open_directory(left)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(descriptor)
 
 
 def _open_directory(path: Path) -> int:

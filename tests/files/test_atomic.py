@@ -1,5 +1,6 @@
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,3 +161,9 @@ def test_directories_of_killed_writers_are_removed_and_those_of_others_are_not(t
         (new / "newer").touch()
     assert names(tmp_path) == ["x"]
     assert names(path) == ["newer"]
+    for _ in killed_while(replacing(path)):
+        pass
+    shutil.rmtree(path)
+    with incomplete(path, {}):
+        (path / "newest").touch()
+    assert names(tmp_path) == ["x"]
