@@ -1,4 +1,9 @@
-"""Files that get their names only when they are complete."""
+"""Files and directories that get their names only when they are complete.
+
+Until then, each has a name of its own beside its path, and its writer holds a lock on it. What has
+such a name and no lock was left by a writer that was killed. On a file system without locks nothing
+is known to be left, so that nothing is removed.
+"""
 
 import contextlib
 import ctypes
@@ -7,8 +12,9 @@ import fcntl
 import os
 import re
 import secrets
+import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,26 +32,31 @@ _RENAME_EXCHANGE = 2
 def new_file(path: Path) -> Iterator[BinaryIO]:
     """Opens a file that gets its name, and replaces what had it, when the block has succeeded.
 
-    Until then, it has a name of its own that ends in `.partial`, so that several writers of one
-    path do not meet: the last to succeed is the one whose file stays. A block that fails leaves
-    nothing. What killed writers of the path have left is removed.
+    Until then, its name ends in `.partial`, and differs from those of other writers of the path:
+    of several, the last to succeed is the one whose file stays. A block that fails leaves nothing.
+    What killed writers of the path have left is removed.
 
     Args:
         path: the path of the file.
 
     Yields:
         The file, open for writing.
+
+    Raises:
+        OSError: it cannot be written, or there can be no file of that path.
     """
     partial = None
     try:
-        _check_name(path)
-        remove_partial_files(path)
-        partial, descriptor = _create_partial(path)
+        mode = _mode(path)
+        remove_left(path.parent, path.name)
+        partial, descriptor = _create(path, _create_file)
         with open(descriptor, "wb") as file:
             yield file
             file.flush()
+            if mode is not None:
+                os.fchmod(descriptor, mode)
             # Otherwise a power failure could leave the name without the content.
-            os.fsync(file.fileno())
+            os.fsync(descriptor)
             # While the lock is held, nobody takes this for what a killed writer has left.
             os.replace(partial, path)
     except OSError as error:
@@ -59,30 +70,68 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     sync_directory(path.parent)
 
 
-def partial_path(path: Path) -> Path:
-    """A path beside `path` that nobody has, for what is to get that path when it is complete."""
-    return path.with_name(f"{path.name[:_KEPT]}.{secrets.token_hex(4)}{PARTIAL}")
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory that takes the place of another when the block has succeeded.
 
+    Until then, and if the block fails or the process dies, the old one is as it was. What killed
+    processes have left of new ones is removed.
 
-def partial_paths(path: Path) -> Iterator[Path]:
-    """The paths of that kind that exist."""
-    name = re.compile(re.escape(path.name[:_KEPT]) + r"\.[0-9a-f]{8}" + re.escape(PARTIAL))
-    return (entry for entry in path.parent.iterdir() if name.fullmatch(entry.name))
+    Args:
+        path: the path of the directory to be replaced.
 
+    Yields:
+        The path at which to write the new one.
 
-def remove_partial_files(path: Path) -> None:
-    """Removes the incomplete files of writers of `path` that no longer exist.
-
-    A writer holds a lock on its file as long as it lives.
+    Raises:
+        OSError: it cannot be written, or the old one cannot be replaced.
     """
-    for entry in partial_paths(path):
-        with contextlib.suppress(OSError):
-            descriptor = os.open(entry, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                entry.unlink()
-            finally:
-                os.close(descriptor)
+    path = path.resolve()
+    mode = stat.S_IMODE(os.stat(path).st_mode)
+    remove_left(path.parent, path.name)
+    partial, descriptor = _create(path, _create_directory)
+    try:
+        yield partial
+        os.fchmod(descriptor, mode)
+        _exchange(partial, path)
+        sync_directory(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        os.close(descriptor)
+
+
+def remove_left(directory: Path, name: str | None = None) -> None:
+    """Removes what writers that no longer exist have left.
+
+    Args:
+        directory: the path of the directory to look into.
+        name: the name whose writers are meant; None for those of any name.
+    """
+    beginning = r".*" if name is None else re.escape(name[:_KEPT])
+    pattern = re.compile(beginning + r"\.[0-9a-f]{8}" + re.escape(PARTIAL), re.DOTALL)
+    for entry in directory.iterdir():
+        if pattern.fullmatch(entry.name):
+            with contextlib.suppress(OSError):
+                _remove_unless_locked(entry)
+
+
+def lock(descriptor: int, *, wait: bool = False) -> bool | None:
+    """Locks an open file or directory until it is closed.
+
+    Args:
+        descriptor: its descriptor.
+        wait: whether to wait for a process that has locked it.
+
+    Returns:
+        False if another process has locked it, None if the file system has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 def sync_directory(path: Path) -> None:
@@ -94,39 +143,76 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _check_name(path: Path) -> None:
-    """Raises OSError now rather than when all is written if a file cannot have this path."""
+def _mode(path: Path) -> int | None:
+    """The permissions of the file that is to be replaced; None if there is none.
+
+    Raises:
+        OSError: there cannot be a file of that path, which is found now rather than in the end.
+    """
     try:
         status = os.lstat(path)
     except FileNotFoundError:
-        return
+        return None
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    return stat.S_IMODE(status.st_mode) if stat.S_ISREG(status.st_mode) else None
 
 
-def _create_partial(path: Path) -> tuple[Path, int]:
-    """Creates an incomplete file, and locks it."""
+def _create(path: Path, create: Callable[[Path], int]) -> tuple[Path, int]:
+    """Creates what is to get a path later, and locks it.
+
+    Returns:
+        Its path until then, and its descriptor.
+    """
     while True:
-        partial = partial_path(path)
-        # O_EXCL: neither another writer's file nor one behind a link that was planted.
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        partial = path.with_name(f"{path.name[:_KEPT]}.{secrets.token_hex(4)}{PARTIAL}")
         try:
-            descriptor = os.open(partial, flags, 0o666)
+            descriptor = create(partial)
         except FileExistsError:
             continue
         # Between creation and lock, another writer may take it for one that was left.
-        with contextlib.suppress(OSError):  # a file system without locks, which then removes none
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if os.fstat(descriptor).st_nlink:
-            return partial, descriptor
+        lock(descriptor, wait=True)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.lstat(partial)):
+                return partial, descriptor
         os.close(descriptor)
 
 
-def exchange(a: Path, b: Path) -> None:
+def _create_file(path: Path) -> int:
+    # O_EXCL: neither another writer's file nor one behind a link that was planted.
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(path, flags, 0o666)
+
+
+def _create_directory(path: Path) -> int:
+    path.mkdir()
+    try:
+        return _open_directory(path)
+    except FileNotFoundError:  # removed already by somebody who took it for one that was left
+        raise FileExistsError(path) from None
+
+
+def _open_directory(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def _remove_unless_locked(path: Path) -> None:
+    is_directory = stat.S_ISDIR(os.lstat(path).st_mode)
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = _open_directory(path) if is_directory else os.open(path, flags)
+    try:
+        if lock(descriptor):
+            shutil.rmtree(path, ignore_errors=True) if is_directory else path.unlink()
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(a: Path, b: Path) -> None:
     """Lets two directories change places.
 
     At no time is there no directory at either path, if the system is Linux and the file system
-    can do it. Otherwise there is none at `b` for a moment.
+    can do it. Otherwise there is none at `b` for a moment; if the process dies then, the one that
+    was there has a name that ends in `.old`.
     """
     library = ctypes.CDLL(None, use_errno=True)
     if hasattr(library, "renameat2"):
@@ -134,9 +220,9 @@ def exchange(a: Path, b: Path) -> None:
         if library.renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0:
             return
         number = ctypes.get_errno()
-        if number not in (errno.EINVAL, errno.ENOSYS):
-            raise OSError(number, os.strerror(number), str(a), None, str(b))
-    third = partial_path(b)
-    os.rename(b, third)
+        if number not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
+            raise OSError(number, os.strerror(number), str(b))
+    old = b.with_name(f"{b.name[:_KEPT]}.{secrets.token_hex(4)}.old")
+    os.rename(b, old)
     os.rename(a, b)
-    os.rename(third, a)
+    os.rename(old, a)

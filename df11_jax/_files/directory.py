@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +101,12 @@ def read_index(folder: Folder, name: str) -> dict[str, str]:
     """
     weight_map = folder.json(name).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
-        isinstance(file, str) and Path(file).name == file for file in weight_map.values()
+        isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")
+        for file in weight_map.values()
     ):
         raise ValueError(
             f"{folder.directory / name}: expected a weight_map from names of tensors to names of "
-            "files beside it"
+            "safetensors files beside it"
         )
     return weight_map
 
@@ -133,15 +134,18 @@ def write_index(
         checksums: whether to add checksums of the shards' headers.
         metadata: further entries for the metadata of the index.
     """
-    files = [TensorFile(shard) for shard in shards]
-    total = sum(entry.nbytes for file in files for entry in file.entries.values())
+    total = 0
+    weight_map: dict[str, str] = {}
+    header_crc32: dict[str, str] = {}
+    for shard in shards:  # one at a time: there may be more than can be open
+        file = TensorFile(shard)
+        total += sum(entry.nbytes for entry in file.entries.values())
+        weight_map |= dict.fromkeys(file.entries, shard.name)
+        header_crc32[shard.name] = file.header_crc32
     entries: dict[str, Any] = {"total_size": total, **(metadata or {})}
     if checksums:
-        entries[_HEADER_CHECKSUMS] = {file.path.name: file.header_crc32 for file in files}
-    index = {
-        "metadata": entries,
-        "weight_map": {name: file.path.name for file in files for name in file.entries},
-    }
+        entries[_HEADER_CHECKSUMS] = header_crc32
+    index = {"metadata": entries, "weight_map": weight_map}
     with new_file(path) as out:
         out.write(json.dumps(index, indent=2).encode() + b"\n")
 
@@ -156,36 +160,30 @@ def read_json(path: Path) -> dict[str, Any]:
     return JsonFile(path).fields
 
 
-def small_files(folder: Folder) -> Iterator[Path]:
-    """The files beside a model's weights, such as tokenizer, licence and configuration.
+def small_files(folder: Folder) -> list[str]:
+    """The names of the files beside a model's weights: tokenizer, licence, configuration.
 
-    Directories, hidden files, large files and weights of any kind are not among them.
+    Directories, hidden files, large files and weights of any kind are not among them. A single file
+    has none.
     """
-    if folder.is_file:
-        return
-    for path in sorted(folder.directory.iterdir()):
-        if path.name.startswith(".") or path.name == JOURNAL or not path.is_file():
-            continue
-        if not _WEIGHTS.fullmatch(path.name) and path.stat().st_size <= _SMALL:
-            yield path
+    return [
+        name
+        for name, state in folder.states.items()
+        if not folder.is_file
+        and state is not None
+        and state.nbytes <= _SMALL
+        and not name.startswith(".")
+        and name != JOURNAL
+        and not _WEIGHTS.fullmatch(name)
+    ]
 
 
-def fingerprint(folder: Folder) -> dict[str, str]:
-    """What tells whether the files change that are read when a model is written in another format.
-
-    Returns:
-        By name, the size and the time of modification of each file, as it is at its path now.
-    """
-    found = {}
+def files_of_model(folder: Folder) -> list[str]:
+    """The names of the files that are read when a model is written in another format."""
     # A single file is converted without the configuration beside it.
-    files = [folder.path] if folder.is_file else [*folder.opened, *small_files(folder)]
-    for path in files:
-        try:
-            status = path.stat()
-            found[path.name] = f"{status.st_size} bytes of {status.st_mtime_ns}"
-        except OSError:
-            found[path.name] = "missing"
-    return found
+    if folder.is_file:
+        return folder.names
+    return list(dict.fromkeys([*folder.used, *small_files(folder)]))
 
 
 def copy_small_files(folder: Folder, target: Path, *, without: str | None = None) -> None:
@@ -196,11 +194,12 @@ def copy_small_files(folder: Folder, target: Path, *, without: str | None = None
         target: the directory to copy to.
         without: an entry that is left out of the copied configuration.
     """
-    for path in small_files(folder):
-        if path.name == CONFIG:
+    for name in small_files(folder):
+        path = folder.directory / name
+        if name == CONFIG:
             _copy_config(path, target / CONFIG, without)
             continue
-        with open(path, "rb") as file, new_file(target / path.name) as out:
+        with open(path, "rb") as file, new_file(target / name) as out:
             shutil.copyfileobj(file, out)
 
 

@@ -5,14 +5,14 @@ from typing import Any
 
 from df11_jax._files.directory import (
     INDEX,
+    files_of_model,
     find_index,
-    fingerprint,
     is_one_of_several,
     read_index_metadata,
 )
 from df11_jax._files.folder import Folder
 from df11_jax._files.safetensors import TensorFile
-from df11_jax._files.source import Arrangement
+from df11_jax._files.source import Arrangement, source_changed
 
 
 class FolderSource:
@@ -36,8 +36,17 @@ class FolderSource:
         return self.folder.config
 
     def fingerprint(self) -> dict[str, str]:
-        """What tells whether the files at `path` change, by their names."""
-        return fingerprint(self.folder)
+        """What tells the files that were opened from others, by their names."""
+        return {name: str(self.folder.state(name)) for name in files_of_model(self.folder)}
+
+    def check_current(self) -> None:
+        """Checks that the files at `path` are still those that were opened.
+
+        Raises:
+            ValueError: they are not; the message names some.
+        """
+        if changed := self.folder.changed(files_of_model(self.folder)):
+            raise source_changed(self.path, changed)
 
     def check_unchanged(self) -> None:
         """Checks that nothing was written to the files since they were opened.

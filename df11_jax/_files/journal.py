@@ -2,15 +2,13 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
-from df11_jax._files.atomic import exchange, partial_path, partial_paths, sync_directory
+from df11_jax._files.atomic import lock, remove_left, sync_directory
 from df11_jax._files.directory import JOURNAL
 from df11_jax._files.source import changed_files
 from df11_jax._files.untrusted_json import MAX_BYTES
@@ -46,17 +44,15 @@ def incomplete(path: Path, job: Job) -> Iterator[Path]:
     if not is_new and _is_begun(path) and not os.path.lexists(journal):
         raise FileExistsError(not_empty)
     path.mkdir(parents=True, exist_ok=True)
-    _remove_left(path)
+    remove_left(path.absolute().parent, path.absolute().name)
     with _open(journal) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(f"{path}: another process is writing to it") from None
+        if lock(file.fileno()) is False:
+            raise BlockingIOError(f"{path}: another process is writing to it")
         # Before the lock was had, another process may have finished.
         if os.fstat(file.fileno()).st_nlink == 0:
             raise BlockingIOError(f"{path}: another process was writing to it")
         is_begun = _is_begun(path)
-        found, record = file.read(MAX_BYTES), json.dumps(job, indent=2) + "\n"
+        found, record = file.read(MAX_BYTES), (json.dumps(job, indent=2) + "\n").encode()
         if is_begun and not found:
             journal.unlink()
             raise FileExistsError(not_empty)
@@ -74,6 +70,7 @@ def incomplete(path: Path, job: Job) -> Iterator[Path]:
             )
         try:
             yield path
+            remove_left(path)
             journal.unlink()
         except BaseException:
             if list(path.iterdir()) == [journal]:
@@ -85,64 +82,7 @@ def incomplete(path: Path, job: Job) -> Iterator[Path]:
     sync_directory(path.absolute().parent)
 
 
-@contextlib.contextmanager
-def replacement(path: Path, job: Job) -> Iterator[Path]:
-    """A new directory that takes the place of the one at `path` when the block has succeeded.
-
-    Until then, and if the block fails or the process dies, the old one is as it was. What killed
-    processes have left of new ones is removed.
-
-    Args:
-        path: the path of a directory.
-        job: a description of what is written, readable by people.
-
-    Yields:
-        The path at which to write the new directory.
-    """
-    path = path.resolve()
-    _remove_left(path)
-    partial, lock = _create_partial(path)
-    try:
-        with incomplete(partial, job):
-            yield partial
-        exchange(partial, path)
-        sync_directory(path.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        os.close(lock)
-
-
-def _create_partial(path: Path) -> tuple[Path, int]:
-    """Creates a directory to be finished, and locks it."""
-    while True:
-        partial = partial_path(path)
-        partial.mkdir()
-        with contextlib.suppress(FileNotFoundError):  # as below
-            descriptor = _open_directory(partial)
-            # Between creation and lock, another process may take it for one that was left.
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if os.fstat(descriptor).st_nlink:
-                return partial, descriptor
-            os.close(descriptor)
-
-
-def _remove_left(path: Path) -> None:
-    """Removes what `replacement` of a directory has left of others, if their processes are gone."""
-    for left in partial_paths(path):
-        with contextlib.suppress(OSError):
-            descriptor = _open_directory(left)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left, ignore_errors=True)
-            finally:
-                os.close(descriptor)
-
-
-def _open_directory(path: Path) -> int:
-    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-
-
-def _open(journal: Path) -> TextIO:
+def _open(journal: Path) -> BinaryIO:
     """Opens a journal, which is created if it is not there."""
     try:
         descriptor = os.open(
@@ -156,14 +96,14 @@ def _open(journal: Path) -> TextIO:
         raise FileExistsError(
             f"{journal}: is a link, which no run of df11_jax has made; nothing was changed"
         ) from None
-    return open(descriptor, "r+")
+    return open(descriptor, "r+b")
 
 
 def _is_begun(path: Path) -> bool:
     return any(entry.name != JOURNAL for entry in path.iterdir())
 
 
-def _difference(found: str, job: Mapping[str, Any]) -> str:
+def _difference(found: bytes, job: Mapping[str, Any]) -> str:
     try:
         old = json.loads(found)
         return "; ".join(

@@ -3,10 +3,9 @@
 import mmap
 import os
 import stat
-import sys
 import weakref
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class FileState(NamedTuple):
@@ -21,6 +20,10 @@ class FileState(NamedTuple):
     def of(cls, status: os.stat_result) -> "FileState":
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
+    def __str__(self) -> str:
+        """The part that a copy of the file has, too."""
+        return f"{self.nbytes} bytes of {self.mtime_ns}"
+
 
 class OpenedFile:
     """A regular file, open for reading as long as this object exists.
@@ -28,12 +31,18 @@ class OpenedFile:
     Whatever happens to its path, what is read is the file that was there when it was opened.
 
     Attributes:
-        path: the path by which it was opened.
+        path: the path by which it was opened, for messages.
         nbytes: its size.
+        state: its state when it was opened.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, directory: int | None = None) -> None:
         """Opens the file.
+
+        Args:
+            path: the path of the file.
+            directory: the descriptor of its directory, in which the name is looked up; None for
+                the directory that is at the path.
 
         Raises:
             OSError: the file cannot be opened.
@@ -42,13 +51,22 @@ class OpenedFile:
         """
         self.path = path
         # Opening a pipe would otherwise wait for somebody to write to it.
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            name = path if directory is None else path.name
+            self._descriptor = os.open(name, flags, dir_fd=directory)
+        except OSError as error:
+            error.filename = str(path)
+            raise
         weakref.finalize(self, os.close, self._descriptor)
         status = os.fstat(self._descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{path}: is a directory, pipe or device, expected a file")
-        self._state = FileState.of(status)
-        self.nbytes = self._state.nbytes
+        self.state = FileState.of(status)
+        self.nbytes = self.state.nbytes
+        # A mapping has a descriptor, and what was read of it counts as memory of this process: so
+        # it is there only while an array needs it.
+        self._mapped: weakref.ref[mmap.mmap] | None = None
 
     def read(self, nbytes: int, offset: int = 0) -> bytes:
         """Bytes of the file.
@@ -68,10 +86,20 @@ class OpenedFile:
         return b"".join(parts)
 
     def map(self) -> mmap.mmap:
-        """All of the file, which must not be empty, mapped into memory for reading."""
-        # Without a descriptor of its own, of which there may be no more than 1,024.
-        options: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
-        return mmap.mmap(self._descriptor, self.nbytes, access=mmap.ACCESS_READ, **options)
+        """All of the file, which must not be empty, mapped into memory for reading.
+
+        Raises:
+            OSError: the system has no more descriptors, or no more memory.
+        """
+        mapped = self._mapped() if self._mapped is not None else None
+        if mapped is None:
+            try:
+                mapped = mmap.mmap(self._descriptor, self.nbytes, access=mmap.ACCESS_READ)
+            except OSError as error:
+                error.filename = str(self.path)
+                raise
+            self._mapped = weakref.ref(mapped)
+        return mapped
 
     def check_unchanged(self) -> None:
         """Checks that nothing was written to the file since it was opened.
@@ -79,15 +107,8 @@ class OpenedFile:
         Raises:
             ValueError: its size or its time of modification has changed.
         """
-        if FileState.of(os.fstat(self._descriptor)) != self._state:
+        if FileState.of(os.fstat(self._descriptor)) != self.state:
             raise ValueError(
                 f"{self.path}: was changed while it was read, so that what was read may be a "
                 "mixture. Read it again when nothing writes to it"
             )
-
-    def is_at_its_path(self) -> bool:
-        """Whether the path still leads to the file, as it was when it was opened."""
-        try:
-            return FileState.of(os.stat(self.path)) == self._state
-        except OSError:
-            return False

@@ -8,7 +8,6 @@ JSON, and the tensors one after the other.
 import json
 import math
 import mmap
-import weakref
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -120,14 +119,18 @@ class TensorFile(OpenedFile):
         header_crc32: the checksum of its header, as eight hexadecimal digits.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, directory: int | None = None) -> None:
         """Reads the header.
+
+        Args:
+            path: the path of the file.
+            directory: the descriptor of its directory; see `OpenedFile`.
 
         Raises:
             OSError: the file cannot be read.
             ValueError: the file is not a safetensors file, or is truncated; the message names it.
         """
-        super().__init__(path)
+        super().__init__(path, directory)
         length = 0
         if self.nbytes >= _LENGTH_BYTES:
             length = int.from_bytes(self.read(_LENGTH_BYTES), "little")
@@ -143,7 +146,6 @@ class TensorFile(OpenedFile):
             self.metadata, self.entries = _parse(header, self.nbytes - self._data_begin)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        self._mapped = self.map()
 
     def array(self, name: str) -> np.ndarray:
         """A tensor, as a read-only view of the mapped file.
@@ -156,6 +158,7 @@ class TensorFile(OpenedFile):
 
         Raises:
             KeyError: there is no tensor of that name.
+            OSError: the file cannot be mapped.
             ValueError: the file was changed since it was opened.
         """
         self.check_unchanged()
@@ -163,15 +166,11 @@ class TensorFile(OpenedFile):
         dtype, shape = numpy_form(entry.dtype, entry.shape, entry.nbytes)
         if not entry.nbytes:
             return np.empty(shape, dtype)
-        begin = self._data_begin + entry.begin
+        begin, mapped = self._data_begin + entry.begin, self.map()
         page = begin - begin % mmap.ALLOCATIONGRANULARITY
-        place = page, begin + entry.nbytes - page
         # Encoders read tile by tile, in which the kernel would see no order to read ahead by.
-        self._mapped.madvise(mmap.MADV_WILLNEED, *place)
-        array = np.frombuffer(self._mapped, dtype, math.prod(shape), begin)
-        # What has been read would count as memory of this process as long as the file is open.
-        finalizer = weakref.finalize(array, self._mapped.madvise, mmap.MADV_DONTNEED, *place)
-        finalizer.atexit = False  # type: ignore[misc]
+        mapped.madvise(mmap.MADV_WILLNEED, page, begin + entry.nbytes - page)
+        array = np.frombuffer(mapped, dtype, math.prod(shape), begin)
         # Nothing in the format aligns tensors to their own size.
         array = np.require(array, requirements="A").reshape(shape)
         array.flags.writeable = False

@@ -92,7 +92,14 @@ class Source(TensorSource, Protocol):
         """The files of the tensors; None if they do not lie in safetensors files."""
 
     def fingerprint(self) -> dict[str, str]:
-        """What tells whether the files at `path` change, by their names."""
+        """What tells the files that were opened from others, by their names."""
+
+    def check_current(self) -> None:
+        """Checks that the files at `path` are still those that were opened.
+
+        Raises:
+            ValueError: they are not; the message names some.
+        """
 
     def check_unchanged(self) -> None:
         """Checks that nothing was written to the files since they were opened.
@@ -102,21 +109,12 @@ class Source(TensorSource, Protocol):
         """
 
 
-def check_fingerprint(source: Source, expected: Mapping[str, str]) -> None:
-    """Checks that the files of a checkpoint are those that they were.
-
-    Args:
-        source: the checkpoint.
-        expected: its fingerprint as it was.
-
-    Raises:
-        ValueError: a file was changed or replaced; the message names some.
-    """
-    if changed := changed_files(expected, source.fingerprint()):
-        raise ValueError(
-            f"{source.path}: changed while it was read: {', '.join(changed[:8])}. What was read "
-            "may be a mixture; read it again when nothing writes to it"
-        )
+def source_changed(path: Path, names: Sequence[str]) -> ValueError:
+    """The error that says which files of a checkpoint are others by now."""
+    return ValueError(
+        f"{path}: changed while it was read: {', '.join(names[:8])}. What was read may be a "
+        "mixture; read it again when nothing writes to it"
+    )
 
 
 def changed_files(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:

@@ -1,9 +1,6 @@
 """JSON from untrusted files."""
 
 import json
-import os
-import stat
-from pathlib import Path
 from typing import Any
 
 from df11_jax._brief import brief
@@ -30,20 +27,6 @@ def parse_json(text: bytes, *, unique: bool = False) -> Any:
     if b"\\ud" in text.lower() or b"\xed" in text:
         json.dumps(value, ensure_ascii=False).encode()
     return value
-
-
-def require_file(path: Path) -> int:
-    """The size of a file that is to be read.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: the path is that of a directory, or of a pipe or a device, which might never
-            end.
-    """
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{path}: is a directory, pipe or device, expected a file")
-    return status.st_size
 
 
 def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from df11_jax.checkpoints.detect import is_orbax
 from df11_jax.published import Checkpoint
 from df11_jax.published.detect import is_published
 
+_TRIES = 20
+
 Shapes = Mapping[str, Sequence[int]] | str | os.PathLike[str]
 
 
@@ -40,10 +42,28 @@ def open_checkpoint(
 
     Raises:
         FileNotFoundError: nothing is there, or a shard is missing.
-        ValueError: the checkpoint has none of the formats, or is damaged; the message says what
-            was found.
+        OSError: a file cannot be read.
+        ValueError: the checkpoint has none of the formats, or is damaged, or a file was replaced
+            while the others were opened; the message says what was found.
     """
-    folder = path if isinstance(path, Folder) else Folder(Path(path))
+    if isinstance(path, Folder):
+        return _open(path, shapes, pattern_dict)
+    for left in reversed(range(_TRIES)):
+        folder = Folder(Path(path))
+        try:
+            return _open(folder, shapes, pattern_dict)
+        except (OSError, ValueError):
+            # The files of a directory that has been replaced as a whole are being deleted.
+            if not left or not folder.is_replaced():
+                raise
+    raise AssertionError("unreachable")
+
+
+def _open(
+    folder: Folder,
+    shapes: Shapes | None,
+    pattern_dict: Mapping[str, Sequence[str]] | None,
+) -> Source:
     if is_orbax(folder):
         from df11_jax.checkpoints._orbax import OrbaxCheckpoint
 
@@ -53,5 +73,5 @@ def open_checkpoint(
     files = find_tensors(folder)
     kind = NativeCheckpoint if is_native(files.values()) else PlainCheckpoint
     source = kind(folder, files)
-    folder.check_current()
+    folder.check_together()
     return source

@@ -12,7 +12,7 @@ from df11_jax._files.directory import read_json
 from df11_jax._files.file_stats import file_stats
 from df11_jax._files.folder import CONFIG
 from df11_jax._files.safetensors import DTYPE_NAMES
-from df11_jax._files.source import TensorInfo, check_fingerprint
+from df11_jax._files.source import TensorInfo, changed_files, source_changed
 from df11_jax._host_codec import decode
 from df11_jax.checkpoints._native_format import to_device
 from df11_jax.orbax.items import LeafReader, StoredLeaf
@@ -62,17 +62,21 @@ class OrbaxCheckpoint:
         return None
 
     def fingerprint(self) -> dict[str, str]:
-        """What tells whether the files in the folder change, by their paths."""
-        return file_stats(self.path)
+        """What tells the files that were opened from others, by their paths in the folder."""
+        return self._opened
 
-    def check_unchanged(self) -> None:
+    def check_current(self) -> None:
         """Checks that no file was written or replaced since the checkpoint was opened.
 
         Raises:
-            ValueError: one was. Orbax opens files by their paths, so that what was read may be a
-                mixture.
+            ValueError: one was; the message names some.
         """
-        check_fingerprint(self, self._opened)
+        if changed := changed_files(self._opened, self._reader.fingerprint()):
+            raise source_changed(self.path, changed)
+
+    def check_unchanged(self) -> None:
+        """The same: Orbax opens files by their paths, so that what was read may be a mixture."""
+        self.check_current()
 
     def _info(self, leaf: StoredLeaf) -> TensorInfo:
         dtype: Any = None if leaf.dtype is None or leaf.is_key else np.dtype(leaf.dtype)

@@ -1,6 +1,9 @@
 """Pytrees to native checkpoints."""
 
+import contextlib
+import itertools
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from df11_jax._array import DF11Array, is_df11
+from df11_jax._files.atomic import new_directory
 from df11_jax._files.directory import INDEX, JOURNAL, write_index
-from df11_jax._files.journal import incomplete, replacement
+from df11_jax._files.journal import incomplete
 from df11_jax._files.safetensors import Tensor, check_name, dtype_name
 from df11_jax._host_arrays import to_host
 from df11_jax._host_codec import verify
@@ -45,12 +49,14 @@ def save(
             empty, which gets one shard or several.
         max_shard_size: the most bytes of a shard, as a number or a text such as `"5GB"`; a leaf
             that has more gets a shard of its own.
-        overwrite: whether to replace a whole directory that holds a native checkpoint. The old one
-            is there until the new one is complete.
+        overwrite: whether to replace a whole directory that holds a native checkpoint and nothing
+            else. The old one is there until the new one is complete.
 
     Raises:
-        FileExistsError: the directory is not empty, and is not to be replaced or does not hold a
-            native checkpoint.
+        BlockingIOError: another process is writing to the directory.
+        FileExistsError: the directory is not empty, and is not to be replaced or holds anything
+            but a native checkpoint.
+        OSError: writing failed.
         ValueError: a key contains `/` or `:` or is of another type, a container is not a dict,
             there is no name for a leaf's dtype, or a leaf could not be loaded again, since it is
             corrupt or is an empty stack; the message names it.
@@ -62,13 +68,17 @@ def save(
     }
     if any(structure) and not leaves:
         raise ValueError("there is no array in it, so that there is nothing to save")
-    for name in (*leaves, *structure.none, *structure.empty):
+    for name in itertools.chain(*structure):
         check_name(name)
     for name, leaf in leaves.items():
         if not isinstance(leaf, DF11Array):
+            check_name(name)
             dtype_name(name, leaf.dtype)
         elif 0 in leaf.stack_shape:
             raise ValueError(f"{name}: is an empty stack, {leaf!r}, of which nothing can be saved")
+        else:
+            for part in part_names(name):
+                check_name(part)
     most = parse_bytes(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
     if not isinstance(most, int) or most < 1:
         raise ValueError(f"max_shard_size is {most!r}, expected a number of bytes, or '5GB'")
@@ -77,36 +87,49 @@ def save(
         _write_leaves(path, leaves, structure)
         return
     job = {"writes": "native", "from": "df11_jax.checkpoints.save"}
-    names = os.listdir(path) if path.is_dir() else []
-    if overwrite and names and JOURNAL not in names:
-        _check_is_native(path)
-        writing = replacement(path, job)
-    else:
-        writing = incomplete(path, job)
-    with writing as directory:
+    with contextlib.ExitStack() as stack:
+        if overwrite and path.is_dir() and any(path.iterdir()) and not (path / JOURNAL).exists():
+            _check_is_replaceable(path)
+            path = stack.enter_context(new_directory(path))
+        stack.enter_context(incomplete(path, job))
         # Shards that an interrupted run has left may hold other parameters.
-        for file in directory.glob("model-*-of-*.safetensors"):
+        for file in path.glob("model-*-of-*.safetensors"):
             file.unlink()
         sizes = {name: _nbytes(leaf) for name, leaf in leaves.items()}
-        shards = plan_shards(directory, sizes, most)
+        shards = plan_shards(path, sizes, most)
         for file, names in shards.items():
             _write_leaves(file, {name: leaves[name] for name in names}, structure)
             structure = Structure()  # that of the whole tree, which one file has
-        write_index(directory / INDEX, shards, checksums=True)
+        write_index(path / INDEX, shards, checksums=True)
 
 
-def _check_is_native(path: Path) -> None:
+def _check_is_replaceable(path: Path) -> None:
     """Raises FileExistsError if a directory holds anything but a native checkpoint."""
-    problem = ""
+    refusal = f"{path}: overwrite=True replaces the whole directory of a native checkpoint, "
     try:
-        if open_checkpoint(path).format == "native" or os.listdir(path) == [INDEX]:  # no arrays
-            return
+        source = open_checkpoint(path)
     except (OSError, ValueError) as error:
-        problem = f" ({error})"
-    raise FileExistsError(
-        f"{path}: is not the directory of a native checkpoint, which overwrite=True replaces"
-        f"{problem}; nothing was changed"
+        raise FileExistsError(
+            f"{refusal}which this is not ({error}); nothing was changed"
+        ) from None
+    # Without arrays, there is nothing but an index.
+    if source.format != "native" and source.tensors:
+        raise FileExistsError(f"{refusal}and this one is {source.format}; nothing was changed")
+    others = sorted(
+        name
+        for name in os.listdir(path)
+        if name != INDEX and not re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", name)
     )
+    if others:
+        raise FileExistsError(
+            f"{refusal}and this one has other files, which would be lost: "
+            f"{', '.join(others[:8])}. Nothing was changed"
+        )
+    if path.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise FileExistsError(
+            f"{refusal}and this process works in this one. Nothing was changed; change the working "
+            "directory"
+        )
 
 
 def _write_leaves(path: Path, leaves: Mapping[str, Any], structure: Structure) -> None:

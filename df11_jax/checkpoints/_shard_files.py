@@ -1,7 +1,7 @@
 """The shards of a checkpoint: which leaves each holds, and how one is written."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
@@ -67,6 +67,7 @@ def write_shard(
     metadata: Mapping[str, str],
     *,
     checksums: bool,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Writes one file, which gets its name only when it is complete.
 
@@ -76,6 +77,7 @@ def write_shard(
         leaves: leaf after leaf; while one is written, the next is computed.
         metadata: the strings for the header.
         checksums: whether to add checksums to them, as native files have them.
+        check: a function that raises an error if what was written must not get the name.
     """
     places = list(places)
     keys = {name: _native_checksums.metadata_key(name) for name, _ in places} if checksums else {}
@@ -105,3 +107,4 @@ def write_shard(
         if writing is not None:
             writing.result()
         writer.finish()
+        check()

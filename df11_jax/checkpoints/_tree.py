@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from df11_jax._array import is_df11
 from df11_jax._brief import brief
 from df11_jax._decode import path_name
+from df11_jax._files.safetensors import check_name
 from df11_jax._files.untrusted_json import parse_json
 
 
@@ -41,8 +42,9 @@ class Structure(NamedTuple):
         """
         try:
             fields = parse_json(text.encode(), unique=True)
-            lists = all(isinstance(paths, list) for paths in fields.values())
-            if lists and all(isinstance(path, str) for path in itertools.chain(*fields.values())):
+            if all(isinstance(paths, list) for paths in fields.values()):
+                for path in itertools.chain(*fields.values()):
+                    check_name(path)
                 return cls(**{key: tuple(paths) for key, paths in fields.items()})
         except (AttributeError, TypeError, ValueError):
             pass
@@ -57,7 +59,7 @@ def flatten(params: PyTree) -> tuple[dict[str, Any], Structure]:
             contains `/` or `:`.
     """
     leaves: dict[str, Any] = {}
-    integers: dict[str, None] = {}
+    kinds: dict[str, type] = {}
     none, empty = [], []
     for keys, leaf in jax.tree.leaves_with_path(params, is_leaf=_is_leaf):
         if not keys and _is_empty_dict(leaf):
@@ -70,14 +72,18 @@ def flatten(params: PyTree) -> tuple[dict[str, Any], Structure]:
             )
         paths = list(_paths(map(str, values)))
         for path, value in zip(paths, values, strict=True):
-            if type(value) is int:
-                integers[path] = None
+            if kinds.setdefault(path, type(value)) is not type(value):
+                raise ValueError(
+                    f"{path}: an integer and a string with the same digits are keys of one dict, "
+                    "of which one can be saved; rename one"
+                )
         if leaf is None:
             none.append(paths[-1])
         elif _is_empty_dict(leaf):
             empty.append(paths[-1])
         else:
             leaves[paths[-1]] = leaf
+    integers = (path for path, kind in kinds.items() if kind is int)
     return leaves, Structure(tuple(integers), tuple(none), tuple(empty))
 
 

@@ -11,14 +11,8 @@ import numpy as np
 from df11_jax._files.directory import INDEX, copy_small_files, write_index
 from df11_jax._files.folder_source import FolderSource
 from df11_jax._files.journal import Job, incomplete
-from df11_jax._files.safetensors import Tensor
-from df11_jax._files.source import (
-    Arrangement,
-    Source,
-    TensorInfo,
-    check_fingerprint,
-    unchanged,
-)
+from df11_jax._files.safetensors import Tensor, check_name
+from df11_jax._files.source import Arrangement, Source, TensorInfo, unchanged
 from df11_jax._host_arrays import cpu_device
 from df11_jax._host_codec import encode
 from df11_jax._layout import make_layout
@@ -107,10 +101,10 @@ def write_orbax(source: Source, path: Path, *, progress: bool = False) -> None:
 
     if path.exists():
         raise FileExistsError(f"{path}: exists already; expected a new directory")
-    fingerprint = source.fingerprint()
+    source.check_current()
     with jax.default_device(cpu_device()):
         params = load(source, progress=progress)
-    check_fingerprint(source, fingerprint)
+    source.check_current()
     save_item(params, path.resolve())
 
 
@@ -201,12 +195,15 @@ class _NativeTarget(_PlainTarget):
 def _write(source: Source, path: Path, target: _PlainTarget, progress: bool) -> None:
     infos = source.tensors
     arrangement = source.arrangement() or _arrange(infos)
-    fingerprint = source.fingerprint()
+    source.check_current()
     job: Job = {
         "writes": f"{target.format} {json.dumps(target.metadata({}))}",
         "from": str(source.path.resolve()),
-        "files": fingerprint,
+        "files": source.fingerprint(),
     }
+    for name in infos:
+        for place, _ in target.places(name):
+            check_name(place)
     total = sum(info.nbytes for info in infos.values())
     with incomplete(path, job), ProgressBar(target.verb, total, show=progress) as bar:
 
@@ -226,10 +223,17 @@ def _write(source: Source, path: Path, target: _PlainTarget, progress: bool) -> 
             places = (place for name in names for place in target.places(name))
             metadata = target.metadata(arrangement.metadata.get(shard, {}))
             with unchanged(source):
-                write_shard(file, places, leaves(names), metadata, checksums=target.has_checksums)
+                write_shard(
+                    file,
+                    places,
+                    leaves(names),
+                    metadata,
+                    checksums=target.has_checksums,
+                    check=source.check_unchanged,
+                )
         if isinstance(source, FolderSource):
             copy_small_files(source.folder, path, without=CONFIG_KEY)
-        check_fingerprint(source, fingerprint)
+        source.check_current()
         if arrangement.index_file is not None:
             write_index(
                 path / arrangement.index_file,

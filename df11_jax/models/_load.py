@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import BFloat16
 
 from df11_jax._bits import first_difference
-from df11_jax._files.source import TensorInfo, TensorSource
+from df11_jax._files.source import TensorInfo, TensorSource, unchanged
 from df11_jax._host_arrays import BFLOAT16
 from df11_jax._host_codec import available_threads
 from df11_jax._progress import ProgressBar
@@ -80,7 +80,11 @@ def load_params(
     to_come = collections.Counter(place.path for place in places.values())
     total = sum(2 * math.prod(place.shape) for place in places.values())
     params: dict[tuple[str, ...], Any] = {}
-    with ProgressBar("load", total, show=progress) as bar, ThreadPoolExecutor(threads) as pool:
+    with (
+        unchanged(source),
+        ProgressBar("load", total, show=progress) as bar,
+        ThreadPoolExecutor(threads) as pool,
+    ):
         for name in (name for name in source.tensors if name in places):
             place = places[name]
             tensor = source.read(name).astype(BFLOAT16, copy=False)

@@ -258,7 +258,7 @@ def read_directory(
     tokenizer.no_padding()
     tokenizer.no_truncation()
     stop = _stop_tokens(folder, fields)
-    folder.check_current()
+    folder.check_together()
     return config, tokenizer, stop
 
 

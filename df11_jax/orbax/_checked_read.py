@@ -7,7 +7,7 @@ it before it looks for its data, and ends the process if there is not that much.
 import asyncio
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -115,13 +115,22 @@ class _CheckedHandler(type_handlers.TypeHandler):
         raise NotImplementedError("this handler only reads")
 
     async def deserialize(self, infos: Any, args: Any = None) -> Any:
-        arrays = await asyncio.gather(*map(_open, infos))
+        arrays = await _gather(map(_open, infos))
         args = args or [ocp.RestoreArgs()] * len(infos)
         self._check([_describe(*each) for each in zip(infos, arrays, args, strict=True)])
         if type(self._orbax) is type_handlers.NumpyHandler:
             # All that this does is to open them once more, and to read them.
-            return await asyncio.gather(*(array.read() for array in arrays))
+            return await _gather(array.read() for array in arrays)
         return await self._orbax.deserialize(infos, args)
+
+
+async def _gather(awaitables: Iterable[Any]) -> list[Any]:
+    """The results of all, none of which is still pending if one has failed."""
+    results = await asyncio.gather(*awaitables, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
 
 
 def _open(info: Any) -> Any:

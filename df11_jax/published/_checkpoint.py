@@ -116,7 +116,7 @@ class Checkpoint(FolderSource):
                     f"{self.path}: there is no tensor of {missing}, which the model has by its "
                     "config.json; download or write the missing files"
                 )
-        self.folder.check_current()
+        self.folder.check_together()
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.path)!r}, {len(self.units)} units)"

@@ -20,7 +20,6 @@ from df11_jax._files.source import (
     Source,
     TensorInfo,
     TensorSource,
-    check_fingerprint,
     unchanged,
 )
 from df11_jax._progress import ProgressBar
@@ -86,12 +85,13 @@ def write(
     shards = plan_shards(path, units, infos)
     writer = ShardWriter(source.read, infos, patterns, threads)
     headers = [(name, info.dtype, list(info.shape)) for name, info in infos.items()]
-    fingerprint = source.fingerprint() if isinstance(source, Source) else {}
+    if isinstance(source, Source):
+        source.check_current()
     job: Job = {
         "writes": "published",
         "pattern_dict": json.dumps(patterns),
         "tensors": hashlib.sha256(json.dumps(headers).encode()).hexdigest(),
-        "files": fingerprint,
+        "files": source.fingerprint() if isinstance(source, Source) else {},
     }
     total = sum(info.nbytes for info in infos.values())
     with incomplete(path, job), ProgressBar("compress", total, show=progress) as bar:
@@ -111,7 +111,7 @@ def write(
         if isinstance(source, FolderSource):
             copy_small_files(source.folder, path)
         if isinstance(source, Source):
-            check_fingerprint(source, fingerprint)
+            source.check_current()
         with new_file(path / CONFIG) as file:
             text = json.dumps({**(config or {}), CONFIG_KEY: published}, indent=2)
             file.write(text.encode() + b"\n")

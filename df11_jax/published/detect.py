@@ -11,7 +11,7 @@ CONFIG_KEY = "dfloat11_config"  # of the entry that a config.json has for the un
 def is_published(folder: Folder) -> bool:
     """Whether a file or directory is a published checkpoint, even a damaged one."""
     if folder.is_file:
-        return _has_unit(folder.tensors(folder.path.name).entries)
+        return _has_unit(folder.other_tensors(folder.path.name).entries)
     if CONFIG_KEY in folder.config:
         return True
     index = find_index(folder)
@@ -19,9 +19,9 @@ def is_published(folder: Folder) -> bool:
     if _has_unit(listed):
         return True
     # Published directories have a file for each unit, and an index, if any, of the other tensors.
-    for name in set(folder.tensor_files) - set(listed.values()):
+    for name in sorted(set(folder.tensor_files) - set(listed.values())):
         try:
-            if _has_unit(folder.tensors(name).entries):
+            if _has_unit(folder.other_tensors(name).entries):
                 return True
         except ValueError:
             if index is None:

@@ -110,10 +110,10 @@ def test_files_that_were_never_there_together_are_not_opened(tmp_path, monkeypat
     open_file = os.open
 
     def opening(name, *args, **kwargs):
-        if os.path.dirname(name) == str(path) and name not in opened:
+        if kwargs.get("dir_fd") is not None and name not in opened:
             opened.append(name)
             if len(opened) == 4:
-                replaced = os.path.basename(opened[which])
+                replaced = opened[which]
                 shutil.copy(other / replaced, path / "next")
                 os.replace(path / "next", path / replaced)
         return open_file(name, *args, **kwargs)
@@ -201,6 +201,76 @@ def test_a_source_that_is_replaced_while_it_is_converted(tmp_path, format_, read
         read_into(reader, source, tmp_path / "target")
     with pytest.raises((ValueError, FileNotFoundError)):
         checkpoints.open_checkpoint(tmp_path / "target")
+
+
+@pytest.mark.parametrize("reader", ["native", "plain", "orbax"])
+def test_a_source_that_was_replaced_before_it_is_converted(tmp_path, reader):
+    path, _ = write(tmp_path / "x", "plain", 0)
+    other, _ = write(tmp_path / "y", "plain", 1)
+    source = checkpoints.open_checkpoint(path)
+    (path / "model.safetensors").unlink()
+    (other / "model.safetensors").rename(path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"changed while it was read: model\.safetensors"):
+        read_into(reader, source, tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("reader", ["native", "plain"])
+def test_a_mixture_is_not_kept_for_the_next_run(tmp_path, reader):
+    """The source is as it was before, to the time of modification, when the next run looks."""
+    path, _ = write(tmp_path / "x", "plain", 0, shards=3)
+    file = path / "model-00002-of-00003.safetensors"
+    shutil.copy2(file, tmp_path / "copy")
+    source = changing(checkpoints.open_checkpoint(path), lambda: touch(file), after=4)
+    with pytest.raises(ValueError, match=rf"{file}: was changed while it was read"):
+        read_into(reader, source, tmp_path / "target")
+    assert os.listdir(tmp_path / "target")
+    shutil.copy2(tmp_path / "copy", file)
+    read_into(reader, checkpoints.open_checkpoint(path), tmp_path / "target")
+    both = (checkpoints.open_checkpoint(tmp_path / name) for name in ("x", "target"))
+    assert not list(differences(*both))
+
+
+def test_directories_that_are_overwritten_are_the_old_ones_or_the_new_ones(tmp_path):
+    path = tmp_path / "x"
+    trees = [{name: np.full(9, seed) for name in NAMES} for seed in (0, 1)]
+    checkpoints.save(trees[0], path, max_shard_size=72)
+    stop, count = threading.Event(), 0
+
+    def work():
+        nonlocal count
+        while not stop.is_set():
+            count += 1
+            checkpoints.save(trees[count % 2], path, max_shard_size=72, overwrite=True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        seen = []
+        while count < 5:
+            seen.append({int(array[0]) for array in checkpoints.load(path).values()})
+    finally:
+        stop.set()
+        thread.join()
+    assert {len(found) for found in seen} == {1}
+
+
+def test_the_working_directory_may_change(tmp_path, monkeypatch):
+    write(tmp_path / "x", "plain", 0)
+    monkeypatch.chdir(tmp_path)
+    source = checkpoints.open_checkpoint("x")
+    monkeypatch.chdir("/")
+    (tmp_path / "x" / "tokenizer.json").write_text("{ }")
+    with pytest.raises(ValueError, match=r"changed while it was read: tokenizer\.json"):
+        convert.write_native(source, tmp_path / "z")
+
+
+def test_files_that_are_no_part_of_the_model_may_change(tmp_path):
+    path, _ = write(tmp_path / "x", "plain", 0)
+    shutil.copy(path / "model.safetensors", path / "lora.safetensors")
+    source = checkpoints.open_checkpoint(path)
+    touch(path / "lora.safetensors")
+    assert versions(load(source)) == {0}
 
 
 def test_published_units_are_not_called_broken_hardware_if_the_source_changes(tmp_path):

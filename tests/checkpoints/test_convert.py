@@ -214,6 +214,7 @@ def test_what_another_run_left_is_refused(tmp_path, plain, monkeypatch, change):
     write = write_native
     if change == "time":
         os.utime(next(plain.path.glob("*.safetensors")), ns=(1, 1))
+        plain = open_checkpoint(plain.path)
         message = r"files that changed: model-0000\d-of-00009\.safetensors"
     elif change == "other format":
         write, message = write_plain, r"writes: native .*, now plain"

@@ -11,10 +11,13 @@ import model_files
 import numpy as np
 import pytest
 from payloads import random_weights
+from safetensors.numpy import save_file
 
 import df11_jax
 from df11_jax import checkpoints, published
+from df11_jax._files.directory import JOURNAL
 from df11_jax._files.safetensors import TensorFile
+from df11_jax.checkpoints._native_format import METADATA
 from df11_jax.checkpoints.convert import write_native
 
 PACKAGE = Path(df11_jax.__file__).parent
@@ -104,6 +107,42 @@ def test_a_message_about_a_large_header_is_short_and_costs_nothing(tmp_path, hea
     assert len(str(caught.value)) < 400
     # The text, what it says, and room for what the parser has beside it; no text of all of that.
     assert peak < parsing + 2 * len(text) + 1_000_000
+
+
+@pytest.mark.parametrize(
+    "weight_map",
+    [
+        {"w": "config.json"},
+        {"w": "model.safetensors.index.json"},
+        {"w": "df11_jax-incomplete.json"},
+        {"w": "../model.safetensors"},
+        {"w": "a\0.safetensors"},
+    ],
+)
+def test_an_index_that_names_what_are_no_weights(tmp_path, weight_map):
+    path = model_files.write_model(tmp_path / "x", {"w": np.zeros(3, np.float32)})
+    index = path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises((ValueError, FileNotFoundError), match=str(path)):
+        checkpoints.open_checkpoint(path)
+
+
+def test_structures_of_endless_paths(tmp_path):
+    path = tmp_path / "x.safetensors"
+    text = json.dumps({"none": ["a/" * 60_000]})
+    metadata = METADATA | {"structure": text}
+    save_file({"w": np.zeros(3, np.float32)}, path, metadata=metadata)
+    with pytest.raises(ValueError, match="structure is"):
+        checkpoints.open_checkpoint(path)
+
+
+def test_a_journal_that_is_no_text(tmp_path):
+    path = tmp_path / "x"
+    path.mkdir()
+    (path / JOURNAL).write_bytes(b"\xff\xfe")
+    (path / "model-00001-of-00001.safetensors").touch()
+    with pytest.raises(FileExistsError, match=r"of another job .*cannot be read"):
+        checkpoints.save({"w": np.zeros(3)}, path)
 
 
 def test_no_message_writes_out_all_of_a_value():

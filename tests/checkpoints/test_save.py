@@ -1,5 +1,6 @@
 """What is saved can be loaded, and what cannot be loaded is not saved."""
 
+import collections
 import json
 import os
 import re
@@ -171,7 +172,6 @@ def test_overwriting_a_directory(tmp_path):
         tree = {f"{i} of {seed}": np.full(40, seed, np.uint8) for i in range(2)}
         checkpoints.save(tree, path, max_shard_size=40, overwrite=True)
         assert as_bits(checkpoints.load(path)) == as_bits(tree)
-        (path / "notes.txt").write_text("mine")
     before = as_bits(checkpoints.load(path))
     with pytest.raises(FileExistsError, match="exists already, and is not empty"):
         checkpoints.save(tree, path)
@@ -181,7 +181,63 @@ def test_overwriting_a_directory(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
 
 
-@pytest.mark.parametrize("kind", ["plain", "published", "anything", "file", "damaged"])
+def test_permissions_are_kept(tmp_path):
+    for path in (tmp_path / "x", tmp_path / "x.safetensors"):
+        checkpoints.save({"a": np.zeros(1)}, path)
+        path.chmod(0o700 if path.is_dir() else 0o600)
+        before = path.stat().st_mode
+        checkpoints.save({"a": np.ones(1)}, path, overwrite=True)
+        assert path.stat().st_mode == before
+
+
+def test_the_working_directory_is_not_overwritten(tmp_path, monkeypatch):
+    checkpoints.save({"a": np.zeros(1)}, tmp_path / "x")
+    monkeypatch.chdir(tmp_path / "x")
+    for path in (".", tmp_path / "x"):
+        with pytest.raises(FileExistsError, match="this process works in this one"):
+            checkpoints.save({"a": np.ones(1)}, path, overwrite=True)
+    assert os.listdir() and checkpoints.load(".")["a"] == 0
+
+
+def test_more_shards_than_files_that_can_be_open(tmp_path):
+    program = f"""
+import resource
+import numpy as np
+from df11_jax import checkpoints
+resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
+params = {{str(i): np.zeros(1) for i in range(100)}}
+checkpoints.save(params, {str(tmp_path / "x")!r}, max_shard_size=1)
+try:
+    checkpoints.load({str(tmp_path / "x")!r})
+except OSError as error:
+    print(error)
+"""
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", program], check=True, capture_output=True, text=True
+    )
+    assert re.search(r"Too many open files: '.*/model-\d+-of-00100\.safetensors'", result.stdout)
+    assert len(checkpoints.load(tmp_path / "x")) == 100
+
+
+def test_keys_that_are_told_apart_by_their_type_alone(tmp_path):
+    for params in (
+        collections.OrderedDict([(1, np.zeros(1)), ("1", np.ones(1))]),
+        collections.OrderedDict([(1, {"b": np.zeros(1)}), ("1", {"c": np.ones(1)})]),
+        collections.OrderedDict([(1, None), ("1", np.ones(1))]),
+    ):
+        with pytest.raises(ValueError, match="1: an integer and a string with the same digits"):
+            checkpoints.save(params, tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_whose_parts_would_be_too_long(tmp_path):
+    params = {"a": np.zeros(9), "w" * 990: LEAVES[1]}
+    with pytest.raises(ValueError, match=r"a name of 1,004 characters"):
+        checkpoints.save(params, tmp_path / "x", max_shard_size=1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["plain", "published", "anything", "file", "damaged", "more"])
 def test_only_native_directories_are_overwritten(tmp_path, kind):
     path = tmp_path / "x"
     if kind == "plain":
@@ -190,6 +246,10 @@ def test_only_native_directories_are_overwritten(tmp_path, kind):
         published.write({"a": {"weight": random_weights((16, 8))}}, path, {"a": []})
     elif kind == "file":
         path.write_text("mine")
+    elif kind == "more":
+        checkpoints.save({"a": np.zeros(9)}, path)
+        (path / "notes").mkdir()
+        (path / "notes" / "thesis.txt").write_text("mine")
     elif kind == "damaged":
         checkpoints.save({"a": np.zeros(9)}, path)
         next(path.glob("*.safetensors")).write_bytes(b"damaged")
@@ -197,7 +257,9 @@ def test_only_native_directories_are_overwritten(tmp_path, kind):
         path.mkdir()
         (path / "file").write_text("mine")
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    with pytest.raises(FileExistsError, match=r"x: (is not the directory of a native|exists)"):
+    with pytest.raises(
+        FileExistsError, match=r"x: (overwrite=True replaces the whole|exists already)"
+    ):
         checkpoints.save({"a": np.zeros(1)}, path, overwrite=True)
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import os
 import secrets
 import shutil
@@ -8,8 +10,8 @@ import sys
 import pytest
 
 from df11_jax._files import atomic
-from df11_jax._files.atomic import new_file
-from df11_jax._files.journal import incomplete, replacement
+from df11_jax._files.atomic import new_directory, new_file, remove_left
+from df11_jax._files.journal import incomplete
 
 JOURNAL = "df11_jax-incomplete.json"
 
@@ -39,8 +41,8 @@ context.__enter__().write(b"half")
 def replacing(path):
     return f"""
 from pathlib import Path
-from df11_jax._files.journal import replacement
-context = replacement(Path({str(path)!r}), {{}})
+from df11_jax._files.atomic import new_directory
+context = new_directory(Path({str(path)!r}))
 (context.__enter__() / "half").touch()
 """
 
@@ -138,11 +140,11 @@ def test_a_directory_that_takes_the_place_of_another(tmp_path, monkeypatch, can_
     path.mkdir()
     (path / "old").touch()
     os.symlink("x", tmp_path / "link")
-    with pytest.raises(KeyboardInterrupt), replacement(path, {}) as new:
+    with pytest.raises(KeyboardInterrupt), new_directory(path) as new:
         (new / "new").touch()
         raise KeyboardInterrupt
     assert names(path) == ["old"]
-    with replacement(tmp_path / "link", {}) as new:
+    with new_directory(tmp_path / "link") as new:
         (new / "new").touch()
         assert names(path) == ["old"]
     assert names(path) == ["new"]
@@ -154,10 +156,10 @@ def test_directories_of_killed_writers_are_removed_and_those_of_others_are_not(t
     path.mkdir()
     for _ in killed_while(replacing(path)):
         (of_the_living,) = set(names(tmp_path)) - {"x"}
-        with replacement(path, {}) as new:
+        with new_directory(path) as new:
             (new / "new").touch()
         assert names(tmp_path) == ["x", of_the_living]
-    with replacement(path, {}) as new:
+    with new_directory(path) as new:
         (new / "newer").touch()
     assert names(tmp_path) == ["x"]
     assert names(path) == ["newer"]
@@ -167,3 +169,36 @@ def test_directories_of_killed_writers_are_removed_and_those_of_others_are_not(t
     with incomplete(path, {}):
         (path / "newest").touch()
     assert names(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_file_systems_without_locks(tmp_path, monkeypatch, number):
+    """Writing works; what others left stays, since they may still be there."""
+
+    def flock(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    (tmp_path / "x.0123abcd.partial").touch()
+    with new_file(tmp_path / "x") as file:
+        file.write(b"new")
+    with incomplete(tmp_path / "d", {}) as path:
+        (path / "old").touch()
+    with new_directory(tmp_path / "d") as path:
+        (path / "new").touch()
+    assert names(tmp_path) == ["d", "x", "x.0123abcd.partial"]
+    assert names(tmp_path / "d") == ["new"]
+
+
+def test_a_directory_that_is_complete_has_nothing_of_killed_writers(tmp_path):
+    path = tmp_path / "d"
+    with incomplete(path, {}):
+        with open(path / "another name.0123abcd.partial", "w") as kept:
+            fcntl.flock(kept, fcntl.LOCK_EX)
+            (path / "x.0123abcd.partial").touch()
+            (path / "x").touch()
+    assert names(path) == ["x"]
+    with open(path / "y.0123abcd.partial", "w") as kept:
+        fcntl.flock(kept, fcntl.LOCK_EX)
+        remove_left(path)
+        assert names(path) == ["x", "y.0123abcd.partial"]
