@@ -64,6 +64,9 @@ class Recorded:
     def fingerprint(self):
         return {}
 
+    def check_current(self):
+        pass
+
     def check_unchanged(self):
         pass
 
