@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import operator
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
@@ -138,8 +139,14 @@ class DF11Array:
                 raise IndexError(f"index {index} is out of bounds for a stack of {length}")
         return jax.tree.map(lambda array: array[index], self)
 
-    # The methods of flax.linen's boxes: linen calls them for parameters that stand for others, once
-    # df11_jax.linen has registered this class as one of these.
+    def __post_init__(self) -> None:
+        # Else a linen module would take the five arrays for its parameter. Here, since Flax may be
+        # imported after this package, which does not import it.
+        if (meta := sys.modules.get("flax.core.meta")) is not None:
+            meta.AxisMetadata.register(DF11Array)
+
+    # The methods of flax.linen's boxes: linen calls them for parameters that stand for others, of
+    # which this class is one where Flax is imported.
 
     def unbox(self) -> BFloat16[Array, "..."]:
         """The decompressed tensor."""
@@ -163,7 +170,8 @@ class DF11Array:
             raise ValueError(
                 f"{self!r} cannot be mapped over axis {index}: a compressed parameter can be "
                 "mapped over its stack axes, starting with axis 0. compress_params(..., "
-                "stacked=...) makes one"
+                "stacked=...) makes one, in front, of the axis that stack_axis=... says; "
+                "df11_jax.linen.scan in the place of nn.scan finds it there"
             )
         return self
 

@@ -15,6 +15,7 @@ from df11_jax._host_arrays import BFLOAT16, to_host
 from df11_jax._host_codec import encode
 from df11_jax._identity import identity
 from df11_jax._layout import Layout, make_layout
+from df11_jax._leaves import as_array, is_array, no_pytree, plain_shape
 from df11_jax._progress import ProgressBar
 from df11_jax._select import MIN_SIZE, Selection, is_castable, is_worth_keeping
 from df11_jax._stack import pad_exponents
@@ -75,6 +76,7 @@ def compress_params(
     *,
     include: str | None = None,
     stacked: str | None = None,
+    stack_axis: int = 0,
     predicate: Callable[[str, Any], bool] | None = None,
     min_size: int = MIN_SIZE,
     cast: bool = False,
@@ -95,13 +97,18 @@ def compress_params(
     become one `DF11Array`. Paths that are left out keep the array, and a path at which it is a
     stack gets a `DF11Array` of its own.
 
+    Leaves that are no arrays, such as strings and functions, stay as they are. A Keras variable,
+    or whatever else JAX takes for an array (it has `__jax_array__`), is compressed.
+
     Args:
         params: a pytree of arrays, such as Flax parameters.
         include: a regular expression; only leaves in whose path (`layers/attention/query`) it is
             found are compressed. None for all.
-        stacked: a regular expression; leaves in whose path it is found are stacks along their
-            first axis, as `flax.linen.scan` makes them, and get a stack axis. `scan_blocks` needs
-            it.
+        stacked: a regular expression; leaves in whose path it is found are stacks, as
+            `flax.linen.scan` makes them, and get a stack axis. `scan_blocks` needs it. Leaves whose
+            paths are the same as far as it is found are one stack, and have as many layers.
+        stack_axis: the axis of stacks that counts their layers; 1 for MaxText (by default) and
+            T5X. In the result it is the first axis of all stacks, of those that stay plain, too.
         predicate: a function of a path and a leaf, which may refuse leaves that all other
             arguments admit.
         min_size: leaves with fewer weights stay as they are (a stack counts as a whole).
@@ -117,46 +124,88 @@ def compress_params(
         same shapes, so that a program that is compiled for one serves all.
 
     Raises:
-        TypeError: a leaf to be compressed is traced; `include` or `stacked` is not a string.
-        ValueError: a leaf to be stacked has no axes; `include` or `stacked` is not a regular
-            expression.
+        TypeError: `params` is no container and no array, such as a model or a path; a leaf to be
+            compressed is traced; `include` or `stacked` is not a string.
+        ValueError: the leaves of a stack differ in the number of layers; a leaf to be stacked has
+            no such axis; `include` or `stacked` is not a regular expression.
         RuntimeError: verification failed, or an array was deleted. All errors name the leaf's
             path, in their message or in a note.
 
     Warns:
         UserWarning: no leaf is compressed, and some would have been if they were not float32 or
-            float16, which Flax makes by default.
+            float16, which Flax makes by default; `include` or `stacked` is found in no path; there
+            are arrays of other libraries, such as torch's.
     """
     selection = Selection.from_options(
-        include=include, stacked=stacked, predicate=predicate, min_size=min_size, cast=cast
+        include=include,
+        stacked=stacked,
+        predicate=predicate,
+        min_size=min_size,
+        cast=cast,
+        stack_axis=stack_axis,
     )
     with_paths, treedef = jax.tree.flatten_with_path(params, is_leaf=is_df11)
-    named = [(path_name(path), leaf) for path, leaf in with_paths]
-    # Of tied leaves one is compressed, for each way in which they are to be.
-    ways = [
-        (identity(leaf), selection.stack_axes(path)) if selection.has(path, leaf) else None
-        for path, leaf in named
+    named = [(path_name(path), as_array(leaf)) for path, leaf in with_paths]
+    if any(
+        path == () and not (is_df11(leaf) or is_array(as_array(leaf))) for path, leaf in with_paths
+    ):
+        raise no_pytree("compress_params", params)
+    shapes = [(path, plain_shape(leaf)) for path, leaf in named]
+    selection.check("compress_params", shapes, stacklevel=2)
+    selection.warn_of_foreign("compress_params", named, stacklevel=2)
+    leaves = compress_leaves(named, selection, verify=verify, progress=progress, threads=threads)
+    paths = [path for path, _ in named]
+    selection.warn_if_futile("compress_params", zip(paths, leaves, strict=True), stacklevel=2)
+    # What stands for an array, and stays as it is, stays what it was.
+    kept = [
+        before if after is array else after
+        for (_, before), (_, array), after in zip(with_paths, named, leaves, strict=True)
     ]
-    to_compress = {way: leaf for (_, leaf), way in zip(named, ways, strict=True) if way}
-    compressed: dict[Any, Any] = {}
+    return jax.tree.unflatten(treedef, kept)
+
+
+def compress_leaves(
+    named: Sequence[tuple[str, Any]],
+    selection: Selection,
+    *,
+    verify: bool = True,
+    progress: bool = False,
+    threads: int | None = None,
+) -> list[Any]:
+    """The leaves of a pytree, compressed where the selection says so.
+
+    Args:
+        named: paths and leaves.
+        selection: the leaves that are to be compressed, and those that are stacks. Stacks that
+            stay plain have their stack axis in front, too.
+        verify: see `compress_params`.
+        progress: see `compress_params`.
+        threads: see `compress_params`.
+    """
+    # Of tied leaves one is compressed or moved, for each way in which they are to be.
+    ways = []
+    for path, leaf in named:
+        has = selection.has(path, leaf)
+        is_changed = has or selection.moves(path, leaf)
+        ways.append((identity(leaf), selection.stack_axes(path), has) if is_changed else None)
+    to_compress = {way: leaf for (_, leaf), way in zip(named, ways, strict=True) if way and way[2]}
+    changed: dict[Any, Any] = {}
     total = sum(leaf.nbytes for leaf in to_compress.values())
     with ProgressBar("compress", total, show=progress) as bar:
         for (path, leaf), way in zip(named, ways, strict=True):
-            if way and way not in compressed:
-                compressed[way] = compress_leaf(
-                    path, leaf, selection, verify=verify, threads=threads
-                )
+            if way is None or way in changed:
+                continue
+            if way in to_compress:
+                changed[way] = compress_leaf(path, leaf, selection, verify=verify, threads=threads)
                 bar.update(path, leaf.nbytes)
-    leaves = [
-        (path, compressed[way] if way else leaf)
-        for (path, leaf), way in zip(named, ways, strict=True)
-    ]
-    selection.warn_if_futile("compress_params", leaves, stacklevel=2)
-    aligned = iter(align_layers([pair for pair, way in zip(leaves, ways, strict=True) if way]))
-    return jax.tree.unflatten(
-        treedef,
-        [next(aligned) if way else leaf for (_, leaf), way in zip(leaves, ways, strict=True)],
-    )
+            else:
+                changed[way] = selection.to_front(path, leaf)
+    result = [changed[way] if way else leaf for (_, leaf), way in zip(named, ways, strict=True)]
+    own = [i for i, way in enumerate(ways) if way]
+    aligned = align_layers([(named[i][0], result[i]) for i in own])
+    for i, leaf in zip(own, aligned, strict=True):
+        result[i] = leaf
+    return result
 
 
 def compress_leaf(
@@ -167,7 +216,7 @@ def compress_leaf(
     verify: bool = True,
     threads: int | None = None,
 ) -> Any:
-    """A leaf compressed, or as it is if that would not make it smaller.
+    """A leaf compressed, or plain if that would not make it smaller; its stack axis is in front.
 
     Args:
         path: the name of the leaf; errors have it.
@@ -178,13 +227,21 @@ def compress_leaf(
     """
     try:
         small = _compress(
-            leaf, path, selection.stack_axes(path), verify, threads, cast=selection.cast
+            leaf,
+            path,
+            selection.stack_axes(path),
+            verify,
+            threads,
+            cast=selection.cast,
+            axis=selection.stack_axis if selection.moves(path, leaf) else 0,
         )
     except Exception as error:
         # What numpy and jax raise (for deleted arrays, say) does not name the leaf.
         error.add_note(f"df11_jax: while compressing the leaf {path}")
         raise
-    return small if is_worth_keeping(small.compressed_nbytes, leaf.nbytes) else leaf
+    if is_worth_keeping(small.compressed_nbytes, leaf.nbytes):
+        return small
+    return selection.to_front(path, leaf)
 
 
 def align_layers(named: Sequence[tuple[str, Any]]) -> list[Any]:
@@ -231,9 +288,10 @@ def _compress(
     threads: int | None,
     *,
     cast: bool = False,
+    axis: int = 0,
     **matrix: Any,
 ) -> DF11Array:
-    weights, device = _as_weights(array, name, cast)
+    weights, device = _as_weights(array, name, cast, axis)
     if not 0 <= stack_axes <= weights.ndim:
         raise ValueError(
             f"{name}: cannot take {stack_axes} stack axes from an array of shape {weights.shape}"
@@ -264,8 +322,16 @@ def _encode(
     return DF11Array.from_payload((jax.device_put(array, device) for array in words), layout)
 
 
-def _as_weights(array: Any, name: str, cast: bool) -> tuple[np.ndarray, Any]:
-    """The array as contiguous bfloat16 on the host, and where the result is to go."""
+def _as_weights(array: Any, name: str, cast: bool, axis: int = 0) -> tuple[np.ndarray, Any]:
+    """The array as contiguous bfloat16 on the host, and where the result is to go.
+
+    Args:
+        array: the array, or what stands for one.
+        name: the name of the tensor; errors have it.
+        cast: whether to round float32 and float16.
+        axis: the axis to bring to the front.
+    """
+    array = as_array(array)
     if isinstance(array, jax.core.Tracer):
         raise TypeError(
             f"{name}: compression runs on the host and needs a concrete array, got a traced one "
@@ -278,8 +344,10 @@ def _as_weights(array: Any, name: str, cast: bool) -> tuple[np.ndarray, Any]:
         if len(array.devices()) == 1 and (array.committed or array.devices() != _default_device()):
             (device,) = array.devices()
     weights = to_host(array)
+    if axis:
+        weights = np.moveaxis(weights, axis, 0)
     if cast and is_castable(weights.dtype):
-        weights = weights.astype(BFLOAT16)
+        weights = weights.astype(BFLOAT16, order="C")
     if weights.dtype != BFLOAT16:
         if not hasattr(array, "dtype"):
             raise TypeError(

@@ -10,6 +10,7 @@ from jaxtyping import Array, Int, PyTree
 
 from df11_jax._array import DF11Array, DF11Slice, is_df11
 from df11_jax._decode import path_name
+from df11_jax._lengths import common_length
 from df11_jax._slices import decode_slices, tie
 
 Carry = TypeVar("Carry")
@@ -36,7 +37,8 @@ def scan_blocks(
             structure of `stacked_params` with the weights of one block, and `x` is a slice of
             `xs`.
         carry: the carry for the first block; each block returns that for the next one.
-        stacked_params: a pytree of the weights of all blocks, stacked along the first axis.
+        stacked_params: a pytree of the weights of all blocks, stacked along the first axis (see
+            `stack_axis` of `compress_params` for another one).
             `DF11Array` leaves have exactly one stack axis. Other leaves are arrays, and are
             scanned over as usual.
         xs: further arrays to scan over, such as key-value caches; None for nothing.
@@ -163,29 +165,27 @@ class _Stack:
 
 def _common_length(stack: _Stack, xs: PyTree) -> int:
     """The number of blocks; raises ValueError unless all leaves agree."""
-    found: list[tuple[str, int]] = []
+    found: list[tuple[str, tuple[int, ...]]] = []
     for name, leaf in zip(stack.names, stack.leaves, strict=True):
         where = f"stacked_params: {name}"
         if isinstance(leaf, DF11Array) and len(leaf.stack_shape) != 1:
             raise ValueError(
                 f"{where}: expected a DF11Array with exactly one stack axis, the blocks, got "
-                f"{len(leaf.stack_shape)} of shape {leaf.stack_shape}: {leaf!r}"
+                f"{len(leaf.stack_shape)} of shape {leaf.stack_shape}: {leaf!r}. "
+                "compress_params(..., stacked=...), with a regular expression that is found in "
+                "the path, makes one of a leaf that is stacked"
             )
-        found.append((where, _length(where, leaf)))
+        found.append((where, _shape(where, leaf)))
     for path, leaf in jax.tree.leaves_with_path(xs):
         where = f"xs: {path_name(path)}"
-        found.append((where, _length(where, leaf)))
+        found.append((where, _shape(where, leaf)))
     if not found:
         raise ValueError("scan_blocks has nothing to scan over: stacked_params and xs are empty")
-    first, length = found[0]
-    for where, other in found[1:]:
-        if other != length:
-            raise ValueError(f"{where}: expected {length} blocks, like {first}, got {other}")
-    return length
+    return common_length(found, "blocks")
 
 
-def _length(where: str, leaf: Any) -> int:
+def _shape(where: str, leaf: Any) -> tuple[int, ...]:
     shape = leaf.shape if isinstance(leaf, DF11Array) else np.shape(leaf)
     if not shape:
         raise ValueError(f"{where}: expected blocks stacked along the first axis, got a scalar")
-    return shape[0]
+    return shape

@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
+import operator
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -13,8 +14,10 @@ import numpy as np
 
 from df11_jax import _layout
 from df11_jax._array import is_df11
-from df11_jax._brief import brief
+from df11_jax._brief import brief, listed
 from df11_jax._host_arrays import BFLOAT16
+from df11_jax._leaves import FROM_TORCH, is_array, is_foreign, plain_shape
+from df11_jax._lengths import common_length
 from df11_jax._units import format_bytes
 
 _CASTABLE = (np.dtype(np.float32), np.dtype(np.float16))
@@ -75,6 +78,7 @@ class Selection:
             for none.
         min_size: the number of weights that they have at least.
         cast: whether float32 and float16 leaves are among them.
+        stack_axis: the axis of stacks that is to be brought to the front.
     """
 
     include: re.Pattern[str] | None = None
@@ -82,6 +86,7 @@ class Selection:
     predicate: Callable[[str, Any], bool] | None = None
     min_size: int = MIN_SIZE
     cast: bool = False
+    stack_axis: int = 0
 
     @classmethod
     def from_options(
@@ -92,20 +97,103 @@ class Selection:
         predicate: Callable[[str, Any], bool] | None = None,
         min_size: int = MIN_SIZE,
         cast: bool = False,
-        **_others: Any,
+        stack_axis: int = 0,
     ) -> Self:
         """The leaves that `compress_params` compresses if it is called with these options.
 
         Raises:
-            TypeError: `include` or `stacked` is not a string.
-            ValueError: one of them is not a regular expression.
+            TypeError: `include` or `stacked` is not a string, or `stack_axis` no integer.
+            ValueError: one of them is not a regular expression, or `stack_axis` is negative, or
+                given without `stacked`.
         """
         patterns = _compile_pattern("include", include), _compile_pattern("stacked", stacked)
-        return cls(*patterns, predicate, min_size, cast)
+        stack_axis = operator.index(stack_axis)
+        if stack_axis < 0 or (stack_axis and stacked is None):
+            raise ValueError(
+                f"stack_axis={stack_axis}: expected the number of an axis, counted from 0, of the "
+                "leaves that stacked=... names"
+            )
+        return cls(*patterns, predicate, min_size, cast, stack_axis)
+
+    @classmethod
+    def split(cls, options: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
+        """The selection that arguments of `compress_params` make, and the other arguments."""
+        own = {field.name for field in dataclasses.fields(cls)}
+        selection = cls.from_options(**{k: v for k, v in options.items() if k in own})
+        return selection, {k: v for k, v in options.items() if k not in own}
+
+    def stack_of(self, path: str) -> str | None:
+        """The stack that a leaf is of: its path as far as `stacked` is found; None for no stack."""
+        found = self.stacked.search(path) if self.stacked is not None else None
+        if found is None:
+            return None
+        end = path.find("/", max(found.start(), found.end() - 1))
+        if end < 0:  # the pattern goes on to the name of the leaf, which is no stack by itself
+            end = path.find("/", found.start())
+        return path[:end] if end >= 0 else path
 
     def stack_axes(self, path: str) -> int:
         """The number of stack axes of a leaf."""
-        return 1 if self.stacked is not None and self.stacked.search(path) else 0
+        return 0 if self.stack_of(path) is None else 1
+
+    def moves(self, path: str, leaf: Any) -> bool:
+        """Whether a leaf is an array with a stack axis that is not in front."""
+        return bool(self.stack_axis and self.stack_axes(path) and plain_shape(leaf))
+
+    def to_front(self, path: str, leaf: Any) -> Any:
+        """An array with its stack axis in front; any other leaf as it is."""
+        if not self.moves(path, leaf):
+            return leaf
+        numpy = np if isinstance(leaf, np.ndarray) else jnp
+        return numpy.moveaxis(leaf, self.stack_axis, 0)
+
+    def check(
+        self,
+        caller: str,
+        leaves: Sequence[tuple[str, tuple[int, ...] | None]],
+        *,
+        stacklevel: int,
+    ) -> None:
+        """Checks that patterns are found, and that the leaves of a stack have as many layers.
+
+        A pattern that is found in no path is warned of: the tree may be a part of one.
+
+        Args:
+            caller: the name of the public function that is to compress.
+            leaves: the paths of all leaves, and the shapes of those that are plain arrays.
+            stacklevel: the one of `warnings.warn`, counted from the caller of this method.
+
+        Raises:
+            ValueError: the leaves of a stack differ in the number of layers, or one has no such
+                axis. The message has their paths and shapes.
+        """
+        for argument, pattern in (("include", self.include), ("stacked", self.stacked)):
+            if pattern and leaves and not any(pattern.search(path) for path, _ in leaves):
+                warnings.warn(
+                    f"{caller}: {argument}={brief(pattern.pattern)} is found in no path of a leaf. "
+                    f"The paths are {listed([path for path, _ in leaves])}",
+                    UserWarning,
+                    stacklevel=stacklevel + 1,
+                )
+        stacks: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+        for path, shape in leaves:
+            stack = self.stack_of(path)
+            if stack is not None and shape:  # a scalar has no layers, whatever the pattern says
+                if len(shape) <= self.stack_axis:
+                    raise ValueError(
+                        f"{path}: expected layers along axis {self.stack_axis}, as stack_axis "
+                        f"says, got the shape {list(shape)}"
+                    )
+                stacks.setdefault(stack, []).append((path, shape))
+        for stack, members in stacks.items():
+            try:
+                common_length(members, "layers", self.stack_axis)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}. (Leaves below {stack} count as one stack, because stacked="
+                    f"{brief(self.stacked.pattern if self.stacked else None)} is found up to "
+                    "there: let it name what is stacked, and no more)"
+                ) from None
 
     def admits(self, path: str, shape: Sequence[int], dtype: Any) -> bool:
         """Whether a leaf is one of them by all that does not need its elements."""
@@ -120,7 +208,7 @@ class Selection:
     def has(self, path: str, leaf: Any) -> bool:
         """Whether a leaf is one of them."""
         return (
-            isinstance(leaf, (jax.Array, np.ndarray))
+            is_array(leaf)
             and self.admits(path, leaf.shape, leaf.dtype)
             and (self.predicate is None or self.predicate(path, leaf))
         )
@@ -128,7 +216,7 @@ class Selection:
     def would_have(self, path: str, leaf: Any) -> bool:
         """Whether a leaf would be one of them if it were bfloat16, and is not."""
         return (
-            isinstance(leaf, (jax.Array, np.ndarray))
+            is_array(leaf)
             and not is_candidate_dtype(leaf.dtype, self.cast)
             and dataclasses.replace(self, cast=True).has(path, leaf)
         )
@@ -159,6 +247,30 @@ class Selection:
             UserWarning,
             stacklevel=stacklevel + 1,
         )
+
+    def warn_of_foreign(
+        self, caller: str, leaves: Iterable[tuple[str, Any]], *, stacklevel: int
+    ) -> None:
+        """Warns of arrays of other libraries that would be compressed if they were JAX's.
+
+        Args:
+            caller: the name of the public function that compresses.
+            leaves: paths and leaves.
+            stacklevel: the one of `warnings.warn`, counted from the caller of this method.
+        """
+        found = [
+            f"{path} ({type(leaf).__module__.partition('.')[0]}.{type(leaf).__name__})"
+            for path, leaf in leaves
+            if is_foreign(leaf) and self.admits(path, tuple(leaf.shape), BFLOAT16)
+        ]
+        if found:
+            warnings.warn(
+                f"{caller}: arrays that are neither JAX's nor numpy's stay as they are: "
+                f"{listed(found)}. Convert them first: a tensor of torch by {FROM_TORCH}, others "
+                "by numpy.asarray(leaf)",
+                UserWarning,
+                stacklevel=stacklevel + 1,
+            )
 
 
 def _compile_pattern(argument: str, pattern: str | None) -> re.Pattern[str] | None:

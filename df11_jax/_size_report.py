@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._decode import path_name
 from df11_jax._identity import identity
+from df11_jax._leaves import as_array, no_pytree
 from df11_jax._units import format_bytes
 
 
@@ -153,17 +154,26 @@ def size_report(params: PyTree) -> SizeReport:
     """Measures the size of a pytree of parameters, everything included.
 
     Tied leaves, plain or compressed, count once. Where a tied leaf was compressed at one path and
-    left plain at another, there are two, and both count, now and before.
+    left plain at another, there are two, and both count, now and before. Leaves that are neither
+    arrays nor numbers, such as strings and functions, are left out.
 
     Args:
         params: a pytree of arrays and `DF11Array`s, or of their shapes.
 
     Returns:
         A report that can be printed and plotted.
+
+    Raises:
+        TypeError: `params` is no container and no array, such as a model or a path.
     """
     leaves = []
     first_paths: dict[Hashable, str] = {}
     for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_df11):
+        leaf = as_array(leaf)
+        if not _has_size(leaf):
+            if path == ():
+                raise no_pytree("size_report", params)
+            continue
         compressed = isinstance(leaf, DF11Array)
         shape = leaf.shape if compressed else np.shape(leaf)
         dtype = leaf.dtype if hasattr(leaf, "dtype") else np.result_type(leaf)
@@ -183,3 +193,9 @@ def size_report(params: PyTree) -> SizeReport:
         )
         first_paths.setdefault(own, name)
     return SizeReport(tuple(leaves))
+
+
+def _has_size(leaf: Any) -> bool:
+    """Whether a leaf is an array of any library, the shape of one, or a number."""
+    is_sized = hasattr(leaf, "shape") and hasattr(getattr(leaf, "dtype", None), "itemsize")
+    return is_sized or is_df11(leaf) or isinstance(leaf, (bool, int, float, complex))

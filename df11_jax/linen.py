@@ -1,7 +1,7 @@
 """`flax.linen` models with compressed parameters.
 
-Once this module is imported, every linen module takes a `DF11Array` for a parameter, and
-decompresses it where `self.param` would have returned the array. Wrapped classes do better:
+Every linen module takes a `DF11Array` for a parameter, and decompresses it where `self.param` would
+have returned the array. Wrapped classes, which this module makes, do better:
 `compressed(Block)` where a block is called by itself, `scan(Block, ...)` in the place of
 `nn.scan(Block, ...)`. They decompress a block by one call of the decoder, which XLA cannot move out
 of a token loop, and decompress again in the backward pass instead of storing weights. With plain
@@ -26,6 +26,7 @@ from jaxtyping import PyTree
 
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._decode import after, decompress_params, path_name
+from df11_jax._lengths import common_length
 from df11_jax._slices import decode_slices
 
 ModuleClass = TypeVar("ModuleClass", bound=Callable[..., nn.Module])
@@ -79,7 +80,8 @@ def scan(
 
     Args:
         module: a module class, or a `functools.partial` of one.
-        variable_axes: see `nn.scan`; the axis of compressed parameters is 0.
+        variable_axes: see `nn.scan`. Whatever axis it gives to parameters, it is 0 once some are
+            compressed: `compress_params(..., stacked=..., stack_axis=...)` brings it to the front.
         variable_broadcast: see `nn.scan`.
         methods: see `nn.scan`.
         **options: all other options of `nn.scan`.
@@ -89,9 +91,8 @@ def scan(
 
     Raises:
         TypeError: `module` is not a module class.
-        ValueError: a compressed leaf has no stack axis or another number of layers than others, or
-            parameters are scanned along another axis than 0. This is raised when the module is
-            called; the message has the leaf's path.
+        ValueError: a compressed leaf has no stack axis, or a leaf has another number of layers than
+            others. This is raised when the module is called; the message has the leaf's path.
     """
     return _transform(
         _scanning,
@@ -147,12 +148,9 @@ def _scanning(
     **options: Any,
 ) -> Callable[..., Any]:
     """The transform behind `scan`."""
-    axes = [
-        getattr(axis, "axis", axis)  # of nn.In
-        for names, axis in variable_axes.items()
-        if in_filter(names, "params")
-    ]
-    is_stacked = bool(axes) and not in_filter(variable_broadcast, "params")
+    is_stacked = any(in_filter(names, "params") for names in variable_axes)
+    is_stacked = is_stacked and not in_filter(variable_broadcast, "params")
+    others = {names: axis for names, axis in variable_axes.items() if names != "params"}
 
     def wrapper(scopes: Sequence[Scope], *args: Any, **kwargs: Any) -> Any:
         if not is_stacked or not _any_compressed(scopes):
@@ -161,15 +159,10 @@ def _scanning(
             )
             return scanned(scopes, *args, **kwargs)
         path = _common_path(scopes)
-        if axes[0] != 0:
-            raise ValueError(
-                f"{path_name(path)}: compressed parameters can be scanned along axis 0 only, "
-                f"variable_axes says {axes[0]}"
-            )
         # lax.scan would slice the stacks, which copies them: they go in whole, with an index.
         collections = ("params", _STACKS, _INDEX)
         inner = _with_variables(function, collections, functools.partial(_take_layer, path))
-        axes_and_index = {**variable_axes, _INDEX: 0}
+        axes_and_index = {"params": 0, **others, _INDEX: 0}  # the first that names a collection
         broadcast = union_filters(variable_broadcast, _STACKS)
         scanned = lift.scan(inner, axes_and_index, broadcast, **options)
         split = functools.partial(_split_stacks, path)
@@ -212,26 +205,22 @@ def _with_variables(
 def _split_stacks(path: tuple[str, ...], variables: Variables) -> Variables:
     """Parameters without the compressed ones, and those apart, with the indices of layers."""
     with_paths, treedef = jax.tree.flatten_with_path(variables.get("params", {}), is_leaf=is_df11)
-    lengths: dict[str, int] = {}
+    shapes: list[tuple[str, tuple[int, ...]]] = []
     for keys, leaf in with_paths:
         name = path_name((*path, *keys))
-        shape = leaf.stack_shape if is_df11(leaf) else jnp.shape(leaf)
-        if is_df11(leaf) and not shape:
+        if is_df11(leaf) and not leaf.stack_shape:
             raise ValueError(
                 f"{name}: {leaf!r} has no stack axis, the layers of a scan have one: use "
                 "compress_params(..., stacked=...) with a regular expression that its path matches"
             )
-        lengths[name] = shape[0] if shape else 0
-    first, length = next(iter(lengths.items()), ("", 0))
-    for name, other in lengths.items():
-        if other != length:
-            raise ValueError(f"{name}: expected {length} layers, like {first}, got {other}")
+        shapes.append((name, tuple(leaf.shape if is_df11(leaf) else jnp.shape(leaf)) or (0,)))
+    length = common_length(shapes, "layers") if shapes else 0
     leaves = [leaf for _, leaf in with_paths]
     return {
         "params": jax.tree.unflatten(treedef, [None if is_df11(leaf) else leaf for leaf in leaves]),
         _STACKS: {"leaves": [leaf if is_df11(leaf) else None for leaf in leaves]},
         # A module without parameters, which the scanned one refers to, has no layers.
-        _INDEX: {"index": jnp.arange(length, dtype=jnp.int32)} if lengths else {},
+        _INDEX: {"index": jnp.arange(length, dtype=jnp.int32)} if shapes else {},
     }
 
 
@@ -268,4 +257,5 @@ def _common_path(scopes: Sequence[Scope]) -> tuple[str, ...]:
 
 
 # To linen, a compressed parameter is a box of metadata, which it opens where a module reads it.
+# `DF11Array` registers itself, but for those that were made before Flax was imported.
 nn.meta.AxisMetadata.register(DF11Array)

@@ -23,6 +23,7 @@ from df11_jax._array import DF11Array, is_df11
 from df11_jax._compress import align_layers, compress_leaf
 from df11_jax._decode import decompress
 from df11_jax._identity import identity
+from df11_jax._leaves import plain_shape
 from df11_jax._select import MIN_SIZE, Selection
 
 __all__ = ["CompressedParam", "compress"]
@@ -116,8 +117,8 @@ def compress(
         model: an `nnx.Module`, or any container of them.
         include: a regular expression; only parameters in whose path, such as
             `layers/0/attention/query/kernel`, it is found are compressed. None for all.
-        stacked: a regular expression for the paths of parameters with a layer axis, as `nnx.vmap`
-            makes them; see `df11_jax.compress_params`.
+        stacked: a regular expression for the paths of parameters whose first axis is one of layers,
+            as `nnx.vmap` makes them; see `df11_jax.compress_params`, which takes other axes, too.
         predicate: a function of a path and an array, which may refuse parameters that all other
             arguments admit.
         min_size: parameters with fewer weights stay as they are.
@@ -128,14 +129,14 @@ def compress(
     Raises:
         TypeError: a parameter to be compressed is traced; `include` or `stacked` is not a string;
             `model` is no module and has no parameters, such as a pytree of arrays.
-        ValueError: a parameter to be stacked has no axes; `include` or `stacked` is not a regular
-            expression.
+        ValueError: the parameters of a stack differ in the number of layers; `include` or `stacked`
+            is not a regular expression.
         RuntimeError: verification failed, or an array was deleted. All errors about a parameter
             have its path, in their message or in a note.
 
     Warns:
         UserWarning: no parameter is compressed, and some would have been if they were not float32
-            or float16, which Flax makes by default.
+            or float16, which Flax makes by default; `include` or `stacked` is found in no path.
     """
     selection = Selection.from_options(
         include=include, stacked=stacked, predicate=predicate, min_size=min_size, cast=cast
@@ -145,6 +146,12 @@ def compress(
         for path, param in nnx.iter_graph(model, graph=True)
         if isinstance(param, nnx.Param)
     ]
+    # Adapters have shapes of their own.
+    shapes = [
+        (name, None if isinstance(p, nnx.LoRAParam) else plain_shape(p.get_raw_value()))
+        for name, p in params
+    ]
+    selection.check("df11_jax.nnx.compress", shapes, stacklevel=2)
     # Known before the first array goes: a new one may get the identity of one that is gone.
     tied: dict[Hashable, list[tuple[str, nnx.Param[Any]]]] = {}
     for name, param in params:

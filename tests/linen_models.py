@@ -93,9 +93,11 @@ WRAPPED = {
 
 def make(kind, block=Compact):
     """A model for compressed parameters, the one that it was made of, and parameters of both."""
-    plain_model = PLAIN["unrolled" if "unrolled" in kind else "scan"](block)
+    is_unrolled = "unrolled" in kind
+    plain_model = PLAIN["unrolled" if is_unrolled else "scan"](block)
     plain = init(plain_model)
-    return WRAPPED[kind](block), plain_model, plain, compress_params(plain, stacked="/layers/")
+    small = compress_params(plain, stacked=None if is_unrolled else "/layers/")
+    return WRAPPED[kind](block), plain_model, plain, small
 
 
 @functools.cache

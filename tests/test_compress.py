@@ -286,7 +286,7 @@ class TestCompressParams:
             ({"noise": self.params()["noise"]}, {}),
             ({"router": wide, "rest": df11_jax.compress(normal(300, 64))}, {}),
             ({"router": wide, "rest": normal(300, 64)}, {}),
-            ({"a": wide}, {"include": "b"}),
+            ({"a": wide, "b": wide[0]}, {"include": "b"}),
             ({"a": wide}, {"predicate": lambda path, leaf: leaf.dtype == BF16}),
             ({"a": wide}, {"min_size": wide.size + 1}),
         ):

@@ -363,14 +363,29 @@ def test_stacks_of_different_lengths(tokens):
         model.apply({"params": variables["params"] | {"layers": layers}}, tokens)
 
 
-def test_another_axis(tokens):
-    axes = {"params": 1, "intermediates": 0}
-    model = Stack(scan(Compact, **(SCAN | {"variable_axes": axes})), embed=Embed)
-    *_, variables = make("scan")
-    with pytest.raises(ValueError, match=r"^layers: .*along axis 0 only, variable_axes says 1"):
-        model.apply(variables, tokens)
-
-
 def test_flax_is_imported_only_where_it_is_asked_for():
     code = "import sys, df11_jax; assert 'flax' not in sys.modules"
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
+@pytest.mark.parametrize("first", ["df11_jax", "flax"])
+def test_modules_take_compressed_parameters_without_an_import(first):
+    """However these are made; before Flax is imported, for what is jitted."""
+    code = """
+import sys, jax, jax.numpy as jnp, numpy as np, df11_jax
+
+def make():
+    return {"params": {"kernel": df11_jax.compress(kernel), "bias": kernel[0]}}
+
+kernel = jax.random.normal(jax.random.key(0), (128, 256), jnp.bfloat16)
+early = make() if sys.argv[1] == "df11_jax" else None
+import flax.linen as nn
+dense = nn.Dense(256, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+x = jnp.ones((2, 128), jnp.bfloat16)
+expected = dense.apply({"params": {"kernel": kernel, "bias": kernel[0]}}, x)
+run = jax.jit(dense.apply) if early else dense.apply
+result = run(early or make(), x)
+assert "df11_jax.linen" not in sys.modules
+np.testing.assert_array_equal(*(np.asarray(y).view(np.uint16) for y in (result, expected)))
+"""
+    subprocess.run([sys.executable, "-P", "-c", code, first], check=True)

@@ -114,7 +114,7 @@ def test_a_model_of_another_type():
     mixed = nnx.List([linear(), nnx.Linear(128, 256, rngs=nnx.Rngs(0))])
     compress(mixed)
     compress(mixed)
-    compress(nnx.Linear(128, 256, rngs=nnx.Rngs(0)), include="embedding")
+    compress(nnx.Linear(128, 256, rngs=nnx.Rngs(0)), include="bias")
     compress(nnx.eval_shape(lambda: nnx.Linear(128, 256, rngs=nnx.Rngs(0))))
 
 

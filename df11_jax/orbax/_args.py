@@ -17,7 +17,8 @@ class DF11Save(ocp.args.CheckpointArgs):
         compress: arguments of `compress_params`, such as `{"stacked": "^layers/"}`, or `{}`, to
             compress plain parameters while they are saved; None to save them as they are.
             Compression happens leaf by leaf on the host, while the call to save blocks. Leaves that
-            are sharded over several processes are gathered for it.
+            are sharded over several processes are gathered for it. `"stack_axis": 1` brings the
+            stack axis to the front, that of plain stacks as well.
         custom_metadata: JSON to be stored with the item; see `ocp.args.PyTreeSave`.
     """
 
@@ -42,7 +43,8 @@ class DF11Restore(ocp.args.CheckpointArgs):
             compressed where it has a `DF11Array`.
         compress: arguments of `compress_params`, such as `{"stacked": "^layers/"}`, or `{}`, to
             compress plain leaves as they are read, a few at a time; None to leave them as they are.
-            This works with plain checkpoints of Orbax, too.
+            This works with plain checkpoints of Orbax, too. `"stack_axis": 1` brings the stack axis
+            to the front as leaves are read; a target then has plain leaves, shaped as stored.
         decompress: whether to decompress all leaves as they are read, a few at a time.
         verify: whether to check the checksum of each leaf.
         partial_restore: whether to restore only the leaves that are in the target.

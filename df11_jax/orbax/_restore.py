@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 from df11_jax import _layout
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._brief import brief
-from df11_jax._compress import compress_as, compress_params
+from df11_jax._compress import compress_as, compress_leaves
 from df11_jax._decode import decompress_params
 from df11_jax._files import crc32
 from df11_jax._select import Selection
@@ -36,19 +36,19 @@ def restore(stored: StoredItem, args: DF11Restore) -> PyTree:
             damaged; the message has the paths.
     """
     plans = _plan.plan_leaves(stored, args)
+    selection, options = Selection.split(args.compress or {})
+    _check_stacks(stored, plans, selection)
     values: dict[Keys, Any] = {}
     for batch in _plan.batches(plans):
         leaves = _read(stored, batch)
         if args.verify:
             _verify(stored, batch, leaves)
         for plan in batch:
-            values[plan.leaf.keys] = _convert_and_place(plan, leaves.pop(0), args.compress)
+            values[plan.leaf.keys] = _convert_and_place(plan, leaves.pop(0), selection, options)
     ordered = [values[plan.leaf.keys] for plan in plans]
     if args.compress is not None:
         paths = (plan.leaf.path for plan in plans)
-        Selection.from_options(**args.compress).warn_if_futile(
-            "DF11Restore", zip(paths, ordered, strict=True), stacklevel=1
-        )
+        selection.warn_if_futile("DF11Restore", zip(paths, ordered, strict=True), stacklevel=1)
     if args.item is None:
         return stored.manifest.unflatten(ordered)
     return jax.tree.unflatten(jax.tree.structure(args.item, is_leaf=is_df11), ordered)
@@ -158,7 +158,25 @@ def _verify(stored: StoredItem, batch: Sequence[LeafPlan], values: Sequence[Any]
         )
 
 
-def _convert_and_place(plan: LeafPlan, value: Any, options: Mapping[str, Any] | None) -> Any:
+def _check_stacks(stored: StoredItem, plans: Sequence[LeafPlan], selection: Selection) -> None:
+    """Checks, before anything is read, what the arguments of `compress_params` say of stacks."""
+    shapes: list[tuple[str, tuple[int, ...] | None]] = []
+    for plan in plans:
+        leaf = plan.leaf
+        is_plain = leaf.dtype is not None and not leaf.is_compressed
+        shapes.append((leaf.path, leaf.shape if is_plain else None))
+        is_moved = is_plain and selection.stack_axis and selection.stack_axes(leaf.path)
+        if is_moved and is_df11(plan.target):
+            raise ValueError(
+                f"{stored.name}: {leaf.path}: stack_axis moves an axis, so that a DF11Array cannot "
+                "be the target. Pass a target of plain leaves, shaped as stored, or none"
+            )
+    selection.check("DF11Restore", shapes, stacklevel=1)
+
+
+def _convert_and_place(
+    plan: LeafPlan, value: Any, selection: Selection, options: Mapping[str, Any]
+) -> Any:
     """Compresses or decompresses a leaf as planned, and shards it as the target says."""
     path = plan.leaf.path
     if plan.conversion is Conversion.NONE:
@@ -167,17 +185,21 @@ def _convert_and_place(plan: LeafPlan, value: Any, options: Mapping[str, Any] | 
             _place(part, sharding)
             for part, sharding in zip(parts, _destinations(plan), strict=True)
         ]
-        return _leaf_arrays.join(placed, plan.leaf) if is_df11(value) else placed[0]
+        if is_df11(value):
+            return _leaf_arrays.join(placed, plan.leaf)
+        return selection.to_front(path, placed[0])
     if plan.conversion is Conversion.DECOMPRESS:
         weights = decompress_params({path: value})[path]
         return weights if is_df11(plan.target) else _place(weights, _sharding(plan.target))
     if is_df11(plan.target):
-        small = compress_as(value, plan.target.layout, plan.leaf.path)
+        small = compress_as(value, plan.target.layout, path)
         return jax.tree.map(lambda a, like: _place(a, _sharding(like)), small, plan.target)
-    small = compress_params({path: value}, **(options or {}))[path]
+    small = compress_leaves([(path, value)], selection, **options)[0]
     if is_df11(small):
         return small
-    return _place(small, _sharding(plan.target) or _shardings.default())
+    # Shardings are those of what is stored.
+    placed = _place(value, _sharding(plan.target) or _shardings.default())
+    return selection.to_front(path, placed)
 
 
 def _sharding(target: Any) -> jax.sharding.Sharding | None:

@@ -11,11 +11,12 @@ from jaxtyping import PyTree
 
 from df11_jax import _layout
 from df11_jax._array import is_df11
-from df11_jax._compress import compress_params
+from df11_jax._compress import compress_leaves
 from df11_jax._decode import path_name
 from df11_jax._files import crc32
 from df11_jax._host_arrays import cpu_device, to_host
 from df11_jax._identity import identity
+from df11_jax._leaves import plain_shape
 from df11_jax._select import Selection
 from df11_jax.orbax import _describe, _leaf_arrays, _manifest
 
@@ -67,11 +68,13 @@ def to_orbax(
 
 def _compress_on_host(params: PyTree, options: Mapping[str, Any]) -> PyTree:
     """Compresses leaf by leaf; the compressed leaves stay on the host."""
-    selection = Selection.from_options(**options)
+    selection, others = Selection.split(options)
 
     with_paths, treedef = jax.tree.flatten_with_path(params, is_leaf=is_df11)
     leaves = [leaf for _, leaf in with_paths]
     names = [path_name(path) for path, _ in with_paths]
+    shapes = [(name, plain_shape(leaf)) for name, leaf in zip(names, leaves, strict=True)]
+    selection.check("DF11Save", shapes, stacklevel=1)
     # Tied leaves go together, and stay tied.
     tied: dict[Hashable, list[int]] = {}
     for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
@@ -81,10 +84,11 @@ def _compress_on_host(params: PyTree, options: Mapping[str, Any]) -> PyTree:
     for members in tied.values():
         whole = _gather(leaves[members[0]])
         with jax.default_device(cpu_device()):
-            small = compress_params({names[i]: whole for i in members}, **options)
-        for i in members:
-            if is_df11(small[names[i]]):
-                leaves[i] = jax.tree.map(np.asarray, small[names[i]])
+            small = compress_leaves([(names[i], whole) for i in members], selection, **others)
+        for i, leaf in zip(members, small, strict=True):
+            if is_df11(leaf):
+                leaves[i] = jax.tree.map(np.asarray, leaf)
+    leaves = [selection.to_front(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
     selection.warn_if_futile("DF11Save", zip(names, leaves, strict=True), stacklevel=1)
     return jax.tree.unflatten(treedef, leaves)
 

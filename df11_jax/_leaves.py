@@ -1,0 +1,61 @@
+"""Leaves of the pytrees that users pass: which are arrays, and what to say if they are not."""
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+from df11_jax._brief import brief
+
+FROM_TORCH = "jax.numpy.from_dlpack(tensor.detach())"
+
+# What to pass in place of an object, by the package that its class comes from.
+_INSTEAD = {
+    "keras": "Of a Keras model pass the variables: {v.path: v for v in model.variables}",
+    "torch": "Of torch pass arrays of JAX: "
+    f"{{name: {FROM_TORCH} for name, tensor in module.state_dict().items()}}",
+    "flax": "A linen module has no parameters: pass those that its init returned",
+}
+
+
+def as_array(leaf: Any) -> Any:
+    """The array of JAX that a leaf stands for, such as a Keras variable; else the leaf itself."""
+    if is_array(leaf) or not hasattr(type(leaf), "__jax_array__"):
+        return leaf
+    return leaf.__jax_array__()
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array of JAX, traced or not, or of numpy."""
+    return isinstance(leaf, (jax.Array, np.ndarray))
+
+
+def is_foreign(leaf: Any) -> bool:
+    """Whether a leaf is an array of another library, such as a tensor of torch."""
+    is_ours = is_array(leaf) or isinstance(leaf, np.generic)
+    return not is_ours and hasattr(type(leaf), "__array__") and hasattr(leaf, "shape")
+
+
+def plain_shape(leaf: Any) -> tuple[int, ...] | None:
+    """The shape of an array; None for any other leaf."""
+    return tuple(leaf.shape) if is_array(leaf) else None
+
+
+def no_pytree(caller: str, found: Any) -> TypeError:
+    """The error about what is neither a container nor an array, such as a model or a path.
+
+    Args:
+        caller: the name of the public function that got it.
+        found: what it got.
+    """
+    what = type(found).__name__
+    packages = [base.__module__.partition(".")[0] for base in type(found).__mro__]
+    instead = [_INSTEAD[package] for package in packages if package in _INSTEAD]
+    if isinstance(found, (str, os.PathLike)):
+        what = brief(found)
+        instead = ["df11_jax.checkpoints.load(path) compresses what lies there as it reads it"]
+    return TypeError(
+        f"{caller}: expected a pytree of arrays, such as a dict of them, got {what}. "
+        + (instead or ["Pass the parameters themselves"])[0]
+    )
