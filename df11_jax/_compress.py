@@ -1,7 +1,8 @@
 """Compression on the host, of one tensor or of a pytree leaf by leaf."""
 
+import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,14 +16,16 @@ from df11_jax._host_arrays import BFLOAT16, to_host
 from df11_jax._host_codec import encode
 from df11_jax._identity import identity
 from df11_jax._layout import Layout, make_layout
+from df11_jax._like import Form, check_is_like, forms_of
 from df11_jax._progress import ProgressBar
 from df11_jax._select import MIN_SIZE, Selection, is_castable, is_worth_keeping
-from df11_jax._stack import pad_exponents
+from df11_jax._stack import fit_exponents
 
 
 def compress(
     array: BFloat16[Array, "..."] | BFloat16[np.ndarray, "..."],
     *,
+    like: DF11Array | None = None,
     stack_axes: int = 0,
     batch_axes: int = 0,
     row_axes: int | None = None,
@@ -36,6 +39,9 @@ def compress(
 
     Args:
         array: a bfloat16 array of any shape, with at most 8 dimensions besides its stack axes.
+        like: a compressed tensor, or one of shapes, whose five arrays those of the result are to
+            be like, so that what is compiled for it takes the result. It says how the tensor is
+            compressed, in place of the next four arguments; `array` says where the result is.
         stack_axes: the number of leading axes that are a stack (of layers, say). Each slice along
             them gets a codebook of its own, and can be decompressed alone.
         batch_axes: the number of the next axes that count matrices: a slice `[heads, d, head_dim]`
@@ -53,11 +59,24 @@ def compress(
         any pytree.) `decompress` of it is `array`, bit for bit.
 
     Raises:
-        TypeError: `array` is traced, or not bfloat16.
+        TypeError: `array` is traced, or not bfloat16; `like` is not compressed.
         ValueError: `array` has more than 8 dimensions besides its stack axes, or fewer dimensions
-            than `stack_axes`.
+            than `stack_axes`; it is of another shape than `like`, or does not fit into its arrays;
+            or there is another argument for what `like` says.
         RuntimeError: verification failed, which means broken hardware or a bug.
     """
+    if like is not None:
+        if not is_df11(like):
+            raise TypeError(f"like: expected a DF11Array, got {type(like).__name__}")
+        if stack_axes or batch_axes or row_axes is not None or along_columns:
+            raise ValueError(
+                "like says how the tensor is compressed: leave out stack_axes, batch_axes, "
+                "row_axes and along_columns"
+            )
+        weights, device = _as_weights(array, "array", cast=False)
+        check_is_like("array", weights, like, cast=False)
+        form = Form.of(like)
+        return _encode(weights, "array", form.layout, device, form, verify=verify, threads=threads)
     return _compress(
         array,
         "array",
@@ -73,6 +92,7 @@ def compress(
 def compress_params(
     params: PyTree,
     *,
+    like: PyTree | None = None,
     include: str | None = None,
     stacked: str | None = None,
     predicate: Callable[[str, Any], bool] | None = None,
@@ -88,6 +108,9 @@ def compress_params(
     arguments, is compressed already, would not get smaller, or has more than 8 dimensions besides
     its stack axis, which the format cannot hold (`compress` of such an array raises).
 
+    With `like`, each leaf gets the shapes of the leaf there instead: so that programs that were
+    compiled for one checkpoint take another one of the same model.
+
     Leaves are compressed one by one, so beside `params` and the result the host holds what one
     leaf needs. `params` itself is never changed: if this is interrupted, nothing is lost.
 
@@ -97,6 +120,11 @@ def compress_params(
 
     Args:
         params: a pytree of arrays, such as Flax parameters.
+        like: the same tree of another checkpoint, compressed; its arrays may be shapes
+            (`jax.ShapeDtypeStruct`). A leaf is compressed if it is compressed there, even if that
+            makes it larger, and then has arrays of the same shapes; all others stay plain. So the
+            next four arguments are left out. Where arrays are, `params` says. Leaves of `params`
+            that are compressed already are only made longer or shorter.
         include: a regular expression; only leaves in whose path (`layers/attention/query`) it is
             found are compressed. None for all.
         stacked: a regular expression; leaves in whose path it is found are stacks along their
@@ -114,12 +142,15 @@ def compress_params(
     Returns:
         The same pytree, with `DF11Array`s for the leaves that are compressed. Layers that are kept
         one by one (leaves of one shape, in whose paths only numbers differ) have arrays of the
-        same shapes, so that a program that is compiled for one serves all.
+        same shapes, so that a program that is compiled for one serves all; leaves that were
+        compressed before get zeros at their ends for it, if need be.
 
     Raises:
         TypeError: a leaf to be compressed is traced; `include` or `stacked` is not a string.
         ValueError: a leaf to be stacked has no axes; `include` or `stacked` is not a regular
-            expression.
+            expression. Or `like` is another tree; a leaf has another shape or type there, is
+            compressed and plain there, or does not fit into the arrays there; or there is another
+            argument for what `like` says.
         RuntimeError: verification failed, or an array was deleted. All errors name the leaf's
             path, in their message or in a note.
 
@@ -127,15 +158,60 @@ def compress_params(
         UserWarning: no leaf is compressed, and some would have been if they were not float32 or
             float16, which Flax makes by default.
     """
+    with_paths, treedef = jax.tree.flatten_with_path(params, is_leaf=is_df11)
+    named = [(path_name(path), leaf) for path, leaf in with_paths]
+    if like is not None:
+        if (include, stacked, predicate, min_size) != (None, None, None, MIN_SIZE):
+            raise ValueError(
+                "like says which leaves are compressed: leave out include, stacked, predicate and "
+                "min_size"
+            )
+        forms = forms_of(named, treedef, like, cast=cast)
+
+        def compress_in_form(path: str, leaf: Any, form: Form) -> DF11Array:
+            with _naming(path):
+                if is_df11(leaf):
+                    return form.fit(leaf, path)
+                weights, device = _as_weights(leaf, path, cast)
+                return _encode(
+                    weights, path, form.layout, device, form, verify=verify, threads=threads
+                )
+
+        leaves = _compress_each(named, forms, compress_in_form, progress)
+        return jax.tree.unflatten(treedef, leaves)
     selection = Selection.from_options(
         include=include, stacked=stacked, predicate=predicate, min_size=min_size, cast=cast
     )
-    with_paths, treedef = jax.tree.flatten_with_path(params, is_leaf=is_df11)
-    named = [(path_name(path), leaf) for path, leaf in with_paths]
-    # Of tied leaves one is compressed, for each way in which they are to be.
+    leaves = _compress_each(
+        named,
+        [selection.stack_axes(path) if selection.has(path, leaf) else None for path, leaf in named],
+        lambda path, leaf, _: compress_leaf(path, leaf, selection, verify=verify, threads=threads),
+        progress,
+    )
+    paths = [path for path, _ in named]
+    selection.warn_if_futile("compress_params", zip(paths, leaves, strict=True), stacklevel=2)
+    align_layers(paths, leaves)
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _compress_each(
+    named: Sequence[tuple[str, Any]],
+    hows: Sequence[Hashable | None],
+    compress_one: Callable[[str, Any, Any], Any],
+    progress: bool,
+) -> list[Any]:
+    """The leaves, compressed.
+
+    Args:
+        named: paths and leaves.
+        hows: how each is to be compressed; None for those that stay as they are. Of tied leaves
+            one is compressed, for each of these.
+        compress_one: compresses the leaf at a path, as is said there.
+        progress: whether to show a progress bar.
+    """
     ways = [
-        (identity(leaf), selection.stack_axes(path)) if selection.has(path, leaf) else None
-        for path, leaf in named
+        None if how is None else (identity(leaf), how)
+        for (_, leaf), how in zip(named, hows, strict=True)
     ]
     to_compress = {way: leaf for (_, leaf), way in zip(named, ways, strict=True) if way}
     compressed: dict[Any, Any] = {}
@@ -143,20 +219,9 @@ def compress_params(
     with ProgressBar("compress", total, show=progress) as bar:
         for (path, leaf), way in zip(named, ways, strict=True):
             if way and way not in compressed:
-                compressed[way] = compress_leaf(
-                    path, leaf, selection, verify=verify, threads=threads
-                )
+                compressed[way] = compress_one(path, leaf, way[1])
                 bar.update(path, leaf.nbytes)
-    leaves = [
-        (path, compressed[way] if way else leaf)
-        for (path, leaf), way in zip(named, ways, strict=True)
-    ]
-    selection.warn_if_futile("compress_params", leaves, stacklevel=2)
-    aligned = iter(align_layers([pair for pair, way in zip(leaves, ways, strict=True) if way]))
-    return jax.tree.unflatten(
-        treedef,
-        [next(aligned) if way else leaf for (_, leaf), way in zip(leaves, ways, strict=True)],
-    )
+    return [compressed[way] if way else leaf for (_, leaf), way in zip(named, ways, strict=True)]
 
 
 def compress_leaf(
@@ -176,18 +241,24 @@ def compress_leaf(
         verify: see `compress_params`.
         threads: see `compress_params`.
     """
-    try:
+    with _naming(path):
         small = _compress(
             leaf, path, selection.stack_axes(path), verify, threads, cast=selection.cast
         )
-    except Exception as error:
-        # What numpy and jax raise (for deleted arrays, say) does not name the leaf.
-        error.add_note(f"df11_jax: while compressing the leaf {path}")
-        raise
     return small if is_worth_keeping(small.compressed_nbytes, leaf.nbytes) else leaf
 
 
-def align_layers(named: Sequence[tuple[str, Any]]) -> list[Any]:
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Errors name the leaf: what numpy and jax raise (for deleted arrays, say) does not."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"df11_jax: while compressing the leaf {path}")
+        raise
+
+
+def align_layers(paths: Sequence[str], leaves: list[Any]) -> None:
     """Gives the layers of a model, where they are kept one by one, arrays of the same shapes.
 
     Otherwise a program would be compiled for each layer whose exponents are of another length. All
@@ -195,11 +266,11 @@ def align_layers(named: Sequence[tuple[str, Any]]) -> list[Any]:
     steps of 0.25 % of a tensor, and those of most layers are the same as they are.
 
     Args:
-        named: paths and leaves. Leaves are the same in different layers if their paths differ in
-            nothing but numbers. Where a leaf is at paths of several kinds, these are of one kind.
-
-    Returns:
-        The leaves. Those that were tied still are.
+        paths: the paths of the leaves. Leaves are the same in different layers if their paths
+            differ in nothing but numbers. Where a leaf is at paths of several kinds, these are of
+            one kind.
+        leaves: the leaves, which are replaced one by one, so that no memory holds all of them
+            twice. Those that were tied still are. Those of shapes instead of arrays stay.
     """
     groups: dict[Any, Any] = {}  # a group for each kind and each leaf; joined ones lead to another
 
@@ -208,19 +279,21 @@ def align_layers(named: Sequence[tuple[str, Any]]) -> list[Any]:
             key = parent
         return key
 
-    identities = [identity(leaf) if is_df11(leaf) else None for _, leaf in named]
-    for (path, leaf), own in zip(named, identities, strict=True):
-        if own:
+    places: dict[Any, list[int]] = {}  # of each leaf, by its identity
+    for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
+        if is_df11(leaf) and isinstance(leaf.exponents, (jax.Array, np.ndarray)):
+            own = identity(leaf)
+            places.setdefault(own, []).append(i)
             kind = (re.sub(r"\d+", "", path), leaf.stack_shape, leaf.layout)
             groups[find(kind)] = find(own)
-    alike: dict[Any, dict[Any, DF11Array]] = {}
-    for (_, leaf), own in zip(named, identities, strict=True):
-        if own:
-            alike.setdefault(find(own), {})[own] = leaf
-    padded: dict[Any, DF11Array] = {}
-    for members in alike.values():
-        padded |= zip(members, pad_exponents(list(members.values())), strict=True)
-    return [padded[own] if own else leaf for (_, leaf), own in zip(named, identities, strict=True)]
+    longest: dict[Any, int] = {}
+    for own, members in places.items():
+        words = leaves[members[0]].exponents.shape[-1]
+        longest[find(own)] = max(longest.get(find(own), 0), words)
+    for own, members in places.items():
+        fitted = fit_exponents(leaves[members[0]], longest[find(own)])
+        for i in members:
+            leaves[i] = fitted
 
 
 def _compress(
@@ -258,10 +331,17 @@ def compress_as(array: Any, layout: Layout, name: str) -> DF11Array:
 
 
 def _encode(
-    weights: np.ndarray, name: str, layout: Layout, device: jax.Device | None, **options: Any
+    weights: np.ndarray,
+    name: str,
+    layout: Layout,
+    device: jax.Device | None,
+    form: Form | None = None,
+    **options: Any,
 ) -> DF11Array:
-    words = encode(weights, name, layout, **options)
-    return DF11Array.from_payload((jax.device_put(array, device) for array in words), layout)
+    small = DF11Array.from_payload(encode(weights, name, layout, **options), layout)
+    if form is not None:
+        small = form.fit(small, name)
+    return jax.tree.map(lambda array: jax.device_put(array, device), small)
 
 
 def _as_weights(array: Any, name: str, cast: bool) -> tuple[np.ndarray, Any]:
