@@ -72,8 +72,9 @@ def fit_exponents(array: DF11Array, words: int) -> DF11Array:
         fitted = jnp.pad(exponents[..., :words], room)
     else:
         where = exponents.sharding
-        if where.memory_kind not in (None, "device"):  # in which programs do not compute
-            exponents = jax.device_put(exponents, where.with_memory_kind("device"))
+        near = next(iter(exponents.devices())).default_memory().kind  # in which programs compute
+        if where.memory_kind != near:
+            exponents = jax.device_put(exponents, where.with_memory_kind(near))
         fitted = jnp.pad(exponents[..., :words], room)
         if fitted.sharding != where:
             fitted = jax.device_put(fitted, where)
