@@ -1,7 +1,8 @@
 """Compression on the host, of one tensor or of a pytree leaf by leaf."""
 
+import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,14 +17,16 @@ from df11_jax._host_codec import encode
 from df11_jax._identity import identity
 from df11_jax._layout import Layout, make_layout
 from df11_jax._leaves import as_array, is_array, no_pytree, plain_shape
+from df11_jax._like import Form, check_is_like, forms_of
 from df11_jax._progress import ProgressBar
 from df11_jax._select import MIN_SIZE, Selection, is_castable, is_worth_keeping
-from df11_jax._stack import pad_exponents
+from df11_jax._stack import fit_exponents
 
 
 def compress(
     array: BFloat16[Array, "..."] | BFloat16[np.ndarray, "..."],
     *,
+    like: DF11Array | None = None,
     stack_axes: int = 0,
     batch_axes: int = 0,
     row_axes: int | None = None,
@@ -37,6 +40,9 @@ def compress(
 
     Args:
         array: a bfloat16 array of any shape, with at most 8 dimensions besides its stack axes.
+        like: a compressed tensor, or one of shapes, whose five arrays those of the result are to
+            be like, so that what is compiled for it takes the result. It says how the tensor is
+            compressed, in place of the next four arguments; `array` says where the result is.
         stack_axes: the number of leading axes that are a stack (of layers, say). Each slice along
             them gets a codebook of its own, and can be decompressed alone.
         batch_axes: the number of the next axes that count matrices: a slice `[heads, d, head_dim]`
@@ -54,11 +60,24 @@ def compress(
         any pytree.) `decompress` of it is `array`, bit for bit.
 
     Raises:
-        TypeError: `array` is traced, or not bfloat16.
+        TypeError: `array` is traced, or not bfloat16; `like` is not compressed.
         ValueError: `array` has more than 8 dimensions besides its stack axes, or fewer dimensions
-            than `stack_axes`.
+            than `stack_axes`; it is of another shape than `like`, or does not fit into its arrays;
+            or there is another argument for what `like` says.
         RuntimeError: verification failed, which means broken hardware or a bug.
     """
+    if like is not None:
+        if not is_df11(like):
+            raise TypeError(f"like: expected a DF11Array, got {type(like).__name__}")
+        if stack_axes or batch_axes or row_axes is not None or along_columns:
+            raise ValueError(
+                "like says how the tensor is compressed: leave out stack_axes, batch_axes, "
+                "row_axes and along_columns"
+            )
+        weights, device = _as_weights(array, "array", cast=False)
+        check_is_like("array", weights, like, cast=False)
+        form = Form.of(like)
+        return _encode(weights, "array", form.layout, device, form, verify=verify, threads=threads)
     return _compress(
         array,
         "array",
@@ -74,6 +93,7 @@ def compress(
 def compress_params(
     params: PyTree,
     *,
+    like: PyTree | None = None,
     include: str | None = None,
     stacked: str | None = None,
     stack_axis: int = 0,
@@ -90,6 +110,9 @@ def compress_params(
     arguments, is compressed already, would not get smaller, or has more than 8 dimensions besides
     its stack axis, which the format cannot hold (`compress` of such an array raises).
 
+    With `like`, each leaf gets the shapes of the leaf there instead: so that programs that were
+    compiled for one checkpoint take another one of the same model.
+
     Leaves are compressed one by one, so beside `params` and the result the host holds what one
     leaf needs. `params` itself is never changed: if this is interrupted, nothing is lost.
 
@@ -102,6 +125,11 @@ def compress_params(
 
     Args:
         params: a pytree of arrays, such as Flax parameters.
+        like: the same tree of another checkpoint, compressed; its arrays may be shapes
+            (`jax.ShapeDtypeStruct`). A leaf is compressed if it is compressed there, even if that
+            makes it larger, and then has arrays of the same shapes; all others stay plain. So the
+            next four arguments are left out. Where arrays are, `params` says. Leaves of `params`
+            that are compressed already are only made longer or shorter.
         include: a regular expression; only leaves in whose path (`layers/attention/query`) it is
             found are compressed. None for all.
         stacked: a regular expression; leaves in whose path it is found are stacks, as
@@ -121,13 +149,16 @@ def compress_params(
     Returns:
         The same pytree, with `DF11Array`s for the leaves that are compressed. Layers that are kept
         one by one (leaves of one shape, in whose paths only numbers differ) have arrays of the
-        same shapes, so that a program that is compiled for one serves all.
+        same shapes, so that a program that is compiled for one serves all; leaves that were
+        compressed before get zeros at their ends for it, if need be.
 
     Raises:
         TypeError: `params` is no container and no array, such as a model or a path; a leaf to be
             compressed is traced; `include` or `stacked` is not a string.
         ValueError: the leaves of a stack differ in the number of layers; a leaf to be stacked has
-            no such axis; `include` or `stacked` is not a regular expression.
+            no such axis; `include` or `stacked` is not a regular expression. Or `like` is another
+            tree; a leaf has another shape or type there, is compressed and plain there, or does
+            not fit into the arrays there; or there is another argument for what `like` says.
         RuntimeError: verification failed, or an array was deleted. All errors name the leaf's
             path, in their message or in a note.
 
@@ -136,26 +167,47 @@ def compress_params(
             float16, which Flax makes by default; `include` or `stacked` is found in no path; there
             are arrays of other libraries, such as torch's.
     """
-    selection = Selection.from_options(
-        include=include,
-        stacked=stacked,
-        predicate=predicate,
-        min_size=min_size,
-        cast=cast,
-        stack_axis=stack_axis,
-    )
     with_paths, treedef = jax.tree.flatten_with_path(params, is_leaf=is_df11)
     named = [(path_name(path), as_array(leaf)) for path, leaf in with_paths]
     if any(
         path == () and not (is_df11(leaf) or is_array(as_array(leaf))) for path, leaf in with_paths
     ):
         raise no_pytree("compress_params", params)
-    shapes = [(path, plain_shape(leaf)) for path, leaf in named]
-    selection.check("compress_params", shapes, stacklevel=2)
-    selection.warn_of_foreign("compress_params", named, stacklevel=2)
-    leaves = compress_leaves(named, selection, verify=verify, progress=progress, threads=threads)
-    paths = [path for path, _ in named]
-    selection.warn_if_futile("compress_params", zip(paths, leaves, strict=True), stacklevel=2)
+    if like is None:
+        selection = Selection.from_options(
+            include=include,
+            stacked=stacked,
+            predicate=predicate,
+            min_size=min_size,
+            cast=cast,
+            stack_axis=stack_axis,
+        )
+        shapes = [(path, plain_shape(leaf)) for path, leaf in named]
+        selection.check("compress_params", shapes, stacklevel=2)
+        selection.warn_of_foreign("compress_params", named, stacklevel=2)
+        leaves = compress_leaves(
+            named, selection, verify=verify, progress=progress, threads=threads
+        )
+        paths = [path for path, _ in named]
+        selection.warn_if_futile("compress_params", zip(paths, leaves, strict=True), stacklevel=2)
+    elif (include, stacked, stack_axis, predicate, min_size) != (None, None, 0, None, MIN_SIZE):
+        raise ValueError(
+            "like says which leaves are compressed: leave out include, stacked, stack_axis, "
+            "predicate and min_size"
+        )
+    else:
+
+        def compress_in_form(path: str, leaf: Any, form: Form) -> DF11Array:
+            with _naming(path):
+                if is_df11(leaf):
+                    return form.fit(leaf, path)
+                weights, device = _as_weights(leaf, path, cast)
+                return _encode(
+                    weights, path, form.layout, device, form, verify=verify, threads=threads
+                )
+
+        forms = forms_of(named, treedef, like, cast=cast)
+        leaves = _compress_each(named, forms, compress_in_form, progress)
     # What stands for an array, and stays as it is, stays what it was.
     kept = [
         before if after is array else after
@@ -182,30 +234,50 @@ def compress_leaves(
         progress: see `compress_params`.
         threads: see `compress_params`.
     """
-    # Of tied leaves one is compressed or moved, for each way in which they are to be.
-    ways = []
+    hows = []
     for path, leaf in named:
         has = selection.has(path, leaf)
         is_changed = has or selection.moves(path, leaf)
-        ways.append((identity(leaf), selection.stack_axes(path), has) if is_changed else None)
-    to_compress = {way: leaf for (_, leaf), way in zip(named, ways, strict=True) if way and way[2]}
-    changed: dict[Any, Any] = {}
+        hows.append((selection.stack_axes(path), has) if is_changed else None)
+
+    def compress_or_move(path: str, leaf: Any, how: tuple[int, bool]) -> Any:
+        if how[1]:
+            return compress_leaf(path, leaf, selection, verify=verify, threads=threads)
+        return selection.to_front(path, leaf)
+
+    leaves = _compress_each(named, hows, compress_or_move, progress)
+    align_layers([path for path, _ in named], leaves)
+    return leaves
+
+
+def _compress_each(
+    named: Sequence[tuple[str, Any]],
+    hows: Sequence[Hashable | None],
+    compress_one: Callable[[str, Any, Any], Any],
+    progress: bool,
+) -> list[Any]:
+    """The leaves, compressed.
+
+    Args:
+        named: paths and leaves.
+        hows: how each is to be compressed; None for those that stay as they are. Of tied leaves
+            one is compressed, for each of these.
+        compress_one: compresses the leaf at a path, as is said there.
+        progress: whether to show a progress bar.
+    """
+    ways = [
+        None if how is None else (identity(leaf), how)
+        for (_, leaf), how in zip(named, hows, strict=True)
+    ]
+    to_compress = {way: leaf for (_, leaf), way in zip(named, ways, strict=True) if way}
+    compressed: dict[Any, Any] = {}
     total = sum(leaf.nbytes for leaf in to_compress.values())
     with ProgressBar("compress", total, show=progress) as bar:
         for (path, leaf), way in zip(named, ways, strict=True):
-            if way is None or way in changed:
-                continue
-            if way in to_compress:
-                changed[way] = compress_leaf(path, leaf, selection, verify=verify, threads=threads)
+            if way and way not in compressed:
+                compressed[way] = compress_one(path, leaf, way[1])
                 bar.update(path, leaf.nbytes)
-            else:
-                changed[way] = selection.to_front(path, leaf)
-    result = [changed[way] if way else leaf for (_, leaf), way in zip(named, ways, strict=True)]
-    own = [i for i, way in enumerate(ways) if way]
-    aligned = align_layers([(named[i][0], result[i]) for i in own])
-    for i, leaf in zip(own, aligned, strict=True):
-        result[i] = leaf
-    return result
+    return [compressed[way] if way else leaf for (_, leaf), way in zip(named, ways, strict=True)]
 
 
 def compress_leaf(
@@ -225,7 +297,7 @@ def compress_leaf(
         verify: see `compress_params`.
         threads: see `compress_params`.
     """
-    try:
+    with _naming(path):
         small = _compress(
             leaf,
             path,
@@ -235,16 +307,22 @@ def compress_leaf(
             cast=selection.cast,
             axis=selection.stack_axis if selection.moves(path, leaf) else 0,
         )
-    except Exception as error:
-        # What numpy and jax raise (for deleted arrays, say) does not name the leaf.
-        error.add_note(f"df11_jax: while compressing the leaf {path}")
-        raise
     if is_worth_keeping(small.compressed_nbytes, leaf.nbytes):
         return small
     return selection.to_front(path, leaf)
 
 
-def align_layers(named: Sequence[tuple[str, Any]]) -> list[Any]:
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Errors name the leaf: what numpy and jax raise (for deleted arrays, say) does not."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"df11_jax: while compressing the leaf {path}")
+        raise
+
+
+def align_layers(paths: Sequence[str], leaves: list[Any]) -> None:
     """Gives the layers of a model, where they are kept one by one, arrays of the same shapes.
 
     Otherwise a program would be compiled for each layer whose exponents are of another length. All
@@ -252,11 +330,11 @@ def align_layers(named: Sequence[tuple[str, Any]]) -> list[Any]:
     steps of 0.25 % of a tensor, and those of most layers are the same as they are.
 
     Args:
-        named: paths and leaves. Leaves are the same in different layers if their paths differ in
-            nothing but numbers. Where a leaf is at paths of several kinds, these are of one kind.
-
-    Returns:
-        The leaves. Those that were tied still are.
+        paths: the paths of the leaves. Leaves are the same in different layers if their paths
+            differ in nothing but numbers. Where a leaf is at paths of several kinds, these are of
+            one kind.
+        leaves: the leaves, which are replaced one by one, so that no memory holds all of them
+            twice. Those that were tied still are. Those of shapes instead of arrays stay.
     """
     groups: dict[Any, Any] = {}  # a group for each kind and each leaf; joined ones lead to another
 
@@ -265,19 +343,21 @@ def align_layers(named: Sequence[tuple[str, Any]]) -> list[Any]:
             key = parent
         return key
 
-    identities = [identity(leaf) if is_df11(leaf) else None for _, leaf in named]
-    for (path, leaf), own in zip(named, identities, strict=True):
-        if own:
+    places: dict[Any, list[int]] = {}  # of each leaf, by its identity
+    for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
+        if is_df11(leaf) and isinstance(leaf.exponents, (jax.Array, np.ndarray)):
+            own = identity(leaf)
+            places.setdefault(own, []).append(i)
             kind = (re.sub(r"\d+", "", path), leaf.stack_shape, leaf.layout)
             groups[find(kind)] = find(own)
-    alike: dict[Any, dict[Any, DF11Array]] = {}
-    for (_, leaf), own in zip(named, identities, strict=True):
-        if own:
-            alike.setdefault(find(own), {})[own] = leaf
-    padded: dict[Any, DF11Array] = {}
-    for members in alike.values():
-        padded |= zip(members, pad_exponents(list(members.values())), strict=True)
-    return [padded[own] if own else leaf for (_, leaf), own in zip(named, identities, strict=True)]
+    longest: dict[Any, int] = {}
+    for own, members in places.items():
+        words = leaves[members[0]].exponents.shape[-1]
+        longest[find(own)] = max(longest.get(find(own), 0), words)
+    for own, members in places.items():
+        fitted = fit_exponents(leaves[members[0]], longest[find(own)])
+        for i in members:
+            leaves[i] = fitted
 
 
 def _compress(
@@ -316,10 +396,17 @@ def compress_as(array: Any, layout: Layout, name: str) -> DF11Array:
 
 
 def _encode(
-    weights: np.ndarray, name: str, layout: Layout, device: jax.Device | None, **options: Any
+    weights: np.ndarray,
+    name: str,
+    layout: Layout,
+    device: jax.Device | None,
+    form: Form | None = None,
+    **options: Any,
 ) -> DF11Array:
-    words = encode(weights, name, layout, **options)
-    return DF11Array.from_payload((jax.device_put(array, device) for array in words), layout)
+    small = DF11Array.from_payload(encode(weights, name, layout, **options), layout)
+    if form is not None:
+        small = form.fit(small, name)
+    return jax.tree.map(lambda array: jax.device_put(array, device), small)
 
 
 def _as_weights(array: Any, name: str, cast: bool, axis: int = 0) -> tuple[np.ndarray, Any]:

@@ -43,15 +43,42 @@ def stack(arrays: Sequence[DF11Array]) -> DF11Array:
 def pad_exponents(arrays: Sequence[DF11Array]) -> list[DF11Array]:
     """The same tensors, whose arrays of exponents are as long as that of the longest."""
     longest = max(array.exponents.shape[-1] for array in arrays)
+    return [fit_exponents(array, longest) for array in arrays]
 
-    def pad(array: DF11Array) -> DF11Array:
-        missing = longest - array.exponents.shape[-1]
-        if not missing:
-            return array
-        room = [(0, 0)] * (array.exponents.ndim - 1) + [(0, missing)]
-        return dataclasses.replace(array, exponents=jnp.pad(array.exponents, room))
 
-    return [pad(array) for array in arrays]
+def fit_exponents(array: DF11Array, words: int) -> DF11Array:
+    """The same tensor, where it was, with an array of exponents of another length.
+
+    Args:
+        array: a tensor or a stack; its arrays may be traced, or on the host, which they stay.
+        words: the length, a multiple of 4.
+
+    Raises:
+        ValueError: the coded exponents are longer.
+    """
+    exponents = array.exponents
+    missing = words - exponents.shape[-1]
+    if not missing:
+        return array
+    if missing < 0:
+        ends = np.asarray(array.chunk_offsets)[..., -1]
+        used = _layout.round_up(int(ends.max(initial=0)), 4)
+        if used > words:
+            raise ValueError(f"{used:,} words of coded exponents, and room for {words:,}")
+    room = [(0, 0)] * (exponents.ndim - 1) + [(0, max(missing, 0))]
+    if isinstance(exponents, np.ndarray):
+        fitted = np.pad(exponents[..., :words], room)
+    elif isinstance(exponents, jax.core.Tracer):
+        fitted = jnp.pad(exponents[..., :words], room)
+    else:
+        where = exponents.sharding
+        near = next(iter(exponents.devices())).default_memory().kind  # in which programs compute
+        if where.memory_kind != near:
+            exponents = jax.device_put(exponents, where.with_memory_kind(near))
+        fitted = jnp.pad(exponents[..., :words], room)
+        if fitted.sharding != where:
+            fitted = jax.device_put(fitted, where)
+    return dataclasses.replace(array, exponents=fitted)
 
 
 class StackBuilder:

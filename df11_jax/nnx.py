@@ -165,9 +165,11 @@ def compress(
             f"expected an nnx.Module, or a container with some, got {type(model).__name__} without "
             "any nnx.Param. For a pytree of arrays there is df11_jax.compress_params"
         )
-    values = [(name, param.get_raw_value()) for name, param in seen]
-    selection.warn_if_futile("df11_jax.nnx.compress", values, stacklevel=2)
-    for (_, param), value in zip(seen, align_layers(values), strict=True):
+    names = [name for name, _ in seen]
+    values = [param.get_raw_value() for _, param in seen]
+    selection.warn_if_futile("df11_jax.nnx.compress", zip(names, values, strict=True), stacklevel=2)
+    align_layers(names, values)
+    for (_, param), value in zip(seen, values, strict=True):
         if is_df11(value):
             param.set_raw_value(value)
 

@@ -244,3 +244,11 @@ def test_layers_of_a_tree_have_equal_shapes():
     assert small["layers"][1]["kernel"].exponents.shape == longest
     assert small["head"].exponents.shape < longest
     jax.tree.map(assert_same_bits, df11_jax.decompress_params(small), params)
+
+
+def test_layers_that_were_compressed_before_are_among_them():
+    layers = [layer["kernel"] for layer in uneven_layers()["layers"]]
+    small = df11_jax.compress_params([df11_jax.compress(layers[1]), *layers])
+    assert len({a.exponents.shape for a in small}) == 1
+    for a, weights in zip(small, [layers[1], *layers], strict=True):
+        assert_same_bits(df11_jax.decompress(a), weights)

@@ -155,7 +155,8 @@ def test_layers_stay_tied():
         ("other", middle),
         ("plain", np.ones(3)),
     ]
-    aligned = align_layers(named)
+    paths, aligned = (list(column) for column in zip(*named, strict=True))
+    align_layers(paths, aligned)
     assert aligned[0] is aligned[2] is aligned[4] is aligned[5]
     assert aligned[1] is aligned[6]
     assert aligned[7] is named[7][1]
@@ -166,7 +167,8 @@ def test_layers_stay_tied():
 
 def test_layers_of_other_kinds_keep_their_length():
     short, middle, long = lengths()
-    aligned = align_layers([("a/0", short), ("a/1", middle), ("b/0", long)])
+    aligned = [short, middle, long]
+    align_layers(["a/0", "a/1", "b/0"], aligned)
     assert aligned[0].exponents.shape == aligned[1].exponents.shape == middle.exponents.shape
     assert aligned[2] is long
 

@@ -145,6 +145,21 @@ def test_transpose(shape):
     np.testing.assert_array_equal(out.view(np.uint16), bits.T)
 
 
+@pytest.mark.parametrize("devices", [None, 2])
+def test_another_checkpoint_takes_the_shapes_of_the_first(devices):
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    config = models.read_config(families.CONFIGS["qwen3"] | sizes)
+    first, second = (
+        models.load_params(models.RandomSource(config, seed), config, devices=devices)
+        for seed in (0, 1)
+    )
+    compiled = jax.jit(df11_jax.decompress_params).lower(first).compile()
+    with pytest.raises(TypeError, match="lm_head"):  # which is small enough to differ in length
+        compiled(second)
+    weights = compiled(df11_jax.compress_params(second, like=first))
+    jax.tree.map(assert_same_bits, weights, df11_jax.decompress_params(second))
+
+
 # Memory.
 
 _MEASURE = """
