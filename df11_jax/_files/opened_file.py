@@ -1,10 +1,12 @@
 """Files that are opened once, and can tell whether they are still what was opened."""
 
+import contextlib
 import mmap
 import os
 import stat
 import sys
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +61,8 @@ class OpenedFile:
         """
         parts = []
         while nbytes:
-            part = os.pread(self._descriptor, nbytes, offset)
+            with self._named_errors():
+                part = os.pread(self._descriptor, nbytes, offset)
             if not part:
                 raise ValueError(f"{self.path}: has become shorter while it was read")
             parts.append(part)
@@ -71,7 +74,8 @@ class OpenedFile:
         """All of the file, which must not be empty, mapped into memory for reading."""
         # Without a descriptor of its own, of which there may be no more than 1,024.
         options: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
-        return mmap.mmap(self._descriptor, self.nbytes, access=mmap.ACCESS_READ, **options)
+        with self._named_errors():
+            return mmap.mmap(self._descriptor, self.nbytes, access=mmap.ACCESS_READ, **options)
 
     def check_unchanged(self) -> None:
         """Checks that nothing was written to the file since it was opened.
@@ -84,6 +88,15 @@ class OpenedFile:
                 f"{self.path}: was changed while it was read, so that what was read may be a "
                 "mixture. Read it again when nothing writes to it"
             )
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Names the file in errors of the system, which know its descriptor alone."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
 
     def is_at_its_path(self) -> bool:
         """Whether the path still leads to the file, as it was when it was opened."""
