@@ -77,7 +77,7 @@ def check_meant(folder: Folder) -> None:
             f"of these: {some_of(below)}"
         )
     for name in folder.names:
-        if name.endswith(_OTHER_WEIGHTS):
+        if name.endswith(_OTHER_WEIGHTS) and (folder.directory / name).is_file():
             file = OpenedFile(folder.directory / name)
             if kind := find_format(file.read(min(START_BYTES, file.nbytes))):
                 raise OtherFormatError(f"{file.path}: is {kind}; expected safetensors files")
@@ -103,9 +103,8 @@ def _folders(path: Path) -> list[Path]:
         return stem, -int(number[0]) if number else 0, folder.name
 
     with contextlib.suppress(OSError):
-        return sorted((entry for entry in path.iterdir() if entry.is_dir()), key=order)[
-            :_MOST_FOLDERS
-        ]
+        entries = (entry for entry in path.iterdir() if not entry.name.startswith("."))
+        return sorted(filter(Path.is_dir, entries), key=order)[:_MOST_FOLDERS]
     return []
 
 

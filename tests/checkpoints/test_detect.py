@@ -69,6 +69,13 @@ def test_directories_of_other_kinds(tmp_path, name, kind):
     assert_refused(tmp_path, f"{tmp_path / name}: is {kind}", "expected safetensors files")
 
 
+def test_folders_are_taken_for_no_files(tmp_path):
+    (tmp_path / "weights.bin").mkdir()
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "x.safetensors").touch()
+    assert_refused(tmp_path, "expected model.safetensors, or shards", "found .git, weights.bin")
+
+
 def test_what_torch_saves(tmp_path):
     with zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w") as file:
         file.writestr("archive/data.pkl", KINDS["a pickle"])

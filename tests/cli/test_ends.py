@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from df11_jax._progress import ProgressBar, say
 from df11_jax.cli import _commands, info
 
 SPOOF = "a\nError: spoof"
@@ -142,6 +143,15 @@ def test_hostile_directories(tmp_path_factory, family, changes, tensors, metadat
         ({2}, ("generate", path, "--prompt", "x")),
     ):
         assert run(*args)[0] in status
+
+
+def test_progress_of_hostile_names(capsys):
+    with ProgressBar("compress", 3, show=True) as bar:
+        bar.update("\x1b[31mred\x07", 3)
+    say("a\x1b[31m\nb")
+    shown = capsys.readouterr().err
+    assert r"\x1b[31mred\x07" in shown and r"a\x1b[31m" in shown
+    assert "\x1b[31m" not in shown and "\x07" not in shown
 
 
 @pytest.mark.parametrize("field", [*_FIELDS, "rope_theta", "rms_norm_eps"])
