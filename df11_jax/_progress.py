@@ -3,10 +3,12 @@
 import sys
 from typing import Any
 
+from df11_jax._brief import printable
+
 
 def say(line: str) -> None:
-    """Prints a line at once."""
-    print(line, file=sys.stderr, flush=True)
+    """Prints a line, or several, at once."""
+    print(printable(line, keep="\n"), file=sys.stderr, flush=True)
 
 
 class ProgressBar:
@@ -36,5 +38,5 @@ class ProgressBar:
     def update(self, name: str, nbytes: int) -> None:
         """Counts a tensor that is done."""
         if self._bar is not None:
-            self._bar.set_postfix_str(name, refresh=False)
+            self._bar.set_postfix_str(printable(name), refresh=False)
             self._bar.update(nbytes)

@@ -2,7 +2,7 @@ import tracemalloc
 
 import pytest
 
-from df11_jax._brief import brief
+from df11_jax._brief import brief, printable
 
 
 @pytest.mark.parametrize("value", [None, 1, "x", [1, 2], {"a": [1]}, (2**63,), b"ab"])
@@ -29,3 +29,23 @@ def test_large_values_are_never_written_out(value):
         tracemalloc.stop()
     assert len(text) <= 80
     assert peak < 200_000
+
+
+@pytest.mark.parametrize("text", ["", "model.layers.0", "[/x]", "é 漢 🧑\u200d🚀 \u200f", "a\\n"])
+def test_what_can_be_printed_stays(text):
+    assert printable(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b[31mred\x07", r"\x1b[31mred\x07"),
+        ("a\nError: b\r\t\x7f", r"a\nError: b\r\t\x7f"),
+        ("\x9b2J\u2028", r"\x9b2J\u2028"),
+        ("\u202eevil\u2066", r"\u202eevil\u2066"),
+        ("caf\udce9", r"caf\udce9"),
+    ],
+)
+def test_what_a_terminal_obeys_is_escaped(text, shown):
+    assert printable(text) == shown
+    assert printable(text, keep=text) == text

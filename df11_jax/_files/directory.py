@@ -9,7 +9,7 @@ from typing import Any
 
 from df11_jax._brief import brief
 from df11_jax._files.atomic import new_file
-from df11_jax._files.folder import CONFIG, Folder, JsonFile
+from df11_jax._files.folder import CONFIG, INDEX_SUFFIX, Folder, JsonFile
 from df11_jax._files.safetensors import TensorFile
 
 INDEX = "model.safetensors.index.json"
@@ -29,6 +29,8 @@ _SMALL = 100 * 2**20  # the largest tokenizers have a third of that
 def find_tensors(folder: Folder) -> dict[str, TensorFile]:
     """Finds the tensors of a single file, or of the shards in a directory.
 
+    Of several variants in a directory, none is taken that its name does not single out.
+
     Returns:
         The file that holds each tensor, by the tensor's name.
 
@@ -43,20 +45,37 @@ def find_tensors(folder: Folder) -> dict[str, TensorFile]:
     if index is not None:
         return _indexed_tensors(folder, index)
     check_complete(folder)
-    found = folder.tensor_files
+    found, indices = folder.tensor_files, find_indices(folder)
     if "model.safetensors" in found:
         found = ["model.safetensors"]
-    if len(found) != 1:
-        some = ", ".join(folder.names[:8]) or "nothing"
+    elif indices:
+        raise _several_error(path, indices)
+    if not found:
         raise ValueError(
-            f"{path}: expected model.safetensors, or shards with {INDEX}, found {some}"
+            f"{path}: expected model.safetensors, or shards with {INDEX}, found "
+            f"{some_of(folder.names)}"
         )
-    if is_one_of_several(found[0]):
+    if any(map(is_one_of_several, found)):
         raise ValueError(
-            f"{path}: is incomplete: {found[0]} is there, but neither the other shards nor "
+            f"{path}: is incomplete: of a model in shards it has {some_of(found)}, but not "
             f"{INDEX}; download or copy the missing files"
         )
+    if len(found) > 1:
+        raise _several_error(path, found)
     return _tensors(folder, found[0])
+
+
+def _several_error(path: Path, names: list[str]) -> ValueError:
+    return ValueError(
+        f"{path}: holds several variants of a model; give the path of one of these: "
+        f"{some_of([str(path / name) for name in names])}"
+    )
+
+
+def some_of(names: list[str]) -> str:
+    """The first of some names, for a message."""
+    more = f" and {len(names) - 8:,} more" if len(names) > 8 else ""
+    return (", ".join(names[:8]) or "nothing") + more
 
 
 def check_complete(folder: Folder) -> None:
@@ -79,8 +98,8 @@ def is_one_of_several(name: str) -> bool:
 
 def find_index(folder: Folder) -> str | None:
     """The name of the index of a directory of shards, if it has one."""
-    if folder.is_file:
-        return None
+    if folder.is_file or folder.index is not None:
+        return folder.index
     if INDEX in folder.names:
         return INDEX
     found = find_indices(folder)
@@ -90,7 +109,7 @@ def find_index(folder: Folder) -> str | None:
 
 def find_indices(folder: Folder) -> list[str]:
     """The names of all indices in a directory."""
-    return [name for name in folder.names if name.endswith(".safetensors.index.json")]
+    return [name for name in folder.names if name.endswith(INDEX_SUFFIX)]
 
 
 def read_index(folder: Folder, name: str) -> dict[str, str]:
@@ -225,14 +244,14 @@ def _indexed_tensors(folder: Folder, index: str) -> dict[str, TensorFile]:
     for shard in sorted(set(weight_map.values())):
         if shard not in folder.names:
             raise FileNotFoundError(
-                f"{folder.path / index}: names the shard {shard}, which is missing"
+                f"{folder.directory / index}: names the shard {shard}, which is missing"
             )
         file = folder.tensors(shard)
         if checksums is not None:
             _check_header(file, checksums[shard], index)
         tensors |= {name: file for name in file.entries if weight_map.get(name) == shard}
     if missing := set(weight_map) - set(tensors):
-        lacking = folder.path / weight_map[min(missing)]
+        lacking = folder.directory / weight_map[min(missing)]
         raise ValueError(f"{lacking}: {min(missing)} is missing, which {index} says is there")
     return tensors
 
@@ -245,7 +264,7 @@ def _header_checksums(folder: Folder, index: str, shards: set[str]) -> dict[str,
         return None
     if not isinstance(checksums, dict) or checksums.keys() != shards:
         raise ValueError(
-            f"{folder.path / index}: is corrupt: {_HEADER_CHECKSUMS} is {brief(checksums)}, "
+            f"{folder.directory / index}: is corrupt: {_HEADER_CHECKSUMS} is {brief(checksums)}, "
             f"expected those of the shards in its weight_map, {brief(sorted(shards))}"
         )
     return checksums

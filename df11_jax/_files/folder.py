@@ -9,10 +9,12 @@ from typing import Any, TypeVar
 
 from df11_jax._brief import brief
 from df11_jax._files.opened_file import FileState, OpenedFile
+from df11_jax._files.other_formats import OtherFormatError, find_format
 from df11_jax._files.safetensors import TensorFile
 from df11_jax._files.untrusted_json import MAX_BYTES, parse_json
 
 CONFIG = "config.json"
+INDEX_SUFFIX = ".safetensors.index.json"
 
 _Kind = TypeVar("_Kind", bound=OpenedFile)
 
@@ -64,6 +66,8 @@ class JsonFile(SmallFile):
         try:
             fields = parse_json(self.content)
         except ValueError as error:
+            if kind := find_format(self.content):
+                raise OtherFormatError(f"{path}: is {kind}; expected JSON") from None
             raise ValueError(f"{path}: is not a JSON file ({error!s:.200})") from None
         if not isinstance(fields, dict):
             raise ValueError(f"{path}: expected a JSON object, got {brief(fields)}")
@@ -73,12 +77,15 @@ class JsonFile(SmallFile):
 class Folder:
     """The directory of a model, or a single file and the configuration beside it.
 
+    The path of an index is that of the directory, of which the index names the shards.
+
     The directory and each of its files are opened once, so that everybody who asks what is in it
     sees the same files, even if others take their places meanwhile.
 
     Attributes:
         path: the path that was given.
-        is_file: whether that is the path of a single file.
+        is_file: whether that is the path of a single file, and no index.
+        index: the name of the index whose path was given; None if it was another path.
         directory: the path of the directory, for messages.
         states: the states of what is in the directory, by name; of the single file alone, if it
             is one. None for what is no file.
@@ -94,8 +101,11 @@ class Folder:
         if not path.exists():
             raise FileNotFoundError(f"{path}: does not exist")
         self.path = path
-        self.is_file = not path.is_dir()
-        self.directory = path.parent if self.is_file else path
+        is_directory = path.is_dir()
+        is_index = not is_directory and path.name.endswith(INDEX_SUFFIX)
+        self.index = path.name if is_index else None
+        self.is_file = not is_directory and not is_index
+        self.directory = path if is_directory else path.parent
         self._opened: dict[str, OpenedFile] = {}
         self._used: set[str] = set()
         # The working directory may change.
@@ -103,7 +113,7 @@ class Folder:
         self._descriptor = None
         names = [path.name]
         if not self.is_file:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             weakref.finalize(self, os.close, self._descriptor)
             names = sorted(os.listdir(self._descriptor))
         self.states = {name: self._state(name) for name in names}

@@ -1,9 +1,11 @@
 """Files that are opened once, and can tell whether they are still what was opened."""
 
+import contextlib
 import mmap
 import os
 import stat
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,7 +79,8 @@ class OpenedFile:
         """
         parts = []
         while nbytes:
-            part = os.pread(self._descriptor, nbytes, offset)
+            with self._named_errors():
+                part = os.pread(self._descriptor, nbytes, offset)
             if not part:
                 raise ValueError(f"{self.path}: has become shorter while it was read")
             parts.append(part)
@@ -93,11 +96,8 @@ class OpenedFile:
         """
         mapped = self._mapped() if self._mapped is not None else None
         if mapped is None:
-            try:
+            with self._named_errors():
                 mapped = mmap.mmap(self._descriptor, self.nbytes, access=mmap.ACCESS_READ)
-            except OSError as error:
-                error.filename = str(self.path)
-                raise
             self._mapped = weakref.ref(mapped)
         return mapped
 
@@ -112,3 +112,12 @@ class OpenedFile:
                 f"{self.path}: was changed while it was read, so that what was read may be a "
                 "mixture. Read it again when nothing writes to it"
             )
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Names the file in errors of the system, which know its descriptor alone."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = str(self.path)
+            raise

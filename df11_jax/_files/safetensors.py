@@ -8,6 +8,7 @@ JSON, and the tensors one after the other.
 import json
 import math
 import mmap
+import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 
 from df11_jax._brief import brief
 from df11_jax._files.opened_file import OpenedFile
+from df11_jax._files.other_formats import START_BYTES, OtherFormatError, find_format
 from df11_jax._files.untrusted_json import MAX_BYTES, parse_json
 from df11_jax._host_arrays import as_bytes
 
@@ -52,6 +54,8 @@ _MAX_DIMS = 64  # the limit of numpy
 _MAX_ELEMENTS = 2**59
 # Longer than the name of any module; messages and nested dicts are made of names.
 _MAX_NAME = 1000
+# Of what numpy lacks, too; headers have room for names of that length.
+_DTYPE = re.compile(r"[A-Za-z0-9_]{1,16}")
 _ALIGNMENT = 64
 
 
@@ -136,6 +140,10 @@ class TensorFile(OpenedFile):
             length = int.from_bytes(self.read(_LENGTH_BYTES), "little")
         self._data_begin = _LENGTH_BYTES + length
         if length > MAX_BYTES or self._data_begin > self.nbytes:
+            start = self.read(min(START_BYTES, self.nbytes))
+            kind = "a JSON file, and no index" if start.startswith(b"{") else find_format(start)
+            if kind is not None:
+                raise OtherFormatError(f"{path}: is {kind}; expected a safetensors file")
             raise ValueError(
                 f"{path}: is not a safetensors file, or is truncated: it has {self.nbytes:,} "
                 f"bytes, and its header would have {length:,}"
@@ -246,7 +254,7 @@ def header_room(
         ValueError: a file cannot hold a tensor of that name, or as many tensors.
     """
     number = 20  # digits of 2**64, and a comma
-    fields = len('"":{"dtype":"F6_E2M3","shape":[],"data_offsets":[]},')
+    fields = len('"":{"dtype":"","shape":[],"data_offsets":[]},') + 16
     room = len(json.dumps({_METADATA: dict(metadata or {})}))
     count = 0
     for name, ndim in tensors:
@@ -327,8 +335,8 @@ def _parse_entry(name: str, entry: Any) -> Entry:
     dtype: Any = entry.get("dtype")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
-    if not isinstance(dtype, str):
-        raise ValueError(f"{name}: dtype is {brief(dtype)}, expected a string")
+    if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
+        raise ValueError(f"{name}: dtype is {brief(dtype)}, expected a name such as BF16")
     for key, numbers, most in (("shape", shape, _MAX_DIMS), ("data_offsets", offsets, 2)):
         if (
             not isinstance(numbers, list)

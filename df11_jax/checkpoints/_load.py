@@ -52,7 +52,7 @@ def load(
     checkpoint was opened, even if others take their places meanwhile.
 
     Args:
-        checkpoint: the path of its directory or file; or a checkpoint that is open already.
+        checkpoint: the path of its directory, file or index; or a checkpoint that is open already.
         shapes: the model's shapes, which only published checkpoints may need; see
             `df11_jax.published.Checkpoint`.
         device: the device or sharding of all arrays, as for `jax.device_put`; None for the default

@@ -84,6 +84,12 @@ class NativeCheckpoint(FolderSource):
             metadata = {k: v for k, v in metadata.items() if not k.startswith(SOURCE_PREFIX)}
             if STRUCTURE in metadata:
                 self.structure = Structure.from_json(metadata.pop(STRUCTURE), str(file.path))
+            version = metadata.get("version")
+            if metadata.get("format") == METADATA["format"] and version != METADATA["version"]:
+                raise ValueError(
+                    f"{file.path}: is of version {brief(version)} of the native format, expected "
+                    f"{METADATA['version']!r}. Install the version of df11_jax that wrote it"
+                )
             if metadata != METADATA:
                 raise ValueError(
                     f"{file.path}: expected a file with the metadata {METADATA}, "

@@ -9,7 +9,7 @@ from df11_jax._files.folder import Folder
 from df11_jax._files.source import Source
 from df11_jax.checkpoints._native_format import NativeCheckpoint, is_native
 from df11_jax.checkpoints._plain import PlainCheckpoint
-from df11_jax.checkpoints.detect import is_orbax
+from df11_jax.checkpoints.detect import check_meant, is_orbax
 from df11_jax.published import Checkpoint
 from df11_jax.published.detect import is_published
 
@@ -31,7 +31,7 @@ def open_checkpoint(
     folder of one item, which has the file `_METADATA`.
 
     Args:
-        path: the path of the directory or file.
+        path: the path of the directory or file; or of an index, if a directory has several.
         shapes: the model's shapes, which only published checkpoints may need; see
             `df11_jax.published.Checkpoint`.
         pattern_dict: the tensors that units consist of, which only published checkpoints may need;
@@ -70,6 +70,7 @@ def _open(
         return OrbaxCheckpoint(folder.path)
     if is_published(folder):
         return Checkpoint(folder, shapes, pattern_dict)
+    check_meant(folder)
     files = find_tensors(folder)
     kind = NativeCheckpoint if is_native(files.values()) else PlainCheckpoint
     source = kind(folder, files)

@@ -1,6 +1,7 @@
 """Writes a checkpoint in another format, with little of it in memory at a time."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,15 +47,16 @@ def write_native(
 
     Args:
         source: the checkpoint to compress.
-        path: the path of the directory, which is new, empty, or left behind by an interruption.
+        path: the path of the directory, which is new, empty, or left behind by an interruption; or
+            of a new file, if it ends in `.safetensors`, which only a single file can become.
         verify: whether to decode each tensor and compare it bit by bit before it is written.
         progress: whether to show a progress bar.
 
     Raises:
         FileExistsError: there is something else at `path`.
         OSError: reading or writing failed.
-        ValueError: the source is corrupt, was changed while it was read, or has names that the
-            format cannot hold.
+        ValueError: the source is corrupt, was changed while it was read, has names that the format
+            cannot hold, or is a directory, and `path` that of a file.
         RuntimeError: verification failed.
     """
     _write(source, path, _NativeTarget(source, verify), progress)
@@ -68,13 +70,15 @@ def write_plain(source: Source, path: Path, *, progress: bool = False) -> None:
 
     Args:
         source: the checkpoint to decompress.
-        path: the path of the directory, which is new, empty, or left behind by an interruption.
+        path: the path of the directory, which is new, empty, or left behind by an interruption; or
+            of a new file, if it ends in `.safetensors`, which only a single file can become.
         progress: whether to show a progress bar.
 
     Raises:
         FileExistsError: there is something else at `path`.
         OSError: reading or writing failed.
-        ValueError: the source is corrupt, or was changed while it was read.
+        ValueError: the source is corrupt, was changed while it was read, or is a directory, and
+            `path` that of a file.
     """
     _write(source, path, _PlainTarget(source), progress)
 
@@ -193,44 +197,49 @@ class _NativeTarget(_PlainTarget):
 
 
 def _write(source: Source, path: Path, target: _PlainTarget, progress: bool) -> None:
-    infos = source.tensors
-    arrangement = source.arrangement() or _arrange(infos)
     source.check_current()
+    for name in source.tensors:
+        for place, _ in target.places(name):
+            check_name(place)
+    write = _write_file if path.suffix == ".safetensors" else _write_directory
+    write(source, path, target, progress)
+
+
+def _progress_bar(source: Source, target: _PlainTarget, progress: bool) -> ProgressBar:
+    total = sum(info.nbytes for info in source.tensors.values())
+    return ProgressBar(target.verb, total, show=progress)
+
+
+def _write_file(source: Source, path: Path, target: _PlainTarget, progress: bool) -> None:
+    if not (isinstance(source, FolderSource) and source.folder.is_file):
+        raise ValueError(
+            f"{path}: is a name for a file, and {source.path} is a directory; expected the name of "
+            "a new directory"
+        )
+    if os.path.lexists(path):
+        raise FileExistsError(f"{path}: exists already; expected a new file. Nothing was changed")
+    arrangement = source.arrangement()
+    assert arrangement is not None, "a file is arranged"
+    (metadata,) = arrangement.metadata.values() or [{}]
+    with _progress_bar(source, target, progress) as bar:
+        _write_shard(source, path, list(source.tensors), metadata, target, bar)
+
+
+def _write_directory(source: Source, path: Path, target: _PlainTarget, progress: bool) -> None:
+    arrangement = source.arrangement() or _arrange(source.tensors)
     job: Job = {
         "writes": f"{target.format} {json.dumps(target.metadata({}))}",
         "from": str(source.path.resolve()),
         "files": source.fingerprint(),
     }
-    for name in infos:
-        for place, _ in target.places(name):
-            check_name(place)
-    total = sum(info.nbytes for info in infos.values())
-    with incomplete(path, job), ProgressBar(target.verb, total, show=progress) as bar:
-
-        def leaves(names: Sequence[str]) -> Iterator[StoredLeaf]:
-            for name in names:
-                yield target.leaf(name)
-                bar.update(name, infos[name].nbytes)
-
-        for shard, in_shard in arrangement.shards.items():
+    with incomplete(path, job), _progress_bar(source, target, progress) as bar:
+        for shard, names in arrangement.shards.items():
             file = path / shard
             if file.exists():
-                bar.update(shard, sum(infos[name].nbytes for name in in_shard))
+                bar.update(shard, sum(source.tensors[name].nbytes for name in names))
                 continue
-            # Wide types come first, so that each tensor is aligned to its elements, as readers
-            # like it.
-            names = sorted(in_shard, key=lambda name: -target.itemsize(infos[name]))
-            places = (place for name in names for place in target.places(name))
-            metadata = target.metadata(arrangement.metadata.get(shard, {}))
-            with unchanged(source):
-                write_shard(
-                    file,
-                    places,
-                    leaves(names),
-                    metadata,
-                    checksums=target.has_checksums,
-                    check=source.check_unchanged,
-                )
+            metadata = arrangement.metadata.get(shard, {})
+            _write_shard(source, file, names, metadata, target, bar)
         if isinstance(source, FolderSource):
             copy_small_files(source.folder, path, without=CONFIG_KEY)
         source.check_current()
@@ -241,6 +250,35 @@ def _write(source: Source, path: Path, target: _PlainTarget, progress: bool) -> 
                 checksums=target.has_checksums,
                 metadata=target.index_metadata(arrangement.index_metadata),
             )
+
+
+def _write_shard(
+    source: Source,
+    path: Path,
+    names: Sequence[str],
+    source_metadata: Mapping[str, str],
+    target: _PlainTarget,
+    bar: ProgressBar,
+) -> None:
+    # Wide types come first, so that each tensor is aligned to its elements, as readers like it.
+    names = sorted(names, key=lambda name: -target.itemsize(source.tensors[name]))
+
+    def leaves() -> Iterator[StoredLeaf]:
+        for name in names:
+            yield target.leaf(name)
+            bar.update(name, source.tensors[name].nbytes)
+
+    places = (place for name in names for place in target.places(name))
+    metadata = target.metadata(source_metadata)
+    with unchanged(source):
+        write_shard(
+            path,
+            places,
+            leaves(),
+            metadata,
+            checksums=target.has_checksums,
+            check=source.check_unchanged,
+        )
 
 
 def _arrange(infos: Mapping[str, TensorInfo]) -> Arrangement:

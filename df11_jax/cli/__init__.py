@@ -1,5 +1,8 @@
 """The command line, `df11-jax`: a module for each command, named like it."""
 
+import io
+import sys
+
 from df11_jax.cli._require import require
 
 
@@ -8,4 +11,7 @@ def main() -> None:
     require("cli", "click", "packaging", "rich")
     from df11_jax.cli._commands import commands
 
+    # A terminal may lack characters that names have. (The standard error is like that already.)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     commands(prog_name="df11-jax")

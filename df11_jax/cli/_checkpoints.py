@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import click
-
 from df11_jax._brief import brief
 from df11_jax._files.directory import read_json
 from df11_jax._units import format_bytes
 from df11_jax.checkpoints import Source, open_checkpoint
 from df11_jax.checkpoints.summary import Summary, summarize
+from df11_jax.cli._output import echo
 from df11_jax.published.detect import CONFIG_KEY
 
 
@@ -45,7 +44,7 @@ def print_outcome(source: Source, target: Path) -> Summary:
     """Prints in one line what was written, and returns its summary."""
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
     summary = summarize(open_checkpoint(target, shapes=shapes))
-    click.echo(f"{target}: {summary.format}, {describe_totals(summary)}")
+    echo(f"{target}: {summary.format}, {describe_totals(summary)}")
     return summary
 
 

@@ -1,5 +1,7 @@
 """The group of all commands of `df11-jax`."""
 
+from typing import Any
+
 import click
 
 from df11_jax.cli import (
@@ -14,17 +16,22 @@ from df11_jax.cli import (
     info,
     verify,
 )
+from df11_jax.cli._errors import failures
 
 
-class _InOrder(click.Group):
-    """Lists commands in the order in which one needs them."""
+class _Commands(click.Group):
+    """Lists commands in the order in which one needs them, and ends them all alike."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        with failures():
+            return super().invoke(ctx)
+
 
 @click.group(
-    cls=_InOrder,
+    cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Ends with status 0; 1 if what was compared differs, or what doctor looked at does not "
     "work; 2 if it was used wrongly, or files cannot be read or written; 3 if a model does not "

@@ -1,51 +1,91 @@
 """The end of commands that cannot do what they should: one line and a status, no traceback."""
 
 import contextlib
+import os
+import signal
+import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
 import click
 
+from df11_jax._brief import printable
 from df11_jax._files.directory import JOURNAL
 
 # Exit codes. Click, too, ends with 2 if a command is used wrongly.
 DIFFERENT = 1  # bits differ, or something does not work
 FAILED = 2
 DOES_NOT_FIT = 3
-INTERRUPTED = 130
+INTERRUPTED = 128 + signal.SIGINT
+
+_TRACEBACK = "DF11_JAX_TRACEBACK"
+_NOTE = "df11_jax: "  # what notes of ours begin with
 
 
-def fail(message: str, exit_code: int) -> NoReturn:
-    """Ends the command with a message and a status."""
-    failure = click.ClickException(message)
+def fail(exit_code: int, *lines: str) -> NoReturn:
+    """Ends the command with a message of one line or several, and a status."""
+    failure = click.ClickException("\n".join(map(printable, lines)))
     failure.exit_code = exit_code  # type: ignore[misc]
     raise failure from None
 
 
 @contextlib.contextmanager
-def failures(target: Path | None = None) -> Iterator[None]:
-    """Ends the command with a message for what can go wrong with files, models and devices.
+def failures() -> Iterator[None]:
+    """Turns every exception of a command into a message and a status."""
+    try:
+        yield
+    except click.UsageError as error:  # repeats arguments
+        error.message = printable(error.message)  # type: ignore[misc]
+        raise
+    except (SystemExit, click.exceptions.Exit, click.ClickException):
+        raise
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; what is left of it must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except BaseException as error:  # panics of Rust are no `Exception`
+        if os.environ.get(_TRACEBACK):
+            click.echo(printable(traceback.format_exc(), keep="\n"), err=True)
+        interrupted = isinstance(error, KeyboardInterrupt)
+        notes = (note for note in getattr(error, "__notes__", ()) if note.startswith(_NOTE))
+        fail(
+            INTERRUPTED if interrupted else FAILED,
+            _describe(error),
+            *(note.removeprefix(_NOTE) for note in notes),
+        )
+
+
+@contextlib.contextmanager
+def resumable(target: Path) -> Iterator[None]:
+    """Notes on exceptions that the same command goes on, if it does.
 
     Args:
         target: the directory that is written, whose journal tells whether it is complete.
     """
     try:
         yield
-    except BrokenPipeError:
-        raise  # whoever read the output has seen enough; click ends quietly
-    except OSError as error:
-        if error.errno is None:  # one of ours, raised before anything was written
-            fail(str(error), FAILED)
-        where = f"{error.filename}: " if error.filename else ""
-        fail(f"{where}{error.strerror}{_what_is_left(target)}", FAILED)
-    except (ValueError, ImportError, RuntimeError) as error:
-        fail(f"{error}{_what_is_left(target)}", FAILED)
-    except KeyboardInterrupt:
-        fail(f"interrupted{_what_is_left(target)}", INTERRUPTED)
+    except (FileExistsError, BlockingIOError):  # what is there is that of another command
+        raise
+    except BaseException as error:
+        if os.path.lexists(target / JOURNAL):
+            error.add_note(f"{_NOTE}{target} is not complete; the same command goes on from there.")
+        raise
 
 
-def _what_is_left(target: Path | None) -> str:
-    if target is None or not (target / JOURNAL).exists():
-        return ""
-    return f"\n{target} is not complete; the same command goes on from there."
+def _describe(error: BaseException) -> str:
+    said = str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, OSError) and error.strerror:  # none of ours, which are texts
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, MemoryError):
+        return f"not enough memory{said and f': {said}'}"
+    is_expected = isinstance(error, (OSError, ValueError, ImportError, RuntimeError))
+    if said and is_expected and not isinstance(error, RecursionError):
+        return said
+    return (
+        f"{type(error).__name__}: {said}. This is a bug of df11_jax: please report it, with the "
+        f"traceback that {_TRACEBACK}=1 in the environment shows"
+    )

@@ -14,7 +14,7 @@ from df11_jax.cli._errors import FAILED, fail
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 PATH = click.Path(path_type=Path)
-COUNT = click.IntRange(min=1)
+COUNT = click.IntRange(1, 2**31 - 1)
 TEMPERATURE = click.FloatRange(min=0)
 
 
@@ -86,15 +86,15 @@ def _check_plot(context: click.Context, option: click.Parameter, path: str | Non
     if path is None:
         return None
     if importlib.util.find_spec("matplotlib") is None:
-        fail('--plot needs matplotlib: pip install "df11_jax[plot]"', FAILED)
+        fail(FAILED, '--plot needs matplotlib: pip install "df11_jax[plot]"')
     if not os.access(os.path.dirname(path) or ".", os.W_OK):
-        fail(f"--plot: {path}: there is no directory to write it to", FAILED)
+        fail(FAILED, f"--plot: {path}: there is no directory to write it to")
     from matplotlib.backend_bases import FigureCanvasBase
 
     suffix = os.path.splitext(path)[1].lower()
     known = FigureCanvasBase.get_supported_filetypes()
     if suffix and suffix[1:] not in known:
-        fail(f"--plot: {path}: expected a file such as plot.png or plot.svg, not {suffix}", FAILED)
+        fail(FAILED, f"--plot: {path}: expected a file such as plot.png or plot.svg, not {suffix}")
     return path
 
 

@@ -1,4 +1,4 @@
-"""What commands print: tables and JSON."""
+"""What commands print: lines, tables and JSON, in which names and paths cannot do harm."""
 
 import json
 import sys
@@ -8,6 +8,9 @@ from typing import Any, Protocol
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from df11_jax._brief import printable
 
 
 class Figures(Protocol):
@@ -20,11 +23,26 @@ class Figures(Protocol):
         """A figure of matplotlib."""
 
 
+def echo(line: str) -> None:
+    """Prints a line."""
+    click.echo(printable(line))
+
+
+class _Console(Console):
+    """A console that shows strings as they are, each in one line."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # to end like other commands; rich would end with status 1
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        options |= {"highlight": False, "markup": False, "emoji": False}
+        return super().render_str(printable(text), **options)
+
+
 def open_console() -> Console:
-    """A console on the standard output, which shows text as it is."""
+    """A console on the standard output, which shows strings as they are, each in one line."""
     # What is not a terminal has no width to keep to.
-    width = None if sys.stdout.isatty() else 160
-    return Console(width=width, highlight=False, markup=False, emoji=False)
+    return _Console(width=None if sys.stdout.isatty() else 160)
 
 
 def make_table(*columns: str, right: Collection[str] = (), title: str | None = None) -> Table:
@@ -51,7 +69,7 @@ def print_figures(figures: Figures, *, as_json: bool, plot: str | None) -> None:
     if as_json:
         print_json(figures.as_json())
     else:
-        click.echo(str(figures))
+        click.echo(printable(str(figures), keep="\n"))
     if plot is not None:
         figures.plot().savefig(plot)
 

@@ -2,7 +2,7 @@
 
 import click
 
-from df11_jax.cli._errors import DIFFERENT, fail, failures
+from df11_jax.cli._errors import DIFFERENT, fail
 from df11_jax.cli._options import examples, json_option, plot_option
 from df11_jax.cli._output import print_figures
 
@@ -25,8 +25,7 @@ def bench(quick: bool, max_weights: int | None, as_json: bool, plot: str | None)
     """
     from df11_jax.bench.decoding import run_bench
 
-    with failures():
-        figures = run_bench(quick=quick, max_weights=max_weights)
-        print_figures(figures, as_json=as_json, plot=plot)
-        if figures.errors:
-            fail("; ".join(figures.errors.values()), DIFFERENT)
+    figures = run_bench(quick=quick, max_weights=max_weights)
+    print_figures(figures, as_json=as_json, plot=plot)
+    if figures.errors:
+        fail(DIFFERENT, "; ".join(figures.errors.values()))

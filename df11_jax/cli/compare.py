@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from df11_jax.cli._errors import DIFFERENT, failures
+from df11_jax.cli._errors import DIFFERENT
 from df11_jax.cli._options import COUNT, examples, json_option, memory_option, plot_option
 from df11_jax.cli._output import print_figures, show_progress
 from df11_jax.cli._require import require
@@ -67,15 +67,14 @@ def compare(
     require("models", "flax")
     from df11_jax.bench.compare import run_compare
 
-    with failures():
-        figures = run_compare(
-            model,
-            batches=batches,
-            prompt=prompt,
-            tokens=tokens,
-            memory=memory,
-            progress=show_progress(),
-        )
-        print_figures(figures, as_json=as_json, plot=plot)
-        if figures.differences:
-            sys.exit(DIFFERENT)
+    figures = run_compare(
+        model,
+        batches=batches,
+        prompt=prompt,
+        tokens=tokens,
+        memory=memory,
+        progress=show_progress(),
+    )
+    print_figures(figures, as_json=as_json, plot=plot)
+    if figures.differences:
+        sys.exit(DIFFERENT)

@@ -9,18 +9,20 @@ from df11_jax._select import MIN_SIZE, is_candidate
 from df11_jax._units import format_bytes
 from df11_jax.checkpoints import Source
 from df11_jax.checkpoints.convert import write_native, write_orbax
+from df11_jax.checkpoints.detect import find_quantization
 from df11_jax.cli._checkpoints import open_source, print_outcome, read_patterns, require_directory
-from df11_jax.cli._errors import failures
+from df11_jax.cli._errors import resumable
 from df11_jax.cli._options import PATH, examples, published_options
 from df11_jax.cli._output import show_progress
 
 
 @click.command(
-    short_help="Compress a checkpoint to a new directory.",
+    short_help="Compress a checkpoint to a new directory or file.",
     epilog=examples(
         "compress Qwen3-8B Qwen3-8B-native",
         "compress Qwen3-8B Qwen3-8B-DF11 --format published",
         "compress Qwen3-8B-DF11 Qwen3-8B-native",
+        "compress lora.safetensors lora-native.safetensors",
         "compress Qwen3-8B-DF11 Qwen3-8B-orbax --format orbax",
     ),
 )
@@ -54,28 +56,32 @@ def compress(
 
     SRC is a safetensors file or the directory of a model, in another format than DST is to have:
     a published checkpoint is transcoded to the native format. Tokenizer, configuration and the
-    like are copied. If this is interrupted, the same command goes on from there. (With Orbax, it
-    starts anew, the weights alone are written, and they are in memory at once, compressed.)
+    like are copied. If SRC is a file, DST may be one as well, OUT.safetensors.
+
+    If this is interrupted, the same command goes on from there. (With Orbax, it starts anew, the
+    weights alone are written, and they are in memory at once, compressed.)
     """
-    with failures(target):
-        checkpoint = open_source(source, shapes, pattern_dict)
-        if checkpoint.format == format_:
-            raise ValueError(f"{source}: is in the {format_} format already")
-        require_directory(target)
-        if checkpoint.format == "orbax":
-            raise ValueError(
-                f"{source}: is an Orbax checkpoint, whose leaves may be stacks of layers. Convert "
-                "it in Python, with df11_jax.checkpoints.load and save"
-            )
+    checkpoint = open_source(source, shapes, pattern_dict)
+    if checkpoint.format == "orbax":
+        raise ValueError(
+            f"{source}: is an Orbax checkpoint, and which of its leaves are stacks of layers only "
+            "its owner knows. Compress it in Python: checkpoints.save(compress_params("
+            "checkpoints.load(SRC), stacked=...), DST)"
+        )
+    if checkpoint.format == format_:
+        raise ValueError(f"{source}: is in the {format_} format already")
+    with resumable(target):
         if format_ == "native":
             write_native(checkpoint, target, verify=verify, progress=show_progress())
         elif format_ == "orbax":
+            require_directory(target)
             write_orbax(checkpoint, target, progress=show_progress())
         else:
+            require_directory(target)
             _write_published(checkpoint, target, pattern_dict)
-        written = print_outcome(checkpoint, target)
-        if format_ != "published" and written.nbytes == written.nbytes_before:
-            say(_why_not(checkpoint))
+    written = print_outcome(checkpoint, target)
+    if format_ != "published" and written.nbytes == written.nbytes_before:
+        say(_why_not(checkpoint))
 
 
 def _write_published(source: Source, target: Path, pattern_dict: Path | None) -> None:
@@ -92,6 +98,8 @@ def _write_published(source: Source, target: Path, pattern_dict: Path | None) ->
 def _why_not(source: Source) -> str:
     """Why nothing became smaller."""
     reason = f"Nothing got smaller: only bfloat16 tensors of {MIN_SIZE:,} weights and more do"
+    if method := find_quantization(source.tensors, source.model_config()):
+        return f"{reason}, and the model is quantized already ({method})."
     others = [
         info
         for info in source.tensors.values()

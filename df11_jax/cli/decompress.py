@@ -5,8 +5,8 @@ from pathlib import Path
 import click
 
 from df11_jax.checkpoints.convert import write_plain
-from df11_jax.cli._checkpoints import open_source, print_outcome, require_directory
-from df11_jax.cli._errors import failures
+from df11_jax.cli._checkpoints import open_source, print_outcome
+from df11_jax.cli._errors import resumable
 from df11_jax.cli._options import PATH, examples, published_options
 from df11_jax.cli._output import show_progress
 
@@ -22,12 +22,13 @@ def decompress(source: Path, target: Path, **published: Path | None) -> None:
     """Decompress the checkpoint SRC to the new directory DST, as other programs read it.
 
     SRC is a native or published checkpoint. What comes out are safetensors files, bit for bit what
-    was compressed. If this is interrupted, the same command goes on from there.
+    was compressed. If SRC is a file, DST may be one as well, OUT.safetensors.
+
+    If this is interrupted, the same command goes on from there.
     """
-    with failures(target):
-        checkpoint = open_source(source, **published)
-        if checkpoint.format == "plain":
-            raise ValueError(f"{source}: is not compressed")
-        require_directory(target)
+    checkpoint = open_source(source, **published)
+    if checkpoint.format == "plain":
+        raise ValueError(f"{source}: is not compressed")
+    with resumable(target):
         write_plain(checkpoint, target, progress=show_progress())
-        print_outcome(checkpoint, target)
+    print_outcome(checkpoint, target)

@@ -6,7 +6,8 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from df11_jax.cli._errors import DIFFERENT, fail, failures
+from df11_jax._brief import printable
+from df11_jax.cli._errors import DIFFERENT, fail
 from df11_jax.cli._options import COUNT, TEMPERATURE, examples, prompt_option, seed_option
 from df11_jax.cli._output import make_table, open_console
 from df11_jax.cli._require import require
@@ -40,17 +41,17 @@ def demo(prompt: str, tokens: int, temperature: float, seed: int) -> None:
     require("demo", "flax")
     from df11_jax.demo.run import BitMismatchError, run_demo
 
-    with failures():
-        try:
-            comparison = run_demo(prompt, tokens, temperature, seed)
-        except BitMismatchError as error:
-            fail(str(error), DIFFERENT)
-        _print(prompt, comparison)
+    try:
+        comparison = run_demo(prompt, tokens, temperature, seed)
+    except BitMismatchError as error:
+        fail(DIFFERENT, str(error))
+    _print(prompt, comparison)
 
 
 def _print(prompt: str, comparison: "Comparison") -> None:
     console = open_console()
-    console.print(Text.assemble((prompt, "bold"), comparison.text), soft_wrap=True)
+    texts = (printable(text, keep="\n\t") for text in (prompt, comparison.text))
+    console.print(Text.assemble(*zip(texts, ("bold", ""), strict=True)), soft_wrap=True)
     console.print()
     console.print(_table(comparison))
     console.print(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
-from df11_jax.cli._errors import DIFFERENT, failures
+from df11_jax.cli._errors import DIFFERENT
 from df11_jax.cli._options import examples, json_option
 from df11_jax.cli._output import make_table, open_console, print_json
 
@@ -33,14 +33,13 @@ def doctor(as_json: bool) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from df11_jax.doctor.examine import examine
 
-    with failures():
-        diagnosis = examine()
-        if as_json:
-            print_json(diagnosis.as_json())
-        else:
-            _print(diagnosis)
-        if diagnosis.problems:
-            sys.exit(DIFFERENT)
+    diagnosis = examine()
+    if as_json:
+        print_json(diagnosis.as_json())
+    else:
+        _print(diagnosis)
+    if diagnosis.problems:
+        sys.exit(DIFFERENT)
 
 
 def _print(diagnosis: "Diagnosis") -> None:
@@ -56,10 +55,12 @@ def _print(diagnosis: "Diagnosis") -> None:
     console.print(_extra_table(diagnosis))
     for title, findings in (("To know", diagnosis.notes), ("Does not work", diagnosis.problems)):
         for finding in findings:
-            console.print(f"\n{title}: {finding.what}", soft_wrap=True)
+            console.print()
+            console.print(f"{title}: {finding.what}", soft_wrap=True)
             console.print(f"  What to do: {finding.remedy}", soft_wrap=True)
     if not diagnosis.problems:
-        console.print("\nAll that should work here works.")
+        console.print()
+        console.print("All that should work here works.")
 
 
 def _backend_table(backends: "list[Backend]") -> Table:
@@ -69,7 +70,7 @@ def _backend_table(backends: "list[Backend]") -> Table:
             f"{backend.devices.count(kind)} x {kind}" for kind in dict.fromkeys(backend.devices)
         )
         default = " (default)" if backend.is_default else ""
-        table.add_row(backend.platform + default, "\n".join(kinds), backend.decoder, backend.why)
+        table.add_row(backend.platform + default, ", ".join(kinds), backend.decoder, backend.why)
     return table
 
 

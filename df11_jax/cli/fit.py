@@ -9,7 +9,7 @@ import click
 from rich.table import Table
 
 from df11_jax._units import format_bytes
-from df11_jax.cli._errors import DOES_NOT_FIT, failures
+from df11_jax.cli._errors import DOES_NOT_FIT
 from df11_jax.cli._options import (
     COUNT,
     PATH,
@@ -61,16 +61,15 @@ def fit(
     from df11_jax.models.fit import fit as fit_model
     from df11_jax.models.fit import read_model
 
-    with failures():
-        weights = read_model(model)
-        budget = read_budget(memory)
-        answer = fit_model(weights, budget, batch=batch, context=context, devices=devices)
-        if as_json:
-            print_json(answer.as_json())
-        else:
-            _print(answer)
-        if not answer.compressed.fits:
-            sys.exit(DOES_NOT_FIT)
+    weights = read_model(model)
+    budget = read_budget(memory)
+    answer = fit_model(weights, budget, batch=batch, context=context, devices=devices)
+    if as_json:
+        print_json(answer.as_json())
+    else:
+        _print(answer)
+    if not answer.compressed.fits:
+        sys.exit(DOES_NOT_FIT)
 
 
 def _print(answer: "Fit") -> None:

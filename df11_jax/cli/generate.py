@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from df11_jax._brief import printable
 from df11_jax._progress import say
 from df11_jax._units import format_bytes
 from df11_jax.checkpoints import open_checkpoint
-from df11_jax.cli._errors import failures
 from df11_jax.cli._options import (
     COUNT,
     PATH,
@@ -27,13 +27,14 @@ if TYPE_CHECKING:  # it needs Flax
     from df11_jax.models import Completion, Memory
 
 _EVERY = 4  # tokens between looks at the screen
+_KEPT = "\n\t"  # of the characters of a text that a terminal obeys
 
 
 def _hub_directory(context: click.Context, argument: click.Parameter, path: Path) -> Path:
     # What looks like a name on the hub is probably meant as one.
-    if not path.is_dir():
+    if not path.exists():
         raise click.BadParameter(
-            f"{path}: is no directory. Nothing is downloaded: get a model from the Hugging Face "
+            f"{path}: does not exist. Nothing is downloaded: get a model from the Hugging Face "
             "hub with `hf download OWNER/NAME --local-dir DIRECTORY`, and give the directory"
         )
     return path
@@ -96,49 +97,48 @@ def generate(
     from df11_jax import models
     from df11_jax.models.prompts import check_prompts, encode
 
-    with failures():
-        source = open_checkpoint(model)
-        config, tokenizer, stop = models.read_directory(source)
-        config = dataclasses.replace(config, exact=exact)
-        # Before the weights are read, which takes a while.
-        (ids,) = encode(tokenizer, [prompt])
-        check_prompts([ids], config, tokens)
-        sampling = models.Sampling(temperature, top_k, top_p).checked()
-        params = models.load_params(
-            source,
-            config,
-            compress=not plain,
-            cast=cast,
-            progress=show_progress(),
-            devices=devices,
-        )
-        # In advance, so that it is not timed.
-        programs = models.compile_programs(
-            params,
-            config,
-            batch=1,
-            prompt=len(ids),
-            tokens=tokens,
-            sampling=sampling,
-            stops=len(set(stop)),
-            every=_EVERY,
-        )
-        click.echo(click.style(prompt, bold=True), nl=False)
-        times = [time.perf_counter()]
+    source = open_checkpoint(model)
+    config, tokenizer, stop = models.read_directory(source)
+    config = dataclasses.replace(config, exact=exact)
+    # Before the weights are read, which takes a while.
+    (ids,) = encode(tokenizer, [prompt])
+    check_prompts([ids], config, tokens)
+    sampling = models.Sampling(temperature, top_k, top_p).checked()
+    params = models.load_params(
+        source,
+        config,
+        compress=not plain,
+        cast=cast,
+        progress=show_progress(),
+        devices=devices,
+    )
+    # In advance, so that it is not timed.
+    programs = models.compile_programs(
+        params,
+        config,
+        batch=1,
+        prompt=len(ids),
+        tokens=tokens,
+        sampling=sampling,
+        stops=len(set(stop)),
+        every=_EVERY,
+    )
+    click.echo(click.style(printable(prompt, keep=_KEPT), bold=True), nl=False)
+    times = [time.perf_counter()]
 
-        def show(new: list[str]) -> None:
-            times.append(time.perf_counter())
-            click.echo(new[0], nl=False)
-
-        (completion,) = models.TextModel(params, config, tokenizer, stop).generate(
-            [prompt], tokens=tokens, sampling=sampling, seed=seed, every=_EVERY, callback=show
-        )
+    def show(new: list[str]) -> None:
         times.append(time.perf_counter())
-        click.echo()
-        say("\n" + _describe_speed(completion, times))
-        if not plain:
-            say(_describe_products(programs.fused))
-        say(_describe_memory(models.measure_memory(params, programs), plain, devices))
+        click.echo(printable(new[0], keep=_KEPT), nl=False)
+
+    (completion,) = models.TextModel(params, config, tokenizer, stop).generate(
+        [prompt], tokens=tokens, sampling=sampling, seed=seed, every=_EVERY, callback=show
+    )
+    times.append(time.perf_counter())
+    click.echo()
+    say("\n" + _describe_speed(completion, times))
+    if not plain:
+        say(_describe_products(programs.fused))
+    say(_describe_memory(models.measure_memory(params, programs), plain, devices))
 
 
 def _describe_speed(completion: "Completion", times: list[float]) -> str:

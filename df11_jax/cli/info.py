@@ -7,7 +7,6 @@ import click
 from df11_jax._units import format_bytes
 from df11_jax.checkpoints.summary import Summary, summarize
 from df11_jax.cli._checkpoints import describe_totals, open_source
-from df11_jax.cli._errors import failures
 from df11_jax.cli._options import PATH, examples, json_option, published_options
 from df11_jax.cli._output import make_table, open_console, print_json
 
@@ -26,12 +25,11 @@ def info(path: Path, as_json: bool, **published: Path | None) -> None:
     or the folder of an item that Orbax has saved. Only headers are read. Layers are added up: `*`
     stands for their number.
     """
-    with failures():
-        summary = summarize(open_source(path, **published))
-        if as_json:
-            print_json(summary.as_json())
-        else:
-            _print(summary)
+    summary = summarize(open_source(path, **published))
+    if as_json:
+        print_json(summary.as_json())
+    else:
+        _print(summary)
 
 
 def _print(summary: Summary) -> None:

@@ -7,9 +7,9 @@ import click
 from df11_jax._units import format_bytes
 from df11_jax.checkpoints.differences import differences
 from df11_jax.cli._checkpoints import open_source
-from df11_jax.cli._errors import DIFFERENT, fail, failures
+from df11_jax.cli._errors import DIFFERENT, fail
 from df11_jax.cli._options import PATH, examples, published_options
-from df11_jax.cli._output import show_progress
+from df11_jax.cli._output import echo, show_progress
 
 
 @click.command(
@@ -26,10 +26,9 @@ def verify(first: Path, second: Path, **published: Path | None) -> None:
     cannot be read. An lm_head that only one has is no difference if the other's config.json ties
     it to the embedding, and the bits are the same.
     """
-    with failures():
-        a, b = (open_source(path, **published) for path in (first, second))
-        found = list(differences(a, b, progress=show_progress()))
-        if found:
-            fail("\n".join(("the checkpoints differ:", *found)), DIFFERENT)
-        nbytes = sum(tensor.nbytes for tensor in a.tensors.values())
-        click.echo(f"All {len(a.tensors)} tensors ({format_bytes(nbytes)}) are bit-identical.")
+    a, b = (open_source(path, **published) for path in (first, second))
+    found = list(differences(a, b, progress=show_progress()))
+    if found:
+        fail(DIFFERENT, "the checkpoints differ:", *found)
+    nbytes = sum(tensor.nbytes for tensor in a.tensors.values())
+    echo(f"All {len(a.tensors)} tensors ({format_bytes(nbytes)}) are bit-identical.")

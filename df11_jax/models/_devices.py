@@ -112,8 +112,9 @@ def _find_devices(devices: Devices | None) -> list[jax.Device]:
     if isinstance(devices, int):
         here = jax.local_devices()
         if not 1 < devices <= len(here):
+            most = f"1 to {len(here)}" if len(here) > 1 else "1"
             raise ValueError(
-                f"devices is {devices}, expected from 1 to {len(here)}: there are as many here "
+                f"devices is {devices}, expected {most}, which is how many there are here "
                 f"({here[0].device_kind})"
             )
         return here[:devices]

@@ -1,5 +1,6 @@
 """Reading a Hugging Face `config.json`, or refusing it."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,6 @@ _FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
 
 # Fields that change what is computed, with the values under which they do not.
 _NOT_IMPLEMENTED = {
-    "quantization_config": (None,),
     "use_bidirectional_attention": (None, False),
     "partial_rotary_factor": (None, 1),
 }
@@ -54,6 +54,13 @@ def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config
     for name, harmless in _NOT_IMPLEMENTED.items():
         if f.get(name) not in harmless:
             raise UnsupportedModelError(f"{where}: {name} {brief(f.get(name))} is not supported")
+
+    if f.get("quantization_config") is not None:
+        method = f.inner("quantization_config").get("quant_method")
+        raise UnsupportedModelError(
+            f"{where}: quantization_config: the weights are quantized ({brief(method)}), which is "
+            "not supported; get the model in bfloat16"
+        )
 
     gemma = family == "gemma3_text"
     dim, heads = f.size("hidden_size"), f.size("num_attention_heads")
@@ -127,7 +134,8 @@ class _Fields:
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._fields.get(name, default)
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
+        # Integers of JSON have any number of digits.
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
             raise self.error(name, "a positive number")
         return float(value)
 

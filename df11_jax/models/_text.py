@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from df11_jax._brief import brief
 from df11_jax._files.folder import CONFIG, Folder
 from df11_jax._files.folder_source import FolderSource
+from df11_jax._files.other_formats import OtherFormatError, find_format
 from df11_jax._files.source import Source
 from df11_jax.checkpoints import open_checkpoint
+from df11_jax.checkpoints.detect import ADAPTER_CONFIG, is_adapter
 from df11_jax.models._config import Config
 from df11_jax.models._devices import Devices
 from df11_jax.models._generate import generate
@@ -238,6 +240,12 @@ def read_directory(
             f"safetensors files, {CONFIG} and tokenizer.json"
         )
     folder = source.folder
+    if is_adapter(folder):
+        base = brief(folder.json(ADAPTER_CONFIG).get("base_model_name_or_path"))
+        raise ValueError(
+            f"{folder.directory}: is an adapter of PEFT for {base}, and no model. Merge them with "
+            "PEFT (`merge_and_unload`), save what comes out, and give its directory"
+        )
     fields = folder.json(CONFIG)
     config = read_config(fields, str(folder.directory / CONFIG))
     try:
@@ -247,6 +255,8 @@ def read_directory(
             f"{folder.directory / 'tokenizer.json'}: is missing; it says which texts tokens stand "
             "for"
         ) from None
+    if kind := find_format(text):
+        raise OtherFormatError(f"{folder.directory / 'tokenizer.json'}: is {kind}; expected JSON")
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(text)
     except BaseException as error:  # tokenizers has no class of its own for it, and panics of Rust

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 from jaxtyping import PyTree
 
+from df11_jax.checkpoints.detect import find_quantization
 from df11_jax.models import _transformer
 from df11_jax.models._config import Config
 
@@ -90,6 +91,11 @@ def find_places(names: Iterable[str], config: Config) -> dict[str, TensorPlace]:
     head = min(filter(_HEAD.fullmatch, names), default="lm_head.weight")
     places = list_places(config, embedding.removesuffix("embed_tokens.weight"), head)
     if missing := [name for name in places if name not in names]:
+        if method := find_quantization(names, {}):
+            raise ValueError(
+                f"the weights are quantized ({method}, by the names of tensors), which is not "
+                "supported; get the model in bfloat16"
+            )
         raise ValueError(_some("tensors are missing", missing, config))
     # A checkpoint may have an output head although it is tied.
     unknown = sorted(name for name in names - set(places) - {head} if not _IGNORED.fullmatch(name))

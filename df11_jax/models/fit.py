@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from df11_jax._files.directory import read_json
-from df11_jax._files.folder import CONFIG, Folder
+from df11_jax._files.folder import CONFIG, INDEX_SUFFIX, Folder
 from df11_jax.checkpoints import Source, open_checkpoint
 from df11_jax.checkpoints.detect import has_weights
 from df11_jax.models import estimate
@@ -237,7 +237,7 @@ def read_model(path: Path) -> Model:
             f"{path}: does not exist; expected the directory of a model, its config.json, or a "
             "checkpoint. Of a model on the Hugging Face Hub, config.json is all that is needed"
         )
-    if path.suffix == ".json":
+    if path.suffix == ".json" and not path.name.endswith(INDEX_SUFFIX):
         return _read_config_alone(path, read_json(path))
     folder = Folder(path)
     if not folder.is_file and folder.config and not has_weights(folder):

@@ -88,13 +88,14 @@ class Checkpoint(FolderSource):
                 the unit and the field, and says what to do.
         """
         super().__init__(path if isinstance(path, Folder) else Folder(Path(path)))
-        self._stored = read_headers(self.folder)
-        self._stored_units = find_units(self.path, self._stored)
         self.config = self.folder.config
         config = self.folder.directory / CONFIG
         self._patterns = check_pattern_dict(pattern_dict, "Checkpoint") if pattern_dict else None
         if pattern_dict is None and CONFIG_KEY in self.config:
             self._patterns = _published_patterns(self.config[CONFIG_KEY], str(config))
+        # Of another layout, which the configuration tells, all else would seem to be damaged.
+        self._stored = read_headers(self.folder)
+        self._stored_units = find_units(self.path, self._stored)
         self._model = ModelConfig(self.config, str(config))
         self._shapes = read_shapes(shapes)
         self.units = {name: self._unit_info(unit) for name, unit in self._stored_units.items()}
@@ -259,8 +260,8 @@ def _published_patterns(config: Any, path: str) -> dict[str, list[str]]:
     for field, expected in GEOMETRY.items():
         if config.get(field, expected) != expected:
             raise ValueError(
-                f"{where}: {field} is {brief(config[field])}; only {expected} is known, which all "
-                "published checkpoints have"
+                f"{where}: {field} is {brief(config[field])}; only {expected} is known. This is a "
+                f"checkpoint of another layout (DFloat11 {brief(config.get('version'))})"
             )
     return check_pattern_dict(config.get("pattern_dict"), where)
 

@@ -9,14 +9,13 @@ import numpy as np
 from df11_jax._files.atomic import PARTIAL
 from df11_jax._files.directory import check_complete, find_indices, read_index
 from df11_jax._files.folder import Folder
-from df11_jax._files.opened_file import OpenedFile
+from df11_jax._files.other_formats import OtherFormatError
 from df11_jax._files.safetensors import TensorFile
 from df11_jax.published._unit import ARRAYS, BLOCK_BYTES, BLOCK_GAP_BYTES
 
 PARTS = (*ARRAYS, "split_positions")
 
 _PICKLES = (".pkl", ".pickle", ".bin", ".pt", ".pth")
-_PICKLE_MAGIC = (b"\x80", b"PK\x03\x04")  # a pickle, and the zip file that torch puts it in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +101,8 @@ def read_headers(folder: Folder) -> dict[str, StoredTensor]:
     for file in _find_files(folder):
         try:
             source = folder.tensors(file)
+        except OtherFormatError:
+            raise
         except ValueError as error:
             raise ValueError(f"{error}; download or write it again") from None
         for name in source.entries:
@@ -116,8 +117,8 @@ def read_headers(folder: Folder) -> dict[str, StoredTensor]:
         for name, shard in read_index(folder, index).items():
             if name not in tensors or tensors[name].file.name != shard:
                 raise ValueError(
-                    f"{folder.path / shard}: {name}: {index} says that it is in this file, but it "
-                    "is not; download the file again"
+                    f"{folder.directory / shard}: {name}: {index} says that it is in this file, "
+                    "but it is not; download the file again"
                 )
     return tensors
 
@@ -135,8 +136,14 @@ def find_units(path: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, Sto
             modules.setdefault(module, {})[part] = tensor
     if not modules:
         raise ValueError(
-            f"{path}: holds no compressed unit, so it is not a published DFloat11 checkpoint (a "
-            f"unit is six tensors, {', '.join(PARTS)})"
+            f"{path}: holds no compressed unit, so it is not a published DFloat11 checkpoint, or "
+            f"one of a layout that is not known (a unit is six tensors, {', '.join(PARTS)})"
+        )
+    nowhere = [part for part in PARTS if not any(part in parts for parts in modules.values())]
+    if nowhere and len(modules) > 1:
+        raise ValueError(
+            f"{path}: no unit has {', '.join(nowhere)}, so it is a checkpoint of another layout of "
+            f"DFloat11 than the one that is known, whose units are six tensors, {', '.join(PARTS)}"
         )
     units = {module: StoredUnit(module, parts) for module, parts in modules.items()}
     for unit in units.values():
@@ -161,24 +168,16 @@ def _find_files(folder: Folder) -> list[str]:
         if not folder.tensor_files:
             pickles = [name for name in folder.names if name.endswith(_PICKLES)]
             if pickles:
-                raise _pickle_error(path / pickles[0])
+                raise OtherFormatError(
+                    f"{folder.directory / pickles[0]}: is a pickle, as DFloat11 wrote them before "
+                    "version 0.2. It is not read, since reading one can run any code; get the "
+                    "checkpoint as safetensors, or compress the original"
+                )
             raise ValueError(f"{path}: there are no *.safetensors files in it")
         return folder.tensor_files
-    file = OpenedFile(path)
-    start = file.read(min(8, file.nbytes))
-    # A safetensors file begins with the length of its header, which is far below 2**32.
-    if path.suffix in _PICKLES or (start.startswith(_PICKLE_MAGIC) and any(start[4:])):
-        raise _pickle_error(path)
     if path.suffix == PARTIAL:
         raise ValueError(f"{path}: is incomplete: writing it was interrupted")
     return [path.name]
-
-
-def _pickle_error(path: Path) -> ValueError:
-    return ValueError(
-        f"{path}: is a pickle, as DFloat11 wrote them before version 0.2. It is not read, since "
-        "reading one can run any code; get the checkpoint as safetensors, or compress the original"
-    )
 
 
 def _check_parts(unit: StoredUnit) -> None:

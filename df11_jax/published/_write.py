@@ -149,11 +149,6 @@ def _check_types(units: Mapping[str, tuple[str, ...]], infos: Mapping[str, Tenso
 
 def _refusal_error(refusals: list[str]) -> ValueError:
     return ValueError(
-        "\n".join(
-            (
-                "the published layout cannot hold these units; nothing was written. Leave them out "
-                "of the pattern dict (they stay uncompressed):",
-                *refusals,
-            )
-        )
+        "the published layout cannot hold these units; nothing was written. Leave them out of the "
+        f"pattern dict (they stay uncompressed): {'; '.join(refusals)}"
     )

@@ -18,6 +18,8 @@ def is_published(folder: Folder) -> bool:
     listed = read_index(folder, index) if index else {}
     if _has_unit(listed):
         return True
+    if folder.index is not None:
+        return False
     # Published directories have a file for each unit, and an index, if any, of the other tensors.
     for name in sorted(set(folder.tensor_files) - set(listed.values())):
         try:

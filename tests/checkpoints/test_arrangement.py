@@ -77,8 +77,8 @@ def test_a_single_file(tmp_path, name):
     (file,) = (tmp_path / "native").iterdir()
     assert file.name == (name if name.startswith("my") else "model.safetensors")
     for native in (tmp_path / "native", file):
-        write_plain(checkpoints.open_checkpoint(native), tmp_path / f"from {native.name}")
-        (back,) = (tmp_path / f"from {native.name}").iterdir()
+        write_plain(checkpoints.open_checkpoint(native), tmp_path / f"from {native.stem}")
+        (back,) = (tmp_path / f"from {native.stem}").iterdir()
         assert back.name == file.name
         assert TensorFile(back).metadata == {"a": "b"}
 

@@ -5,11 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import model_files
 import numpy as np
 import pytest
 from payloads import random_weights
-from safetensors.flax import load_file
+from safetensors.flax import load_file, save_file
 
 from df11_jax import checkpoints
 from df11_jax._files.directory import find_tensors
@@ -326,3 +327,53 @@ print(native - before, peak() - before)
     ).stdout
     # Of 160 MiB in tensors of 8: the tensor mapped, its encoding, and the encoding before that.
     assert max(map(int, output.split())) < 48, output
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt", "by": "somebody"}])
+def test_a_file_becomes_a_file(tmp_path, weights, metadata):
+    path = tmp_path / "plain.safetensors"
+    arrays = {name: jnp.asarray(array) for name, array in weights.items()}
+    save_file(arrays, path, metadata=metadata)
+    native, back = tmp_path / "native.safetensors", tmp_path / "back.safetensors"
+    write_native(open_checkpoint(path), native)
+    assert open_checkpoint(native).format == "native"
+    write_native(open_checkpoint(path), tmp_path / "directory")
+    (in_directory,) = (tmp_path / "directory").iterdir()
+    assert native.read_bytes() == in_directory.read_bytes()
+    write_plain(open_checkpoint(native), back)
+    model_files.assert_holds(open_checkpoint(back), weights)
+    assert TensorFile(back).metadata == (metadata or {"format": "pt"})
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "plain.safetensors",
+        "native.safetensors",
+        "back.safetensors",
+        "directory",
+    }
+
+
+def test_what_does_not_become_a_file(tmp_path, plain):
+    target = tmp_path / "out.safetensors"
+    with pytest.raises(ValueError, match=r"out\.safetensors: is a name for a file, and .*plain is"):
+        write_native(plain, target)
+    assert not target.exists()
+    file = open_checkpoint(next(plain.path.glob("*.safetensors")))
+    target.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"out\.safetensors: exists already"):
+        write_native(file, target)
+    assert target.read_text() == "mine"
+
+
+def test_a_file_of_no_tensors(tmp_path):
+    save_file({}, tmp_path / "empty.safetensors")
+    target = tmp_path / "out.safetensors"
+    write_native(open_checkpoint(tmp_path / "empty.safetensors"), target)
+    assert not open_checkpoint(target).tensors
+
+
+def test_a_file_that_cannot_be_finished_leaves_nothing(tmp_path, weights, monkeypatch):
+    path = model_files.write_model(tmp_path / "plain", weights) / "model.safetensors"
+    source = open_checkpoint(path)
+    break_source(monkeypatch, source, "model.layers.2.mlp.up_proj.weight")
+    with pytest.raises(ValueError, match="is corrupt"):
+        write_native(source, tmp_path / "out.safetensors")
+    assert [file.name for file in tmp_path.iterdir()] == ["plain"]

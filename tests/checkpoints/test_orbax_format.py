@@ -57,8 +57,19 @@ def test_commands(tmp_path):
 
 
 def test_what_compress_refuses(tmp_path):
-    path = save(tmp_path / "orbax", {"w": random_weights((256, 128))})
-    assert "Convert it in Python" in run("compress", path, tmp_path / "native", status=2)
+    params = {"w": random_weights((256, 128))}
+    path = save(tmp_path / "orbax", params)
+    for options in ((), ("--format", "orbax")):
+        output = run("compress", path, tmp_path / "native", *options, status=2)
+        assert (
+            "checkpoints.save(compress_params(checkpoints.load(SRC), stacked=...), DST)" in output
+        )
+    # As it says.
+    loaded = checkpoints.load(path)
+    checkpoints.save(df11_jax.compress_params(loaded, stacked="layers"), tmp_path / "native")
+    summary = json.loads(run("info", tmp_path / "native", "--json"))
+    assert summary["format"] == "native" and summary["nbytes"] < summary["nbytes_before"]
+    assert "bit-identical" in run("verify", path, tmp_path / "native")
     plain = model_files.write_model(tmp_path / "plain", model_files.tensors())
     assert "exists already" in run("compress", plain, path, "--format", "orbax", status=2)
 

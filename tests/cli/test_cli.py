@@ -328,3 +328,36 @@ def test_file_of_a_model_uses_the_config_beside_it(tmp_path):
     assert "model type llama" in run("info", file)
     run("compress", file, tmp_path / "published", "--format", "published")
     assert "bit-identical" in run("verify", ORIGINAL, tmp_path / "published")
+
+
+def test_a_file_in_and_a_file_out(tmp_path, plain, weights):
+    file = model_files.write_model(tmp_path / "one", weights) / "model.safetensors"
+    native, back = tmp_path / "native.safetensors", tmp_path / "back.safetensors"
+    assert "native.safetensors: native, 17 tensors" in run("compress", file, native)
+    assert "back.safetensors: plain, 17 tensors" in run("decompress", native, back)
+    for path in (native, back):
+        assert "bit-identical" in run("verify", file, path)
+    for format_ in ("published", "orbax"):
+        output = run("compress", file, tmp_path / "x.safetensors", "--format", format_, status=2)
+        assert "is a name for a file" in output
+    assert "exists already" in run("compress", file, native, status=2)
+
+
+def test_what_another_command_left_is_not_said_to_go_on(tmp_path, plain):
+    target = tmp_path / "target"
+    process(die("df11_jax.checkpoints.convert.encode", "SIGKILL"), "compress", plain, target)
+    (plain / "tokenizer.json").write_text("{ }")
+    output = run("compress", plain, target, status=2)
+    assert output == (
+        f"Error: {target}: is what an interrupted run left behind, but of another job or from "
+        "files that have changed since (files that changed: tokenizer.json). Nothing was changed; "
+        "delete the directory to start anew\n"
+    )
+
+
+def test_quantized_models_do_not_get_smaller(tmp_path):
+    weights = {"up_proj.qweight": np.zeros((300, 300), np.int32)}
+    path = model_files.write_model(tmp_path / "plain", weights)
+    (path / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
+    output = run("compress", path, tmp_path / "native")
+    assert "the model is quantized already ('awq')." in output

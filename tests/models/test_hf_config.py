@@ -158,7 +158,13 @@ def test_frequencies():
         (LLAMA | {"rope_scaling": {"rope_type": "dynamic"}}, "the RoPE type 'dynamic'"),
         (LLAMA | {"hidden_act": "relu2"}, "the activation 'relu2'"),
         (LLAMA | {"hidden_act": {"silu": 1}}, "the activation {'silu': 1}"),
-        (LLAMA | {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        *(
+            (
+                LLAMA | {"quantization_config": {"bits": 4, "quant_method": method, "x": [0] * 99}},
+                rf"the weights are quantized \('{method}'\), which is not supported; get the model",
+            )
+            for method in ("fp8", "gptq", "awq", "bitsandbytes")
+        ),
         (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         (
             LLAMA | {"rope_scaling": {"rope_type": "linear", "partial_rotary_factor": 0.5}},

@@ -1,13 +1,17 @@
 """Text in, text out, and the command line."""
 
+import shutil
+
 import families
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
 from click.testing import CliRunner
+from safetensors.numpy import save_file
 
 from df11_jax import models
+from df11_jax._brief import printable
 from df11_jax.cli import _commands
 from df11_jax.models._text import GrowingText
 
@@ -147,7 +151,8 @@ def test_options_of_sampling_are_passed_on(directory, model):
     result = run(directory, "--prompt", PROMPT, "--tokens", 12, *options)
     sampling = models.Sampling(3.0, top_k=40, top_p=0.9)
     (completion,) = model.generate([PROMPT], tokens=12, sampling=sampling, seed=5)
-    assert result.stdout == f"{PROMPT}{completion.text}\n"
+    shown = printable(completion.text, keep="\n\t")
+    assert shown != completion.text and result.stdout == f"{PROMPT}{shown}\n"
 
 
 def test_weights_are_cast_on_request(directory, tmp_path):
@@ -166,7 +171,7 @@ def test_weights_are_cast_on_request(directory, tmp_path):
     [
         (("--prompt", ""), "must not be empty"),
         (("--tokens", "1"), "Missing option '--prompt'"),
-        (("--prompt", "a", "--tokens", "0"), "0 is not in the range x>=1"),
+        (("--prompt", "a", "--tokens", "0"), "0 is not in the range 1<=x<="),
         (("--prompt", "a", "--tokens", "1000"), "but the model was made for 512 positions"),
         (("--prompt", "\udcff"), "is no Unicode text"),
         (("--prompt", "a", "--seed", 2**64), "is not in the range"),
@@ -189,3 +194,52 @@ def test_directories_that_are_no_models(tmp_path):
     path = families.write_directory(tmp_path / "m", fields, {"x": np.zeros(1, jnp.bfloat16)})
     result = run(path, "--prompt", "a")
     assert result.exit_code == 2 and "'mixtral' is not supported" in result.output
+
+
+def test_what_a_terminal_would_obey_is_not_printed(directory):
+    result = run(directory, "--prompt", "a\x1b[31mb\n\tc", "--tokens", "1")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("a\\x1b[31mb\n\tc")
+
+
+def test_one_of_several_variants(directory, tmp_path):
+    path = shutil.copytree(directory, tmp_path / "variants")
+    index = path / "model.safetensors.index.json"
+    index.rename(path / "bf16.safetensors.index.json")
+    (path / "fp16.safetensors.index.json").write_text('{"weight_map": {}}')
+    result = run(path, "--prompt", PROMPT)
+    assert result.exit_code == 2 and "holds several variants" in result.output
+    given = run(path / "bf16.safetensors.index.json", "--prompt", PROMPT, "--tokens", "5")
+    assert given.exit_code == 0, given.output
+    assert given.stdout == run(directory, "--prompt", PROMPT, "--tokens", "5").stdout
+
+
+def test_adapters_are_no_models(directory, tmp_path):
+    path = tmp_path / "adapter"
+    path.mkdir()
+    (path / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen3-8B"}')
+    save_file({"lora_A": np.zeros((2, 2), np.float32)}, path / "adapter_model.safetensors")
+    for given in (path, path / "adapter_model.safetensors"):
+        result = run(given, "--prompt", "a")
+        assert result.exit_code == 2
+        assert f"{path}: is an adapter of PEFT for 'Qwen/Qwen3-8B', and no model" in result.output
+
+
+def test_a_tokenizer_that_was_not_downloaded(directory, tmp_path):
+    path = shutil.copytree(directory, tmp_path / "pointer")
+    (path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    result = run(path, "--prompt", "a")
+    assert result.exit_code == 2
+    assert "tokenizer.json: is a pointer of Git LFS" in result.output
+
+
+@pytest.mark.parametrize(
+    ("parts", "method"), [(("qweight", "g_idx"), "gptq"), (("qweight", "qzeros"), "awq")]
+)
+def test_quantized_models_whose_config_does_not_say_so(tmp_path, parts, method):
+    name = "model.layers.0.mlp.up_proj"
+    tensors = {f"{name}.{part}": np.zeros((2, 2), np.int32) for part in parts}
+    path = families.write_directory(tmp_path / "m", families.CONFIGS["qwen2"], tensors)
+    result = run(path, "--prompt", "a")
+    assert result.exit_code == 2
+    assert f"the weights are quantized ({method}, by the names of tensors)" in result.output

@@ -238,7 +238,7 @@ def test_version_does_not_matter(tmp_path):
 
 @pytest.mark.parametrize("name", ["model.pkl", "model.bin", "model.pt"])
 def test_pickles_are_refused(tmp_path, name):
-    (tmp_path / name).write_bytes(b"")
+    (tmp_path / name).write_bytes(pickle.dumps({"a": list(range(1000))}))
     assert_refused(tmp_path, name, "is a pickle", "before version 0.2", "safetensors")
     assert_refused(tmp_path / name, name, "is a pickle")
 

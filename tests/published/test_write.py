@@ -224,8 +224,8 @@ def test_exponents_that_the_layout_lacks(tmp_path):
     with pytest.raises(ValueError) as info:
         published.write(tensors, tmp_path / "model", patterns)
     message = str(info.value)
-    assert "\nb: " in message and "\nd: " in message and "d.v.weight" in message
-    assert "\na: " not in message and "\nc: " not in message and "\ne: " not in message
+    assert "d.v.weight" in message
+    assert [unit for unit in "abcde" if f" {unit}: " in message] == ["b", "d"]
     assert not (tmp_path / "model").exists()
     published.write(tensors, tmp_path / "model", {"[ac]": []})
     shapes = {name: array.shape for name, array in tensors.items()}
