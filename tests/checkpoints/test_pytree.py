@@ -106,7 +106,8 @@ def test_an_interrupted_save_starts_anew(tmp_path):
     assert len(list((tmp_path / "model").iterdir())) == 4  # three shards and their index
 
 
-def test_loads_other_formats_compressed(tmp_path, capsys):
+def test_loads_other_formats_compressed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("df11_jax._progress._INTERVAL", 0)
     weights = model_files.tensors()
     path = model_files.write_model(tmp_path / "plain", weights)
     loaded = checkpoints.load(path, progress=True)
