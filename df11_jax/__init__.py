@@ -9,10 +9,13 @@ from importlib.metadata import version as _version
 from df11_jax._array import DF11Array, DF11Slice
 from df11_jax._compress import compress, compress_params
 from df11_jax._decode import EXPORT_SAFETY_CHECKS, after, decompress, decompress_params
+from df11_jax._flax import register_with_flax as _register_with_flax
 from df11_jax._product import dot
 from df11_jax._scan import scan_blocks
 from df11_jax._size_report import SizeReport, size_report
 from df11_jax._stack import stack
+
+_register_with_flax()
 
 __version__ = _version("df11_jax")
 

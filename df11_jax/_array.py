@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import operator
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
@@ -14,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, BFloat16, Int32, UInt32
 
 from df11_jax import _layout
+from df11_jax._array_operators import ArrayOperators
 from df11_jax._host_arrays import BFLOAT16
 from df11_jax._layout import Layout
 from df11_jax._slices import decode_stacks
@@ -21,7 +21,7 @@ from df11_jax._slices import decode_stacks
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class DF11Array:
+class DF11Array(ArrayOperators):
     """A bfloat16 tensor, losslessly compressed, in five arrays on the device.
 
     It is a pytree like any other: it can be passed to jitted functions, donated, sharded, saved and
@@ -31,6 +31,9 @@ class DF11Array:
     all five arrays. Operations on the arrays that take these axes away or put new ones in front
     (`jax.lax.scan`, `jax.vmap`, `jax.tree.map(lambda x: x[i], a)`) make the compressed slice or
     stack.
+
+    Where JAX wants an array (`jax.numpy`, operators, `.T`, `.astype`), a tensor without stack axes
+    is decompressed, each time anew. Primitives of `jax.lax`, and numpy, do not take it.
 
     Invariants: all arrays are uint32; their shapes are `stack_shape + layout.parts + (words,)`,
     where the number of words follows from `layout` (but for `exponents`). docs/format.md specifies
@@ -117,13 +120,14 @@ class DF11Array:
             index: an integer, a slice, or an integer array, also a traced one.
 
         Raises:
-            IndexError: there is no stack axis, or an integer is out of bounds.
-            TypeError: the index is neither an integer nor a slice nor an integer array.
+            IndexError: an integer is out of bounds.
+            TypeError: there is no stack axis, or the index is neither an integer nor a slice nor an
+                integer array.
         """
         if not self.stack_shape:
-            raise IndexError(
+            raise TypeError(
                 f"{self!r} has no stack axis to index: only whole slices can be taken out of a "
-                "compressed stack; decompress it to index the weights"
+                "compressed stack. To index the weights, df11_jax.decompress(a)[index]"
             )
         length = self.stack_shape[0]
         if not isinstance(index, (slice, jax.Array, np.ndarray)):
@@ -139,14 +143,29 @@ class DF11Array:
                 raise IndexError(f"index {index} is out of bounds for a stack of {length}")
         return jax.tree.map(lambda array: array[index], self)
 
-    def __post_init__(self) -> None:
-        # Else a linen module would take the five arrays for its parameter. Here, since Flax may be
-        # imported after this package, which does not import it.
-        if (meta := sys.modules.get("flax.core.meta")) is not None:
-            meta.AxisMetadata.register(DF11Array)
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise TypeError(
+            f"{self!r} cannot be assigned to: compressed weights are constants. Change them in "
+            "df11_jax.decompress(a).at[index].set(value), and compress that"
+        )
+
+    def __jax_array__(self) -> BFloat16[Array, "..."]:
+        if self.stack_shape:
+            raise TypeError(
+                f"{self!r} is a compressed stack, which is not decompressed as a whole without "
+                "being told to. df11_jax.scan_blocks(block, x, params) gives the weights of one "
+                "block after the other, a[i] is one slice, df11_jax.decompress(a) is all of it"
+            )
+        return self.unbox()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        raise TypeError(
+            f"{self!r} is not decompressed and copied to the host without being told to: "
+            "np.asarray(df11_jax.decompress(a))"
+        )
 
     # The methods of flax.linen's boxes: linen calls them for parameters that stand for others, of
-    # which this class is one where Flax is imported.
+    # which this class is one (`_flax.py`).
 
     def unbox(self) -> BFloat16[Array, "..."]:
         """The decompressed tensor."""

@@ -5,8 +5,9 @@ from collections.abc import Hashable
 from typing import Any
 
 import jax
+import numpy as np
 from jax import export
-from jaxtyping import Array, BFloat16, PyTree
+from jaxtyping import Array, PyTree
 
 from df11_jax import _ffi
 from df11_jax._array import DF11Array, DF11Slice, is_df11
@@ -21,28 +22,34 @@ EXPORT_SAFETY_CHECKS = tuple(
 )
 
 
-def decompress(a: DF11Array | DF11Slice) -> BFloat16[Array, "..."]:
+def decompress(a: DF11Array | DF11Slice | Array) -> Array:
     """Decompresses one tensor, a whole stack, or a slice of a stack.
 
     It works eagerly and inside `jit`, `vmap`, `scan`, `grad`, `checkpoint`, `shard_map` and
     `export`. Its derivative is zero: the weights are constants.
 
     Args:
-        a: the compressed tensor.
+        a: the compressed tensor, or an array of JAX or numpy.
 
     Returns:
-        The bfloat16 tensor of shape `a.shape`, bit for bit what was compressed.
+        The bfloat16 tensor of shape `a.shape`, bit for bit what was compressed. An array is
+        returned as it is.
 
     Raises:
-        TypeError: `a` is not compressed.
+        TypeError: `a` is neither.
         ValueError: its arrays do not fit each other.
         jax.errors.JaxRuntimeError: the payload is corrupt; this is raised when the program runs.
             (Where there is no compiled decoder, corrupt weights become NaNs instead.)
     """
     if isinstance(a, DF11Slice):
         return decode_slices([a.stack], a.index, names=["tensor"])[0]
+    if isinstance(a, (jax.Array, np.ndarray)):
+        return a
     if not isinstance(a, DF11Array):
-        raise TypeError(f"decompress takes a DF11Array, got {type(a).__name__}")
+        raise TypeError(
+            f"decompress takes a DF11Array or an array, got {type(a).__name__}; "
+            "decompress_params takes pytrees of them"
+        )
     return decode_stacks([a], ["tensor"])[0]
 
 

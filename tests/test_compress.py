@@ -333,7 +333,8 @@ class TestCompressParams:
             df11_jax.compress_params(params, predicate=interrupt)
         assert jax.tree.map(lambda leaf: np.asarray(leaf).tobytes(), params) == before
 
-    def test_progress(self, capsys):
+    def test_progress(self, capsys, monkeypatch):
+        monkeypatch.setattr("df11_jax._progress._INTERVAL", 0)
         df11_jax.compress_params(self.params(), progress=True)
         shown = capsys.readouterr().err
         assert "100%" in shown

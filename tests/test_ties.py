@@ -12,6 +12,7 @@ import df11_jax
 from df11_jax import compress_params, decompress_params, size_report
 from df11_jax._compress import align_layers
 from df11_jax._identity import identity
+from df11_jax._units import format_bytes
 from df11_jax.nnx import CompressedParam, compress
 
 SHAPE = (4, 128, 128)
@@ -95,14 +96,15 @@ def test_plot_has_one_pair_of_bars():
 
 
 @pytest.mark.parametrize("name", [name for name in TIED if name not in ("compressed", "mapped")])
-def test_compressed_once(name, capsys):
+def test_compressed_once(name, capsys, monkeypatch):
+    monkeypatch.setattr("df11_jax._progress._INTERVAL", 0)
     embedding, head = TIED[name]()
     params = {"embedding": embedding, "head": [head, np.ones(3)]}
     small = compress_params(params, progress=True)
     assert small["embedding"] is small["head"][0]
     assert size_report(small).nbytes < 0.7 * size_report(params).nbytes
-    size = f"{embedding.nbytes / 1000:.3g}k"
-    assert f"{size}/{size}" in capsys.readouterr().err
+    size = format_bytes(embedding.nbytes)
+    assert f"100%, {size} of {size}" in capsys.readouterr().err
     assert_same_bits(df11_jax.decompress(small["embedding"]), np.asarray(head))
 
 

@@ -75,5 +75,5 @@ def print_figures(figures: Figures, *, as_json: bool, plot: str | None) -> None:
 
 
 def show_progress() -> bool:
-    """Whether there is somebody to show a progress bar to."""
-    return sys.stderr.isatty()
+    """Whether there is a standard error to show progress on."""
+    return sys.stderr is not None

@@ -9,7 +9,7 @@ from rich.text import Text
 from df11_jax._brief import printable
 from df11_jax.cli._errors import DIFFERENT, fail
 from df11_jax.cli._options import COUNT, TEMPERATURE, examples, prompt_option, seed_option
-from df11_jax.cli._output import make_table, open_console
+from df11_jax.cli._output import make_table, open_console, show_progress
 from df11_jax.cli._require import require
 
 if TYPE_CHECKING:  # it needs Flax
@@ -42,7 +42,7 @@ def demo(prompt: str, tokens: int, temperature: float, seed: int) -> None:
     from df11_jax.demo.run import BitMismatchError, run_demo
 
     try:
-        comparison = run_demo(prompt, tokens, temperature, seed)
+        comparison = run_demo(prompt, tokens, temperature, seed, progress=show_progress())
     except BitMismatchError as error:
         fail(DIFFERENT, str(error))
     _print(prompt, comparison)

@@ -1,7 +1,8 @@
-"""Text generation as two jitted programs: one reads the prompt, one runs the token loop.
+"""Text generation as jitted programs: one reads the prompt, one runs the token loop.
 
-Both go through `model.forward`, so the layer scan, and with compressed weights the decoding of
-each block, sits inside the token loop: no decoded copy of the layers outlives a block.
+The loop is run some tokens at a time, so that its progress is seen. Both go through
+`model.forward`, so the layer scan, and with compressed weights the decoding of each block, sits
+inside the token loop: no decoded copy of the layers outlives a block.
 """
 
 import functools
@@ -34,55 +35,73 @@ def prefill(
     return logits[:, -1], cache
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "config"))
-def decode(
-    params: model.Params,
+@functools.partial(jax.jit, static_argnames="steps")
+def first_token(
     logits: Float[Array, "batch vocab"],
-    cache: model.Cache,
-    start: Int[Array, ""] | int,
     key: PRNGKeyArray,
     temperature: Float[Array, ""] | float,
     steps: int,
-    config: model.Config,
 ) -> Generation:
-    """Chooses `steps` tokens, one after the other.
+    """Chooses the first of `steps` tokens, and makes room for all of them.
 
     Args:
-        params: plain or compressed parameters.
-        logits: the logits after the last token so far, from `prefill`.
-        cache: the cache of the `start` tokens so far, from `prefill`, with room for `steps - 1`
-            more.
-        start: the number of tokens so far.
+        logits: the logits after the prompt, from `prefill`.
         key: the key for sampling; unused at temperature 0.
         temperature: the temperature of sampling; 0 takes the likeliest token. It is traced, so that
             changing it compiles nothing.
-        steps: the number of tokens to choose, static.
+        steps: the number of tokens, static.
+    """
+    batch, vocab = logits.shape
+    return Generation(
+        jnp.zeros((batch, steps), jnp.int32).at[:, 0].set(_choose(logits, 0, key, temperature)),
+        jnp.zeros((batch, steps, vocab), jnp.float32).at[:, 0].set(logits),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames=("generation", "cache"))
+def next_tokens(
+    params: model.Params,
+    generation: Generation,
+    cache: model.Cache,
+    begin: Int[Array, ""] | int,
+    end: Int[Array, ""] | int,
+    start: Int[Array, ""] | int,
+    key: PRNGKeyArray,
+    temperature: Float[Array, ""] | float,
+    config: model.Config,
+) -> tuple[Generation, model.Cache]:
+    """Chooses tokens `begin, ..., end - 1`, one after the other.
+
+    Args:
+        params: plain or compressed parameters.
+        generation: the tokens before, from `first_token` or a former call; it is donated.
+        cache: the cache of the tokens before `begin - 1`, from `prefill` or a former call; it is
+            donated.
+        begin: the number of tokens chosen so far, 1 or more.
+        end: the number of tokens to have then.
+        start: the number of tokens of the prompt.
+        key: the key for sampling.
+        temperature: the temperature of sampling.
         config: the configuration of the model, static.
     """
 
-    def choose(logits: Array, step: Array | int) -> Array:
-        drawn = jax.random.categorical(
-            jax.random.fold_in(key, step), logits / jnp.where(temperature > 0, temperature, 1)
-        )
-        return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1))
+    def step(i: Array, state: tuple[Generation, model.Cache]) -> tuple[Generation, model.Cache]:
+        (tokens, logits), cache = state
+        last = jax.lax.dynamic_slice_in_dim(tokens, i - 1, 1, axis=1)
+        new, cache = model.forward(params, last, cache, start + i - 1, config)
+        token = _choose(new[:, 0], i, key, temperature)
+        return Generation(tokens.at[:, i].set(token), logits.at[:, i].set(new[:, 0])), cache
 
-    def next_token(
-        step: Array, state: tuple[Generation, model.Cache]
-    ) -> tuple[Generation, model.Cache]:
-        generation, cache = state
-        token = choose(generation.logits[:, step], step)
-        logits, cache = model.forward(params, token[:, None], cache, start + step, config)
-        return Generation(
-            generation.tokens.at[:, step].set(token),
-            generation.logits.at[:, step + 1].set(logits[:, 0]),
-        ), cache
+    return jax.lax.fori_loop(begin, end, step, (generation, cache))
 
-    batch, vocab = logits.shape
-    empty = Generation(
-        jnp.zeros((batch, steps), jnp.int32),
-        jnp.zeros((batch, steps, vocab), jnp.float32).at[:, 0].set(logits),
+
+def _choose(
+    logits: Float[Array, "batch vocab"],
+    step: Array | int,
+    key: PRNGKeyArray,
+    temperature: Float[Array, ""] | float,
+) -> Int[Array, " batch"]:
+    drawn = jax.random.categorical(
+        jax.random.fold_in(key, step), logits / jnp.where(temperature > 0, temperature, 1)
     )
-    # The last token is only chosen: nothing is left to predict after it.
-    (tokens, logits), _ = jax.lax.fori_loop(0, steps - 1, next_token, (empty, cache))
-    last = choose(logits[:, -1], steps - 1)
-    return Generation(tokens.at[:, -1].set(last), logits)
+    return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1))

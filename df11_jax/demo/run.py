@@ -9,10 +9,12 @@ import numpy as np
 from jaxtyping import Array, Shaped
 
 import df11_jax
+from df11_jax._progress import ProgressBar
 from df11_jax.demo import checkpoint, generation, model
 
 CONFIG = model.Config()
 REPEATS = 3
+LOOK_SECONDS = 0.1  # between looks at the progress
 
 
 class BitMismatchError(Exception):
@@ -28,13 +30,17 @@ class TokenLoop:
         tokens_per_second: the speed of the fastest run.
     """
 
-    def __init__(self, params: model.Params, prompt: str, tokens: int, key: jax.Array) -> None:
-        prompt_bytes = jnp.asarray(list(prompt.encode()), jnp.int32)[None]
-        start = prompt_bytes.shape[1]
-        logits, cache = generation.prefill(params, prompt_bytes, start + tokens, CONFIG)
-        self._inputs = (params, logits, cache, jnp.int32(start), key)
-        self._program = generation.decode.lower(
-            *self._inputs, jnp.float32(0), steps=tokens, config=CONFIG
+    def __init__(
+        self, name: str, params: model.Params, prompt: str, tokens: int, key: jax.Array
+    ) -> None:
+        ids = jnp.asarray(list(prompt.encode()), jnp.int32)[None]
+        start = ids.shape[1]
+        self._name, self._params, self._tokens = name, params, tokens
+        self._logits, self._cache = generation.prefill(params, ids, start + tokens, CONFIG)
+        self._start, self._key = start, key
+        first = generation.first_token(self._logits, key, 0.0, tokens)
+        self._program = generation.next_tokens.lower(
+            params, first, self._cache, 1, tokens, start, key, jnp.float32(0), config=CONFIG
         ).compile()
         memory = self._program.memory_analysis()
         assert memory is not None, "XLA reports memory on CPU, GPU and TPU"
@@ -42,10 +48,24 @@ class TokenLoop:
         self.weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         self.tokens_per_second = 0.0
 
-    def run(self, temperature: float) -> generation.Generation:
-        """Generates once."""
+    def run(self, temperature: float, bar: ProgressBar) -> generation.Generation:
+        """Generates once, and counts the tokens."""
+        heat = jnp.float32(temperature)
         began = time.perf_counter()
-        result = jax.block_until_ready(self._program(*self._inputs, jnp.float32(temperature)))
+        result = generation.first_token(self._logits, self._key, heat, self._tokens)
+        cache = jax.tree.map(jnp.copy, self._cache)  # what the program is given is donated
+        bar.update(self._name, 1)
+        done, every, seen = 1, 1, began
+        while done < self._tokens:
+            end = min(done + every, self._tokens)
+            result, cache = self._program(
+                self._params, result, cache, done, end, self._start, self._key, heat
+            )
+            jax.block_until_ready(result)
+            bar.update(self._name, end - done)
+            done, before, seen = end, seen, time.perf_counter()
+            if seen - before < LOOK_SECONDS:
+                every *= 2  # a long cache makes tokens slow, a short one calls of the program dear
         rate = result.tokens.size / (time.perf_counter() - began)
         self.tokens_per_second = max(self.tokens_per_second, rate)
         return result
@@ -73,7 +93,9 @@ class Comparison(NamedTuple):
     compressed: TokenLoop
 
 
-def run_demo(prompt: str, tokens: int, temperature: float, seed: int) -> Comparison:
+def run_demo(
+    prompt: str, tokens: int, temperature: float, seed: int, *, progress: bool = False
+) -> Comparison:
     """Generates with compressed and plain weights, and compares every bit.
 
     Args:
@@ -81,6 +103,7 @@ def run_demo(prompt: str, tokens: int, temperature: float, seed: int) -> Compari
         tokens: the number of bytes to add.
         temperature: the temperature of the text; greedy decoding is run and compared as well.
         seed: the seed for sampling.
+        progress: whether to show a progress bar, in tokens of all runs.
 
     Raises:
         BitMismatchError: a logit or a token differs in any bit.
@@ -88,13 +111,15 @@ def run_demo(prompt: str, tokens: int, temperature: float, seed: int) -> Compari
     compressed_params = checkpoint.load_checkpoint()
     plain_params = df11_jax.decompress_params(compressed_params)
     key = jax.random.key(seed)
-    plain = TokenLoop(plain_params, prompt, tokens, key)
-    compressed = TokenLoop(compressed_params, prompt, tokens, key)
+    plain = TokenLoop("plain", plain_params, prompt, tokens, key)
+    compressed = TokenLoop("compressed", compressed_params, prompt, tokens, key)
 
-    _require_same_bits(plain.run(0), compressed.run(0), "greedy")
-    for _ in range(REPEATS):  # in turn, so that whatever else the machine does meets both
-        sampled = compressed.run(temperature)
-        _require_same_bits(plain.run(temperature), sampled, "sampled")
+    total = 2 * (1 + REPEATS) * tokens
+    with ProgressBar("generate", total, unit="tokens", show=progress) as bar:
+        _require_same_bits(plain.run(0, bar), compressed.run(0, bar), "greedy")
+        for _ in range(REPEATS):  # in turn, so that whatever else the machine does meets both
+            sampled = compressed.run(temperature, bar)
+            _require_same_bits(plain.run(temperature, bar), sampled, "sampled")
 
     return Comparison(
         text=bytes(np.asarray(sampled.tokens[0], np.uint8)).decode(errors="replace"),

@@ -66,7 +66,7 @@ def test_what_compress_refuses(tmp_path):
         )
     # As it says.
     loaded = checkpoints.load(path)
-    checkpoints.save(df11_jax.compress_params(loaded, stacked="layers"), tmp_path / "native")
+    checkpoints.save(df11_jax.compress_params(loaded), tmp_path / "native")
     summary = json.loads(run("info", tmp_path / "native", "--json"))
     assert summary["format"] == "native" and summary["nbytes"] < summary["nbytes_before"]
     assert "bit-identical" in run("verify", path, tmp_path / "native")

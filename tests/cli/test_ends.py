@@ -223,7 +223,7 @@ def test_too_little_memory_to_map_a_file(tmp_path):
     except OSError:
         pytest.skip("the file system has no files of that size")
     limit = f"resource.setrlimit(resource.RLIMIT_AS, ({nbytes}, {nbytes}))"
-    ended = process("info", path, before=limit)
+    ended = process("verify", path, path, before=limit)
     assert ended.returncode == 2
     assert ended.stderr == f"Error: {path}: Cannot allocate memory\n"
 

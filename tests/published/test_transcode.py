@@ -87,7 +87,8 @@ def test_the_result_does_not_need_the_files(model, tmp_path):
     assert before == after
 
 
-def test_progress(checkpoint, capsys):
+def test_progress(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr("df11_jax._progress._INTERVAL", 0)
     checkpoints.load(checkpoint, progress=True)
     assert "load: 100%" in capsys.readouterr().err
 

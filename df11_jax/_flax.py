@@ -1,0 +1,80 @@
+"""`DF11Array` in Flax, which knows classes only once they are registered with it.
+
+Importing df11_jax does not import Flax, and Flax asks nothing of an object that it does not know.
+So the class is registered when modules of Flax are imported, be it before df11_jax or after.
+"""
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from df11_jax import _layout
+from df11_jax._array import DF11Array
+from df11_jax._brief import brief
+
+
+class _AtImport(importlib.abc.MetaPathFinder):
+    """Finds modules as the finders after this one do, and registers once they have run."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name not in _REGISTER:
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        found = (finder.find_spec(name, path, target) for finder in others)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_register(module: ModuleType) -> None:
+                run(module)
+                _REGISTER[name](module)
+
+            spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def register_with_flax() -> None:
+    """Makes Flax know compressed leaves, now or when it is imported."""
+    if not any(isinstance(finder, _AtImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AtImport())
+    for name, register in _REGISTER.items():
+        if name in sys.modules:
+            register(sys.modules[name])
+
+
+def _register_box(meta: Any) -> None:
+    # Else a linen module would take the five arrays for its parameter. While the module is being
+    # imported, it has no such class yet.
+    if hasattr(meta, "AxisMetadata"):
+        meta.AxisMetadata.register(DF11Array)
+
+
+def _register_state(serialization: Any) -> None:
+    def to_state(a: DF11Array) -> dict[str, Any]:
+        return dict(zip(_layout.PAYLOAD, a.payload, strict=True))
+
+    def from_state(target: DF11Array, state: Any) -> DF11Array:
+        where = serialization.current_path()
+        if not isinstance(state, dict) or set(state) != set(_layout.PAYLOAD):
+            raise ValueError(
+                f"{where}: expected the arrays of a DF11Array like {target!r}, got {brief(state)}. "
+                "What was saved plain is restored with a plain target, and compressed after that"
+            )
+        restored = DF11Array.from_payload((state[name] for name in _layout.PAYLOAD), target.layout)
+        stack = _layout.check_payload(restored.payload, target.layout, where)
+        header = restored.header.reshape(-1, restored.header.shape[-1])
+        layouts = {_layout.unpack_header(row) for row in header}
+        if stack != target.stack_shape or layouts - {target.layout}:
+            raise ValueError(f"{where}: expected a tensor like {target!r}, got {restored!r}")
+        return restored
+
+    if hasattr(serialization, "register_serialization_state"):
+        serialization.register_serialization_state(DF11Array, to_state, from_state, override=True)
+
+
+_REGISTER = {"flax.core.meta": _register_box, "flax.serialization": _register_state}
