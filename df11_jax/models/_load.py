@@ -156,7 +156,7 @@ def _leaf_shape(place: TensorPlace, config: Config, devices: int) -> tuple[int, 
         return table_shape(config, devices)
     if place.layer is None:
         return place.shape
-    shards, shape = shard_shape(place.shape, place.path, devices)
+    shards, shape = shard_shape(place.shape, place.path, config, devices)
     return (shards * config.layers, *shape[::-1])
 
 
@@ -173,7 +173,7 @@ def _slices(
     elif place.layer is None:
         yield 0, tensor
     else:
-        for i, shard in enumerate(split_tensor(tensor, place.path, devices)):
+        for i, shard in enumerate(split_tensor(tensor, place.path, config, devices)):
             shard = transpose(shard, pool) if place.is_kernel else shard
             yield i * config.layers + place.layer, shard[None]
 

@@ -1,10 +1,11 @@
 """Tensor parallelism: which tensors of a transformer are sharded, and along which axis.
 
 Attention is divided by heads, the MLP by its hidden units, embedding and output head by groups of
-rows. Norms, and biases that are added after a sum over the devices, are replicated. A tensor of the
-blocks that is sharded becomes a stack [devices * layers, ...] in which the slices of the first
-device come first. Sharded along this axis, it is a stack [layers, ...] on each device, which can
-decompress the slices by itself.
+rows. If there are fewer key-value heads than devices, several devices have the same one. Norms, and
+biases that are added after a sum over the devices, are replicated. A tensor of the blocks that is
+sharded becomes a stack [devices * layers, ...] in which the slices of the first device come first.
+Sharded along this axis, it is a stack [layers, ...] on each device, which can decompress the slices
+by itself.
 """
 
 import dataclasses
@@ -47,14 +48,21 @@ def shard_config(config: Config, devices: int) -> Config:
     """
     if devices == 1:
         return config
-    sizes = {
-        "query heads": config.heads,
-        "key-value heads": config.kv_heads,
-        "hidden units": config.hidden,
-    }
-    if wrong := [f"{size} {what}" for what, size in sizes.items() if size % devices]:
-        common = math.gcd(*sizes.values())
-        possible = [str(n) for n in range(1, common + 1) if common % n == 0]
+
+    def find_wrong(count: int) -> list[str]:
+        wrong = {
+            "query heads": (config.heads, config.heads % count),
+            "key-value heads": (
+                config.kv_heads,
+                config.kv_heads % count and count % config.kv_heads,
+            ),
+            "hidden units": (config.hidden, config.hidden % count),
+        }
+        return [f"{size} {what}" for what, (size, rest) in wrong.items() if rest]
+
+    if wrong := find_wrong(devices):
+        most = math.gcd(config.heads, config.hidden)
+        possible = [str(count) for count in range(1, most + 1) if not find_wrong(count)]
         raise ValueError(
             f"{' and '.join(wrong)} cannot be divided among {devices} devices: expected "
             f"{' or '.join(possible)}"
@@ -62,7 +70,7 @@ def shard_config(config: Config, devices: int) -> Config:
     return dataclasses.replace(
         config,
         heads=config.heads // devices,
-        kv_heads=config.kv_heads // devices,
+        kv_heads=config.kv_heads // _count_parts("k_proj", config, devices),
         hidden=config.hidden // devices,
         axis=AXIS,
     )
@@ -89,27 +97,37 @@ def leaf_length(path: Sequence[str], config: Config, devices: int) -> int:
 
 
 def shard_shape(
-    shape: tuple[int, ...], path: Sequence[str], devices: int
+    shape: tuple[int, ...], path: Sequence[str], config: Config, devices: int
 ) -> tuple[int, tuple[int, ...]]:
-    """The number of different shards of a tensor of a block, and the shape of each.
+    """The number of shards of a tensor of a block, one if it is replicated, and the shape of each.
 
     Args:
         shape: the shape of the tensor in a checkpoint, [out, in] or [out].
         path: the path of its leaf.
+        config: the configuration of the whole transformer.
         devices: the number of devices.
     """
     axis = _axis(path)
     if axis is None:
         return 1, shape
-    return devices, (*shape[:axis], shape[axis] // devices, *shape[axis + 1 :])
+    parts = _count_parts(path[-2], config, devices)
+    return devices, (*shape[:axis], shape[axis] // parts, *shape[axis + 1 :])
 
 
 def split_tensor(
-    tensor: Shaped[np.ndarray, "..."], path: Sequence[str], devices: int
+    tensor: Shaped[np.ndarray, "..."], path: Sequence[str], config: Config, devices: int
 ) -> list[Shaped[np.ndarray, "..."]]:
-    """The different shards of a tensor of a block, which are views of it."""
+    """The shards of a tensor of a block, which are views of it."""
     axis = _axis(path)
-    return [tensor] if axis is None else np.split(tensor, devices, axis)
+    if axis is None:
+        return [tensor]
+    parts = np.split(tensor, _count_parts(path[-2], config, devices), axis)
+    return [part for part in parts for _ in range(devices // len(parts))]
+
+
+def _count_parts(module: str, config: Config, devices: int) -> int:
+    """The number of different shards of the tensors of a module."""
+    return min(devices, config.kv_heads) if module in ("k_proj", "v_proj") else devices
 
 
 def _is_sharded(path: Sequence[str]) -> bool:
