@@ -6,8 +6,12 @@ from typing import Any
 
 from df11_jax._brief import brief
 
-# The values that transformers assumes for fields that a config.json leaves out, by model type. The
-# configs of text models inside of others, as in Gemma 3, leave out all fields with these values.
+_MISTRAL = {
+    "hidden_act": "silu",
+    "max_position_embeddings": 131_072,
+    "num_key_value_heads": 8,
+    "sliding_window": 4096,
+}
 _GLM = {
     "attention_bias": True,
     "head_dim": 128,
@@ -17,20 +21,12 @@ _GLM = {
     "partial_rotary_factor": 0.5,
     "rms_norm_eps": 1.5625e-07,
 }
+# The values that transformers assumes for fields that a config.json leaves out, by model type. The
+# configs of text models inside of others, as in Gemma 3, leave out all fields with these values.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"hidden_act": "silu", "max_position_embeddings": 2048},
-    "mistral": {
-        "hidden_act": "silu",
-        "max_position_embeddings": 131_072,
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-    },
-    "ministral": {
-        "hidden_act": "silu",
-        "max_position_embeddings": 131_072,
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-    },
+    "mistral": _MISTRAL,
+    "ministral": _MISTRAL,
     "ministral3": {
         "head_dim": 128,
         "hidden_act": "silu",

@@ -48,30 +48,28 @@ def shard_config(config: Config, devices: int) -> Config:
     """
     if devices == 1:
         return config
+    heads, kv_heads, hidden = config.heads, config.kv_heads, config.hidden
 
-    def find_wrong(count: int) -> list[str]:
-        wrong = {
-            "query heads": (config.heads, config.heads % count),
-            "key-value heads": (
-                config.kv_heads,
-                config.kv_heads % count and count % config.kv_heads,
-            ),
-            "hidden units": (config.hidden, config.hidden % count),
-        }
-        return [f"{size} {what}" for what, (size, rest) in wrong.items() if rest]
+    def can_share(count: int) -> bool:
+        return kv_heads % count == 0 or count % kv_heads == 0
 
-    if wrong := find_wrong(devices):
-        most = math.gcd(config.heads, config.hidden)
-        possible = [str(count) for count in range(1, most + 1) if not find_wrong(count)]
+    wrong = {
+        f"{heads} query heads": heads % devices,
+        f"{kv_heads} key-value heads": not can_share(devices),
+        f"{hidden} hidden units": hidden % devices,
+    }
+    if any(wrong.values()):
+        common = math.gcd(heads, hidden)
+        possible = [str(n) for n in range(1, common + 1) if common % n == 0 and can_share(n)]
         raise ValueError(
-            f"{' and '.join(wrong)} cannot be divided among {devices} devices: expected "
-            f"{' or '.join(possible)}"
+            f"{' and '.join(what for what in wrong if wrong[what])} cannot be divided among "
+            f"{devices} devices: expected {' or '.join(possible)}"
         )
     return dataclasses.replace(
         config,
-        heads=config.heads // devices,
-        kv_heads=config.kv_heads // _count_parts("k_proj", config, devices),
-        hidden=config.hidden // devices,
+        heads=heads // devices,
+        kv_heads=kv_heads // _count_parts("k_proj", config, devices),
+        hidden=hidden // devices,
         axis=AXIS,
     )
 
