@@ -6,13 +6,65 @@ from typing import Any
 
 from df11_jax._brief import brief
 
+_MISTRAL = {
+    "hidden_act": "silu",
+    "max_position_embeddings": 131_072,
+    "num_key_value_heads": 8,
+    "sliding_window": 4096,
+}
+_GLM = {
+    "attention_bias": True,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131_072,
+    "num_key_value_heads": 2,
+    "partial_rotary_factor": 0.5,
+    "rms_norm_eps": 1.5625e-07,
+}
 # The values that transformers assumes for fields that a config.json leaves out, by model type. The
 # configs of text models inside of others, as in Gemma 3, leave out all fields with these values.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"hidden_act": "silu", "max_position_embeddings": 2048},
-    "mistral": {},
-    "qwen2": {"hidden_act": "silu", "max_position_embeddings": 32768},
-    "qwen3": {"head_dim": 128, "hidden_act": "silu", "max_position_embeddings": 32768},
+    "mistral": _MISTRAL,
+    "ministral": _MISTRAL,
+    "ministral3": {
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "max_position_embeddings": 262_144,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 34,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 16.0,
+            "llama_4_scaling_beta": 0.1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 16_384,
+            "rope_theta": 1_000_000.0,
+            "rope_type": "yarn",
+        },
+        "vocab_size": 131_072,
+    },
+    "phi3": {
+        "hidden_act": "silu",
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+    },
+    "glm": _GLM,
+    "glm4": _GLM,
+    "qwen2": {"hidden_act": "silu", "max_position_embeddings": 32768, "sliding_window": 4096},
+    "qwen3": {
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+    },
     "gemma2": {"head_dim": 256, "tie_word_embeddings": True},
     "gemma3_text": {
         "head_dim": 256,
@@ -32,6 +84,26 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "vocab_size": 262_208,
     },
 }
+
+# The matrices of a layer that several others are rows of, one after the other, by model type.
+_GATE_UP: dict[str, tuple[str, ...]] = {"mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")}
+FUSED: dict[str, dict[str, tuple[str, ...]]] = {
+    "phi3": {
+        "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        **_GATE_UP,
+    },
+    "glm": _GATE_UP,
+    "glm4": _GATE_UP,
+}
+_LAYER_MATRICES = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
 
 _MODEL = r"(?:(?:model|language_model)\.)*"
 _LAYER = re.compile(_MODEL + r"layers\.(\d+)\.")
@@ -84,6 +156,12 @@ class ModelConfig:
             return parts["lm_head"], parts["embed_tokens"]
         return None
 
+    def layer_matrices(self) -> list[str]:
+        """The names of the matrices of a layer, in the order in which they are computed."""
+        fused = FUSED.get(self.family, {}) if self.is_known else {}
+        wholes = {part: whole for whole, parts in fused.items() for part in parts}
+        return list(dict.fromkeys(wholes.get(name, name) for name in _LAYER_MATRICES))
+
     def shape(self, name: str) -> tuple[int, int] | None:
         """The shape of a weight matrix; None if it is not known.
 
@@ -93,7 +171,12 @@ class ModelConfig:
         match = _WEIGHT.fullmatch(name)
         if match is None or not self.is_known:
             return None
-        part = match[1]
+        parts = FUSED.get(self.family, {}).get(match[1], (match[1],))
+        shapes = [self._shape(part) for part in parts]
+        known = [shape for shape in shapes if shape is not None]
+        return (sum(rows for rows, _ in known), known[0][1]) if known else None
+
+    def _shape(self, part: str) -> tuple[int, int] | None:
         if part in ("self_attn.q_proj", "self_attn.o_proj"):
             heads = self._number("num_attention_heads")
         elif part in ("self_attn.k_proj", "self_attn.v_proj"):

@@ -88,8 +88,8 @@ def generate(
 ) -> None:
     """Generate text from the Hugging Face directory MODEL, with compressed weights.
 
-    For Llama 3, Qwen 2.5, Qwen 3 and Gemma 3. The text goes to the standard output; what it took
-    in time and memory, to the standard error.
+    For Llama, Qwen, Mistral, Phi, GLM, Gemma 3 and their like. The text goes to the standard
+    output; what it took in time and memory, to the standard error.
     """
     if temperature == 0 and (top_k is not None or top_p is not None):
         raise click.UsageError("--top-k and --top-p say what to draw from: give a --temperature")

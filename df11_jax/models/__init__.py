@@ -1,4 +1,4 @@
-"""Llama 3, Qwen 2.5, Qwen 3 and Gemma 3 in Flax, generating text from compressed weights.
+"""Llama, Mistral, Qwen, Phi, GLM and Gemma in Flax, generating text from compressed weights.
 
 `load` reads a Hugging Face directory and returns a `TextModel`: a configuration, a tokenizer, and
 parameters, which may be plain or compressed. The other functions work on these parts.

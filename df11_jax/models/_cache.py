@@ -137,7 +137,7 @@ def assign_slots(
     window, rope = None, config.rope
     if layer_type == "sliding":
         window, rope = config.window, config.local_rope
-    rotation = _rope.rotation(positions, rope, config.head_dim)
+    rotation = _rope.rotation(positions, rope, config.head_dim, size)
     if window is None or seq == 1:
         slot = slot if window is None else slot % size
         keys = jax.lax.dynamic_update_slice_in_dim(slots.positions, positions, slot, axis=1)

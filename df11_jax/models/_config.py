@@ -11,15 +11,24 @@ class Rope:
     """Frequencies of a rotary position embedding.
 
     Attributes:
-        theta: the base; pair i of a head turns by theta^(-2 i / head_dim) a position.
-        kind: "default"; "linear", all frequencies divided by `factor`; or "llama3", low ones
-            divided by `factor`, high ones unchanged, those between interpolated.
-        factor: the divisor for "linear" and "llama3".
-        low_freq_factor: the limit of low frequencies for "llama3": those that make fewer turns in
-            `original_length` positions.
-        high_freq_factor: the limit of high frequencies for "llama3": those that make more turns in
-            `original_length` positions.
-        original_length: the number of positions, for "llama3", in which turns are counted.
+        theta: the base; pair i of n turns by theta^(-i / n) a position.
+        kind: "default"; "linear", all frequencies divided by `factor`; "llama3", low ones divided
+            by `factor`, high ones unchanged, those between interpolated; "yarn", the same but
+            interpolated by the indices of the pairs; or "longrope", each divided by its own factor.
+        factor: the divisor for "linear", "llama3" and "yarn".
+        low_freq_factor: the limit of low frequencies for "llama3" and "yarn": those that make fewer
+            turns in `original_length` positions.
+        high_freq_factor: the limit of high frequencies for "llama3" and "yarn": those that make
+            more turns in `original_length` positions.
+        original_length: the number of positions in which turns are counted, for "llama3" and
+            "yarn"; for "longrope", the longest cache with which `short_factors` are used.
+        short_factors, long_factors: the divisors for "longrope", one for each pair.
+        attention_factor: queries and keys are multiplied by it when they are rotated.
+        fraction: the fraction of each head that is rotated, its first elements.
+        interleaved: pairs are neighbours, and not an element of the first half and one of the
+            second.
+        query_growth: queries are multiplied by 1 + query_growth ln(1 + n) at positions that
+            come after n times `original_length`.
     """
 
     theta: float = 10_000.0
@@ -28,6 +37,12 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_length: int = 8192
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    attention_factor: float = 1.0
+    fraction: float = 1.0
+    interleaved: bool = False
+    query_growth: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

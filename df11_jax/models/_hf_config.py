@@ -1,5 +1,6 @@
 """Reading a Hugging Face `config.json`, or refusing it."""
 
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from df11_jax._brief import brief
 from df11_jax._files.model_config import DEFAULTS
 from df11_jax.models._config import Config, Rope
+from df11_jax.models._rope import rotary_dim
 
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -14,13 +16,31 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 # Larger sizes are mistakes, which would otherwise come to light only after much time and memory.
 _MOST, _MOST_LAYERS = 2**24, 10_000
 
-_FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
+_FAMILIES = (
+    "llama",
+    "mistral",
+    "ministral",
+    "ministral3",
+    "phi3",
+    "glm",
+    "glm4",
+    "qwen2",
+    "qwen3",
+    "gemma3_text",
+)
+# The models that see as well, and the model type of their text part where they do not say it.
+_MULTIMODAL = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+
+_WITH_OUTPUT_BIAS = ("llama", "qwen3", "gemma3_text")
+_WITH_PARTIAL_ROPE = ("phi3", "glm", "glm4")
+# Families whose layers all have the window that `sliding_window` says, whatever else is there.
+_WITH_ONE_WINDOW = ("mistral", "ministral3", "phi3")
 
 # Fields that change what is computed, with the values under which they do not.
 _NOT_IMPLEMENTED = {
     "use_bidirectional_attention": (None, False),
-    "partial_rotary_factor": (None, 1),
 }
+_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 class UnsupportedModelError(ValueError):
@@ -31,7 +51,7 @@ def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config
     """Reads the configuration of a transformer from the content of a `config.json`.
 
     Args:
-        fields: the JSON object; of multimodal Gemma 3, only the text part is used.
+        fields: the JSON object; of multimodal models, only the text part is used.
         where: the name of the file in messages.
 
     Returns:
@@ -42,15 +62,18 @@ def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config
             implemented.
         ValueError: a field is missing or wrong; the message names it.
     """
-    if fields.get("model_type") == "gemma3":
-        fields, where = _gemma3_text(fields, where), f"{where}: text_config"
     family = fields.get("model_type")
+    if isinstance(family, str) and family in _MULTIMODAL:
+        fields, where = _text_fields(fields, _MULTIMODAL[family], where), f"{where}: text_config"
+        family = fields["model_type"]
     if not isinstance(family, str) or family not in _FAMILIES:
         raise UnsupportedModelError(
             f"{where}: the model_type {brief(family)} is not supported, only "
-            f"{', '.join(_FAMILIES)} and gemma3 are"
+            f"{', '.join((*_FAMILIES, *_MULTIMODAL))} are"
         )
-    f = _Fields(DEFAULTS[family] | {k: v for k, v in fields.items() if v is not None}, where)
+    # Only of a window, null says something.
+    said = {k: v for k, v in fields.items() if v is not None or k == "sliding_window"}
+    f = _Fields(DEFAULTS[family] | said, where)
     for name, harmless in _NOT_IMPLEMENTED.items():
         if f.get(name) not in harmless:
             raise UnsupportedModelError(f"{where}: {name} {brief(f.get(name))} is not supported")
@@ -72,9 +95,21 @@ def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config
             f"{where}: expected num_attention_heads to be a multiple of num_key_value_heads, and "
             f"head_dim to be even, got {heads}, {kv_heads} and {head_dim}"
         )
-    sliding = _sliding_layers(f, layers, gemma)
     bias = f.flag("attention_bias")
-    rope, local_rope = _ropes(f, gemma)
+    rope, local_rope = _ropes(f, family, head_dim)
+    max_length = f.size("max_position_embeddings")
+    if rope.kind == "yarn":
+        # Configurations to which YaRN was added may still say the length without it.
+        max_length = max(max_length, int(min(rope.factor * rope.original_length, _MOST)))
+    sliding = _sliding_layers(f, layers, family)
+    window = f.size("sliding_window") if any(sliding) else 0
+    if window >= max_length and local_rope == rope:
+        sliding, window = (False,) * layers, 0
+    if window and rope.kind == "longrope":
+        raise UnsupportedModelError(
+            f"{where}: sliding_window {window} together with the RoPE type longrope is not "
+            f"supported, only windows of all {max_length} positions are"
+        )
     return Config(
         family=family,
         vocab=f.size("vocab_size"),
@@ -84,16 +119,16 @@ def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        max_length=f.size("max_position_embeddings"),
+        max_length=max_length,
         rope=rope,
         local_rope=local_rope,
         sliding=sliding,
-        window=f.size("sliding_window") if any(sliding) else 0,
+        window=window,
         qkv_bias=bias or family == "qwen2",
-        output_bias=bias and family != "qwen2",
+        output_bias=bias and family in _WITH_OUTPUT_BIAS,
         mlp_bias=f.flag("mlp_bias") and family == "llama",
         qk_norm=gemma or family == "qwen3",
-        post_norms=gemma,
+        post_norms=gemma or family == "glm4",
         unit_offset=gemma,
         activation=_activation(f),
         norm_eps=f.number("rms_norm_eps", 1e-6),
@@ -105,15 +140,15 @@ def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config
     )
 
 
-def _gemma3_text(fields: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """The fields of the text part of a multimodal Gemma 3."""
+def _text_fields(fields: Mapping[str, Any], family: str, where: str) -> Mapping[str, Any]:
+    """The fields of the text part of a multimodal model."""
     text = fields.get("text_config")
     if not isinstance(text, Mapping):
         raise ValueError(f"{where}: text_config is {brief(text)}, expected a JSON object")
     # These are about the whole model, and transformers reads them there.
     outer = ("quantization_config", "tie_word_embeddings")
     whole = {name: fields[name] for name in outer if fields.get(name) is not None}
-    return {"model_type": "gemma3_text"} | dict(text) | whole
+    return {"model_type": family} | dict(text) | whole
 
 
 class _Fields:
@@ -138,6 +173,12 @@ class _Fields:
         if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
             raise self.error(name, "a positive number")
         return float(value)
+
+    def numbers(self, name: str, count: int) -> tuple[float, ...]:
+        values = self._fields.get(name)
+        if not isinstance(values, list) or len(values) != count:
+            raise self.error(name, f"a list of {count} positive numbers")
+        return tuple(_Fields({name: value}, self.where).number(name) for value in values)
 
     def flag(self, name: str) -> bool:
         value = self._fields.get(name, False)
@@ -173,9 +214,10 @@ def _softcap(f: _Fields, name: str) -> float | None:
     return None if f.get(name) is None else f.number(name)
 
 
-def _sliding_layers(f: _Fields, layers: int, gemma: bool) -> tuple[bool, ...]:
+def _sliding_layers(f: _Fields, layers: int, family: str) -> tuple[bool, ...]:
     """A flag for each layer, whether it has a sliding window."""
-    types = f.get("layer_types")
+    types, has_window = f.get("layer_types"), f.get("sliding_window") is not None
+    said = None
     if types is not None:
         if not isinstance(types, list) or len(types) != layers:
             raise f.error("layer_types", f"a list of {layers}, one a layer")
@@ -184,49 +226,110 @@ def _sliding_layers(f: _Fields, layers: int, gemma: bool) -> tuple[bool, ...]:
                 f"{f.where}: the layer type {brief(unknown[0])} is not supported, only {_FULL} and "
                 f"{_SLIDING} are"
             )
-        return tuple(type_ == _SLIDING for type_ in types)
-    if gemma:
+        said = tuple(type_ == _SLIDING for type_ in types)
+    if family in _WITH_ONE_WINDOW:
+        flags = (has_window,) * layers
+        if said not in (None, flags):
+            raise UnsupportedModelError(
+                f"{f.where}: layer_types of several kinds are not supported for the model_type "
+                f"{family}, whose layers all have the sliding_window; for ministral they are"
+            )
+        return flags
+    if said is not None:
+        return said
+    if family == "ministral":
+        return (has_window,) * layers
+    if family == "gemma3_text":
         pattern = f.size("sliding_window_pattern")
         return tuple((i + 1) % pattern != 0 for i in range(layers))
-    if f.flag("use_sliding_window"):
+    if f.flag("use_sliding_window") and has_window:
         first = f.size("max_window_layers", 28)
         return tuple(i >= first for i in range(layers))
     return (False,) * layers
 
 
-def _ropes(f: _Fields, gemma: bool) -> tuple[Rope, Rope]:
+def _ropes(f: _Fields, family: str, head_dim: int) -> tuple[Rope, Rope]:
     """The position embeddings of full and of sliding layers."""
     parameters = f.inner("rope_parameters")
     theta, local_theta = f.number("rope_theta", 10_000), f.number("rope_local_base_freq", 10_000)
     if parameters.get(_FULL) is None and parameters.get(_SLIDING) is None:
         scaling = parameters if f.get("rope_scaling") is None else f.inner("rope_scaling")
-        rope = _rope(scaling, theta, f)
-        return rope, Rope(local_theta) if gemma else rope
+        rope = _rope(scaling, theta, f, family, head_dim)
+        return rope, Rope(local_theta) if family == "gemma3_text" else rope
     return (
-        _rope(parameters.inner(_FULL), theta, f),
-        _rope(parameters.inner(_SLIDING), local_theta, f),
+        _rope(parameters.inner(_FULL), theta, f, family, head_dim),
+        _rope(parameters.inner(_SLIDING), local_theta, f, family, head_dim),
     )
 
 
-def _rope(scaling: _Fields, theta: float, f: _Fields) -> Rope:
-    theta = scaling.number("rope_theta", theta)
+def _rope(scaling: _Fields, theta: float, f: _Fields, family: str, head_dim: int) -> Rope:
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if scaling.get("partial_rotary_factor") not in _NOT_IMPLEMENTED["partial_rotary_factor"]:
-        raise UnsupportedModelError(f"{scaling.where}: partial_rotary_factor is not supported")
-    if kind == "default":
-        return Rope(theta)
+    if family == "phi3" and kind in ("su", "yarn"):  # earlier names
+        kind = "longrope"
+    if kind not in _ROPE_TYPES:
+        raise UnsupportedModelError(
+            f"{scaling.where}: the RoPE type {brief(kind)} is not supported, only "
+            f"{', '.join(_ROPE_TYPES)} are"
+        )
+    said = scaling if scaling.get("partial_rotary_factor") is not None else f
+    fraction = said.number("partial_rotary_factor", 1)
+    if fraction > 1 or (fraction < 1 and family not in _WITH_PARTIAL_ROPE):
+        raise UnsupportedModelError(
+            f"{said.where}: partial_rotary_factor {fraction:g} is not supported, only up to 1 for "
+            f"{', '.join(_WITH_PARTIAL_ROPE)}"
+        )
+    common: dict[str, Any] = {
+        "theta": scaling.number("rope_theta", theta),
+        "fraction": fraction,
+        "interleaved": family in ("glm", "glm4"),
+    }
+    size = rotary_dim(Rope(**common), head_dim)
+    if not size or size % 2:
+        raise said.error("partial_rotary_factor", f"an even part of a head of {head_dim}")
+    # "dynamic" changes nothing up to the length that the model was made for.
+    if kind in ("default", "dynamic"):
+        return Rope(**common)
     if kind == "linear":
-        return Rope(theta, kind, scaling.number("factor"))
+        return Rope(**common, kind=kind, factor=scaling.number("factor"))
+    longest = f.size("max_position_embeddings")
+    outer = f if f.get("original_max_position_embeddings") is not None else scaling
+    length = outer.size("original_max_position_embeddings", longest)
+    common |= {"kind": kind, "original_length": length}
     if kind == "llama3":
         return Rope(
-            theta,
-            kind,
-            scaling.number("factor"),
-            scaling.number("low_freq_factor"),
-            scaling.number("high_freq_factor"),
-            scaling.size("original_max_position_embeddings", f.size("max_position_embeddings")),
+            **common,
+            factor=scaling.number("factor"),
+            low_freq_factor=scaling.number("low_freq_factor"),
+            high_freq_factor=scaling.number("high_freq_factor"),
         )
-    raise UnsupportedModelError(
-        f"{scaling.where}: the RoPE type {brief(kind)} is not supported, only default, linear and "
-        "llama3 are"
+    factor = scaling.number("factor", longest / length)
+    if kind == "longrope":
+        stretch = math.log(max(factor, 1)) / math.log(max(length, 2))
+        return Rope(
+            **common,
+            short_factors=scaling.numbers("short_factor", size // 2),
+            long_factors=scaling.numbers("long_factor", size // 2),
+            attention_factor=scaling.number("attention_factor", math.sqrt(1 + stretch)),
+        )
+    if scaling.get("truncate") not in (None, True):
+        raise UnsupportedModelError(f"{scaling.where}: truncate is not supported, only true is")
+    if common["theta"] <= 1:
+        raise ValueError(f"{f.where}: rope_theta is {common['theta']:g}, expected more than 1")
+    ministral3 = family == "ministral3"
+    return Rope(
+        **common,
+        factor=factor,
+        low_freq_factor=scaling.number("beta_slow", 1),
+        high_freq_factor=scaling.number("beta_fast", 32),
+        attention_factor=scaling.number("attention_factor", _yarn_attention(scaling, factor)),
+        query_growth=scaling.number("llama_4_scaling_beta") if ministral3 else 0.0,
     )
+
+
+def _yarn_attention(scaling: _Fields, factor: float) -> float:
+    """The attention factor of YaRN where it is not said."""
+    stretch = 0.1 * math.log(max(factor, 1))
+    if scaling.get("mscale") is None or scaling.get("mscale_all_dim") is None:
+        return 1 + stretch
+    scale, all_dims = scaling.number("mscale"), scaling.number("mscale_all_dim")
+    return (1 + stretch * scale) / (1 + stretch * all_dims)

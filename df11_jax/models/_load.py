@@ -27,7 +27,15 @@ from df11_jax.models._leaf_builders import (
 )
 from df11_jax.models._sharding import shard_shape, split_tensor, table_shape
 from df11_jax.models._transformer import Params
-from df11_jax.models._weights import TensorPlace, find_places, find_tied_head, nest
+from df11_jax.models._weights import (
+    Places,
+    TensorPlace,
+    find_places,
+    find_tied_head,
+    nest,
+    split_rows,
+    tensor_shape,
+)
 
 
 def load_params(
@@ -70,15 +78,16 @@ def load_params(
     places = find_places(source.tensors, config)
     _check_tensors(source, places, config, cast)
 
+    all_places = [place for parts in places.values() for place in parts]
     builders = {
         place.path: _make_builder(
             _leaf_shape(place, config, target.count), place.is_table, compress, verify, threads
         )
-        for place in {place.path: place for place in places.values()}.values()
+        for place in {place.path: place for place in all_places}.values()
     }
     threads = threads or available_threads()
-    to_come = collections.Counter(place.path for place in places.values())
-    total = sum(2 * math.prod(place.shape) for place in places.values())
+    to_come = collections.Counter(place.path for place in all_places)
+    total = sum(2 * math.prod(place.shape) for place in all_places)
     params: dict[tuple[str, ...], Any] = {}
     with (
         unchanged(source),
@@ -86,16 +95,18 @@ def load_params(
         ThreadPoolExecutor(threads) as pool,
     ):
         for name in (name for name in source.tensors if name in places):
-            place = places[name]
             tensor = source.read(name).astype(BFLOAT16, copy=False)
-            for start, slices in _slices(place, tensor, pool, config, target.count):
-                builders[place.path].put(start, slices, name)
+            for place, rows in zip(places[name], split_rows(tensor, places[name]), strict=True):
+                for start, slices in _slices(place, rows, pool, config, target.count):
+                    builders[place.path].put(start, slices, name)
+                to_come[place.path] -= 1
             bar.update(name, tensor.nbytes)
-            del tensor, slices
-            to_come[place.path] -= 1
-            if not to_come[place.path]:
-                # At once, so that the memory of a builder is freed before other leaves are filled.
-                params[place.path] = builders.pop(place.path).build(target.of(place.path))
+            del tensor, rows, slices
+            for place in places[name]:
+                if not to_come[place.path]:
+                    # At once, so that the memory of a builder is freed before other leaves are
+                    # filled.
+                    params[place.path] = builders.pop(place.path).build(target.of(place.path))
     return nest(params)
 
 
@@ -108,18 +119,19 @@ def _make_builder(
 
 
 def _check_tensors(
-    source: TensorSource, places: Mapping[str, TensorPlace], config: Config, cast: bool
+    source: TensorSource, places: Mapping[str, Places], config: Config, cast: bool
 ) -> None:
     """Raises ValueError if a tensor is not what its place needs."""
-    for name, place in places.items():
-        _check(name, place, source.tensors[name], cast)
+    for name, parts in places.items():
+        _check(name, parts, source.tensors[name], cast)
     if head := find_tied_head(source.tensors, config):
         _check_tied_head(head, source, places, cast)
 
 
-def _check(name: str, place: TensorPlace, info: TensorInfo, cast: bool) -> None:
-    if tuple(info.shape) != place.shape:
-        raise ValueError(f"{name}: expected shape {list(place.shape)}, got {list(info.shape)}")
+def _check(name: str, places: Places, info: TensorInfo, cast: bool) -> None:
+    expected = tensor_shape(places)
+    if tuple(info.shape) != expected:
+        raise ValueError(f"{name}: expected shape {list(expected)}, got {list(info.shape)}")
     if not is_candidate_dtype(info.numpy_dtype, cast):
         castable = is_castable(info.numpy_dtype)
         hint = ": ask for cast=True (--cast) if rounding is acceptable" if castable else ""
@@ -127,14 +139,14 @@ def _check(name: str, place: TensorPlace, info: TensorInfo, cast: bool) -> None:
 
 
 def _check_tied_head(
-    head: str, source: TensorSource, places: Mapping[str, TensorPlace], cast: bool
+    head: str, source: TensorSource, places: Mapping[str, Places], cast: bool
 ) -> None:
     """Raises ValueError if a tied head is not the embedding.
 
     Versions of transformers disagree about such a head.
     """
-    embedding, place = next((name, place) for name, place in places.items() if place.is_table)
-    _check(head, place, source.tensors[head], cast)
+    embedding, table = next((name, parts) for name, parts in places.items() if parts[0].is_table)
+    _check(head, table, source.tensors[head], cast)
     both = (source.read(name).astype(BFLOAT16, copy=False) for name in (embedding, head))
     if difference := first_difference(*both):
         raise ValueError(
@@ -148,7 +160,7 @@ def _leaf_shape(place: TensorPlace, config: Config, devices: int) -> tuple[int, 
         return table_shape(config, devices)
     if place.layer is None:
         return place.shape
-    shards, shape = shard_shape(place.shape, place.path, devices)
+    shards, shape = shard_shape(place.shape, place.path, config, devices)
     return (shards * config.layers, *shape[::-1])
 
 
@@ -165,7 +177,7 @@ def _slices(
     elif place.layer is None:
         yield 0, tensor
     else:
-        for i, shard in enumerate(split_tensor(tensor, place.path, devices)):
+        for i, shard in enumerate(split_tensor(tensor, place.path, config, devices)):
             shard = transpose(shard, pool) if place.is_kernel else shard
             yield i * config.layers + place.layer, shard[None]
 

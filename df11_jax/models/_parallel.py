@@ -54,7 +54,7 @@ def on_each_device(
 
 
 def cache_specs(config: Config) -> Cache:
-    """The sharding of a cache: keys and values are divided by their heads."""
+    """The sharding of a cache: keys and values are divided by the heads of each device."""
     cache = jax.eval_shape(lambda: _cache.init_cache(config, 1, 1))
     return jax.tree.map(lambda leaf: P(None, None, AXIS) if leaf.ndim == 5 else P(), cache)
 

@@ -9,7 +9,7 @@ from jaxtyping import BFloat16
 
 from df11_jax._files.source import TensorInfo
 from df11_jax.models._config import Config
-from df11_jax.models._weights import list_places
+from df11_jax.models._weights import list_places, tensor_shape
 
 
 class RandomSource:
@@ -27,9 +27,10 @@ class RandomSource:
             seed: the seed of all draws.
         """
         self.tensors: dict[str, TensorInfo] = {}
-        for name, place in list_places(config).items():
-            nbytes = 2 * math.prod(place.shape)
-            self.tensors[name] = TensorInfo(place.shape, "BF16", nbytes, nbytes)
+        for name, places in list_places(config).items():
+            shape = tensor_shape(places)
+            nbytes = 2 * math.prod(shape)
+            self.tensors[name] = TensorInfo(shape, "BF16", nbytes, nbytes)
         self._seed = seed
         self._scale_mean = 0.0 if config.unit_offset else 1.0
 

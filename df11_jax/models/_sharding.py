@@ -1,10 +1,11 @@
 """Tensor parallelism: which tensors of a transformer are sharded, and along which axis.
 
 Attention is divided by heads, the MLP by its hidden units, embedding and output head by groups of
-rows. Norms, and biases that are added after a sum over the devices, are replicated. A tensor of the
-blocks that is sharded becomes a stack [devices * layers, ...] in which the slices of the first
-device come first. Sharded along this axis, it is a stack [layers, ...] on each device, which can
-decompress the slices by itself.
+rows. If there are fewer key-value heads than devices, several devices have the same one. Norms, and
+biases that are added after a sum over the devices, are replicated. A tensor of the blocks that is
+sharded becomes a stack [devices * layers, ...] in which the slices of the first device come first.
+Sharded along this axis, it is a stack [layers, ...] on each device, which can decompress the slices
+by itself.
 """
 
 import dataclasses
@@ -47,23 +48,28 @@ def shard_config(config: Config, devices: int) -> Config:
     """
     if devices == 1:
         return config
-    sizes = {
-        "query heads": config.heads,
-        "key-value heads": config.kv_heads,
-        "hidden units": config.hidden,
+    heads, kv_heads, hidden = config.heads, config.kv_heads, config.hidden
+
+    def can_share(count: int) -> bool:
+        return kv_heads % count == 0 or count % kv_heads == 0
+
+    wrong = {
+        f"{heads} query heads": heads % devices,
+        f"{kv_heads} key-value heads": not can_share(devices),
+        f"{hidden} hidden units": hidden % devices,
     }
-    if wrong := [f"{size} {what}" for what, size in sizes.items() if size % devices]:
-        common = math.gcd(*sizes.values())
-        possible = [str(n) for n in range(1, common + 1) if common % n == 0]
+    if any(wrong.values()):
+        common = math.gcd(heads, hidden)
+        possible = [str(n) for n in range(1, common + 1) if common % n == 0 and can_share(n)]
         raise ValueError(
-            f"{' and '.join(wrong)} cannot be divided among {devices} devices: expected "
-            f"{' or '.join(possible)}"
+            f"{' and '.join(what for what in wrong if wrong[what])} cannot be divided among "
+            f"{devices} devices: expected {' or '.join(possible)}"
         )
     return dataclasses.replace(
         config,
-        heads=config.heads // devices,
-        kv_heads=config.kv_heads // devices,
-        hidden=config.hidden // devices,
+        heads=heads // devices,
+        kv_heads=kv_heads // _count_parts("k_proj", config, devices),
+        hidden=hidden // devices,
         axis=AXIS,
     )
 
@@ -89,27 +95,37 @@ def leaf_length(path: Sequence[str], config: Config, devices: int) -> int:
 
 
 def shard_shape(
-    shape: tuple[int, ...], path: Sequence[str], devices: int
+    shape: tuple[int, ...], path: Sequence[str], config: Config, devices: int
 ) -> tuple[int, tuple[int, ...]]:
-    """The number of different shards of a tensor of a block, and the shape of each.
+    """The number of shards of a tensor of a block, one if it is replicated, and the shape of each.
 
     Args:
         shape: the shape of the tensor in a checkpoint, [out, in] or [out].
         path: the path of its leaf.
+        config: the configuration of the whole transformer.
         devices: the number of devices.
     """
     axis = _axis(path)
     if axis is None:
         return 1, shape
-    return devices, (*shape[:axis], shape[axis] // devices, *shape[axis + 1 :])
+    parts = _count_parts(path[-2], config, devices)
+    return devices, (*shape[:axis], shape[axis] // parts, *shape[axis + 1 :])
 
 
 def split_tensor(
-    tensor: Shaped[np.ndarray, "..."], path: Sequence[str], devices: int
+    tensor: Shaped[np.ndarray, "..."], path: Sequence[str], config: Config, devices: int
 ) -> list[Shaped[np.ndarray, "..."]]:
-    """The different shards of a tensor of a block, which are views of it."""
+    """The shards of a tensor of a block, which are views of it."""
     axis = _axis(path)
-    return [tensor] if axis is None else np.split(tensor, devices, axis)
+    if axis is None:
+        return [tensor]
+    parts = np.split(tensor, _count_parts(path[-2], config, devices), axis)
+    return [part for part in parts for _ in range(devices // len(parts))]
+
+
+def _count_parts(module: str, config: Config, devices: int) -> int:
+    """The number of different shards of the tensors of a module."""
+    return min(devices, config.kv_heads) if module in ("k_proj", "v_proj") else devices
 
 
 def _is_sharded(path: Sequence[str]) -> bool:

@@ -1,4 +1,4 @@
-"""The transformer of Llama 3, Qwen 2.5, Qwen 3 and Gemma 3; weights may be plain or compressed.
+"""The transformer of all model families; weights may be plain or compressed.
 
 Parameters are one nested dictionary:
 
@@ -69,7 +69,8 @@ class Attention(nn.Module):
         if c.qk_norm:
             query = RMSNorm(c, name="q_norm")(query)
             key = RMSNorm(c, name="k_norm")(key)
-        query, key = _rope.rotate(query, inputs.rotation), _rope.rotate(key, inputs.rotation)
+        query, key = (_rope.rotate(x, inputs.rotation, c.rope) for x in (query, key))
+        query = _rope.grow_queries(query, inputs.positions, c.rope)
         mixed, slots = _attention.attend(query, key, value, slots, layer, inputs, c)
         mixed = mixed.reshape(*x.shape[:2], -1)
         sum_up = _collectives.summing_dot_general(c.axis)

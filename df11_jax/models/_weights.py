@@ -5,8 +5,10 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import jax
-from jaxtyping import PyTree
+import numpy as np
+from jaxtyping import PyTree, Shaped
 
+from df11_jax._files.model_config import FUSED
 from df11_jax.checkpoints.detect import find_quantization
 from df11_jax.models import _transformer
 from df11_jax.models._config import Config
@@ -25,13 +27,24 @@ _IGNORED = re.compile(
 )
 
 
+# The modules of a block that have other names, and those that several of ours are fused in.
+_MODULES: dict[str, dict[str, tuple[str, ...]]] = FUSED | {
+    "glm4": FUSED["glm4"]
+    | {
+        "post_self_attn_layernorm": ("post_attention_layernorm",),
+        "post_attention_layernorm": ("pre_feedforward_layernorm",),
+        "post_mlp_layernorm": ("post_feedforward_layernorm",),
+    }
+}
+
+
 class TensorPlace(NamedTuple):
-    """The place of a checkpoint's tensor in the parameters.
+    """The place of a checkpoint's tensor in the parameters, or of some rows of a fused one.
 
     Attributes:
         path: the path of the leaf.
         layer: the slice of the leaf, a stack of layers; None if the leaf is no such stack.
-        shape: the shape of the tensor in the checkpoint.
+        shape: the shape of the tensor in the checkpoint, or of these rows.
     """
 
     path: tuple[str, ...]
@@ -48,9 +61,24 @@ class TensorPlace(NamedTuple):
         return self.path[-1] == "kernel"
 
 
+# The places of a tensor: one, or those of a fused one, whose rows are one after the other.
+Places = tuple[TensorPlace, ...]
+
+
+def tensor_shape(places: Places) -> tuple[int, ...]:
+    """The shape of the tensor that has these places."""
+    return sum(place.shape[0] for place in places), *places[0].shape[1:]
+
+
+def split_rows(tensor: Shaped[np.ndarray, "..."], places: Places) -> list[np.ndarray]:
+    """The rows of a tensor for each of its places, which are views of it."""
+    ends = np.cumsum([place.shape[0] for place in places])
+    return np.split(tensor, ends[:-1])
+
+
 def list_places(
     config: Config, prefix: str = "model.", head: str = "lm_head.weight"
-) -> dict[str, TensorPlace]:
+) -> dict[str, Places]:
     """The places of all tensors that a transformer needs, by name.
 
     Args:
@@ -59,21 +87,35 @@ def list_places(
         head: the name of the output head.
     """
     table = (config.vocab, config.dim)
-    places = {f"{prefix}embed_tokens.weight": TensorPlace(("embed_tokens",), None, table)}
-    block = jax.tree.leaves_with_path(_transformer.block_shapes(config))
+    places: dict[str, Places] = {
+        f"{prefix}embed_tokens.weight": (TensorPlace(("embed_tokens",), None, table),)
+    }
+    block = _block_places(config)
     for layer in range(config.layers):
-        for keys, leaf in block:
-            *modules, last = (key.key for key in keys)
-            name = ".".join((*modules, _LEAVES[last]))
-            path = ("layers", *modules, last)
-            places[f"{prefix}layers.{layer}.{name}"] = TensorPlace(path, layer, leaf.shape[::-1])
-    places[f"{prefix}norm.weight"] = TensorPlace(("norm",), None, (config.dim,))
+        for name, parts in block.items():
+            here = tuple(place._replace(layer=layer) for place in parts)
+            places[f"{prefix}layers.{layer}.{name}"] = here
+    places[f"{prefix}norm.weight"] = (TensorPlace(("norm",), None, (config.dim,)),)
     if not config.tied:
-        places[head] = TensorPlace(("lm_head",), None, table)
+        places[head] = (TensorPlace(("lm_head",), None, table),)
     return places
 
 
-def find_places(names: Iterable[str], config: Config) -> dict[str, TensorPlace]:
+def _block_places(config: Config) -> dict[str, Places]:
+    """The places of the tensors of the first block, by their names within it."""
+    ours = {}
+    for keys, leaf in jax.tree.leaves_with_path(_transformer.block_shapes(config)):
+        *modules, last = (key.key for key in keys)
+        name = ".".join((*modules, _LEAVES[last]))
+        ours[name] = TensorPlace(("layers", *modules, last), 0, leaf.shape[::-1])
+    theirs = {
+        f"{name}.weight": tuple(ours.pop(f"{module}.weight") for module in modules)
+        for name, modules in _MODULES.get(config.family, {}).items()
+    }
+    return {name: (place,) for name, place in ours.items()} | theirs
+
+
+def find_places(names: Iterable[str], config: Config) -> dict[str, Places]:
     """The places of a checkpoint's tensors.
 
     Args:

@@ -13,16 +13,6 @@ PatternDict = Mapping[str, Sequence[str]]
 # match is proportional to it.
 _MAX_CHARACTERS = 4000
 
-_LAYER_WEIGHTS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
-
 
 def check_pattern_dict(pattern_dict: Any, where: str) -> dict[str, list[str]]:
     """Checks a pattern dict, and returns a copy of it.
@@ -122,14 +112,15 @@ def match_units(pattern_dict: PatternDict, names: Iterable[str]) -> dict[str, tu
 def default_pattern_dict(config: Mapping[str, Any] | None) -> dict[str, list[str]]:
     """The pattern dict that DFloat11's own checkpoints of a model family have.
 
-    Each layer is a unit of its seven matrices. `lm_head` and the embeddings are one unit each if
+    Each layer is a unit of its matrices. `lm_head` and the embeddings are one unit each if
     they are not tied: readers of a tied `lm_head` do not know that it is compressed.
     (DFloat11/Qwen3-8B-DF11, Llama-3.1-8B-Instruct-DF11 and Mistral-Nemo-Instruct-2407-DF11 are
     like that; the units of Qwen3-4B-DF11 and gemma-3-4b-it-DF11, which are tied, are layers only.)
 
     Args:
-        config: the content of the model's config.json. Model types llama, mistral, qwen2, qwen3,
-            gemma2, gemma3_text and gemma3 (its language model) are known.
+        config: the content of the model's config.json. Model types llama, mistral, ministral,
+            ministral3, phi3, glm, glm4, qwen2, qwen3, gemma2, gemma3_text, and gemma3 and mistral3
+            (their language models) are known.
 
     Raises:
         ValueError: the model type is unknown.
@@ -145,5 +136,5 @@ def default_pattern_dict(config: Mapping[str, Any] | None) -> dict[str, list[str
     if not model.is_tied:
         patterns[r"(?:language_model\.)?lm_head" if model.is_nested else "lm_head"] = []
         patterns[rf"{inner}\.embed_tokens"] = []
-    patterns[rf"{inner}\.layers\.\d+"] = list(_LAYER_WEIGHTS)
+    patterns[rf"{inner}\.layers\.\d+"] = model.layer_matrices()
     return patterns

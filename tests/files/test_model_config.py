@@ -63,7 +63,7 @@ def test_other_tensors_have_no_known_shape(name):
     assert ModelConfig(GEMMA_3_4B).shape(name) is None
 
 
-@pytest.mark.parametrize("config", [None, {}, {"model_type": "phi3"}, {"model_type": ["llama"]}])
+@pytest.mark.parametrize("config", [None, {}, {"model_type": "phi"}, {"model_type": ["llama"]}])
 def test_unknown_families(config):
     model = ModelConfig(config)
     assert model.shape("model.layers.0.mlp.up_proj.weight") is None

@@ -31,6 +31,7 @@ _SIZES = {
     "max_position_embeddings": 512,
     "bos_token_id": BOS,
     "eos_token_id": EOS,
+    "pad_token_id": None,
     "dtype": "bfloat16",
 }
 _LLAMA3_ROPE = {
@@ -40,6 +41,7 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 
 # `config.json` of each; between them they have everything that the transformer can do.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -54,8 +56,44 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0},
     },
+    "mistral": _SIZES | {"model_type": "mistral", "head_dim": 32, "sliding_window": 8},
+    "ministral": _SIZES
+    | {
+        "model_type": "ministral",
+        "head_dim": 16,
+        "sliding_window": 8,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    },
+    "ministral3": _SIZES
+    | {
+        "model_type": "ministral3",
+        "head_dim": 32,
+        "rope_parameters": _YARN
+        | {"rope_theta": 1_000_000.0, "mscale": 1.0, "mscale_all_dim": 0.5}
+        | {"original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.1},
+    },
+    "phi3": _SIZES
+    | {
+        "model_type": "phi3",
+        "tie_word_embeddings": True,
+        "original_max_position_embeddings": 16,
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+            "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+        },
+        "sliding_window": 512,
+    },
+    "glm": _SIZES | {"model_type": "glm", "head_dim": 32},
+    "glm4": _SIZES | {"model_type": "glm4", "head_dim": 32, "attention_bias": False},
     "qwen2": _SIZES
-    | {"model_type": "qwen2", "rope_theta": 1_000_000.0, "tie_word_embeddings": True},
+    | {
+        "model_type": "qwen2",
+        "rope_theta": 1_000_000.0,
+        "rope_scaling": _YARN,
+        "tie_word_embeddings": True,
+    },
     "qwen3": _SIZES
     | {
         "model_type": "qwen3",

@@ -19,6 +19,8 @@ PARAMETERS = [
     ("Llama-3.2-1B", 1_235_814_400),
     ("Qwen2.5-7B", 7_615_616_512),
     ("Qwen3-14B", 14_768_307_200),
+    ("Mistral-7B-v0.1", 7_241_732_096),
+    ("Phi-3-mini-4k", 3_821_079_552),
     ("gemma-3-27b", 27_009_346_304),
 ]
 
@@ -75,7 +77,10 @@ def test_documentation_has_the_caches_that_models_take():
         assert f"| {' | '.join(cells)} |".replace("|  |", "| |") in page
 
 
-@pytest.mark.parametrize("name", ["Llama-3.1-8B", "Llama-3.2-1B", "Qwen2.5-7B", "gemma-3-27b"])
+@pytest.mark.parametrize(
+    "name",
+    ["Llama-3.1-8B", "Llama-3.2-1B", "Qwen2.5-7B", "Phi-4-mini", "GLM-4-9B-0414", "gemma-3-27b"],
+)
 def test_weights_and_cache_are_those_of_the_shapes(name):
     config = models.read_config(KNOWN[name])
     # These have the exponents of normally distributed weights.

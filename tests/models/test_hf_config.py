@@ -11,9 +11,9 @@ from known_configs import KNOWN
 
 from df11_jax.models import Rope, UnsupportedModelError, read_config
 from df11_jax.models._rope import frequencies
-from df11_jax.models._weights import list_places
+from df11_jax.models._weights import list_places, tensor_shape
 
-LLAMA = families.CONFIGS["llama"]
+LLAMA, PHI = families.CONFIGS["llama"], families.CONFIGS["phi3"]
 
 # How many billions of parameters there are, and of how many of the layers the window slides.
 SIZES = {
@@ -27,6 +27,18 @@ SIZES = {
     "Qwen3-0.6B": (0.596, 0),
     "Qwen3-8B": (8.191, 0),
     "Qwen3-14B": (14.768, 0),
+    "QwQ-32B": (32.764, 0),
+    "DeepSeek-R1-Distill-Qwen-1.5B": (1.777, 0),
+    "DeepSeek-R1-0528-Qwen3-8B": (8.191, 0),
+    "Mistral-7B-v0.1": (7.242, 32),
+    "Mistral-Small-24B": (23.572, 0),
+    "Ministral-8B": (8.020, 0),  # with a window of all positions
+    "Ministral-3-8B": (8.490, 0),
+    "Phi-3-mini-4k": (3.821, 32),
+    "Phi-4-mini": (3.836, 0),
+    "Phi-4": (14.660, 0),
+    "glm-4-9b-chat": (9.400, 0),
+    "GLM-4-9B-0414": (9.400, 0),
     "gemma-3-270m": (0.268, 15),
     "gemma-3-1b": (1.000, 22),
     "gemma-3-4b": (3.880, 29),
@@ -38,7 +50,7 @@ SIZES = {
 @pytest.mark.parametrize("name", KNOWN)
 def test_known_models(name):
     config = read_config(KNOWN[name])
-    parameters = sum(math.prod(place.shape) for place in list_places(config).values())
+    parameters = sum(math.prod(tensor_shape(places)) for places in list_places(config).values())
     assert (round(parameters / 1e9, 3), sum(config.sliding)) == SIZES[name]
 
 
@@ -57,17 +69,25 @@ def test_known_models_are_what_transformers_takes_them_for(name, tmp_path):
     assert (config.max_length, config.norm_eps) == (text.max_position_embeddings, text.rms_norm_eps)
     assert config.tied == theirs.tie_word_embeddings
     assert config.attention_scale == getattr(text, "query_pre_attn_scalar", head_dim) ** -0.5
-    types = getattr(text, "layer_types", None) or ["full_attention"] * config.layers
-    assert config.sliding == tuple(type_ == "sliding_attention" for type_ in types)
-    assert config.window == (text.sliding_window if any(config.sliding) else 0)
+    window = getattr(text, "sliding_window", None)
+    same = "sliding_attention" if window else "full_attention"
+    types = getattr(text, "layer_types", None) or [same] * config.layers
+    sliding = tuple(type_ == "sliding_attention" for type_ in types)
+    assert config.sliding == sliding or (window >= config.max_length and not any(config.sliding))
+    assert config.window == (window if any(config.sliding) else 0)
+    length = config.max_length
     for type_, rope in (("full_attention", config.rope), ("sliding_attention", config.local_rope)):
         nested = type_ in text.rope_parameters
         fields = text.rope_parameters[type_] if nested else text.rope_parameters
-        turning = frequencies(Rope(fields["rope_theta"]), head_dim)
+        fraction = fields.get("partial_rotary_factor", 1.0)
+        turning, factor = frequencies(Rope(fields["rope_theta"], fraction=fraction), head_dim), 1.0
         if fields["rope_type"] != "default":
             scale = ROPE_INIT_FUNCTIONS[fields["rope_type"]]
-            turning = scale(text, "cpu", layer_type=type_ if nested else None)[0]
-        np.testing.assert_allclose(frequencies(rope, head_dim), turning, rtol=1e-5)
+            inner = type_ if nested else None
+            turning, factor = scale(text, "cpu", seq_len=length, layer_type=inner)
+        np.testing.assert_allclose(frequencies(rope, head_dim, length), turning, rtol=1e-5)
+        assert rope.attention_factor == pytest.approx(factor)
+        assert rope.query_growth == fields.get("llama_4_scaling_beta", 0)
     # As it writes them itself, in its own new way, and without what is the default.
     theirs.save_pretrained(tmp_path)
     assert read_config(json.loads((tmp_path / "config.json").read_text())) == config
@@ -119,6 +139,37 @@ def test_old_and_new_ways_to_say_the_same():
     assert read_config(new) == read_config(gemma)
 
 
+def test_windows_of_all_positions_are_none():
+    mistral = families.CONFIGS["mistral"]
+    assert all(read_config(mistral | {"sliding_window": 511}).sliding)
+    for window in (512, 4096, None):
+        config = read_config(mistral | {"sliding_window": window})
+        assert not any(config.sliding) and config.window == 0
+    unsaid = {k: v for k, v in mistral.items() if k != "sliding_window"}
+    assert read_config(unsaid | {"max_position_embeddings": 4097}).window == 4096
+
+
+def test_text_of_mistral_3():
+    text = families.CONFIGS["ministral3"]
+    assert read_config({"model_type": "mistral3", "text_config": text}) == read_config(text)
+    unsaid = {k: v for k, v in families.CONFIGS["mistral"].items() if k != "model_type"}
+    outer = {"model_type": "mistral3", "text_config": unsaid, "tie_word_embeddings": True}
+    assert read_config(outer) == read_config(
+        families.CONFIGS["mistral"] | {"tie_word_embeddings": True}
+    )
+
+
+def test_dynamic_changes_nothing_up_to_the_length_of_the_model():
+    scaling = {"rope_type": "dynamic", "factor": 4.0}
+    plain = read_config(LLAMA | {"rope_scaling": None})
+    assert read_config(LLAMA | {"rope_scaling": scaling}) == plain
+
+
+def test_yarn_that_was_added_makes_models_longer():
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    assert read_config(LLAMA | {"rope_scaling": scaling}).max_length == 2048
+
+
 def test_null_means_nothing_said():
     nulls = {"rope_scaling": None, "num_key_value_heads": None, "head_dim": None}
     config = read_config(LLAMA | nulls)
@@ -128,11 +179,12 @@ def test_null_means_nothing_said():
 
 def test_families_differ_where_they_should():
     read = {family: read_config(fields) for family, fields in families.CONFIGS.items()}
-    assert {name for name, c in read.items() if c.qkv_bias} == {"llama-biases", "qwen2"}
+    assert {name for name, c in read.items() if c.qkv_bias} == {"llama-biases", "qwen2", "glm"}
     assert {name for name, c in read.items() if c.output_bias} == {"llama-biases"}
     assert {name for name, c in read.items() if c.qk_norm} == {"qwen3", "gemma3_text"}
-    assert {name for name, c in read.items() if c.post_norms} == {"gemma3_text"}
-    assert {name for name, c in read.items() if any(c.sliding)} == {"qwen3", "gemma3_text"}
+    assert {name for name, c in read.items() if c.post_norms} == {"gemma3_text", "glm4"}
+    sliding = {"mistral", "ministral", "qwen3", "gemma3_text"}
+    assert {name for name, c in read.items() if any(c.sliding)} == sliding
 
 
 def test_frequencies():
@@ -151,11 +203,18 @@ def test_frequencies():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "the model_type None is not supported, only llama, qwen2, qwen3"),
+        ({}, "the model_type None is not supported, only llama, mistral, "),
         ({"model_type": ["llama"]}, r"the model_type \['llama'\] is not supported"),
         ({"model_type": "mixtral"}, "'mixtral' is not supported"),
-        (LLAMA | {"rope_scaling": {"type": "yarn"}}, "rope_scaling: the RoPE type 'yarn'"),
-        (LLAMA | {"rope_scaling": {"rope_type": "dynamic"}}, "the RoPE type 'dynamic'"),
+        (LLAMA | {"rope_scaling": {"type": "mrope"}}, "rope_scaling: the RoPE type 'mrope'"),
+        (LLAMA | {"rope_scaling": {"rope_type": ["yarn"]}}, "the RoPE type \\['yarn'\\]"),
+        (LLAMA | {"rope_scaling": {"rope_type": "yarn", "truncate": False}}, "truncate"),
+        (PHI | {"sliding_window": 100}, "sliding_window 100 together with the RoPE type longrope"),
+        (
+            families.CONFIGS["mistral"] | {"layer_types": ["full_attention"] * 3},
+            "layer_types of several kinds .* mistral",
+        ),
+        (families.CONFIGS["glm"] | {"partial_rotary_factor": 1.5}, "partial_rotary_factor 1.5"),
         (LLAMA | {"hidden_act": "relu2"}, "the activation 'relu2'"),
         (LLAMA | {"hidden_act": {"silu": 1}}, "the activation {'silu': 1}"),
         *(
@@ -168,7 +227,7 @@ def test_frequencies():
         (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         (
             LLAMA | {"rope_scaling": {"rope_type": "linear", "partial_rotary_factor": 0.5}},
-            "rope_scaling: partial_rotary_factor",
+            "rope_scaling: partial_rotary_factor 0.5",
         ),
         (LLAMA | {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         (LLAMA | {"layer_types": ["linear_attention"] * 3}, "the layer type 'linear_attention'"),
@@ -198,6 +257,10 @@ def test_refused_by_name(fields, message):
         ({"rope_scaling": [1]}, r"rope_scaling is \[1\], expected a JSON object"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling: factor is missing"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "low_freq_factor is missing"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "a list of 8 positive"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [-1] * 8}}, "short_factor is -1"),
+        ({"rope_scaling": {"type": "yarn"}, "rope_theta": 1}, "rope_theta is 1, expected more"),
+        ({"model_type": "glm", "partial_rotary_factor": 0.2}, "an even part of a head of 128"),
     ],
 )
 def test_fields_that_make_no_sense(change, message):

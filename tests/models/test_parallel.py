@@ -18,10 +18,15 @@ from df11_jax import checkpoints, models
 from df11_jax.models import _collectives, _devices, _sharding, tables
 
 # Others have two key-value heads; and shards of a smaller one would be too small to be compressed.
+WIDE = families.CONFIGS["llama-biases"] | {"hidden_size": 256, "intermediate_size": 512}
 CONFIGS = families.CONFIGS | {
-    "wide": families.CONFIGS["llama-biases"] | {"hidden_size": 256, "intermediate_size": 512}
+    "wide": WIDE,
+    # Fewer key-value heads than devices.
+    "shared": WIDE | {"num_key_value_heads": 2},
+    "shared by all": WIDE | {"num_key_value_heads": 1},
 }
-SIZES = [(family, 2) for family in families.CONFIGS] + [("wide", 4)]
+SIZES = [(family, 2) for family in families.CONFIGS]
+SIZES += [("wide", 4), ("shared", 4), ("shared by all", 4)]
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 4, reason="needs four devices")
 
@@ -67,6 +72,8 @@ def test_several_devices_compute_what_one_does(family, devices):
     for actual, expected in zip(*map(jax.tree.leaves, (several.cache, one.cache)), strict=True):
         if actual.ndim == 5:  # bits of keys and values
             actual, expected = actual.view(np.float32), expected.view(np.float32)
+            copies = actual.shape[2] // expected.shape[2]
+            expected = np.repeat(expected, copies, axis=2)
         np.testing.assert_allclose(actual, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -114,6 +121,23 @@ def test_prompts_of_any_lengths_and_stop_tokens():
     stop = free[0][3]
     stopped = models.generate(params, PROMPTS, config, tokens=9, stop=[stop], every=4)
     assert stopped == [row[: row.index(stop)] if stop in row else row for row in free]
+
+
+def test_devices_that_share_a_head_have_it_all():
+    params, config = load("shared", 4, compress=False)
+    key = np.asarray(params["layers"]["self_attn"]["k_proj"]["kernel"])
+    key = key.reshape(4, config.layers, 256, 64)
+    source = models.RandomSource(config)
+    for layer in range(config.layers):
+        weight = source.read(f"model.layers.{layer}.self_attn.k_proj.weight")
+        for device in range(4):
+            head = weight[device // 2 * 64 :][:64]
+            assert_same_bits(key[device, layer], np.ascontiguousarray(head.T))
+    memory = [models.estimate_memory(config, batch=2, context=64, devices=n) for n in (2, 4)]
+    assert memory[0].cache == memory[1].cache
+    with pytest.raises(ValueError, match=r"3 key-value heads cannot .* 4 devices: expected 1$"):
+        sizes = {"heads": 12, "kv_heads": 3, "hidden": 8}
+        _sharding.shard_config(dataclasses.replace(config, **sizes), 4)
 
 
 def test_negative_zeros_and_nans_of_an_embedding_arrive():
@@ -277,7 +301,6 @@ def test_each_device_decodes_its_slices_once_a_token():
 @pytest.mark.parametrize(
     ("family", "devices", "message"),
     [
-        ("llama", 4, "2 key-value heads cannot be divided among 4 devices: expected 1 or 2"),
         (
             "llama-biases",
             3,

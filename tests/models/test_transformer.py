@@ -96,6 +96,17 @@ def test_reading_in_pieces_is_reading_at_once(family):
     np.testing.assert_allclose(jnp.concatenate(out, axis=1), whole, rtol=0, atol=TOLERANCE)
 
 
+def test_longrope_has_short_factors_up_to_the_original_length():
+    params, config = load("phi3")
+    rope = config.rope
+    for length, factors in ((16, rope.short_factors), (17, rope.long_factors)):
+        same = dataclasses.replace(rope, short_factors=factors, long_factors=factors)
+        same = dataclasses.replace(config, rope=same)
+        tokens = families.prompts(length=length)
+        logits = all_logits(params, config, tokens)
+        np.testing.assert_array_equal(logits, all_logits(params, same, tokens))
+
+
 def test_layers_must_be_as_many_as_configured():
     params, config = load("llama")
     cache = models.init_cache(config, 1, 4)
