@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from df11_jax._array import is_df11
 from df11_jax._brief import brief
 
 FROM_TORCH = "jax.numpy.from_dlpack(tensor.detach())"
@@ -21,7 +22,7 @@ _INSTEAD = {
 
 def as_array(leaf: Any) -> Any:
     """The array of JAX that a leaf stands for, such as a Keras variable; else the leaf itself."""
-    if is_array(leaf) or not hasattr(type(leaf), "__jax_array__"):
+    if is_array(leaf) or is_df11(leaf) or not hasattr(type(leaf), "__jax_array__"):
         return leaf
     return leaf.__jax_array__()
 
@@ -33,7 +34,7 @@ def is_array(leaf: Any) -> bool:
 
 def is_foreign(leaf: Any) -> bool:
     """Whether a leaf is an array of another library, such as a tensor of torch."""
-    is_ours = is_array(leaf) or isinstance(leaf, np.generic)
+    is_ours = is_array(leaf) or is_df11(leaf) or isinstance(leaf, np.generic)
     return not is_ours and hasattr(type(leaf), "__array__") and hasattr(leaf, "shape")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from df11_jax._array import DF11Array, is_df11
-from df11_jax._compress import compress_leaf
+from df11_jax._compress import align_layers, compress_leaf
 from df11_jax._files.source import Source, unchanged
 from df11_jax._host_arrays import cpu_device
 from df11_jax._progress import ProgressBar
@@ -46,7 +46,9 @@ def load(
 
     Leaves of native checkpoints, which `save` and `df11-jax compress` write, and of Orbax's come
     back as they were saved. Leaves of other formats are compressed as `compress_params` does it:
-    float32 ones stay as they are, and `compress_params(..., cast=True)` can round them. The leaves
+    float32 ones stay as they are, and `compress_params(..., cast=True)` can round them. Of any
+    format, layers that are kept one by one get arrays of the same shapes, as `compress_params`
+    gives them: where they were compressed one by one, zeros are added to the shorter. The leaves
     are loaded one by one, so that the host holds what one of them needs (of a published checkpoint,
     one unit), and the device holds nothing twice. All are from the files that were there when the
     checkpoint was opened, even if others take their places meanwhile.
@@ -81,12 +83,14 @@ def load(
         if info.numpy_dtype is None:
             raise ValueError(f"{where}: {name}: has the dtype {info.dtype}, which numpy lacks")
     total = sum(info.nbytes for info in source.tensors.values())
-    leaves = {}
+    leaves: list[DF11Array | Array | np.ndarray] = []
     with unchanged(source), ProgressBar("load", total, show=progress) as bar:
         for name, info in source.tensors.items():
-            leaves[name] = _load_leaf(source, name, device, verify)
+            leaves.append(_load_leaf(source, name, device, verify))
             bar.update(name, info.nbytes)
-    return nest(leaves, structure, where)
+    names = list(source.tensors)
+    align_layers(names, leaves)
+    return nest(dict(zip(names, leaves, strict=True)), structure, where)
 
 
 def _load_leaf(

@@ -13,10 +13,11 @@ from jaxtyping import PyTree
 from df11_jax import _layout
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._brief import brief
-from df11_jax._compress import compress_as, compress_leaves
+from df11_jax._compress import align_layers, compress_as, compress_leaves
 from df11_jax._decode import decompress_params
 from df11_jax._files import crc32
 from df11_jax._select import Selection
+from df11_jax._stack import fit_exponents
 from df11_jax.orbax import _leaf_arrays, _plan, _shardings, _stored
 from df11_jax.orbax._args import DF11Restore
 from df11_jax.orbax._manifest import Keys, StoredLeaf, dtype_of
@@ -45,10 +46,12 @@ def restore(stored: StoredItem, args: DF11Restore) -> PyTree:
             _verify(stored, batch, leaves)
         for plan in batch:
             values[plan.leaf.keys] = _convert_and_place(plan, leaves.pop(0), selection, options)
-    ordered = [values[plan.leaf.keys] for plan in plans]
+    ordered = [values.pop(plan.leaf.keys) for plan in plans]
     if args.compress is not None:
-        paths = (plan.leaf.path for plan in plans)
+        paths = [plan.leaf.path for plan in plans]
         selection.warn_if_futile("DF11Restore", zip(paths, ordered, strict=True), stacklevel=1)
+        if not any(is_df11(plan.target) for plan in plans):  # whose lengths are to be kept
+            align_layers(paths, ordered)
     if args.item is None:
         return stored.manifest.unflatten(ordered)
     return jax.tree.unflatten(jax.tree.structure(args.item, is_leaf=is_df11), ordered)
@@ -180,6 +183,7 @@ def _convert_and_place(
     """Compresses or decompresses a leaf as planned, and shards it as the target says."""
     path = plan.leaf.path
     if plan.conversion is Conversion.NONE:
+        value = _fit(value, plan.target)
         parts = value.payload if is_df11(value) else (value,)
         placed = [
             _place(part, sharding)
@@ -192,7 +196,7 @@ def _convert_and_place(
         weights = decompress_params({path: value})[path]
         return weights if is_df11(plan.target) else _place(weights, _sharding(plan.target))
     if is_df11(plan.target):
-        small = compress_as(value, plan.target.layout, path)
+        small = _fit(compress_as(value, plan.target.layout, path), plan.target)
         return jax.tree.map(lambda a, like: _place(a, _sharding(like)), small, plan.target)
     small = compress_leaves([(path, value)], selection, **options)[0]
     if is_df11(small):
@@ -200,6 +204,22 @@ def _convert_and_place(
     # Shardings are those of what is stored.
     placed = _place(value, _sharding(plan.target) or _shardings.default())
     return selection.to_front(path, placed)
+
+
+def _fit(value: Any, target: Any) -> Any:
+    """A compressed leaf with exponents as long as the target's, if there is room for them.
+
+    Then programs that are compiled for the target take it. That the weights of this checkpoint
+    may take more room is no reason not to restore it.
+    """
+    if not (is_df11(value) and is_df11(target)):
+        return value
+    if not getattr(value.exponents, "is_fully_addressable", True):
+        return value
+    try:
+        return fit_exponents(value, target.exponents.shape[-1])
+    except ValueError:
+        return value
 
 
 def _sharding(target: Any) -> jax.sharding.Sharding | None:

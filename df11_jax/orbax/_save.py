@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from df11_jax import _layout
 from df11_jax._array import is_df11
-from df11_jax._compress import compress_leaves
+from df11_jax._compress import align_layers, compress_leaves
 from df11_jax._decode import path_name
 from df11_jax._files import crc32
 from df11_jax._host_arrays import cpu_device, to_host
@@ -90,6 +90,7 @@ def _compress_on_host(params: PyTree, options: Mapping[str, Any]) -> PyTree:
                 leaves[i] = jax.tree.map(np.asarray, leaf)
     leaves = [selection.to_front(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
     selection.warn_if_futile("DF11Save", zip(names, leaves, strict=True), stacklevel=1)
+    align_layers(names, leaves)
     return jax.tree.unflatten(treedef, leaves)
 
 

@@ -174,6 +174,25 @@ def test_where_leaves_go(tmp_path, format_, where):
             assert_same_bits(array, weights[name])
 
 
+@pytest.mark.parametrize("where", [None, "memory"])
+@pytest.mark.parametrize("format_", ["plain", "native", "orbax"])
+def test_layers_one_by_one_have_arrays_of_equal_shapes(tmp_path, format_, where):
+    weights = {f"layers.{i}.w": np.array(random_weights((256, 128), i)) for i in range(3)}
+    weights["layers.1.w"][:128] = 1
+    path = model_files.write_model(tmp_path / "plain", weights)
+    if format_ == "native":
+        write_native(checkpoints.open_checkpoint(path), path := tmp_path / "it")
+    elif format_ == "orbax":
+        write_orbax(checkpoints.open_checkpoint(path), path := tmp_path / "it")
+    memory = jax.sharding.SingleDeviceSharding(jax.devices()[-1], memory_kind="pinned_host")
+    loaded = checkpoints.load(path, device=where and memory)
+    assert len({a.exponents.shape for a in loaded.values()}) == 1
+    if where:
+        assert {array.sharding for array in jax.tree.leaves(loaded)} == {memory}
+    for name, a in jax.device_put(loaded, jax.devices()[0]).items():
+        assert_same_bits(df11_jax.decompress(a), weights[name])
+
+
 def test_places_that_do_not_suit(tmp_path):
     path = tmp_path / "model.safetensors"
     checkpoints.save({"big": np.array([1 << 40, -1]), "w": np.ones((3, 5), np.float32)}, path)

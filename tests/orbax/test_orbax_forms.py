@@ -22,6 +22,7 @@ from orbax_helpers import (
 from payloads import assert_same_bits, random_weights
 
 import df11_jax
+from df11_jax._array import is_df11
 from df11_jax._layout import make_layout
 from df11_jax.orbax import DF11Restore
 
@@ -92,15 +93,41 @@ def test_compressed_target_compresses(plain):
     assert_same_tree(restore(plain, abstract(small)), small)
 
 
-def test_target_with_other_lengths(compressed):
-    """How long the coded exponents are depends on the weights: it is no disagreement."""
-    other = df11_jax.compress_params(
-        jax.tree.map(lambda a: (a * 3 + 1).astype(a.dtype), plain_params()), stacked="^layers/"
-    )
-    small = compressed_params()
-    lengths = [leaf.exponents.shape for leaf in compressed_leaves(other)]
-    assert lengths != [leaf.exponents.shape for leaf in compressed_leaves(small)]
-    assert_same_tree(restore(compressed, abstract(other)), small)
+@pytest.mark.parametrize("stored", ["compressed", "plain"])
+def test_target_with_other_lengths(stored, request):
+    path, small = request.getfixturevalue(stored), compressed_params()
+
+    def target(words):
+        def change(leaf):
+            if not is_df11(leaf):
+                return leaf
+            shape = (*leaf.exponents.shape[:-1], leaf.exponents.shape[-1] + words)
+            exponents = jax.ShapeDtypeStruct(shape, np.uint32, sharding=leaf.exponents.sharding)
+            return dataclasses.replace(leaf, exponents=exponents)
+
+        return jax.tree.map(change, small, is_leaf=is_df11)
+
+    longer = restore(path, abstract(target(40)))
+    for a, b in zip(compressed_leaves(longer), compressed_leaves(target(40)), strict=True):
+        assert a.exponents.shape == b.exponents.shape
+    assert_same_weights(longer, small)
+    # No disagreement: how long the coded exponents are depends on the weights.
+    assert_same_tree(restore(path, abstract(target(-400))), small)
+
+
+def uneven_layers():
+    """Layers of which one would have shorter exponents than the others."""
+    kernels = [np.array(random_weights((256, 128), i)) for i in range(3)]
+    kernels[1][:128] = 1
+    return [{"kernel": kernel} for kernel in kernels]
+
+
+def test_layers_one_by_one_have_arrays_of_equal_shapes(tmp_path):
+    expected = df11_jax.compress_params(uneven_layers())
+    save(tmp_path / "x", uneven_layers(), compress={})
+    assert_same_tree(restore(tmp_path / "x"), expected)
+    save_plain(tmp_path / "y", uneven_layers())
+    assert_same_tree(restore(tmp_path / "y", compress={}), expected)
 
 
 def test_compress_on_the_way_out(tmp_path):
