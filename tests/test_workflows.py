@@ -9,7 +9,7 @@ import pytest
 from compiling import ROOT
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-SCRIPTS = sorted(path for path in (ROOT / ".ci").iterdir() if path.is_file())
+SCRIPTS = sorted((ROOT / ".ci").glob("*"))
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -28,7 +28,7 @@ def test_scripts_are_documented(path):
 
 @pytest.fixture
 def release(tmp_path):
-    """Runs a copy of .ci/release on the files of a folder, but for the tools that it gets by pip."""
+    """Runs a copy of .ci/release on files of a folder, but for the tools that it gets by pip."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     version = project["version"]
     (tmp_path / ".ci").mkdir()
