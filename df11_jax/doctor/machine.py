@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import subprocess
+from platform import machine
 
 import jax
 import jax.extend
@@ -98,7 +99,9 @@ def _decoder_of(platform: str) -> tuple[str, str, _cuda.Obstacle | None]:
         return "compiled, CUDA", "the CUDA library loads, and driver and GPU can run it", None
     levels = [simd_name(level) for level in _host_codec.cpu_library().simd_levels()]
     why = f"the best that this processor has of {', '.join(levels)}"
-    if len(levels) == 1:
+    if machine() not in ("x86_64", "AMD64"):
+        why = "the only one for processors of this kind"
+    elif len(levels) == 1:
         why = "this processor has neither AVX-512 nor AVX2, which would be faster"
     return f"compiled, {levels[-1]}", why, None
 

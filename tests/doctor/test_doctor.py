@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import platform
 import shutil
 import subprocess
 import sys
@@ -46,6 +47,8 @@ def test_everything_works_here(report):
 def test_backends(report):
     by_platform = {backend.platform: backend for backend in report.backends}
     assert by_platform["cpu"].decoder == f"compiled, {simd_name(_cpu_library.simd_levels()[-1])}"
+    has_avx = platform.machine() in ("x86_64", "AMD64")  # or could have it
+    assert ("AVX" in by_platform["cpu"].why) == has_avx
     assert len(by_platform["cpu"].devices) == len(jax.local_devices(backend="cpu"))
     assert [b.is_default for b in report.backends].count(True) == 1
 
