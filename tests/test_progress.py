@@ -99,3 +99,4 @@ def test_generated_text_stays_as_it_is(tmp_path):
     quick, slow = (process(COMMAND, seconds, *arguments) for seconds in (0, 10))
     assert slow.stdout == quick.stdout and "It is raining." in slow.stdout
     assert "load: 100%" in slow.stderr and "load:" not in quick.stderr
+    assert "generate: 50%, 4 of 8 tokens, " in slow.stderr and "generate:" not in quick.stderr

@@ -1,6 +1,7 @@
 """The command `df11-jax generate`."""
 
 import dataclasses
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from df11_jax._brief import printable
-from df11_jax._progress import say
+from df11_jax._progress import ProgressBar, say
 from df11_jax._units import format_bytes
 from df11_jax.checkpoints import open_checkpoint
 from df11_jax.cli._options import (
@@ -129,10 +130,15 @@ def generate(
     def show(new: list[str]) -> None:
         times.append(time.perf_counter())
         click.echo(printable(new[0], keep=_KEPT), nl=False)
+        left = max(0, tokens - (len(times) - 2) * _EVERY)
+        bar.update("the text", min(_EVERY, left))
 
-    (completion,) = models.TextModel(params, config, tokenizer, stop).generate(
-        [prompt], tokens=tokens, sampling=sampling, seed=seed, every=_EVERY, callback=show
-    )
+    # On a terminal, the text shows that something happens.
+    is_seen = sys.stdout.isatty()
+    with ProgressBar("generate", tokens, unit="tokens", show=show_progress() and not is_seen) as bar:
+        (completion,) = models.TextModel(params, config, tokenizer, stop).generate(
+            [prompt], tokens=tokens, sampling=sampling, seed=seed, every=_EVERY, callback=show
+        )
     times.append(time.perf_counter())
     click.echo()
     say("\n" + _describe_speed(completion, times))
