@@ -134,8 +134,8 @@ def generate(
         bar.update("the text", min(_EVERY, left))
 
     # On a terminal, the text shows that something happens.
-    is_seen = sys.stdout.isatty()
-    with ProgressBar("generate", tokens, unit="tokens", show=show_progress() and not is_seen) as bar:
+    is_wanted = show_progress() and not sys.stdout.isatty()
+    with ProgressBar("generate", tokens, unit="tokens", show=is_wanted) as bar:
         (completion,) = models.TextModel(params, config, tokenizer, stop).generate(
             [prompt], tokens=tokens, sampling=sampling, seed=seed, every=_EVERY, callback=show
         )
