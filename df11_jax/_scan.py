@@ -22,6 +22,7 @@ def scan_blocks(
     stacked_params: PyTree,
     xs: PyTree = None,
     *,
+    reverse: bool = False,
     lazy: bool = False,
 ) -> tuple[Carry, PyTree]:
     """Runs a stack of blocks, one after the other, decompressing one block at a time.
@@ -42,6 +43,7 @@ def scan_blocks(
             `DF11Array` leaves have exactly one stack axis. Other leaves are arrays, and are
             scanned over as usual.
         xs: further arrays to scan over, such as key-value caches; None for nothing.
+        reverse: begin with the last block, as `jax.lax.scan` does.
         lazy: pass compressed weights to `block_fn` as a `DF11Slice` each, for it to `dot` or to
             `decompress` them.
 
@@ -68,10 +70,11 @@ def scan_blocks(
                 f"scan_blocks: block_fn must return (carry, y), got {type(result).__name__}"
             )
         carry, y = result
-        return (index + 1, carry), y
+        return (index - 1 if reverse else index + 1, carry), y
 
+    first = jnp.int32(length - 1 if reverse else 0)
     (_, carry), ys = jax.lax.scan(
-        stack.checkpoint(body), (jnp.int32(0), carry), (stack.plain, xs), length=length
+        stack.checkpoint(body), (first, carry), (stack.plain, xs), length=length, reverse=reverse
     )
     return carry, ys
 

@@ -1,8 +1,8 @@
 """`flax.nnx` models with compressed parameters.
 
-`compress(model)` compresses a model in place. Its parameters become `CompressedParam`s, which
-modules read as before: each read decompresses, so that in a jitted function the dense weights are
-temporary.
+`compress(model)` compresses a model in place, and `decompress(model)` undoes it. Parameters become
+`CompressedParam`s, which modules read as before: each read decompresses, so that in a jitted
+function the dense weights are temporary.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from df11_jax import _decode
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._compress import align_layers, compress_leaf
-from df11_jax._decode import decompress
 from df11_jax._identity import identity
 from df11_jax._leaves import plain_shape
 from df11_jax._select import MIN_SIZE, Selection
 
-__all__ = ["CompressedParam", "compress"]
+__all__ = ["CompressedParam", "compress", "decompress"]
 
 
 class CompressedParam(nnx.Param[Any]):
@@ -47,7 +47,9 @@ class CompressedParam(nnx.Param[Any]):
             _check_is_weights(raw)
             # Parameters of an abstract model read as shapes, as plain ones do.
             is_abstract = isinstance(raw.header, jax.ShapeDtypeStruct)
-            weights = jax.eval_shape(decompress, raw) if is_abstract else decompress(raw)
+            weights = (
+                jax.eval_shape(_decode.decompress, raw) if is_abstract else _decode.decompress(raw)
+            )
             return self.copy(weights).get_value(**index)
         return super().get_value(**index)
 
@@ -174,6 +176,29 @@ def compress(
             param.set_raw_value(value)
 
 
+def decompress(model: Any) -> None:
+    """Undoes `compress`: parameters become in place what they were, bit for bit.
+
+    Each `CompressedParam` becomes an `nnx.Param`, or what it was of the user's own types, with the
+    whole array on the device. Parameters that hold one `DF11Array` then hold one array.
+
+    Args:
+        model: an `nnx.Module`, or any container of them.
+    """
+    decoded: dict[Hashable, Any] = {}
+    for _, param in nnx.iter_graph(model, graph=True):
+        if not isinstance(param, CompressedParam):
+            continue
+        value = param.get_raw_value()
+        if is_df11(value):
+            key = identity(value)
+            if key not in decoded:
+                decoded[key] = _decode.decompress(value)
+            value = decoded[key]
+        param.__class__ = _plain_type(type(param))  # type: ignore[assignment]
+        param.set_raw_value(value)
+
+
 def _compress_tied(
     params: Sequence[tuple[str, nnx.Param[Any]]], selection: Selection, **options: Any
 ) -> list[tuple[str, nnx.Param[Any]]]:
@@ -213,6 +238,14 @@ def _check_is_weights(raw: DF11Array) -> None:
             "wrt=nnx.All(nnx.Param, nnx.Not(df11_jax.nnx.CompressedParam)) all that is not "
             "compressed; include=... of df11_jax.nnx.compress leaves out what is to be trained"
         )
+
+
+def _plain_type(param_type: type[nnx.Param[Any]]) -> type[nnx.Param[Any]]:
+    """The type of which `_compressed_type` has made this one; a type of the user's own as it is."""
+    if param_type is CompressedParam:
+        return nnx.Param
+    made = param_type.__bases__[:1] == (CompressedParam,) and len(param_type.__bases__) == 2
+    return param_type.__bases__[1] if made else param_type
 
 
 @functools.cache

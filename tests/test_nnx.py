@@ -129,6 +129,28 @@ def test_same_bits(model_type, tokens):
     assert_same_bits(eager, model(tokens))
 
 
+class Weights(nnx.Param):
+    """A type of the user's own."""
+
+
+@models
+def test_there_and_back(model_type, tokens):
+    model = model_type(nnx.Rngs(0))
+    model.own = Weights(random_weights((256, 128)))
+    model.tied = nnx.Param(model.own.get_raw_value())
+    before = nnx.state(model)
+    types = {path: type(leaf) for path, leaf in nnx.to_flat_state(before)}
+    compress(model, stacked=None if model_type is Unrolled else "^layers/")
+    assert type(model.own) not in types.values() and compressed_params(model)
+    df11_jax.nnx.decompress(model)
+    after_ = dict(nnx.to_flat_state(nnx.state(model)))
+    assert {path: type(leaf) for path, leaf in after_.items()} == types
+    for path, leaf in nnx.to_flat_state(before):
+        assert_same_bits(leaf.get_raw_value(), after_[path].get_raw_value())
+    assert model.own.get_raw_value() is model.tied.get_raw_value()
+    df11_jax.nnx.decompress(model)  # of what is plain, nothing
+
+
 @models
 def test_copies(model_type, tokens):
     model, expected = make(model_type)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from payloads import assert_same_bits, bits, count_decodes, random_weights
 
-from df11_jax import compress, scan_blocks
+from df11_jax import DF11Slice, compress, decompress, scan_blocks
 from df11_jax._scan import scan_range
 
 LAYERS, WIDTH, HIDDEN = 8, 128, 512
@@ -87,6 +87,28 @@ def test_same_bits_as_the_plain_program(params, x):
         assert_same_bits(carry, function(plain, x)[0])
         assert_same_bits(ys, function(plain, x)[1])
     assert_same_bits(jax.jit(forward)(plain, x)[0], jax.jit(reference)(plain, x)[0])
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_in_reverse(params, x, lazy):
+    plain, compressed = params
+    xs = jnp.arange(jax.tree.leaves(plain)[0].shape[0], dtype=x.dtype)
+
+    def run(x, params):
+        def body(x, params, i):
+            plain = jax.tree.map(decompress, params, is_leaf=lambda p: isinstance(p, DF11Slice))
+            return block(x, plain, i)[0] + i, i
+
+        return scan_blocks(body, x, params, xs, reverse=True, lazy=lazy)
+
+    carry, ys = jax.jit(run)(x, compressed)
+    expected, expected_ys = jax.jit(
+        lambda x, p: jax.lax.scan(
+            lambda x, step: (block(x, *step)[0] + step[1], step[1]), x, (p, xs), reverse=True
+        )
+    )(x, plain)
+    assert_same_bits(carry, expected)
+    assert_same_bits(ys, expected_ys)
 
 
 def test_every_bit_pattern():
