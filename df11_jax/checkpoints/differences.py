@@ -1,10 +1,11 @@
-"""Bit comparison of two checkpoints, whatever their formats."""
+"""Verification of checkpoints, whatever their formats: of one, and bit by bit against another."""
 
 from collections.abc import Iterator
 
 from df11_jax._bits import first_difference
 from df11_jax._files.model_config import ModelConfig
 from df11_jax._files.source import Source, unchanged
+from df11_jax._host_arrays import as_bytes
 from df11_jax._progress import ProgressBar
 
 
@@ -47,6 +48,23 @@ def differences(a: Source, b: Source, *, progress: bool = False) -> Iterator[str
                 yield f"{name_a}{as_in_b}{difference}"
                 return
             bar.update(name_a, a.tensors[name_a].nbytes)
+
+
+def read_all(source: Source, *, progress: bool = False) -> None:
+    """Reads all tensors of a checkpoint, one at a time, which verifies the checksums that it has.
+
+    Args:
+        source: the checkpoint.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: a tensor is corrupt, or a file was changed while it was read.
+    """
+    total = sum(info.nbytes for info in source.tensors.values())
+    with unchanged(source), ProgressBar("verify", total, show=progress) as bar:
+        for name, info in source.tensors.items():
+            as_bytes(source.read(name)).max(initial=0)  # a view would not be read
+            bar.update(name, info.nbytes)
 
 
 def _pair_up(a: Source, b: Source) -> tuple[list[tuple[str, str]], list[str]]:

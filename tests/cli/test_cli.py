@@ -71,6 +71,20 @@ def test_there_and_back(tmp_path, plain, weights):
     assert not (tmp_path / "one" / "tokenizer.json").exists()
 
 
+def test_one_checkpoint_alone(tmp_path, plain):
+    run("compress", plain, tmp_path / "native")
+    assert "17 tensors" in (output := run("verify", tmp_path / "native"))
+    assert "all checksums are right" in output
+    for path in (plain, PUBLISHED):
+        assert "this format has no checksums" in run("verify", path)
+    shard = max((tmp_path / "native").glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[-1000] ^= 1
+    shard.write_bytes(content)
+    assert f"{shard}: " in (output := run("verify", tmp_path / "native", status=2))
+    assert "is corrupt" in output
+
+
 def test_published_checkpoints(tmp_path):
     assert "All 21 tensors" in run("verify", ORIGINAL, PUBLISHED)
     run("compress", PUBLISHED, tmp_path / "native")
