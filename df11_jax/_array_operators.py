@@ -31,7 +31,8 @@ class ArrayOperators:
     """Operators and methods of an array, for a class that has `__jax_array__`.
 
     JAX asks for `__jax_array__` in the functions of `jax.numpy` and in operators of its own arrays
-    only. `==` stays the identity, by which pytrees and dictionaries know such objects.
+    only. `==` stays the identity, by which pytrees and dictionaries know such objects; but with an
+    array of JAX on one side, that array compares elements, and comparisons of numpy's are False.
     """
 
     __array_ufunc__ = None  # numpy leaves operators with its arrays to those below

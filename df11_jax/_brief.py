@@ -21,7 +21,7 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u
 def brief(value: Any) -> str:
     """The beginning of a value's `repr`, made without making all of it.
 
-    `f"{brief(value)}"` first writes out the whole value, which may be of any size where files are
+    `f"{value!r:.80}"` first writes out the whole value, which may be of any size where files are
     not trusted.
     """
     text = _repr.repr(value)

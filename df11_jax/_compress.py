@@ -183,7 +183,8 @@ def compress_params(
             stack_axis=stack_axis,
         )
         shapes = [(path, plain_shape(leaf)) for path, leaf in named]
-        selection.check("compress_params", shapes, stacklevel=2)
+        compressed = [path for path, leaf in named if is_df11(leaf)]
+        selection.check("compress_params", shapes, compressed=compressed, stacklevel=2)
         selection.warn_of_foreign("compress_params", named, stacklevel=2)
         leaves = compress_leaves(
             named, selection, verify=verify, progress=progress, threads=threads

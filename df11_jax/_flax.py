@@ -24,7 +24,8 @@ class _AtImport(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if name not in _REGISTER:
             return None
-        others = [finder for finder in sys.meta_path if finder is not self]
+        # Those of an old kind have no `find_spec`; Python itself passes over them.
+        others = [f for f in sys.meta_path if f is not self and hasattr(f, "find_spec")]
         found = (finder.find_spec(name, path, target) for finder in others)
         spec = next((spec for spec in found if spec is not None), None)
         if spec is not None and spec.loader is not None:

@@ -152,6 +152,7 @@ class Selection:
         caller: str,
         leaves: Sequence[tuple[str, tuple[int, ...] | None]],
         *,
+        compressed: Iterable[str] = (),
         stacklevel: int,
     ) -> None:
         """Checks that patterns are found, and that the leaves of a stack have as many layers.
@@ -161,12 +162,20 @@ class Selection:
         Args:
             caller: the name of the public function that is to compress.
             leaves: the paths of all leaves, and the shapes of those that are plain arrays.
+            compressed: the paths of the leaves that are compressed already.
             stacklevel: the one of `warnings.warn`, counted from the caller of this method.
 
         Raises:
             ValueError: the leaves of a stack differ in the number of layers, or one has no such
-                axis. The message has their paths and shapes.
+                axis, or is compressed, so that the others have been moved as well. The message has
+                their paths and shapes.
         """
+        for path in compressed if self.stack_axis else ():
+            if self.stack_axes(path):
+                raise ValueError(
+                    f"{path}: is compressed already, and its layers are along axis 0, like those "
+                    f"of the leaves beside it: leave out stack_axis={self.stack_axis}"
+                )
         for argument, pattern in (("include", self.include), ("stacked", self.stacked)):
             if pattern and leaves and not any(pattern.search(path) for path, _ in leaves):
                 warnings.warn(

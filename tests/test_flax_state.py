@@ -83,6 +83,21 @@ assert (np.asarray(df11_jax.decompress(again["a"])) == 1).all()
     subprocess.run([sys.executable, "-P", "-c", program], check=True, timeout=600)
 
 
+def test_finders_of_an_old_kind():
+    code = """
+import sys
+
+class Finder:
+    def find_module(self, name, path=None):
+        return None
+
+sys.meta_path.insert(0, Finder())
+import df11_jax
+import flax.serialization
+"""
+    subprocess.run([sys.executable, "-P", "-W", "ignore", "-c", code], check=True)
+
+
 def test_arrays_that_were_made_before_flax_was_imported():
     program = """
 import sys

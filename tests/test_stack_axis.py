@@ -229,3 +229,13 @@ def test_decompressed_is_what_was_moved():
     del tree["name"], tree["keys"]
     small = compress_params({"layers": tree}, stacked="layers", stack_axis=1)
     assert_same_tree(decompress_params(small)["layers"], in_front(tree))
+
+
+def test_stacks_that_have_been_moved_already():
+    """The plain leaves beside a compressed one would be moved a second time."""
+    params = {"layers": {"w": random_weights((256, 3, 256)), "b": jnp.ones((256, 3), jnp.bfloat16)}}
+    small = compress_params(params, stacked="layers/", stack_axis=1)
+    message = "layers/w: is compressed already, .* leave out stack_axis=1"
+    with pytest.raises(ValueError, match=message):
+        compress_params(small, stacked="layers/", stack_axis=1)
+    assert compress_params(small, stacked="layers/")["layers"]["b"].shape == (3, 256)

@@ -1,6 +1,7 @@
 """The command line, `df11-jax`: a module for each command, named like it."""
 
 import io
+import os
 import sys
 
 from df11_jax.cli._require import require
@@ -11,6 +12,8 @@ def main() -> None:
     require("cli", "click", "packaging", "rich")
     from df11_jax.cli._commands import commands
 
+    if sys.stdout is None:  # closed by who started this
+        sys.stdout = open(os.devnull, "w")
     # A terminal may lack characters that names have. (The standard error is like that already.)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -28,7 +28,8 @@ if TYPE_CHECKING:  # it needs Flax
     from df11_jax.models import Completion, Memory
 
 _EVERY = 4  # tokens between looks at the screen
-_KEPT = "\n\t"  # of the characters of a text that a terminal obeys
+# Of the characters of a text that a terminal obeys: those of right-to-left text are its own.
+_KEPT = "\n\t\u2066\u2067\u2068\u2069"
 
 
 def _hub_directory(context: click.Context, argument: click.Parameter, path: Path) -> Path:

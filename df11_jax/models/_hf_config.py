@@ -71,8 +71,9 @@ def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config
             f"{where}: the model_type {brief(family)} is not supported, only "
             f"{', '.join((*_FAMILIES, *_MULTIMODAL))} are"
         )
-    # Only of a window, null says something.
-    said = {k: v for k, v in fields.items() if v is not None or k == "sliding_window"}
+    # Null says something only of a window, and not in a family whose layers say which have one.
+    keeps = () if family == "gemma3_text" else ("sliding_window",)
+    said = {k: v for k, v in fields.items() if v is not None or k in keeps}
     f = _Fields(DEFAULTS[family] | said, where)
     for name, harmless in _NOT_IMPLEMENTED.items():
         if f.get(name) not in harmless:

@@ -1,11 +1,32 @@
 """The arguments of the handlers: what to save, and what to restore."""
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
+
+from df11_jax._compress import compress_params
+from df11_jax._select import Selection
+
+
+def _check_options(caller: str, compress: Mapping[str, Any] | None) -> None:
+    """Raises TypeError or ValueError for what are no arguments of `compress_params`."""
+    known = inspect.signature(compress_params).parameters.keys() - {"params", "like"}
+    for name in compress or ():
+        if name == "like":
+            raise TypeError(
+                f"{caller}: compress has 'like', which needs a whole tree: call compress_params "
+                "first, or restore with a target that is compressed"
+            )
+        if name not in known:
+            raise TypeError(
+                f"{caller}: compress has {name!r}, and compress_params no such argument; it has "
+                f"{', '.join(sorted(known))}"
+            )
+    Selection.split(compress or {})
 
 
 @dataclasses.dataclass
@@ -27,6 +48,9 @@ class DF11Save(ocp.args.CheckpointArgs):
     item: PyTree
     compress: Mapping[str, Any] | None = None
     custom_metadata: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        _check_options("DF11Save", self.compress)
 
 
 @dataclasses.dataclass
@@ -61,5 +85,6 @@ class DF11Restore(ocp.args.CheckpointArgs):
     def __post_init__(self) -> None:
         if self.compress is not None and self.decompress:
             raise ValueError("compress and decompress exclude each other")
+        _check_options("DF11Restore", self.compress)
         if self.partial_restore and self.item is None:
             raise ValueError("partial_restore needs a target that says what to restore")

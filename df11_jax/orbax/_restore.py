@@ -174,7 +174,8 @@ def _check_stacks(stored: StoredItem, plans: Sequence[LeafPlan], selection: Sele
                 f"{stored.name}: {leaf.path}: stack_axis moves an axis, so that a DF11Array cannot "
                 "be the target. Pass a target of plain leaves, shaped as stored, or none"
             )
-    selection.check("DF11Restore", shapes, stacklevel=1)
+    compressed = [plan.leaf.path for plan in plans if plan.leaf.is_compressed]
+    selection.check("DF11Restore", shapes, compressed=compressed, stacklevel=1)
 
 
 def _convert_and_place(

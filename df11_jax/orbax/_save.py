@@ -74,7 +74,8 @@ def _compress_on_host(params: PyTree, options: Mapping[str, Any]) -> PyTree:
     leaves = [leaf for _, leaf in with_paths]
     names = [path_name(path) for path, _ in with_paths]
     shapes = [(name, plain_shape(leaf)) for name, leaf in zip(names, leaves, strict=True)]
-    selection.check("DF11Save", shapes, stacklevel=1)
+    compressed = [name for name, leaf in zip(names, leaves, strict=True) if is_df11(leaf)]
+    selection.check("DF11Save", shapes, compressed=compressed, stacklevel=1)
     # Tied leaves go together, and stay tied.
     tied: dict[Hashable, list[int]] = {}
     for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)):

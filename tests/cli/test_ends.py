@@ -145,7 +145,8 @@ def test_hostile_directories(tmp_path_factory, family, changes, tensors, metadat
         assert run(*args)[0] in status
 
 
-def test_progress_of_hostile_names(capsys):
+def test_progress_of_hostile_names(capsys, monkeypatch):
+    monkeypatch.setattr("df11_jax._progress._INTERVAL", 0)
     with ProgressBar("compress", 3, show=True) as bar:
         bar.update("\x1b[31mred\x07", 3)
     say("a\x1b[31m\nb")
@@ -231,6 +232,11 @@ def test_too_little_memory_to_map_a_file(tmp_path):
 @pytest.fixture
 def plain(tmp_path):
     return model_files.write_model(tmp_path / "plain", {"é": np.zeros(3, np.float32)})
+
+
+def test_a_closed_output(plain):
+    ended = process("info", plain, before="import os, sys; os.close(1); sys.stdout = None")
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="has no /dev/full")

@@ -170,6 +170,12 @@ def test_yarn_that_was_added_makes_models_longer():
     assert read_config(LLAMA | {"rope_scaling": scaling}).max_length == 2048
 
 
+def test_null_for_a_window_means_nothing_said_where_layers_say_it():
+    fields = families.CONFIGS["gemma3_text"]
+    said = {key: value for key, value in fields.items() if key != "sliding_window"}
+    assert read_config(said | {"sliding_window": None}) == read_config(said)
+
+
 def test_null_means_nothing_said():
     nulls = {"rope_scaling": None, "num_key_value_heads": None, "head_dim": None}
     config = read_config(LLAMA | nulls)

@@ -8,6 +8,7 @@ from orbax_helpers import abstract, assert_same_tree, restore, save, save_plain
 from payloads import random_weights
 
 import df11_jax
+from df11_jax.orbax import DF11Restore, DF11Save
 
 MOVED = {"stacked": "^layers/", "stack_axis": 1}
 
@@ -92,3 +93,26 @@ def test_patterns_that_are_found_nowhere(argument, tmp_path):
     assert len(warned) == 1
     # A pattern that some leaves have is found, although they are compressed one by one.
     restore(tmp_path / "y", compress={argument: "^layers/up"})
+
+
+def test_stacks_that_have_been_moved_already(tmp_path):
+    small = df11_jax.compress_params(params(), **MOVED)
+    message = "layers/up: is compressed already, .* leave out stack_axis=1"
+    with pytest.raises(ValueError, match=message):
+        save(tmp_path / "x", small, compress=MOVED)
+    save(tmp_path / "y", params(), compress=MOVED)
+    with pytest.raises(ValueError, match=message):
+        restore(tmp_path / "y", compress=MOVED)
+    assert_same_tree(restore(tmp_path / "y", compress={"stacked": "^layers/"}), small)
+
+
+@pytest.mark.parametrize(
+    "made", [lambda o: DF11Save({}, compress=o), lambda o: DF11Restore(compress=o)]
+)
+def test_what_are_no_arguments(made):
+    with pytest.raises(TypeError, match="compress has 'stakced', and compress_params no such"):
+        made({"stakced": "^layers/"})
+    with pytest.raises(TypeError, match="compress has 'like', which needs a whole tree"):
+        made({"like": {}})
+    with pytest.raises(ValueError, match="is not a regular expression"):
+        made({"stacked": "("})
