@@ -61,7 +61,7 @@ def test_commands_of_help_exist(name):
 def test_faulty_commands_are_found():
     for command in (
         "df11-jax nothing",
-        "df11-jax verify",
+        "df11-jax verify a b c",
         "df11-jax info a b",
         "df11-jax info a --nothing",
         "df11-jax compress a b --format zip",
