@@ -125,12 +125,12 @@ def generate(
         stops=len(set(stop)),
         every=_EVERY,
     )
-    click.echo(click.style(printable(prompt, keep=_KEPT), bold=True), nl=False)
+    click.echo(click.style(_shown(prompt), bold=True), nl=False)
     times = [time.perf_counter()]
 
     def show(new: list[str]) -> None:
         times.append(time.perf_counter())
-        click.echo(printable(new[0], keep=_KEPT), nl=False)
+        click.echo(_shown(new[0]), nl=False)
         left = max(0, tokens - (len(times) - 2) * _EVERY)
         bar.update("the text", min(_EVERY, left))
 
@@ -146,6 +146,11 @@ def generate(
     if not plain:
         say(_describe_products(programs.fused))
     say(_describe_memory(models.measure_memory(params, programs), plain, devices))
+
+
+def _shown(text: str) -> str:
+    """A text as a terminal shows it; anything else gets it as it is."""
+    return printable(text, keep=_KEPT) if sys.stdout.isatty() else text
 
 
 def _describe_speed(completion: "Completion", times: list[float]) -> str:

@@ -52,7 +52,8 @@ def break_source(monkeypatch, source, name):
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_there_and_back(tmp_path, weights, plain, verify, capsys):
+def test_there_and_back(tmp_path, weights, plain, verify, capsys, monkeypatch):
+    monkeypatch.setattr("df11_jax._progress._INTERVAL", 0)
     write_native(plain, tmp_path / "native", verify=verify, progress=True)
     native = open_checkpoint(tmp_path / "native")
     model_files.assert_holds(native, weights)

@@ -31,7 +31,8 @@ def compare(tmp_path, a, b):
     return there
 
 
-def test_equal_in_all_formats(tmp_path, weights, capsys):
+def test_equal_in_all_formats(tmp_path, weights, capsys, monkeypatch):
+    monkeypatch.setattr("df11_jax._progress._INTERVAL", 0)
     plain = open_checkpoint(model_files.write_model(tmp_path / "plain", weights))
     write_native(plain, tmp_path / "native")
     native = open_checkpoint(tmp_path / "native")

@@ -220,7 +220,9 @@ def test_native_checkpoint_takes_what_its_headers_say(tmp_path):
     answer = ask(tmp_path / "it", "--memory", "1GB")
     need = answer["compressed"]
     assert answer["exact"] and answer["only_weights"] is None and answer["format"] == "native"
-    assert need["weights"] == need["weights_least"] == need["weights_most"] == report.nbytes
+    assert need["weights"] == need["weights_least"] == need["weights_most"]
+    # As they are loaded, layers have arrays as long as the longest.
+    assert 0 <= report.nbytes - need["weights"] < 0.001 * report.nbytes
     assert answer["plain"]["weights"] == report.nbytes_before
     assert need["longest_context"] == 512
     assert "as the native checkpoint has them, by its headers" in run(
