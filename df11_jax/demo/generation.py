@@ -95,6 +95,32 @@ def next_tokens(
     return jax.lax.fori_loop(begin, end, step, (generation, cache))
 
 
+def decode(
+    params: model.Params,
+    logits: Float[Array, "batch vocab"],
+    cache: model.Cache,
+    start: int,
+    key: PRNGKeyArray,
+    temperature: float,
+    steps: int,
+    config: model.Config,
+) -> Generation:
+    """Chooses `steps` tokens at once, for whoever need not see how far it is.
+
+    Args:
+        params: plain or compressed parameters.
+        logits: the logits after the prompt, from `prefill`.
+        cache: the cache of the prompt, from `prefill`; it is donated.
+        start: the number of tokens of the prompt.
+        key: the key for sampling; unused at temperature 0.
+        temperature: the temperature of sampling; 0 takes the likeliest token.
+        steps: the number of tokens.
+        config: the configuration of the model, static.
+    """
+    generation = first_token(logits, key, temperature, steps)
+    return next_tokens(params, generation, cache, 1, steps, start, key, temperature, config)[0]
+
+
 def _choose(
     logits: Float[Array, "batch vocab"],
     step: Array | int,
