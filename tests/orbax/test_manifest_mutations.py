@@ -100,6 +100,7 @@ def saved(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_manifests(saved, tmp_path):
     metadata = json.loads((saved / "_METADATA").read_text())
     refused, texts = 0, []
