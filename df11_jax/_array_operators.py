@@ -47,7 +47,7 @@ class ArrayOperators:
     __pow__, __rpow__ = _both(operator.pow)
 
     def __jax_array__(self) -> Array:
-        raise NotImplementedError
+        raise NotImplementedError  # the class that has these operators says what it stands for
 
     def __neg__(self) -> Array:
         return -self.__jax_array__()

@@ -29,9 +29,10 @@ def brief(value: Any) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first names of many, with the number of the others."""
+    """The first names of many, with the number of the others; "nothing" if there are none."""
     more = len(names) - _MOST_NAMES
-    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+    first = ", ".join(names[:_MOST_NAMES]) or "nothing"
+    return first + (f" and {more:,} more" if more > 0 else "")
 
 
 def printable(text: str, *, keep: str = "") -> str:

@@ -170,7 +170,8 @@ def compress_params(
     with_paths, treedef = jax.tree.flatten_with_path(params, is_leaf=is_df11)
     named = [(path_name(path), as_array(leaf)) for path, leaf in with_paths]
     if any(
-        path == () and not (is_df11(leaf) or is_array(as_array(leaf))) for path, leaf in with_paths
+        not path and not (is_df11(leaf) or is_array(leaf))
+        for (path, _), (_, leaf) in zip(with_paths, named, strict=True)
     ):
         raise no_pytree("compress_params", params)
     if like is None:

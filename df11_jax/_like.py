@@ -11,6 +11,7 @@ from df11_jax._array import DF11Array, is_df11
 from df11_jax._brief import brief
 from df11_jax._decode import path_name
 from df11_jax._layout import Layout
+from df11_jax._leaves import is_array
 from df11_jax._select import is_candidate_dtype
 from df11_jax._stack import fit_exponents
 
@@ -108,7 +109,7 @@ def check_is_like(path: str, leaf: Any, target: Any, *, cast: bool) -> None:
     elif is_df11(leaf) and leaf.layout != target.layout:
         expected, got = f"{expected} of {target.layout}", f"{got} of {leaf.layout}"
         hint = "decompress it first"
-    elif is_df11(target) and not isinstance(leaf, (DF11Array, jax.Array, np.ndarray)):
+    elif is_df11(target) and not (is_df11(leaf) or is_array(leaf)):
         hint = "pass the weights themselves"
     elif is_df11(target) and not is_candidate_dtype(dtype, cast):
         hint = "cast it first, or pass cast=True, if rounding is acceptable"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from df11_jax._brief import brief
+from df11_jax._brief import brief, listed
 from df11_jax._files.atomic import new_file
 from df11_jax._files.folder import CONFIG, INDEX_SUFFIX, Folder, JsonFile
 from df11_jax._files.safetensors import TensorFile
@@ -53,11 +53,11 @@ def find_tensors(folder: Folder) -> dict[str, TensorFile]:
     if not found:
         raise ValueError(
             f"{path}: expected model.safetensors, or shards with {INDEX}, found "
-            f"{some_of(folder.names)}"
+            f"{listed(folder.names)}"
         )
     if any(map(is_one_of_several, found)):
         raise ValueError(
-            f"{path}: is incomplete: of a model in shards it has {some_of(found)}, but not "
+            f"{path}: is incomplete: of a model in shards it has {listed(found)}, but not "
             f"{INDEX}; download or copy the missing files"
         )
     if len(found) > 1:
@@ -68,14 +68,8 @@ def find_tensors(folder: Folder) -> dict[str, TensorFile]:
 def _several_error(path: Path, names: list[str]) -> ValueError:
     return ValueError(
         f"{path}: holds several variants of a model; give the path of one of these: "
-        f"{some_of([str(path / name) for name in names])}"
+        f"{listed([str(path / name) for name in names])}"
     )
-
-
-def some_of(names: list[str]) -> str:
-    """The first of some names, for a message."""
-    more = f" and {len(names) - 8:,} more" if len(names) > 8 else ""
-    return (", ".join(names[:8]) or "nothing") + more
 
 
 def check_complete(folder: Folder) -> None:

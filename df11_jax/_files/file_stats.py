@@ -5,6 +5,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from df11_jax._files.opened_file import FileState
+
 
 def walk(path: Path) -> Iterator[tuple[str, os.stat_result]]:
     """Finds all that lies below a folder and is no directory itself.
@@ -51,7 +53,7 @@ def file_stats(path: Path) -> dict[str, str]:
         OSError: a directory cannot be read.
     """
     return {
-        name: f"{status.st_size} bytes, {status.st_mtime_ns} ns"
+        name: str(FileState.of(status))
         for name, status in sorted(walk(path))
         if stat.S_ISREG(status.st_mode)
     }

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from df11_jax._brief import listed
 from df11_jax._files.atomic import lock, remove_left, sync_directory
 from df11_jax._files.directory import JOURNAL
 from df11_jax._files.source import changed_files
@@ -118,5 +119,5 @@ def _difference(found: bytes, job: Mapping[str, Any]) -> str:
 def _describe_change(key: str, old: Any, new: Any) -> str:
     if isinstance(old, dict) and isinstance(new, Mapping):
         changed = changed_files(old, new)
-        return f"{key} that changed: {', '.join(changed[:8])}"
+        return f"{key} that changed: {listed(changed)}"
     return f"{key}: {old}, now {new}"

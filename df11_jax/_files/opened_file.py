@@ -24,7 +24,7 @@ class FileState(NamedTuple):
 
     def __str__(self) -> str:
         """The part that a copy of the file has, too."""
-        return f"{self.nbytes} bytes of {self.mtime_ns}"
+        return f"{self.nbytes} bytes, {self.mtime_ns} ns"
 
 
 class OpenedFile:

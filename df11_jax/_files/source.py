@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from df11_jax._brief import listed
 from df11_jax._files.safetensors import DTYPES
 
 
@@ -112,8 +113,8 @@ class Source(TensorSource, Protocol):
 def source_changed(path: Path, names: Sequence[str]) -> ValueError:
     """The error that says which files of a checkpoint are others by now."""
     return ValueError(
-        f"{path}: changed while it was read: {', '.join(names[:8])}. What was read may be a "
-        "mixture; read it again when nothing writes to it"
+        f"{path}: changed while it was read: {listed(names)}. What was read may be a mixture; "
+        "read it again when nothing writes to it"
     )
 
 

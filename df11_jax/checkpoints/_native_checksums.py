@@ -16,7 +16,7 @@ from df11_jax._host_codec import payload_digest
 from df11_jax._layout import Layout
 
 _PREFIX = "crc32:"
-_DIGEST = "exponents"
+DIGEST = "exponents"  # the part of a compressed leaf that has it
 _COVERED = "sign_mantissa"
 
 
@@ -25,16 +25,15 @@ def metadata_key(name: str) -> str | None:
     return None if name.partition(":")[2] == _COVERED else _PREFIX + name
 
 
-def digest(name: str, payload: Sequence[np.ndarray], layout: Layout, where: str) -> dict[str, str]:
-    """The checksum of a compressed leaf's exponents, by the name of that tensor.
+def digest(payload: Sequence[np.ndarray], layout: Layout, where: str) -> str:
+    """The checksum of a compressed leaf's exponents.
 
     Args:
-        name: the name of the leaf.
-        payload: its five arrays.
+        payload: the five arrays of the leaf.
         layout: its layout.
         where: the leaf, for messages.
     """
-    return {f"{name}:{_DIGEST}": f"{payload_digest(payload, layout, where):08x}"}
+    return f"{payload_digest(payload, layout, where):08x}"
 
 
 def checksum(tensor: Tensor) -> str:
@@ -77,7 +76,7 @@ def check(file: TensorFile, name: str, array: np.ndarray, checksums: Mapping[str
     Raises:
         ValueError: the tensor differs from the one that was written.
     """
-    if name.partition(":")[2] == _DIGEST:
+    if name.partition(":")[2] == DIGEST:
         return
     expected, entry = checksums.get(name), file.entries[name]
     tensor = Tensor(name, entry.dtype, entry.shape, array)
@@ -89,21 +88,15 @@ def check(file: TensorFile, name: str, array: np.ndarray, checksums: Mapping[str
 
 
 def check_digest(
-    name: str,
-    payload: Sequence[np.ndarray],
-    layout: Layout,
-    checksums: Mapping[str, str],
-    where: str,
+    payload: Sequence[np.ndarray], layout: Layout, expected: str | None, where: str
 ) -> None:
     """Checks that a compressed leaf is the one whose digest its file has, if there is one.
 
     Raises:
         ValueError: its chunks are others, or are corrupt.
     """
-    for key, found in digest(name, payload, layout, where).items():
-        expected = checksums.get(key)
-        if expected not in (None, found):
-            raise ValueError(
-                f"{where}: is corrupt: the digest of its chunks is {found}, expected "
-                f"{expected:.80}. Get another copy of the file, or write it again"
-            )
+    if expected is not None and (found := digest(payload, layout, where)) != expected:
+        raise ValueError(
+            f"{where}: is corrupt: the digest of its chunks is {found}, expected {expected:.80}. "
+            "Get another copy of the file, or write it again"
+        )

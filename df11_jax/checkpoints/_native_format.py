@@ -140,12 +140,12 @@ class NativeCheckpoint(FolderSource):
         return self._arrange(files, _source_metadata, _source_index_metadata)
 
     def _payload(self, name: str, *, verify: bool = True) -> list[np.ndarray]:
-        parts = part_names(name)
-        payload = [self._array(part) for part in parts]
+        payload = [self._array(part) for part in part_names(name)]
         if verify:
-            checksums = self._checksums[self._files[parts[3]].path]
+            covered = f"{name}:{_native_checksums.DIGEST}"
+            expected = self._checksums[self._files[covered].path].get(covered)
             _native_checksums.check_digest(
-                name, payload, self._layouts[name], checksums, self._where(name)
+                payload, self._layouts[name], expected, self._where(name)
             )
         return payload
 
@@ -198,8 +198,10 @@ def compressed_leaf(name: str, payload: Payload, layout: Layout) -> StoredLeaf:
         payload: its five arrays.
         layout: its layout.
     """
-    digest = _native_checksums.digest(name, payload, layout, name)
-    return StoredLeaf(map(Tensor.of, part_names(name), payload), digest)
+    checksums = {
+        f"{name}:{_native_checksums.DIGEST}": _native_checksums.digest(payload, layout, name)
+    }
+    return StoredLeaf(map(Tensor.of, part_names(name), payload), checksums)
 
 
 def _source_metadata(file: TensorFile) -> dict[str, str]:

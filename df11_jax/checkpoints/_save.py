@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from df11_jax._array import DF11Array, is_df11
+from df11_jax._brief import listed
 from df11_jax._files.atomic import new_directory
 from df11_jax._files.directory import INDEX, JOURNAL, write_index
 from df11_jax._files.journal import incomplete
@@ -123,7 +124,7 @@ def _check_is_replaceable(path: Path) -> None:
     if others:
         raise FileExistsError(
             f"{refusal}and this one has other files, which would be lost: "
-            f"{', '.join(others[:8])}. Nothing was changed"
+            f"{listed(others)}. Nothing was changed"
         )
     if path.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise FileExistsError(

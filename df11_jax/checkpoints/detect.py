@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from df11_jax._brief import brief
-from df11_jax._files.directory import check_complete, find_indices, some_of
+from df11_jax._brief import brief, listed
+from df11_jax._files.directory import check_complete, find_indices
 from df11_jax._files.folder import CONFIG, Folder
 from df11_jax._files.opened_file import OpenedFile
 from df11_jax._files.other_formats import START_BYTES, OtherFormatError, find_format
@@ -74,7 +74,7 @@ def check_meant(folder: Folder) -> None:
     if below := [str(path) for path in _folders_with_weights(folder.path)]:
         raise ValueError(
             f"{folder.path}: holds no weights itself, but folders in it do; give the path of one "
-            f"of these: {some_of(below)}"
+            f"of these: {listed(below)}"
         )
     for name in folder.names:
         if name.endswith(_OTHER_WEIGHTS) and (folder.directory / name).is_file():

@@ -16,7 +16,7 @@ from df11_jax._decode import path_name
 from df11_jax._files import crc32
 from df11_jax._host_arrays import cpu_device, to_host
 from df11_jax._identity import identity
-from df11_jax._leaves import plain_shape
+from df11_jax._leaves import is_array, plain_shape
 from df11_jax._select import Selection
 from df11_jax.orbax import _describe, _leaf_arrays, _manifest
 
@@ -79,7 +79,7 @@ def _compress_on_host(params: PyTree, options: Mapping[str, Any]) -> PyTree:
     # Tied leaves go together, and stay tied.
     tied: dict[Hashable, list[int]] = {}
     for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
-        if isinstance(leaf, (jax.Array, np.ndarray)):
+        if is_array(leaf):
             if selection.admits(name, leaf.shape, leaf.dtype):
                 tied.setdefault(identity(leaf), []).append(i)
     for members in tied.values():
