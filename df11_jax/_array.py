@@ -12,7 +12,7 @@ import jax.export
 import numpy as np
 from jaxtyping import Array, BFloat16, Int32, UInt32
 
-from df11_jax import _layout
+from df11_jax import _layout, _parts
 from df11_jax._array_operators import ArrayOperators
 from df11_jax._host_arrays import BFLOAT16
 from df11_jax._layout import Layout
@@ -63,14 +63,18 @@ class DF11Array(ArrayOperators):
 
     @property
     def slice_shape(self) -> tuple[int, ...]:
-        """The shape of one slice."""
-        return self.layout.shape
+        """The shape of one slice; in a `jax.shard_map`, of what a device has of it."""
+        return _parts.shape_of(self.parts, self.layout)
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """The number of parts into which each axis of a slice is divided; empty if it is not."""
+        return _parts.split_leading(self.header.shape, self.layout)[1]
 
     @property
     def stack_shape(self) -> tuple[int, ...]:
         """The leading axes, which all five arrays have in common."""
-        shape = tuple(self.header.shape)
-        return shape[: len(shape) - 1 - len(self.layout.parts)]
+        return _parts.split_leading(self.header.shape, self.layout)[0]
 
     @property
     def shape(self) -> tuple[int, ...]:

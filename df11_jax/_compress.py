@@ -1,13 +1,15 @@
 """Compression on the host, of one tensor or of a pytree leaf by leaf."""
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, BFloat16, PyTree
 
 from df11_jax._array import DF11Array, is_df11
@@ -20,6 +22,7 @@ from df11_jax._leaves import as_array, is_array, no_pytree, plain_shape
 from df11_jax._like import Form, check_is_like, forms_of
 from df11_jax._progress import ProgressBar
 from df11_jax._select import MIN_SIZE, Selection, is_castable, is_worth_keeping
+from df11_jax._shards import Shards, encode_shards
 from df11_jax._stack import fit_exponents
 
 
@@ -74,10 +77,10 @@ def compress(
                 "like says how the tensor is compressed: leave out stack_axes, batch_axes, "
                 "row_axes and along_columns"
             )
-        weights, device = _as_weights(array, "array", cast=False)
-        check_is_like("array", weights, like, cast=False)
+        weights = _as_weights(array, "array", cast=False)
+        check_is_like("array", as_array(array), like, cast=False)
         form = Form.of(like)
-        return _encode(weights, "array", form.layout, device, form, verify=verify, threads=threads)
+        return _encode(weights, "array", form.layout, form, verify=verify, threads=threads)
     return _compress(
         array,
         "array",
@@ -203,10 +206,8 @@ def compress_params(
             with _naming(path):
                 if is_df11(leaf):
                     return form.fit(leaf, path)
-                weights, device = _as_weights(leaf, path, cast)
-                return _encode(
-                    weights, path, form.layout, device, form, verify=verify, threads=threads
-                )
+                weights = _as_weights(leaf, path, cast)
+                return _encode(weights, path, form.layout, form, verify=verify, threads=threads)
 
         forms = forms_of(named, treedef, like, cast=cast)
         leaves = _compress_each(named, forms, compress_in_form, progress)
@@ -373,16 +374,20 @@ def _compress(
     axis: int = 0,
     **matrix: Any,
 ) -> DF11Array:
-    weights, device = _as_weights(array, name, cast, axis)
-    if not 0 <= stack_axes <= weights.ndim:
+    weights = _as_weights(array, name, cast, axis)
+    if isinstance(weights, Shards):
+        shape, parts = weights.shape, weights.parts[stack_axes:]
+    else:
+        shape, parts = weights.array.shape, ()
+    if not 0 <= stack_axes <= len(shape):
         raise ValueError(
-            f"{name}: cannot take {stack_axes} stack axes from an array of shape {weights.shape}"
+            f"{name}: cannot take {stack_axes} stack axes from an array of shape {shape}"
         )
     try:
-        layout = make_layout(weights.shape[stack_axes:], **matrix)
+        layout = make_layout(shape[stack_axes:], parts=parts, **matrix)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    return _encode(weights, name, layout, device, verify=verify, threads=threads)
+    return _encode(weights, name, layout, verify=verify, threads=threads)
 
 
 def compress_as(array: Any, layout: Layout, name: str) -> DF11Array:
@@ -393,26 +398,39 @@ def compress_as(array: Any, layout: Layout, name: str) -> DF11Array:
         layout: the layout of its slices.
         name: the name of the tensor; errors have it.
     """
-    weights, device = _as_weights(array, name, cast=False)
-    return _encode(weights, name, layout, device)
+    return _encode(_as_weights(array, name, cast=False), name, layout)
 
 
 def _encode(
-    weights: np.ndarray,
+    weights: "Whole | Shards",
     name: str,
     layout: Layout,
-    device: jax.Device | None,
     form: Form | None = None,
     **options: Any,
 ) -> DF11Array:
-    small = DF11Array.from_payload(encode(weights, name, layout, **options), layout)
+    if isinstance(weights, Shards):
+        small = encode_shards(weights, name, layout, **options)
+        return small if form is None else form.fit(small, name)
+    small = DF11Array.from_payload(encode(weights.array, name, layout, **options), layout)
     if form is not None:
         small = form.fit(small, name)
-    return jax.tree.map(lambda array: jax.device_put(array, device), small)
+    return jax.tree.map(lambda array: jax.device_put(array, weights.device), small)
 
 
-def _as_weights(array: Any, name: str, cast: bool, axis: int = 0) -> tuple[np.ndarray, Any]:
-    """The array as contiguous bfloat16 on the host, and where the result is to go.
+class Whole(NamedTuple):
+    """A tensor on the host.
+
+    Attributes:
+        array: the weights, in bfloat16 and contiguous.
+        device: where the compressed tensor is to be; None for the default device.
+    """
+
+    array: np.ndarray
+    device: jax.Device | None
+
+
+def _as_weights(array: Any, name: str, cast: bool, axis: int = 0) -> Whole | Shards:
+    """A tensor to be encoded, in bfloat16.
 
     Args:
         array: the array, or what stands for one.
@@ -428,26 +446,38 @@ def _as_weights(array: Any, name: str, cast: bool, axis: int = 0) -> tuple[np.nd
         )
     if isinstance(array, DF11Array):
         raise TypeError(f"{name}: is compressed already ({array!r})")
+    to_weights = functools.partial(_to_weights, like=array, name=name, cast=cast, axis=axis)
     device = None
     if isinstance(array, jax.Array):
-        if len(array.devices()) == 1 and (array.committed or array.devices() != _default_device()):
+        if isinstance(array.sharding, NamedSharding):
+            return Shards.of(array, array.sharding, axis, to_weights)
+        if len(array.sharding.device_set) > 1:
+            raise ValueError(
+                f"{name}: expected a NamedSharding, got {type(array.sharding).__name__}: bring it "
+                "onto a mesh first, jax.device_put(array, NamedSharding(mesh, PartitionSpec(...)))"
+            )
+        if array.committed or array.devices() != _default_device():
             (device,) = array.devices()
-    weights = to_host(array)
+    return Whole(to_weights(to_host(array)), device)
+
+
+def _to_weights(weights: np.ndarray, like: Any, name: str, cast: bool, axis: int) -> np.ndarray:
+    """Contiguous bfloat16 weights, of an array (or one shard of it) on the host."""
     if axis:
         weights = np.moveaxis(weights, axis, 0)
     if cast and is_castable(weights.dtype):
         weights = weights.astype(BFLOAT16, order="C")
     if weights.dtype != BFLOAT16:
-        if not hasattr(array, "dtype"):
+        if not hasattr(like, "dtype"):
             raise TypeError(
-                f"{name}: expected a bfloat16 array, got {type(array).__name__}. "
+                f"{name}: expected a bfloat16 array, got {type(like).__name__}. "
                 "compress_params takes pytrees of arrays"
             )
         raise TypeError(
             f"{name}: expected bfloat16, got {weights.dtype}. "
             "Cast it first, if rounding is acceptable: array.astype(jax.numpy.bfloat16)"
         )
-    return np.ascontiguousarray(weights).reshape(weights.shape), device
+    return np.ascontiguousarray(weights).reshape(weights.shape)
 
 
 def _default_device() -> set[jax.Device]:

@@ -36,12 +36,27 @@ class DecoderCall:
     falls_back: bool = True
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def call_decoder(decoder: DecoderCall, *arrays: Array) -> PyTree:
-    """Decodes arrays, by what is there for the platform that the program is lowered for.
+def constant(function: Callable[..., PyTree]) -> Callable[..., Any]:
+    """The same function, whose derivatives are zero.
 
-    Derivatives are zero.
+    Args:
+        function: a function of something static, and then of arrays.
     """
+    wrapped = jax.custom_jvp(function, nondiff_argnums=(0,))
+
+    @functools.partial(wrapped.defjvp, symbolic_zeros=True)
+    def _jvp(static: Any, primals: tuple[Array, ...], tangents: Any) -> tuple[PyTree, PyTree]:
+        # The tangents' zeros are symbolic: as arrays, they would be as large as the weights.
+        del tangents
+        results = wrapped(static, *primals)
+        return results, jax.tree.map(SymbolicZero.from_primal_value, results)
+
+    return wrapped
+
+
+@constant
+def call_decoder(decoder: DecoderCall, *arrays: Array) -> PyTree:
+    """Decodes arrays, by what is there for the platform that the program is lowered for."""
     _ffi.warn_if_slow()
     with jax.numpy_rank_promotion("allow"):  # whatever the user wants of their own code
         return _decode_on_any_platform(decoder, _ffi.platforms(decoder.target), *arrays)
@@ -68,13 +83,3 @@ def _decode_on_any_platform(
     compiled = dict.fromkeys(platforms, ffi)
     default = xla if decoder.falls_back else None
     return jax.lax.platform_dependent(*arrays, **compiled, default=default)
-
-
-@functools.partial(call_decoder.defjvp, symbolic_zeros=True)
-def _jvp(
-    decoder: DecoderCall, primals: tuple[Array, ...], tangents: tuple[Any, ...]
-) -> tuple[PyTree, PyTree]:
-    # The tangents' zeros are symbolic: as arrays, they would be as large as the weights.
-    del tangents
-    weights = call_decoder(decoder, *primals)
-    return weights, jax.tree.map(SymbolicZero.from_primal_value, weights)

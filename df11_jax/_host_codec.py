@@ -22,6 +22,7 @@ def encode(
     name: str,
     layout: Layout,
     *,
+    parts: Sequence[int] | None = None,
     share_codebook: bool = False,
     verify: bool = True,
     threads: int | None = None,
@@ -32,6 +33,7 @@ def encode(
         weights: the tensor, in a contiguous array; its axes before those of the layout are a stack.
         name: the name of the tensor, for messages.
         layout: the layout of its slices.
+        parts: the number of parts along each axis that `weights` holds; None for all.
         share_codebook: use one codebook for all slices.
         verify: decode the result, and compare it with `weights` bit by bit.
         threads: the number of threads; None for all that this process may run on.
@@ -42,22 +44,24 @@ def encode(
     Raises:
         RuntimeError: verification failed.
     """
-    stack_shape = weights.shape[: weights.ndim - len(layout.shape)]
+    parts = layout.parts if parts is None else tuple(parts)
+    stack_axes = weights.ndim - len(layout.shape)
+    leading = weights.shape[:stack_axes] + parts
+    divided = np.ascontiguousarray(_parts.divide(weights, parts))
     header = _layout.pack_header(layout)
-    parts = np.ascontiguousarray(_parts.divide(weights, layout))
     library = cpu_library()
-    bits = _stack_of_bits(parts, parts.ndim - len(layout.shape))
+    bits = _stack_of_bits(divided, len(leading))
     threads = threads or available_threads()
     words = library.encode(bits, header, share_codebook, threads)
     if verify:
         at = library.find_difference(bits, header, *words[1:], threads)
         if at >= 0:
             raise RuntimeError(
-                f"{name}: element {tuple(map(int, np.unravel_index(at, parts.shape)))} does not "
+                f"{name}: element {tuple(map(int, np.unravel_index(at, divided.shape)))} does not "
                 "come back as it was; the original is untouched. Please report this: it is a bug, "
                 "or broken hardware"
             )
-    return tuple(w.reshape(*stack_shape, *layout.parts, w.shape[-1]) for w in words)
+    return tuple(w.reshape(*leading, w.shape[-1]) for w in words)
 
 
 def decode(payload: Payload, layout: Layout, name: str) -> BFloat16[np.ndarray, "..."]:
@@ -80,7 +84,7 @@ def decode(payload: Payload, layout: Layout, name: str) -> BFloat16[np.ndarray, 
     at = cpu_library().decode(bits, header, *words, available_threads())
     if at >= 0:
         raise _corrupt_chunk(at, layout, name)
-    return _parts.join(parts, layout)
+    return _parts.join(parts, len(layout.parts))
 
 
 def verify(payload: Payload, layout: Layout, name: str, *, threads: int | None = None) -> None:

@@ -29,6 +29,7 @@ CODED_EXPONENTS = 16
 SYMBOLS = CODED_EXPONENTS**2
 
 MAX_DIMS = 8
+MAX_PARTS = 0xFFFF  # along an axis
 HEADER_WORDS = 28
 CODEBOOK_WORDS = (CODED_EXPONENTS + SYMBOLS // 2) // 4
 # Words of the header.
@@ -141,6 +142,7 @@ def make_layout(
     batch_axes: int = 0,
     row_axes: int | None = None,
     along_columns: bool = False,
+    parts: Sequence[int] = (),
 ) -> Layout:
     """The layout that a writer chooses for slices of a shape.
 
@@ -149,9 +151,11 @@ def make_layout(
         batch_axes: see `Layout`.
         row_axes: see `Layout`; None for all axes between the batch axes and the last one.
         along_columns: see `Layout`.
+        parts: see `Layout`.
 
     Raises:
-        ValueError: there are not as many axes, or more than the format can say.
+        ValueError: there are not as many axes, or more than the format can say; or an axis cannot
+            be divided into as many parts.
     """
     shape = tuple(shape)
     if len(shape) > MAX_DIMS:
@@ -165,9 +169,12 @@ def make_layout(
         raise ValueError(
             f"slices of shape {shape} do not have {batch_axes} batch axes and {row_axes} row axes"
         )
-    size = math.prod(shape)
+    parts = tuple(parts)
+    if parts and any(n > MAX_PARTS or dim % n for dim, n in zip(shape, parts, strict=True)):
+        raise ValueError(f"slices of shape {shape} cannot be divided into {parts} parts")
+    size = math.prod(shape) // math.prod(parts)
     steps = next((n for sizes, n in _STEPS_OF_SIZES.items() if size in sizes), MAX_STEPS)
-    return Layout(shape, batch_axes, row_axes, along_columns, steps)
+    return Layout(shape, batch_axes, row_axes, along_columns, steps, parts=parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,13 +294,16 @@ def _digest(header: UInt32[np.ndarray, "28"]) -> int:
     return acc ^ acc >> 15
 
 
-def check_payload(payload: Sequence[Any], layout: Layout, name: str) -> tuple[int, ...]:
+def check_payload(
+    payload: Sequence[Any], layout: Layout, name: str, *, some_parts: bool = False
+) -> tuple[int, ...]:
     """Checks types and shapes of the five arrays of a compressed tensor against its layout.
 
     Args:
         payload: the arrays, or anything with their dtypes and shapes, in the order of `PAYLOAD`.
         layout: the layout of one slice.
         name: the name of the tensor, for messages.
+        some_parts: whether they may be those of some of the parts, as one device has them.
 
     Returns:
         The stack axes, which all five have in common.
@@ -306,12 +316,18 @@ def check_payload(payload: Sequence[Any], layout: Layout, name: str) -> tuple[in
     words = (HEADER_WORDS, CODEBOOK_WORDS, view.chunks + 1, None, view.sign_mantissa_words)
     leading = tuple(payload[0].shape[:-1])
     stack = leading[: len(leading) - len(layout.parts)]
+    parts = layout.parts
+    if some_parts:
+        there = leading[len(stack) :]
+        if len(there) == len(parts) and 0 not in there:
+            if not any(n % m for n, m in zip(parts, there, strict=True)):
+                parts = there
     for part, array, expected in zip(PAYLOAD, payload, words, strict=True):
         shape = tuple(array.shape)
         fits = shape and (shape[-1] % 4 == 0 if expected is None else shape[-1] == expected)
-        if array.dtype != np.uint32 or shape[:-1] != (*stack, *layout.parts) or not fits:
+        if array.dtype != np.uint32 or shape[:-1] != (*stack, *parts) or not fits:
             last = "a multiple of 4" if expected is None else expected
-            want = ", ".join(map(str, (*stack, *layout.parts, last)))
+            want = ", ".join(map(str, (*stack, *parts, last)))
             raise ValueError(
                 f"{name}: {part} is {array.dtype}{list(shape)}, expected uint32[{want}] for slices "
                 f"of shape {list(layout.shape)}"

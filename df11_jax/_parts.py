@@ -1,5 +1,11 @@
-"""Divided slices: from a tensor to its parts, and back."""
+"""Divided slices: from a tensor to its parts, and back.
 
+A slice is divided along its own axes, so that a part is what one device holds of a sharded tensor.
+A program may have all parts of a slice, or (in a `jax.shard_map`, or a process of several) some
+that lie next to each other: the shapes of its arrays tell how many.
+"""
+
+from collections.abc import Sequence
 from typing import TypeVar
 
 from jaxtyping import Array
@@ -10,32 +16,53 @@ from df11_jax._layout import Layout
 AnyArray = TypeVar("AnyArray", Array, ndarray)
 
 
-def divide(array: AnyArray, layout: Layout) -> AnyArray:
+def divide(array: AnyArray, parts: Sequence[int]) -> AnyArray:
     """Cuts slices into their parts.
 
     Args:
-        array: the slices, of the shape `batch + layout.shape`.
-        layout: the layout of a slice.
+        array: the slices, of the shape `batch + slice_shape`.
+        parts: the number of parts along each axis of a slice; empty if it is not divided.
 
     Returns:
-        The parts, of the shape `batch + layout.parts + layout.part_shape`.
+        The parts, of the shape `batch + parts + part_shape`.
     """
-    if not layout.parts:
-        return array
-    batch = array.ndim - len(layout.shape)
-    both = [n for pair in zip(layout.parts, layout.part_shape, strict=True) for n in pair]
-    array = array.reshape(*array.shape[:batch], *both)
+    batch = array.ndim - len(parts)
+    shape = array.shape
+    both = [m for dim, n in zip(shape[batch:], parts, strict=True) for m in (n, dim // n)]
+    array = array.reshape(*shape[:batch], *both)
     return array.transpose(
         *range(batch), *range(batch, array.ndim, 2), *range(batch + 1, array.ndim, 2)
     )
 
 
-def join(array: AnyArray, layout: Layout) -> AnyArray:
-    """Puts slices together from their parts: the inverse of `divide`."""
+def join(array: AnyArray, axes: int) -> AnyArray:
+    """Puts slices together from their parts: the inverse of `divide`.
+
+    Args:
+        array: the parts, of the shape `batch + parts + part_shape`.
+        axes: the number of axes of a slice.
+    """
+    batch = array.ndim - 2 * axes
+    order = [axis for i in range(batch, batch + axes) for axis in (i, i + axes)]
+    dims = array.shape[batch:]
+    slice_shape = [n * part for n, part in zip(dims[:axes], dims[axes:], strict=True)]
+    return array.transpose(*range(batch), *order).reshape(*array.shape[:batch], *slice_shape)
+
+
+def split_leading(shape: Sequence[int], layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The stack axes, and how many parts there are along each axis of a slice.
+
+    Args:
+        shape: the shape of one of the five arrays of a compressed tensor.
+        layout: its layout.
+    """
+    end = len(shape) - 1
+    begin = end - len(layout.parts)
+    return tuple(shape[:begin]), tuple(shape[begin:end])
+
+
+def shape_of(parts: Sequence[int], layout: Layout) -> tuple[int, ...]:
+    """The shape of a slice of which there are so many parts."""
     if not layout.parts:
-        return array
-    count = len(layout.parts)
-    batch = array.ndim - 2 * count
-    order = [axis for i in range(batch, batch + count) for axis in (i, i + count)]
-    shape = array.shape[:batch]
-    return array.transpose(*range(batch), *order).reshape(*shape, *layout.shape)
+        return layout.shape
+    return tuple(n * dim for n, dim in zip(parts, layout.part_shape, strict=True))

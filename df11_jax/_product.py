@@ -40,6 +40,9 @@ def dot(
 ) -> Any:
     """Multiplies with a compressed matrix: `x @ W`, or `x @ E.T` if its pairs are along columns.
 
+    A sharded matrix is decoded where its shards are, and XLA multiplies. In a `jax.shard_map`, the
+    product is that of the shards, and can be fused.
+
     The weights that are multiplied are bit for bit those that were compressed. Where the product
     is fused, sums are in float32, in an order of its own that depends on the shape of the matrix
     alone: a row of the result has the same bits whatever other rows there are. That order is not
@@ -61,7 +64,7 @@ def dot(
 
     Raises:
         TypeError: `a` is not compressed.
-        ValueError: `a` is a stack, consists of several matrices or of parts, or does not fit `x`.
+        ValueError: `a` is a stack, consists of several matrices, or does not fit `x`.
     """
     if isinstance(a, DF11Array | DF11Slice):
         return _dot_all(x, [a], preferred_element_type, exact)[0]
@@ -78,9 +81,7 @@ def can_fuse(stack: DF11Array, rows: int) -> bool:
         stack: the stack, or a matrix.
         rows: the number of rows of x, which are bfloat16.
     """
-    layout = stack.layout
-    is_matrix = _is_matrix(layout) and not layout.parts
-    return is_matrix and _can_fuse(layout) and bool(_platforms(rows))
+    return _is_matrix(stack.layout) and _can_fuse(stack) and bool(_platforms(rows))
 
 
 class _Call(NamedTuple):
@@ -104,7 +105,7 @@ def _dot_all(x: Array, matrices: list[Matrix], out_type: Any, exact: bool) -> li
     first = jnp.int32(0)
     slices = [_as_slice(matrix, i, first) for i, matrix in enumerate(matrices)]
     for i, a in enumerate(slices):
-        k, _ = _matrix_shape(a.stack.layout)
+        k, _ = _matrix_shape(a.stack)
         if x.ndim < 1 or x.shape[-1] != k:
             raise ValueError(
                 f"dot: x has shape {x.shape}, expected [..., {k}] for matrix {i}, {a.stack!r}"
@@ -119,9 +120,13 @@ def _dot_all(x: Array, matrices: list[Matrix], out_type: Any, exact: bool) -> li
         call = _Call(
             tuple(a.stack.layout for a in run),
             out_dtype,
-            can_fuse and all(_can_fuse(a.stack.layout) for a in run),
+            can_fuse and all(_can_fuse(a.stack) for a in run),
         )
-        payloads = [leaf.reshape(-1, leaf.shape[-1]) for a in run for leaf in a.stack.payload]
+        payloads = [
+            leaf.reshape(-1, *leaf.shape[len(a.stack.stack_shape) :])
+            for a in run
+            for leaf in a.stack.payload
+        ]
         results += _product(call, rows, run[0].index, *payloads)
     return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in results]
 
@@ -137,8 +142,6 @@ def _as_slice(matrix: Matrix, i: int, index: Int32[Array, ""]) -> DF11Slice:
         a = DF11Slice(matrix, index)
     else:
         raise TypeError(f"dot: expected a DF11Array, got {type(matrix).__name__}")
-    if a.stack.layout.parts:
-        raise ValueError(f"dot: matrix {i} is divided, {a.stack!r}: decompress it")
     return a
 
 
@@ -159,21 +162,24 @@ def _is_matrix(layout: Layout) -> bool:
     return not layout.batch_axes and 0 < layout.row_axes < len(layout.shape)
 
 
-def _matrix_shape(layout: Layout) -> tuple[int, int]:
+def _matrix_shape(stack: DF11Array) -> tuple[int, int]:
     """K and N of the matrix that x is multiplied with; of a flat view, too."""
+    layout, shape = stack.layout, stack.slice_shape
     if not _is_matrix(layout):
         raise ValueError(
-            f"dot: slices of shape {layout.shape} with {layout.batch_axes} batch axes and "
+            f"dot: slices of shape {shape} with {layout.batch_axes} batch axes and "
             f"{layout.row_axes} row axes are no matrices: see the arguments of compress"
         )
-    rows = math.prod(layout.shape[: layout.row_axes])
-    cols = math.prod(layout.shape[layout.row_axes :])
+    rows, cols = math.prod(shape[: layout.row_axes]), math.prod(shape[layout.row_axes :])
     return (cols, rows) if layout.along_columns else (rows, cols)
 
 
-def _can_fuse(layout: Layout) -> bool:
-    view = layout.view
-    return view.size > 0 and (view.k, view.n) == _matrix_shape(layout)
+def _can_fuse(stack: DF11Array) -> bool:
+    """Whether the kernel reads slices of a stack: matrices, of which one device has all."""
+    view = stack.layout.view
+    is_here = jax.sharding.get_abstract_mesh().are_all_axes_manual
+    parts = stack.parts if is_here else stack.layout.parts
+    return view.size > 0 and math.prod(parts) == 1 and (view.k, view.n) == _matrix_shape(stack)
 
 
 def _platforms(rows: int) -> tuple[str, ...]:
@@ -229,6 +235,7 @@ def _fused(call: _Call, x: Array, index: Array, *payloads: Array) -> list[Array]
     names = "\n".join(f"matrix {i}" for i in range(len(views)))
     headers = np.concatenate([_layout.pack_header(layout) for layout in call.layouts])
     fused = jax.ffi.ffi_call(_ffi.PRODUCT_TARGET, out)
+    payloads = tuple(leaf.reshape(-1, leaf.shape[-1]) for leaf in payloads)
     *results, _ = fused(_in_kernel_order(x), index, *payloads, names=names, headers=headers)
     return results
 
@@ -248,9 +255,9 @@ def _decode_first(call: _Call, x: Array, index: Array, *payloads: Array) -> list
     ]
     results = []
     for stack, weights in zip(stacks, decode_slices(stacks, index), strict=True):
-        layout = stack.layout
-        matrix = weights.reshape(math.prod(layout.shape[: layout.row_axes]), -1)
-        contracted = 1 if layout.along_columns else 0
+        k, n = _matrix_shape(stack)
+        matrix = weights.reshape((n, k) if stack.layout.along_columns else (k, n))
+        contracted = 1 if stack.layout.along_columns else 0
         dtype = jnp.promote_types(x.dtype, matrix.dtype)
         results.append(
             jax.lax.dot_general(

@@ -1,8 +1,4 @@
-"""Slices of compressed stacks, decoded inside of traced programs.
-
-All tensors that are wanted together are decoded by one FFI call, which gets whole stacks and the
-index of the slice: handing it slices would make XLA copy them first.
-"""
+"""Slices of compressed stacks, decoded inside of traced programs."""
 
 import math
 from collections.abc import Sequence
@@ -12,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Int32, PyTree
 
-from df11_jax import _ffi, _layout, _parts, _xla_decoder
-from df11_jax._ffi_call import DecoderCall, call_decoder
+from df11_jax import _layout
 from df11_jax._layout import Layout
+from df11_jax._local_slices import Decoding, decode_local
+from df11_jax._partitioned import decode_divided
 
 Arrays = TypeVar("Arrays", bound=PyTree)
 
@@ -28,6 +25,8 @@ class Compressed(Protocol):
     def layout(self) -> Layout: ...
     @property
     def stack_shape(self) -> tuple[int, ...]: ...
+    @property
+    def slice_shape(self) -> tuple[int, ...]: ...
 
 
 def decode_slices(
@@ -57,86 +56,61 @@ def decode_slices(
     if not arrays:
         return []
     names = tuple(names) if names is not None else tuple(f"tensor {i}" for i in range(len(arrays)))
+    index = jnp.asarray(index, jnp.int32)
+    if _check_stacks(arrays, names) == 0:
+        return [jnp.zeros(index.shape + array.slice_shape, jnp.bfloat16) for array in arrays]
+    return _decode(arrays, names, tie(index, after))
+
+
+def decode_stacks(arrays: Sequence[Compressed], names: Sequence[str]) -> list[Array]:
+    """Decodes all slices of stacks with the same axes."""
+    if _check_stacks(arrays, names) == 0:
+        return [jnp.zeros(a.stack_shape + a.slice_shape, jnp.bfloat16) for a in arrays]
+    return _decode(arrays, names, jnp.int32(0), whole=True)
+
+
+def _check_stacks(arrays: Sequence[Compressed], names: Sequence[str]) -> int:
+    """The number of slices, which stacks have in common.
+
+    Raises:
+        ValueError: the arrays of a stack do not fit each other, the stacks differ in length, or
+            one is sharded that is not divided.
+    """
     lengths = []
     for array, name in zip(arrays, names, strict=True):
-        stack = _layout.check_payload(array.payload, array.layout, name)
-        if any(_is_split(leaf) for leaf in array.payload):
+        stack = _layout.check_payload(array.payload, array.layout, name, some_parts=True)
+        if not array.layout.parts and any(_is_split(leaf) for leaf in array.payload):
             raise ValueError(
-                f"{name}: is sharded over explicit axes of a mesh; decompress it in a "
-                "jax.shard_map, or make the mesh with axis_types=(jax.sharding.AxisType.Auto, ...)"
+                f"{name}: is sharded over explicit axes of a mesh, and was not compressed for "
+                "that. df11_jax.reshard divides it; a jax.shard_map takes it as it is"
             )
         lengths.append(math.prod(stack))
         if lengths[-1] != lengths[0]:
             raise ValueError(
                 f"{name}: a stack of {lengths[-1]} slices, expected {lengths[0]} like {names[0]}"
             )
-    index = jnp.asarray(index, jnp.int32)
-    if lengths[0] == 0:
-        return [jnp.zeros(index.shape + array.layout.shape, jnp.bfloat16) for array in arrays]
-    index = tie(index, after)
-    weights: dict[int, Array] = {}
-    counts = [array.layout.count_parts for array in arrays]
-    for count in dict.fromkeys(counts):
-        members = [i for i in range(len(arrays)) if counts[i] == count]
-        decoded = _decode_parts(
-            [arrays[i] for i in members], [names[i] for i in members], index, lengths[0], count
-        )
-        weights |= zip(members, decoded, strict=True)
-    return [weights[i] for i in range(len(arrays))]
+    return lengths[0]
 
 
-def _decode_parts(
+def _decode(
     arrays: Sequence[Compressed],
     names: Sequence[str],
     index: Int32[Array, "*batch"],
-    length: int,
-    count: int | None,
-) -> list[BFloat16[Array, "*batch_and_slice"]]:
-    """Decodes slices that are divided into as many parts, or that are not divided, by one call.
-
-    Args:
-        arrays: stacks with the same number of slices.
-        names: the name of each, for messages.
-        index: the indices of the slices.
-        length: the number of slices in a stack.
-        count: the number of parts of a slice; None if slices are not divided.
-    """
-    if count is not None:
-        first = jnp.clip(index, 0, length - 1) * count
-        parts = first[..., None] + jnp.arange(count, dtype=jnp.int32)
-        index = jnp.where(index[..., None] == -1, -1, parts)
-    ones = (1,) * index.ndim
-    payloads = tuple(
-        jnp.reshape(leaf, (*ones, length * (count or 1), leaf.shape[-1]))
-        for array in arrays
-        for leaf in array.payload
-    )
-    layouts = tuple(array.layout for array in arrays)
-    headers = tuple(word for layout in layouts for word in _layout.pack_header(layout).tolist())
-    decoder = DecoderCall(
-        _ffi.DECODE_TARGET,
-        "expand_dims",
-        attributes=(("names", "\n".join(names)), ("headers", headers)),
-        xla=_decode_by_xla,
-        static=(layouts,),
-    )
-    weights = call_decoder(decoder, index, *payloads)
-    if count is None:
-        return list(weights)
-    batch = index.shape[:-1]
-    return [
-        _parts.join(w.reshape(*batch, *layout.parts, *layout.part_shape), layout)
-        for w, layout in zip(weights, layouts, strict=True)
-    ]
-
-
-def decode_stacks(arrays: Sequence[Compressed], names: Sequence[str]) -> list[Array]:
-    """Decodes all slices of stacks with the same axes."""
-    stack = arrays[0].stack_shape
-    if not stack:
-        return decode_slices(arrays, jnp.int32(0), names=names)
-    weights = decode_slices(arrays, jnp.arange(math.prod(stack), dtype=jnp.int32), names=names)
-    return [w.reshape(stack + a.layout.shape) for w, a in zip(weights, arrays, strict=True)]
+    whole: bool = False,
+) -> list[Array]:
+    """Decodes slices, those that are divided into parts where these are."""
+    weights: dict[int, Array] = {}
+    divided = [bool(array.layout.parts and array.layout.view.size) for array in arrays]
+    for function, is_divided in ((decode_local, False), (decode_divided, True)):
+        members = [i for i, one in enumerate(divided) if one == is_divided]
+        if not members:
+            continue
+        decoding = Decoding(
+            tuple(arrays[i].layout for i in members), tuple(names[i] for i in members), whole
+        )
+        payloads = [leaf for i in members for leaf in arrays[i].payload]
+        weights |= zip(members, function(decoding, index, *payloads), strict=True)
+    return [weights[i] for i in range(len(arrays))]
 
 
 def tie(arrays: Arrays, inputs: PyTree) -> Arrays:
@@ -153,15 +127,3 @@ def _is_split(leaf: Any) -> bool:
 
 def _is_number(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
-
-
-def _decode_by_xla(
-    layouts: tuple[Layout, ...], index: Array, *payloads: Array
-) -> tuple[Array, ...]:
-    # Index and headers may be tied to other values, and all arrays are read after these, too.
-    index, payloads = jax.lax.optimization_barrier((index, payloads))
-    each = len(_layout.PAYLOAD)
-    return tuple(
-        _xla_decoder.decode(index, *payloads[each * i : each * (i + 1)], layout=layout)
-        for i, layout in enumerate(layouts)
-    )

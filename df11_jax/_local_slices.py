@@ -1,0 +1,127 @@
+"""The decoder's call for slices of stacks that lie where the program runs, as one device sees them.
+
+All tensors that are wanted together are decoded by one FFI call, which gets whole stacks and the
+index of the slice: handing it slices would make XLA copy them first.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Int32
+
+from df11_jax import _ffi, _layout, _parts, _xla_decoder
+from df11_jax._ffi_call import DecoderCall, call_decoder
+from df11_jax._layout import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """What is to be decoded, but for the arrays.
+
+    Attributes:
+        layouts: the layout of the slices of each stack.
+        names: the name of each, for messages.
+        whole: whether all slices are wanted, and not those of an index.
+    """
+
+    layouts: tuple[Layout, ...]
+    names: tuple[str, ...]
+    whole: bool = False
+
+
+def decode_local(
+    decoding: Decoding, index: Int32[Array, "*batch"], *payloads: Array
+) -> list[BFloat16[Array, "..."]]:
+    """Decodes slices of stacks.
+
+    Args:
+        decoding: what is to be decoded.
+        index: the indices of the slices, unless all are wanted; see `decode_slices`.
+        payloads: the five arrays of each stack, one stack after the other. Of a divided one, they
+            may have some of the parts.
+
+    Returns:
+        The slices of each stack, of the shape `index.shape + slice_shape`, or all of them,
+        `stack_shape + slice_shape`.
+    """
+    each = len(_layout.PAYLOAD)
+    stacks = [payloads[i : i + each] for i in range(0, len(payloads), each)]
+    leading = [
+        _parts.split_leading(stack[0].shape, layout)
+        for stack, layout in zip(stacks, decoding.layouts, strict=True)
+    ]
+    # A launch has one index, of parts where slices are divided: others have launches of their own.
+    kinds = [(stack_shape, math.prod(parts) if parts else None) for stack_shape, parts in leading]
+    weights: dict[int, Array] = {}
+    for stack_shape, count in dict.fromkeys(kinds):
+        members = [i for i, kind in enumerate(kinds) if kind == (stack_shape, count)]
+        length = math.prod(stack_shape)
+        if decoding.whole:
+            index = jnp.arange(length, dtype=jnp.int32).reshape(stack_shape)
+        decoded = _decode_parts(
+            [stacks[i] for i in members],
+            tuple(decoding.layouts[i] for i in members),
+            [decoding.names[i] for i in members],
+            index,
+            length,
+            count,
+        )
+        for i, array in zip(members, decoded, strict=True):
+            parts = leading[i][1]
+            array = array.reshape(*index.shape, *parts, *decoding.layouts[i].part_shape)
+            weights[i] = _parts.join(array, len(parts))
+    return [weights[i] for i in range(len(stacks))]
+
+
+def _decode_parts(
+    stacks: Sequence[Sequence[Array]],
+    layouts: tuple[Layout, ...],
+    names: Sequence[str],
+    index: Int32[Array, "*batch"],
+    length: int,
+    count: int | None,
+) -> list[BFloat16[Array, "..."]]:
+    """Decodes slices that are divided into as many parts, or that are not divided, by one call.
+
+    Args:
+        stacks: the five arrays of each stack.
+        layouts: the layout of each.
+        names: the name of each.
+        index: the indices of the slices.
+        length: the number of slices in a stack.
+        count: the number of parts of a slice; None if slices are not divided.
+    """
+    if count is not None:
+        first = jnp.clip(index, 0, length - 1) * count
+        parts = first[..., None] + jnp.arange(count, dtype=jnp.int32)
+        index = jnp.where(index[..., None] == -1, -1, parts)
+    ones = (1,) * index.ndim
+    payloads = tuple(
+        jnp.reshape(leaf, (*ones, length * (1 if count is None else count), leaf.shape[-1]))
+        for stack in stacks
+        for leaf in stack
+    )
+    headers = tuple(word for layout in layouts for word in _layout.pack_header(layout).tolist())
+    decoder = DecoderCall(
+        _ffi.DECODE_TARGET,
+        "expand_dims",
+        attributes=(("names", "\n".join(names)), ("headers", headers)),
+        xla=_decode_by_xla,
+        static=(layouts,),
+    )
+    return list(call_decoder(decoder, index, *payloads))
+
+
+def _decode_by_xla(
+    layouts: tuple[Layout, ...], index: Array, *payloads: Array
+) -> tuple[Array, ...]:
+    # Index and headers may be tied to other values, and all arrays are read after these, too.
+    index, payloads = jax.lax.optimization_barrier((index, payloads))
+    each = len(_layout.PAYLOAD)
+    return tuple(
+        _xla_decoder.decode(index, *payloads[each * i : each * (i + 1)], layout=layout)
+        for i, layout in enumerate(layouts)
+    )

@@ -1,0 +1,126 @@
+"""Compression of tensors that lie on a mesh, shard by shard: each device keeps its share."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from df11_jax._array import DF11Array
+from df11_jax._host_arrays import to_host
+from df11_jax._host_codec import encode
+from df11_jax._layout import Layout
+
+
+class Shards(NamedTuple):
+    """A tensor that lies on a mesh, or what this process has of it.
+
+    Attributes:
+        shape: the shape of the whole tensor.
+        sharding: how it is divided.
+        shards: different shards, and the devices that have each.
+        to_weights: brings a shard, on the host, into the form in which it is encoded.
+    """
+
+    shape: tuple[int, ...]
+    sharding: NamedSharding
+    shards: Sequence[tuple[jax.Array, list[jax.Device]]]
+    to_weights: Callable[[np.ndarray], np.ndarray]
+
+    @classmethod
+    def of(
+        cls,
+        array: jax.Array,
+        sharding: NamedSharding,
+        axis: int,
+        to_weights: Callable[[np.ndarray], np.ndarray],
+    ) -> Self:
+        """The shards of an array.
+
+        Args:
+            array: the array.
+            sharding: its sharding.
+            axis: the axis that `to_weights` brings to the front.
+            to_weights: see `Shards`.
+        """
+        shape, spec = list(array.shape), list(sharding.spec)
+        spec += [None] * (len(shape) - len(spec))
+        for dims in (shape, spec):
+            dims[:0] = [dims.pop(axis)] if axis else []
+        shards: dict[Any, tuple[jax.Array, list[jax.Device]]] = {}
+        for shard in array.addressable_shards:
+            key = tuple((part.start, part.stop) for part in shard.index)
+            shards.setdefault(key, (shard.data, []))[1].append(shard.device)
+        sharding = sharding.update(spec=PartitionSpec(*spec))
+        return cls(tuple(shape), sharding, list(shards.values()), to_weights)
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return len(self.shape)
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """The number of shards along each axis."""
+        return parts_of(self.sharding)
+
+
+def parts_of(sharding: NamedSharding) -> tuple[int, ...]:
+    """The number of shards along each axis that its PartitionSpec names."""
+    names = [axes if isinstance(axes, tuple) else (axes,) for axes in sharding.spec]
+    return tuple(
+        math.prod(sharding.mesh.shape[name] for name in axes if name is not None) for axes in names
+    )
+
+
+def encode_shards(tensor: Shards, name: str, layout: Layout, **options: Any) -> DF11Array:
+    """Compresses a tensor where it lies.
+
+    Args:
+        tensor: the tensor.
+        name: its name, for messages.
+        layout: the layout of its slices, which are divided as the tensor is.
+        options: those of `encode`.
+
+    Returns:
+        The compressed tensor, whose arrays are sharded by the PartitionSpec of the tensor.
+
+    Raises:
+        ValueError: the slices are divided otherwise.
+        RuntimeError: verification failed.
+    """
+    stack_axes = tensor.ndim - len(layout.shape)
+    if layout.parts != tensor.parts[stack_axes:]:
+        raise ValueError(
+            f"{name}: is sharded into {list(tensor.parts[stack_axes:])} parts by "
+            f"{tensor.sharding.spec}, expected {list(layout.parts) or 'a tensor on one device'}: "
+            "place it likewise first (jax.device_put), or compress without like"
+        )
+    one_part = (1,) * len(layout.parts)
+    payloads = [
+        encode(tensor.to_weights(to_host(shard)), name, layout, parts=one_part, **options)
+        for shard, _ in tensor.shards
+    ]
+    leading = tensor.shape[:stack_axes] + layout.parts
+
+    def place(pieces: Sequence[np.ndarray], words: int) -> jax.Array:
+        on_devices = []
+        for piece, (_, devices) in zip(pieces, tensor.shards, strict=True):
+            room = [(0, 0)] * (piece.ndim - 1) + [(0, words - piece.shape[-1])]
+            padded = np.pad(piece, room) if room[-1][1] else piece
+            for device in devices:
+                where = SingleDeviceSharding(device, memory_kind=tensor.sharding.memory_kind)
+                on_devices.append(jax.device_put(padded, where))
+        return jax.make_array_from_single_device_arrays(
+            (*leading, words), tensor.sharding, on_devices
+        )
+
+    # All parts have arrays of the same shapes, wherever they are.
+    longest = np.array([[part.shape[-1] for part in payload] for payload in payloads]).max(axis=0)
+    if not tensor.sharding.is_fully_addressable:
+        longest = multihost_utils.process_allgather(longest).max(axis=0)
+    arrays = zip(*payloads, strict=True)
+    return DF11Array.from_payload(map(place, arrays, longest.tolist()), layout)
