@@ -10,6 +10,7 @@ from df11_jax._array import DF11Array, DF11Slice
 from df11_jax._compress import compress, compress_params
 from df11_jax._decode import EXPORT_SAFETY_CHECKS, after, decompress, decompress_params
 from df11_jax._flax import register_with_flax as _register_with_flax
+from df11_jax._placement import device_put
 from df11_jax._product import dot
 from df11_jax._scan import scan_blocks
 from df11_jax._size_report import SizeReport, size_report
@@ -29,6 +30,7 @@ __all__ = [
     "compress_params",
     "decompress",
     "decompress_params",
+    "device_put",
     "dot",
     "scan_blocks",
     "size_report",

@@ -72,6 +72,15 @@ class DF11Array(ArrayOperators):
         return _parts.split_leading(self.header.shape, self.layout)[1]
 
     @property
+    def sharding(self) -> jax.sharding.Sharding:
+        """Where it is: the sharding that the tensor would have, and that its arrays have.
+
+        Raises:
+            AttributeError: its arrays are not on devices, such as traced ones.
+        """
+        return self.header.sharding
+
+    @property
     def stack_shape(self) -> tuple[int, ...]:
         """The leading axes, which all five arrays have in common."""
         return _parts.split_leading(self.header.shape, self.layout)[0]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jaxtyping import Array, BFloat16, PyTree
 
 from df11_jax._array import DF11Array, is_df11
@@ -22,7 +22,7 @@ from df11_jax._leaves import as_array, is_array, no_pytree, plain_shape
 from df11_jax._like import Form, check_is_like, forms_of
 from df11_jax._progress import ProgressBar
 from df11_jax._select import MIN_SIZE, Selection, is_castable, is_worth_keeping
-from df11_jax._shards import Shards, encode_shards
+from df11_jax._shards import Shards, encode_shards, placements
 from df11_jax._stack import fit_exponents
 
 
@@ -39,7 +39,9 @@ def compress(
 ) -> DF11Array:
     """Compresses one bfloat16 tensor, on the host.
 
-    A contiguous numpy array, or JAX array on the CPU, is read without a copy.
+    A contiguous numpy array, or JAX array on the CPU, is read without a copy. An array on a mesh
+    (with a `NamedSharding`) is compressed shard by shard, and each device keeps its share: the
+    result is sharded by the same PartitionSpec.
 
     Args:
         array: a bfloat16 array of any shape, with at most 8 dimensions besides its stack axes.
@@ -58,15 +60,15 @@ def compress(
         threads: the number of threads; None for all that this process may run on.
 
     Returns:
-        The compressed tensor, on the device of `array`, or on the default device if that is a
-        numpy array or is spread over several devices. (`jax.device_put` places the result, like
-        any pytree.) `decompress` of it is `array`, bit for bit.
+        The compressed tensor, where `array` is; on the default device if that is a numpy array.
+        `decompress` of it is `array`, bit for bit.
 
     Raises:
         TypeError: `array` is traced, or not bfloat16; `like` is not compressed.
         ValueError: `array` has more than 8 dimensions besides its stack axes, or fewer dimensions
-            than `stack_axes`; it is of another shape than `like`, or does not fit into its arrays;
-            or there is another argument for what `like` says.
+            than `stack_axes`; it is on several devices and no mesh; it is of another shape than
+            `like`, is sharded otherwise, or does not fit into its arrays; or there is another
+            argument for what `like` says.
         RuntimeError: verification failed, which means broken hardware or a bug.
     """
     if like is not None:
@@ -97,6 +99,7 @@ def compress_params(
     params: PyTree,
     *,
     like: PyTree | None = None,
+    shardings: PyTree | None = None,
     include: str | None = None,
     stacked: str | None = None,
     stack_axis: int = 0,
@@ -123,6 +126,10 @@ def compress_params(
     become one `DF11Array`. Paths that are left out keep the array, and a path at which it is a
     stack gets a `DF11Array` of its own.
 
+    Leaves on a mesh (with a `NamedSharding`) are compressed shard by shard. Each device keeps its
+    share, sharded by the same PartitionSpec. Which shards there are is a part of the result: to
+    place it in another way, see `df11_jax.device_put`.
+
     Leaves that are no arrays, such as strings and functions, stay as they are. A Keras variable,
     or whatever else JAX takes for an array (it has `__jax_array__`), is compressed.
 
@@ -131,8 +138,12 @@ def compress_params(
         like: the same tree of another checkpoint, compressed; its arrays may be shapes
             (`jax.ShapeDtypeStruct`). A leaf is compressed if it is compressed there, even if that
             makes it larger, and then has arrays of the same shapes; all others stay plain. So the
-            next four arguments are left out. Where arrays are, `params` says. Leaves of `params`
-            that are compressed already are only made longer or shorter.
+            next four arguments are left out. Where arrays are, `params` says, or `shardings`.
+            Leaves of `params` that are compressed already are only made longer or shorter.
+        shardings: where the leaves are to be, before a stack axis is moved: a sharding or device
+            for all, or a tree of them, as for `jax.device_put`; None for where they are. Leaves on
+            the host, or elsewhere, are cut on the host, so that no device gets any weights that
+            another one holds, or plain ones that it is to hold compressed.
         include: a regular expression; only leaves in whose path (`layers/attention/query`) it is
             found are compressed. None for all.
         stacked: a regular expression; leaves in whose path it is found are stacks, as
@@ -159,7 +170,8 @@ def compress_params(
         TypeError: `params` is no container and no array, such as a model or a path; a leaf to be
             compressed is traced; `include` or `stacked` is not a string.
         ValueError: the leaves of a stack differ in the number of layers; a leaf to be stacked has
-            no such axis; `include` or `stacked` is not a regular expression. Or `like` is another
+            no such axis; `include` or `stacked` is not a regular expression; a leaf is not divided
+            evenly, or is on several devices and no mesh. Or `like` is another
             tree; a leaf has another shape or type there, is compressed and plain there, or does
             not fit into the arrays there; or there is another argument for what `like` says.
         RuntimeError: verification failed, or an array was deleted. All errors name the leaf's
@@ -177,6 +189,7 @@ def compress_params(
         for (path, _), (_, leaf) in zip(with_paths, named, strict=True)
     ):
         raise no_pytree("compress_params", params)
+    places = placements(shardings, treedef)
     if like is None:
         selection = Selection.from_options(
             include=include,
@@ -191,7 +204,7 @@ def compress_params(
         selection.check("compress_params", shapes, compressed=compressed, stacklevel=2)
         selection.warn_of_foreign("compress_params", named, stacklevel=2)
         leaves = compress_leaves(
-            named, selection, verify=verify, progress=progress, threads=threads
+            named, selection, places, verify=verify, progress=progress, threads=threads
         )
         paths = [path for path, _ in named]
         selection.warn_if_futile("compress_params", zip(paths, leaves, strict=True), stacklevel=2)
@@ -202,15 +215,19 @@ def compress_params(
         )
     else:
 
-        def compress_in_form(path: str, leaf: Any, form: Form) -> DF11Array:
-            with _naming(path):
+        def compress_in_form(path: str, leaf: Any, how: tuple[Form | None, Any]) -> Any:
+            form, where = how
+            with naming(path):
+                if form is None:
+                    return jax.device_put(leaf, where)
                 if is_df11(leaf):
                     return form.fit(leaf, path)
-                weights = _as_weights(leaf, path, cast)
+                weights = _as_weights(leaf, path, cast, where=where)
                 return _encode(weights, path, form.layout, form, verify=verify, threads=threads)
 
         forms = forms_of(named, treedef, like, cast=cast)
-        leaves = _compress_each(named, forms, compress_in_form, progress)
+        ways = [how if any(how) else None for how in zip(forms, places, strict=True)]
+        leaves = _compress_each(named, ways, compress_in_form, progress)
     # What stands for an array, and stays as it is, stays what it was.
     kept = [
         before if after is array else after
@@ -222,6 +239,7 @@ def compress_params(
 def compress_leaves(
     named: Sequence[tuple[str, Any]],
     selection: Selection,
+    places: Sequence[Any] | None = None,
     *,
     verify: bool = True,
     progress: bool = False,
@@ -233,20 +251,22 @@ def compress_leaves(
         named: paths and leaves.
         selection: the leaves that are to be compressed, and those that are stacks. Stacks that
             stay plain have their stack axis in front, too.
+        places: a sharding or device for each; None for where they are.
         verify: see `compress_params`.
         progress: see `compress_params`.
         threads: see `compress_params`.
     """
     hows = []
-    for path, leaf in named:
+    for (path, leaf), where in zip(named, places or [None] * len(named), strict=True):
         has = selection.has(path, leaf)
-        is_changed = has or selection.moves(path, leaf)
-        hows.append((selection.stack_axes(path), has) if is_changed else None)
+        is_changed = has or selection.moves(path, leaf) or where is not None
+        hows.append((selection.stack_axes(path), has, where) if is_changed else None)
 
-    def compress_or_move(path: str, leaf: Any, how: tuple[int, bool]) -> Any:
-        if how[1]:
-            return compress_leaf(path, leaf, selection, verify=verify, threads=threads)
-        return selection.to_front(path, leaf)
+    def compress_or_move(path: str, leaf: Any, how: tuple[int, bool, Any]) -> Any:
+        _, has, where = how
+        if has:
+            return compress_leaf(path, leaf, selection, where, verify=verify, threads=threads)
+        return _plain(path, leaf, selection, where)
 
     leaves = _compress_each(named, hows, compress_or_move, progress)
     align_layers([path for path, _ in named], leaves)
@@ -287,6 +307,7 @@ def compress_leaf(
     path: str,
     leaf: Any,
     selection: Selection,
+    where: jax.sharding.Sharding | jax.Device | None = None,
     *,
     verify: bool = True,
     threads: int | None = None,
@@ -297,10 +318,11 @@ def compress_leaf(
         path: the name of the leaf; errors have it.
         leaf: an array that is one of the selection.
         selection: tells whether the leaf is a stack, and whether to round it to bfloat16.
+        where: where it is to be, before the axis is moved; None for where it is.
         verify: see `compress_params`.
         threads: see `compress_params`.
     """
-    with _naming(path):
+    with naming(path):
         small = _compress(
             leaf,
             path,
@@ -309,19 +331,28 @@ def compress_leaf(
             threads,
             cast=selection.cast,
             axis=selection.stack_axis if selection.moves(path, leaf) else 0,
+            where=where,
         )
     if is_worth_keeping(small.compressed_nbytes, leaf.nbytes):
         return small
-    return selection.to_front(path, leaf)
+    return _plain(path, leaf, selection, where)
+
+
+def _plain(path: str, leaf: Any, selection: Selection, where: Any) -> Any:
+    """A leaf that stays plain, where it is to be, with its stack axis in front."""
+    with naming(path):
+        if where is not None and (is_array(leaf) or is_df11(leaf)):
+            leaf = jax.device_put(leaf, where)
+        return selection.to_front(path, leaf)
 
 
 @contextlib.contextmanager
-def _naming(path: str) -> Iterator[None]:
+def naming(path: str, doing: str = "compressing") -> Iterator[None]:
     """Errors name the leaf: what numpy and jax raise (for deleted arrays, say) does not."""
     try:
         yield
     except Exception as error:
-        error.add_note(f"df11_jax: while compressing the leaf {path}")
+        error.add_note(f"df11_jax: while {doing} the leaf {path}")
         raise
 
 
@@ -372,9 +403,10 @@ def _compress(
     *,
     cast: bool = False,
     axis: int = 0,
+    where: Any = None,
     **matrix: Any,
 ) -> DF11Array:
-    weights = _as_weights(array, name, cast, axis)
+    weights = _as_weights(array, name, cast, axis, where)
     if isinstance(weights, Shards):
         shape, parts = weights.shape, weights.parts[stack_axes:]
     else:
@@ -398,7 +430,12 @@ def compress_as(array: Any, layout: Layout, name: str) -> DF11Array:
         layout: the layout of its slices.
         name: the name of the tensor; errors have it.
     """
-    return _encode(_as_weights(array, name, cast=False), name, layout)
+    return compress_onto(array, layout, None, name)
+
+
+def compress_onto(array: Any, layout: Layout, where: Any, name: str) -> DF11Array:
+    """`compress_as` onto a device or a sharding."""
+    return _encode(_as_weights(array, name, cast=False, where=where), name, layout)
 
 
 def _encode(
@@ -426,10 +463,12 @@ class Whole(NamedTuple):
     """
 
     array: np.ndarray
-    device: jax.Device | None
+    device: jax.Device | jax.sharding.Sharding | None
 
 
-def _as_weights(array: Any, name: str, cast: bool, axis: int = 0) -> Whole | Shards:
+def _as_weights(
+    array: Any, name: str, cast: bool, axis: int = 0, where: Any = None
+) -> Whole | Shards:
     """A tensor to be encoded, in bfloat16.
 
     Args:
@@ -437,6 +476,7 @@ def _as_weights(array: Any, name: str, cast: bool, axis: int = 0) -> Whole | Sha
         name: the name of the tensor; errors have it.
         cast: whether to round float32 and float16.
         axis: the axis to bring to the front.
+        where: where the compressed tensor is to be; None for where the array is.
     """
     array = as_array(array)
     if isinstance(array, jax.core.Tracer):
@@ -447,18 +487,20 @@ def _as_weights(array: Any, name: str, cast: bool, axis: int = 0) -> Whole | Sha
     if isinstance(array, DF11Array):
         raise TypeError(f"{name}: is compressed already ({array!r})")
     to_weights = functools.partial(_to_weights, like=array, name=name, cast=cast, axis=axis)
-    device = None
-    if isinstance(array, jax.Array):
-        if isinstance(array.sharding, NamedSharding):
-            return Shards.of(array, array.sharding, axis, to_weights)
-        if len(array.sharding.device_set) > 1:
-            raise ValueError(
-                f"{name}: expected a NamedSharding, got {type(array.sharding).__name__}: bring it "
-                "onto a mesh first, jax.device_put(array, NamedSharding(mesh, PartitionSpec(...)))"
-            )
-        if array.committed or array.devices() != _default_device():
+    if where is None and isinstance(array, jax.Array):
+        where = array.sharding
+        is_default = not array.committed and array.devices() == _default_device()
+        if isinstance(where, SingleDeviceSharding):
             (device,) = array.devices()
-    return Whole(to_weights(to_host(array)), device)
+            where = None if is_default else device
+    if isinstance(where, NamedSharding):
+        return Shards.of(array, where, axis, to_weights)
+    if isinstance(where, jax.sharding.Sharding) and len(where.device_set) > 1:
+        raise ValueError(
+            f"{name}: expected a NamedSharding, got {type(where).__name__}: bring it onto a mesh "
+            "first, jax.device_put(array, NamedSharding(mesh, PartitionSpec(...)))"
+        )
+    return Whole(to_weights(to_host(array)), where)
 
 
 def _to_weights(weights: np.ndarray, like: Any, name: str, cast: bool, axis: int) -> np.ndarray:

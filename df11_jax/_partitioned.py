@@ -71,7 +71,7 @@ def _decode_explicit(
                 f"{name}: its arrays are sharded over explicit axes of a mesh by "
                 f"{PartitionSpec(*spec)}, and can be by a PartitionSpec that divides all five in "
                 f"the same way, the axes of {list(layout.shape)} and nothing else. "
-                "df11_jax.reshard divides it otherwise"
+                "df11_jax.device_put divides it otherwise"
             )
         batch = spec[:stack_axes] if decoding.whole else (None,) * index.ndim
         out_specs.append(PartitionSpec(*batch, *spec[stack_axes:-1]))

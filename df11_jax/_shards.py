@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jaxtyping import PyTree
 
 from df11_jax._array import DF11Array
 from df11_jax._host_arrays import to_host
@@ -16,7 +17,7 @@ from df11_jax._layout import Layout
 
 
 class Shards(NamedTuple):
-    """A tensor that lies on a mesh, or what this process has of it.
+    """A tensor that is to lie on a mesh, or what this process has of it.
 
     Attributes:
         shape: the shape of the whole tensor.
@@ -27,13 +28,13 @@ class Shards(NamedTuple):
 
     shape: tuple[int, ...]
     sharding: NamedSharding
-    shards: Sequence[tuple[jax.Array, list[jax.Device]]]
+    shards: Sequence[tuple[Any, list[jax.Device]]]
     to_weights: Callable[[np.ndarray], np.ndarray]
 
     @classmethod
     def of(
         cls,
-        array: jax.Array,
+        array: Any,
         sharding: NamedSharding,
         axis: int,
         to_weights: Callable[[np.ndarray], np.ndarray],
@@ -41,39 +42,64 @@ class Shards(NamedTuple):
         """The shards of an array.
 
         Args:
-            array: the array.
-            sharding: its sharding.
+            array: an array of numpy or JAX. Unless it is sharded so already, it is taken to the
+                host, and cut there.
+            sharding: how it is to be sharded.
             axis: the axis that `to_weights` brings to the front.
             to_weights: see `Shards`.
         """
+        if isinstance(array, jax.Array) and array.sharding == sharding:
+            pieces = [(shard.index, shard.device, shard.data) for shard in array.addressable_shards]
+        else:
+            host = to_host(array)
+            sharding.shard_shape(host.shape)  # raises ValueError where that is not whole
+            indices = sharding.addressable_devices_indices_map(host.shape)
+            pieces = [(index, device, host[index]) for device, index in indices.items()]
+        shards: dict[Any, tuple[Any, list[jax.Device]]] = {}
+        for index, device, piece in pieces:
+            key = tuple((part.start, part.stop) for part in index)
+            shards.setdefault(key, (piece, []))[1].append(device)
         shape, spec = list(array.shape), list(sharding.spec)
         spec += [None] * (len(shape) - len(spec))
         for dims in (shape, spec):
             dims[:0] = [dims.pop(axis)] if axis else []
-        shards: dict[Any, tuple[jax.Array, list[jax.Device]]] = {}
-        for shard in array.addressable_shards:
-            key = tuple((part.start, part.stop) for part in shard.index)
-            shards.setdefault(key, (shard.data, []))[1].append(shard.device)
         sharding = sharding.update(spec=PartitionSpec(*spec))
         return cls(tuple(shape), sharding, list(shards.values()), to_weights)
 
     @property
-    def ndim(self) -> int:
-        """The number of axes."""
-        return len(self.shape)
-
-    @property
     def parts(self) -> tuple[int, ...]:
         """The number of shards along each axis."""
-        return parts_of(self.sharding)
+        return parts_of(self.sharding, len(self.shape))
 
 
-def parts_of(sharding: NamedSharding) -> tuple[int, ...]:
-    """The number of shards along each axis that its PartitionSpec names."""
-    names = [axes if isinstance(axes, tuple) else (axes,) for axes in sharding.spec]
-    return tuple(
-        math.prod(sharding.mesh.shape[name] for name in axes if name is not None) for axes in names
-    )
+def parts_of(sharding: NamedSharding, ndim: int) -> tuple[int, ...]:
+    """The number of shards along each axis of an array.
+
+    Args:
+        sharding: how it is sharded.
+        ndim: the number of its axes.
+    """
+    spec = [axes if isinstance(axes, tuple) else (axes,) for axes in sharding.spec]
+    spec += [(None,)] * (ndim - len(spec))
+    sizes = sharding.mesh.shape
+    return tuple(math.prod(sizes[name] for name in axes if name is not None) for axes in spec)
+
+
+def placements(shardings: PyTree, treedef: Any) -> list[Any]:
+    """A sharding or device for each leaf of a tree, as `jax.device_put` takes them.
+
+    Args:
+        shardings: one, or a tree of them that may end before the other one does; None for leaves
+            that stay where they are.
+        treedef: the other tree.
+
+    Raises:
+        ValueError: it is a tree of another kind.
+    """
+    places = jax.tree.unflatten(treedef, range(treedef.num_leaves))
+    is_leaf = lambda node: node is None  # noqa: E731
+    wide = jax.tree.broadcast(shardings, places, is_leaf=is_leaf)
+    return jax.tree.leaves(wide, is_leaf=is_leaf)
 
 
 def encode_shards(tensor: Shards, name: str, layout: Layout, **options: Any) -> DF11Array:
@@ -92,7 +118,7 @@ def encode_shards(tensor: Shards, name: str, layout: Layout, **options: Any) -> 
         ValueError: the slices are divided otherwise.
         RuntimeError: verification failed.
     """
-    stack_axes = tensor.ndim - len(layout.shape)
+    stack_axes = len(tensor.shape) - len(layout.shape)
     if layout.parts != tensor.parts[stack_axes:]:
         raise ValueError(
             f"{name}: is sharded into {list(tensor.parts[stack_axes:])} parts by "

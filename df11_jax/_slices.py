@@ -82,7 +82,7 @@ def _check_stacks(arrays: Sequence[Compressed], names: Sequence[str]) -> int:
         if not array.layout.parts and any(_is_split(leaf) for leaf in array.payload):
             raise ValueError(
                 f"{name}: is sharded over explicit axes of a mesh, and was not compressed for "
-                "that. df11_jax.reshard divides it; a jax.shard_map takes it as it is"
+                "that. df11_jax.device_put divides it; a jax.shard_map takes it as it is"
             )
         lengths.append(math.prod(stack))
         if lengths[-1] != lengths[0]:

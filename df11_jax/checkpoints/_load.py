@@ -11,8 +11,10 @@ from df11_jax._array import DF11Array, is_df11
 from df11_jax._compress import align_layers, compress_leaf
 from df11_jax._files.source import Source, unchanged
 from df11_jax._host_arrays import cpu_device
+from df11_jax._placement import place
 from df11_jax._progress import ProgressBar
 from df11_jax._select import Selection
+from df11_jax._shards import placements
 from df11_jax.checkpoints._native_format import NativeCheckpoint, to_device
 from df11_jax.checkpoints._open import Shapes, open_checkpoint
 from df11_jax.checkpoints._tree import Structure, nest
@@ -38,7 +40,7 @@ def load(
     checkpoint: str | os.PathLike[str] | Source,
     *,
     shapes: Shapes | None = None,
-    device: jax.Device | jax.sharding.Sharding | None = None,
+    device: PyTree = None,
     verify: bool = True,
     progress: bool = False,
 ) -> PyTree:
@@ -57,8 +59,9 @@ def load(
         checkpoint: the path of its directory, file or index; or a checkpoint that is open already.
         shapes: the model's shapes, which only published checkpoints may need; see
             `df11_jax.published.Checkpoint`.
-        device: the device or sharding of all arrays, as for `jax.device_put`; None for the default
-            device. Each array gets that sharding, so one over several devices has to replicate.
+        device: where the leaves are to be: a device or sharding for all, or a tree of them, as for
+            `df11_jax.device_put`; None for the default device. What is divided otherwise in the
+            checkpoint is compressed anew, on the host, so that each device gets its share alone.
         verify: whether to check leaves that are loaded compressed, by the checksums of their
             chunks; to decode them later finds damage, too, but on a GPU as NaNs.
         progress: whether to show a progress bar.
@@ -70,7 +73,7 @@ def load(
         FileNotFoundError: nothing is there, or a shard is missing.
         ValueError: the checkpoint has none of the formats, is of another version, or is damaged, a
             file was changed while it was read, or numpy has no such dtype; the message names the
-            file and the leaf. Or `device` does not suit an array; a note names the leaf.
+            file and the leaf. Or a leaf cannot be divided as `device` says; a note names it.
     """
     if isinstance(checkpoint, (str, os.PathLike)):
         source = open_checkpoint(checkpoint, shapes=shapes)
@@ -78,7 +81,11 @@ def load(
         source = checkpoint
     structure = source.structure if isinstance(source, NativeCheckpoint) else Structure()
     where = str(source.path)
-    nest(dict.fromkeys(source.tensors), structure, where)  # before anything is read
+    names = list(source.tensors)
+    tree = nest({name: name for name in names}, structure, where)  # before anything is read
+    places = dict(
+        zip(jax.tree.leaves(tree), placements(device, jax.tree.structure(tree)), strict=True)
+    )
     for name, info in source.tensors.items():
         if info.numpy_dtype is None:
             raise ValueError(f"{where}: {name}: has the dtype {info.dtype}, which numpy lacks")
@@ -86,35 +93,33 @@ def load(
     leaves: list[DF11Array | Array | np.ndarray] = []
     with unchanged(source), ProgressBar("load", total, show=progress) as bar:
         for name, info in source.tensors.items():
-            leaves.append(_load_leaf(source, name, device, verify))
+            leaves.append(_load_leaf(source, name, places[name], verify))
             bar.update(name, info.nbytes)
-    names = list(source.tensors)
     align_layers(names, leaves)
     return nest(dict(zip(names, leaves, strict=True)), structure, where)
 
 
 def _load_leaf(
-    source: Source, name: str, device: jax.Device | jax.sharding.Sharding | None, verify: bool
+    source: Source, name: str, where: jax.Device | jax.sharding.Sharding | None, verify: bool
 ) -> DF11Array | Array | np.ndarray:
-    if device is None:
-        return _read_leaf(source, name, verify)
-    with jax.default_device(cpu_device()):
-        leaf = _read_leaf(source, name, verify)
+    if where is None:
+        return _read_leaf(source, name, where, verify)
     try:
-        # Arrays of types that jax lacks are on the host; `device_put` would lose bits of them.
-        return jax.tree.map(
-            lambda array: jax.device_put(array, device) if isinstance(array, jax.Array) else array,
-            leaf,
-        )
+        with jax.default_device(cpu_device()):
+            leaf = _read_leaf(source, name, where, verify)
+            # Arrays of types that jax lacks are on the host; `device_put` would lose bits of them.
+            return leaf if isinstance(leaf, np.ndarray) else place(leaf, where, name)
     except Exception as error:
         error.add_note(f"df11_jax: {source.path}: while placing the leaf {name}")
         raise
 
 
-def _read_leaf(source: Source, name: str, verify: bool) -> DF11Array | Array | np.ndarray:
+def _read_leaf(
+    source: Source, name: str, where: jax.Device | jax.sharding.Sharding | None, verify: bool
+) -> DF11Array | Array | np.ndarray:
     if isinstance(source, LeafSource):
         return source.load(name, verify=verify)
     array = source.read(name)
     selection = Selection()
-    leaf = compress_leaf(name, array, selection) if selection.has(name, array) else array
+    leaf = compress_leaf(name, array, selection, where) if selection.has(name, array) else array
     return leaf if is_df11(leaf) else to_device(array)

@@ -8,8 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from df11_jax import _layout
 from df11_jax._array import is_df11
 from df11_jax._decode import path_name
+from df11_jax._layout import Layout
+from df11_jax._placement import payload_sharding
 from df11_jax._select import is_candidate_dtype
 from df11_jax.orbax import _describe
 from df11_jax.orbax._args import DF11Restore
@@ -32,6 +35,7 @@ class Conversion(enum.Enum):
     NONE = enum.auto()
     COMPRESS = enum.auto()
     DECOMPRESS = enum.auto()
+    DIVIDE = enum.auto()  # compressed leaves, for other shards than they were compressed for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +125,9 @@ def _match(stored: StoredItem, args: DF11Restore) -> list[tuple[StoredLeaf, Any]
 def _conversion(leaf: StoredLeaf, target: Any, args: DF11Restore) -> Conversion:
     if leaf.is_compressed:
         wants_plain = target is not None and not is_df11(target) and args.compress is None
-        return Conversion.DECOMPRESS if args.decompress or wants_plain else Conversion.NONE
+        if args.decompress or wants_plain:
+            return Conversion.DECOMPRESS
+        return Conversion.DIVIDE if _is_divided_anew(leaf, target) else Conversion.NONE
     if args.decompress:
         return Conversion.NONE
     if is_df11(target):
@@ -134,6 +140,14 @@ def _conversion(leaf: StoredLeaf, target: Any, args: DF11Restore) -> Conversion:
     )
 
 
+def _is_divided_anew(leaf: StoredLeaf, target: Any) -> bool:
+    assert leaf.layout is not None, "the leaf is compressed"
+    if is_df11(target):
+        return target.layout != leaf.layout
+    where = getattr(target, "sharding", None)
+    return where is not None and payload_sharding(leaf.layout, len(leaf.shape), where) is None
+
+
 def _disagreement(plan: LeafPlan, casts: bool) -> Iterator[str]:
     leaf, target = plan.leaf, plan.target
     if target is None:
@@ -142,12 +156,17 @@ def _disagreement(plan: LeafPlan, casts: bool) -> Iterator[str]:
     if hasattr(target, "dtype") and not casts:
         agrees = agrees and str(target.dtype) == leaf.dtype
     if is_df11(target) and leaf.is_compressed:
-        agrees = agrees and target.layout == leaf.layout
+        agrees = agrees and _undivided(target.layout) == _undivided(leaf.layout)
     if not agrees:
         dtype = str(getattr(target, "dtype", type(target).__name__))
         layout = target.layout if is_df11(target) else None
         shown = StoredLeaf("", (), tuple(np.shape(target)), dtype, (), layout)
         yield f"{leaf.path}: the target has {shown}, stored is {leaf}"
+
+
+def _undivided(layout: Layout | None) -> Layout | None:
+    """A layout but for what follows from its parts."""
+    return layout and dataclasses.replace(layout, parts=(), steps=_layout.MAX_STEPS)
 
 
 def _raise_if_any(stored: StoredItem, problems: Sequence[str]) -> None:

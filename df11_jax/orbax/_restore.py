@@ -8,14 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
 from df11_jax import _layout
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._brief import brief
-from df11_jax._compress import align_layers, compress_as, compress_leaves
+from df11_jax._compress import align_layers, compress_as, compress_leaves, compress_onto
 from df11_jax._decode import decompress_params
 from df11_jax._files import crc32
+from df11_jax._host_arrays import cpu_device, to_host
+from df11_jax._placement import divided_as, payload_sharding
 from df11_jax._select import Selection
 from df11_jax._stack import fit_exponents
 from df11_jax.orbax import _leaf_arrays, _plan, _shardings, _stored
@@ -101,15 +104,19 @@ def _destinations(plan: LeafPlan) -> list[jax.sharding.Sharding | None]:
     texts = plan.leaf.shardings
     if plan.conversion is not Conversion.NONE:
         return [None] * len(texts)
-    targets: list[Any] = [None] * len(texts)
-    if plan.leaf.is_compressed == is_df11(plan.target):
-        targets = list(plan.target.payload) if is_df11(plan.target) else [plan.target]
+    leaf, target = plan.leaf, plan.target
+    if leaf.layout and is_df11(target):
+        wanted = [_sharding(array) for array in target.payload]
+    else:
+        where = None if is_df11(target) else _sharding(target)
+        if leaf.layout and where is not None:
+            where = payload_sharding(leaf.layout, len(leaf.shape), where)
+        wanted = [where] * len(texts)
     destinations = []
-    for text, part, target in zip(texts, plan.leaf.parts, targets, strict=True):
-        sharding = getattr(target, "sharding", None)
+    for text, part, sharding in zip(texts, leaf.parts, wanted, strict=True):
         if sharding is None and text is not None:
             sharding = _shardings.from_text(text, part.shape)
-        elif sharding is None and plan.leaf.is_compressed:
+        elif sharding is None and leaf.is_compressed:
             sharding = _shardings.default()
         destinations.append(sharding)
     return destinations
@@ -193,18 +200,24 @@ def _convert_and_place(
         if is_df11(value):
             return _leaf_arrays.join(placed, plan.leaf)
         return selection.to_front(path, placed[0])
+    where = _sharding(plan.target)
     if plan.conversion is Conversion.DECOMPRESS:
         weights = decompress_params({path: value})[path]
-        return weights if is_df11(plan.target) else _place(weights, _sharding(plan.target))
+        return weights if is_df11(plan.target) else _place(weights, where)
+    if plan.conversion is Conversion.DIVIDE:
+        with jax.default_device(cpu_device()):
+            value = to_host(decompress_params({path: value})[path])
+        if isinstance(where, NamedSharding) and plan.leaf.layout and not is_df11(plan.target):
+            layout = divided_as(plan.leaf.layout, value.ndim, where)
+            return compress_onto(value, layout, where, path)
     if is_df11(plan.target):
         small = _fit(compress_as(value, plan.target.layout, path), plan.target)
         return jax.tree.map(lambda a, like: _place(a, _sharding(like)), small, plan.target)
-    small = compress_leaves([(path, value)], selection, **options)[0]
-    if is_df11(small):
-        return small
-    # Shardings are those of what is stored.
-    placed = _place(value, _sharding(plan.target) or _shardings.default())
-    return selection.to_front(path, placed)
+    if where is None and plan.leaf.shardings[0]:
+        stored = _shardings.from_text(plan.leaf.shardings[0], plan.leaf.shape)
+        where = stored if isinstance(stored, NamedSharding) else None
+    (small,) = compress_leaves([(path, value)], selection, [where], **options)
+    return small if is_df11(small) or where is not None else _place(small, _shardings.default())
 
 
 def _fit(value: Any, target: Any) -> Any:
