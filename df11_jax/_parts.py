@@ -29,7 +29,7 @@ def divide(array: AnyArray, parts: Sequence[int]) -> AnyArray:
     batch = array.ndim - len(parts)
     shape = array.shape
     both = [m for dim, n in zip(shape[batch:], parts, strict=True) for m in (n, dim // n)]
-    array = array.reshape(*shape[:batch], *both)
+    array = array.reshape((*shape[:batch], *both))
     return array.transpose(
         *range(batch), *range(batch, array.ndim, 2), *range(batch + 1, array.ndim, 2)
     )
@@ -46,7 +46,8 @@ def join(array: AnyArray, axes: int) -> AnyArray:
     order = [axis for i in range(batch, batch + axes) for axis in (i, i + axes)]
     dims = array.shape[batch:]
     slice_shape = [n * part for n, part in zip(dims[:axes], dims[axes:], strict=True)]
-    return array.transpose(*range(batch), *order).reshape(*array.shape[:batch], *slice_shape)
+    array = array.transpose((*range(batch), *order))
+    return array.reshape((*array.shape[:batch], *slice_shape))
 
 
 def split_leading(shape: Sequence[int], layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
