@@ -27,12 +27,12 @@ def divide(array: AnyArray, parts: Sequence[int]) -> AnyArray:
         The parts, of the shape `batch + parts + part_shape`.
     """
     batch = array.ndim - len(parts)
-    shape = array.shape
-    both = [m for dim, n in zip(shape[batch:], parts, strict=True) for m in (n, dim // n)]
-    array = array.reshape((*shape[:batch], *both))
-    return array.transpose(
-        *range(batch), *range(batch, array.ndim, 2), *range(batch + 1, array.ndim, 2)
-    )
+    shape = list(array.shape[:batch])
+    for dim, n in zip(array.shape[batch:], parts, strict=True):
+        shape += [n, dim // n]
+    axes = range(batch, len(shape))
+    order = list(range(batch)) + list(axes[::2]) + list(axes[1::2])
+    return array.reshape(tuple(shape)).transpose(tuple(order))
 
 
 def join(array: AnyArray, axes: int) -> AnyArray:
@@ -43,11 +43,11 @@ def join(array: AnyArray, axes: int) -> AnyArray:
         axes: the number of axes of a slice.
     """
     batch = array.ndim - 2 * axes
-    order = [axis for i in range(batch, batch + axes) for axis in (i, i + axes)]
-    dims = array.shape[batch:]
-    slice_shape = [n * part for n, part in zip(dims[:axes], dims[axes:], strict=True)]
-    array = array.transpose((*range(batch), *order))
-    return array.reshape((*array.shape[:batch], *slice_shape))
+    order, shape = list(range(batch)), list(array.shape[:batch])
+    for i in range(batch, batch + axes):
+        order += [i, i + axes]
+        shape.append(array.shape[i] * array.shape[i + axes])
+    return array.transpose(tuple(order)).reshape(tuple(shape))
 
 
 def split_leading(shape: Sequence[int], layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:

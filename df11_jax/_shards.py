@@ -42,12 +42,14 @@ class Shards(NamedTuple):
         """The shards of an array.
 
         Args:
-            array: an array of numpy or JAX. Unless it is sharded so already, it is taken to the
-                host, and cut there.
+            array: an array of numpy or JAX. Unless it is sharded so already, or over several
+                processes, it is taken to the host, and cut there.
             sharding: how it is to be sharded.
             axis: the axis that `to_weights` brings to the front.
             to_weights: see `Shards`.
         """
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            array = jax.device_put(array, sharding)
         if isinstance(array, jax.Array) and array.sharding == sharding:
             pieces = [(shard.index, shard.device, shard.data) for shard in array.addressable_shards]
         else:

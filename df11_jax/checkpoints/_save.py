@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
@@ -59,7 +60,8 @@ def save(
             but a native checkpoint.
         OSError: writing failed.
         ValueError: a key contains `/` or `:` or is of another type, a container is not a dict,
-            there is no name for a leaf's dtype, or a leaf could not be loaded again, since it is
+            there is no name for a leaf's dtype, a leaf is spread over several processes (which
+            `df11_jax.orbax` saves), or a leaf could not be loaded again, since it is
             corrupt or is an empty stack; the message names it.
     """
     leaves, structure = flatten(params)
@@ -72,6 +74,11 @@ def save(
     for name in itertools.chain(*structure):
         check_name(name)
     for name, leaf in leaves.items():
+        if not all(getattr(a, "is_fully_addressable", True) for a in jax.tree.leaves(leaf)):
+            raise ValueError(
+                f"{name}: is spread over several processes, of which none can write all of it. "
+                "df11_jax.orbax saves such leaves: DF11Save"
+            )
         if not isinstance(leaf, DF11Array):
             check_name(name)
             dtype_name(name, leaf.dtype)
