@@ -23,7 +23,7 @@ from jax._src.lib import xla_client
 
 from df11_jax import models
 from df11_jax._units import parse_bytes
-from df11_jax.bench.compare import LLAMA_3_1_8B
+from df11_jax.bench.compared_model import LLAMA_3_1_8B
 from df11_jax.bench.placements import PlacedWeights, make_placements
 from df11_jax.bench.plan import find_longest, make_plan, request_of_length
 from df11_jax.bench.request import Request, trace

@@ -1,7 +1,7 @@
 """How long the matrix products of a step of Llama-3.1-8B take, with plain and compressed weights.
 
-    python benchmarks/llama_step.py            all ways with 1 and 8 rows, each in a process
-    python benchmarks/llama_step.py dot 8      one way, with 8 rows
+    python benchmarks/llama_step.py            all ways, each in a process, with 1 to 256 rows
+    python benchmarks/llama_step.py dot 8 16   one way, with 8 and with 16 rows
 
 `dot` multiplies compressed weights without decompressing them, `decode` decompresses each layer
 first; `plain` has q, k and v in one matrix, and gate and up in another, `plain7` each alone. XLA
@@ -21,6 +21,7 @@ import numpy as np
 import df11_jax
 
 WAYS = ("dot", "decode", "plain", "plain7", "plain-default")
+ROWS = (1, 8, 16, 32, 64, 256)
 LAYERS, STEPS, D, HIDDEN = 32, 32, 4096, 14336
 SHAPES = {
     "q": (D, D),
@@ -98,8 +99,13 @@ def step_of(way):
     return lambda x, stacks: jax.lax.scan(plain, x, stacks)[0], stacks
 
 
-def measure(way, rows):
+def measure(way, counts):
     step, stacks = step_of(way)
+    for rows in counts:
+        measure_rows(way, rows, step, stacks)
+
+
+def measure_rows(way, rows, step, stacks):
     steps = lambda x, stacks: jax.lax.fori_loop(0, STEPS, lambda _, x: 0.5 * step(x, stacks), x)  # noqa: E731
     x = jnp.ones((rows, D), jnp.bfloat16)
     program = jax.jit(steps).lower(x, stacks).compile()
@@ -119,16 +125,17 @@ def measure(way, rows):
 
 
 def main():
-    if len(sys.argv) == 3:
-        measure(sys.argv[1], int(sys.argv[2]))
+    if len(sys.argv) > 1:
+        measure(sys.argv[1], map(int, sys.argv[2:]))
         return
-    for rows in (1, 8):
-        for way in WAYS:
-            flags = os.environ.get("XLA_FLAGS", "")
-            if way != "plain-default":
-                flags += " --xla_gpu_enable_triton_gemm=false"
-            command = [sys.executable, __file__, way, str(rows)]
-            subprocess.run(command, check=True, env={**os.environ, "XLA_FLAGS": flags})
+    for way in WAYS:
+        flags = os.environ.get("XLA_FLAGS", "")
+        if way != "plain-default":
+            flags += " --xla_gpu_enable_triton_gemm=false"
+        # With more rows than 32, `dot` is `decode`.
+        counts = [str(rows) for rows in ROWS if way != "dot" or rows <= 32]
+        command = [sys.executable, __file__, way, *counts]
+        subprocess.run(command, check=True, env={**os.environ, "XLA_FLAGS": flags})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,10 @@ from jaxtyping import UInt32
 from df11_jax import _layout
 from df11_jax._array import DF11Array
 from df11_jax._host_arrays import empty_aligned
+from df11_jax._host_codec import available_threads
 from df11_jax._layout import Layout
+
+_COPIED_WORDS = 2**20  # by a thread at a time
 
 
 def stack(arrays: Sequence[DF11Array]) -> DF11Array:
@@ -113,7 +117,7 @@ class StackBuilder:
         """
         *words, exponents, sign_mantissa = payload
         for place, slices in zip(self._others, (*words, sign_mantissa), strict=True):
-            place[start : start + len(slices)] = slices
+            _copy(place[start : start + len(slices)], slices)
         for i, row in enumerate(exponents):
             self._exponents[start + i] = row
 
@@ -133,7 +137,7 @@ class StackBuilder:
         exponents = empty_aligned((len(rows), max(map(len, rows), default=0)), np.uint32)
         for place in reversed(exponents):
             row = rows.pop()
-            place[: len(row)] = row
+            _copy(place[: len(row)], row)
             place[len(row) :] = 0
         # One by one, and each freed: a device that is not the host gets copies.
         sign_mantissa = jax.device_put(self._others.pop(), device).block_until_ready()
@@ -146,3 +150,16 @@ class StackBuilder:
             sign_mantissa,
             layout=self._layout,
         )
+
+
+def _copy(
+    target: UInt32[np.ndarray, "*rows words"], source: UInt32[np.ndarray, "*rows words"]
+) -> None:
+    """Copies words by all threads: most of the time is that of the system, for new memory."""
+    begins = range(0, source.shape[-1], _COPIED_WORDS)
+    parts = [np.s_[..., begin : begin + _COPIED_WORDS] for begin in begins]
+    if len(parts) < 2:
+        target[:] = source
+        return
+    with ThreadPoolExecutor(min(len(parts), available_threads())) as pool:
+        list(pool.map(lambda part: np.copyto(target[part], source[part]), parts))

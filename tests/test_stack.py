@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from payloads import assert_same_bits, random_weights
 
-from df11_jax import DF11Array, compress, decompress, stack
+from df11_jax import DF11Array, _stack, compress, decompress, stack
 from df11_jax._host_arrays import empty_aligned
 from df11_jax._host_codec import encode
 from df11_jax._layout import make_layout
@@ -62,8 +62,10 @@ def test_what_cannot_be_stacked():
         stack([array, compress(slices(1)[0], along_columns=True)])
 
 
+@pytest.mark.parametrize("copied_words", [2**20, 100])  # at once, and in several threads
 @pytest.mark.parametrize("shape", [(48, 64), (7,), (130, 72)])
-def test_builder_gives_what_compress_gives(shape):
+def test_builder_gives_what_compress_gives(shape, copied_words, monkeypatch):
+    monkeypatch.setattr(_stack, "_COPIED_WORDS", copied_words)
     weights = np.stack([np.asarray(w) for w in slices(5, shape)])
     layout = make_layout(shape)
     builder = StackBuilder(5, layout)

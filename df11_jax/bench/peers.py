@@ -40,7 +40,7 @@ def measure_zipnn(weights: int) -> dict[str, Any]:
     Raises:
         RuntimeError: the process failed.
     """
-    command = [sys.executable, "-m", "df11_jax.bench.one_thread", str(weights)]
+    command = [sys.executable, "-P", "-m", "df11_jax.bench.one_thread", str(weights)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     if result.returncode:

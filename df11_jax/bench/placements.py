@@ -5,12 +5,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from df11_jax._decode import decompress_params
 from df11_jax._size_report import size_report
-from df11_jax.checkpoints import TensorSource
-from df11_jax.models import Config, Params, load_params
+from df11_jax.bench.compared_model import ComparedModel
+from df11_jax.models import Params, load_params
 
 
 class PlacedWeights(NamedTuple):
@@ -48,7 +49,7 @@ class PlacedWeights(NamedTuple):
 
     def put(self, device: jax.Device) -> Params:
         """The parameters, on a device and in the host memory that it can read."""
-        return jax.block_until_ready(self._place(device, jax.device_put))
+        return jax.block_until_ready(self._place(device, _put))
 
     def _place(self, device: jax.Device, place: Callable[[Any, Any], Any]) -> Params:
         def place_part(name: str, part: Any) -> Any:
@@ -59,14 +60,23 @@ class PlacedWeights(NamedTuple):
         return {name: place_part(name, part) for name, part in self.params.items()}
 
 
-def load_placements(source: TensorSource, config: Config, *, progress: bool) -> list[PlacedWeights]:
+def _put(x: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+    """An array on a device, or in the host memory that it can read."""
+    is_repeated = x.ndim and len(x) > 1 and x.strides[0] == 0
+    if not is_repeated or where.memory_kind == "pinned_host":
+        return jax.device_put(x, where)
+    # What all layers have is sent once.
+    repeat = jax.jit(lambda layer: jnp.broadcast_to(layer, x.shape), out_shardings=where)
+    return repeat(jax.device_put(x[:1], where))
+
+
+def load_placements(model: ComparedModel, *, progress: bool) -> list[PlacedWeights]:
     """Compresses a model on the host, verifies it, and decompresses it there for the plain ones.
 
     So each tensor is read, or drawn, only once.
 
     Args:
-        source: the tensors of the model.
-        config: the configuration of the transformer.
+        model: the model.
         progress: True for a progress bar.
 
     Returns:
@@ -77,13 +87,24 @@ def load_placements(source: TensorSource, config: Config, *, progress: bool) -> 
         RuntimeError: JAX may not use the CPU.
     """
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        compressed = load_params(source, config, progress=progress)
+        compressed = load_params(model.source, model.distinct, progress=progress)
         plain = decompress_params(compressed)
-    return make_placements(*(jax.tree.map(np.asarray, params) for params in (compressed, plain)))
+
+    def on_host(params: Params) -> Params:
+        params = jax.tree.map(np.asarray, params)
+        layers = jax.tree.map(lambda x: _repeat(x, model.config.layers), params["layers"])
+        return params | {"layers": layers}
+
+    return make_placements(on_host(compressed), on_host(plain))
+
+
+def _repeat(stack: np.ndarray, layers: int) -> np.ndarray:
+    """A stack of so many layers; of one layer, a view in which all are that one."""
+    return np.broadcast_to(stack, (layers, *stack.shape[1:])) if len(stack) == 1 else stack
 
 
 def make_placements(compressed: Params, plain: Params) -> list[PlacedWeights]:
-    """The placements of a model, those that take less of the device first.
+    """The placements of a model: compressed, plain, offloaded.
 
     Offloaded are the last layers, as few as leave no more on the device than the compressed model
     has there: both then have the same memory for the rest. If all layers are too few, because of
@@ -99,8 +120,8 @@ def make_placements(compressed: Params, plain: Params) -> list[PlacedWeights]:
     offloaded = offload(plain, min(layers, math.ceil(too_much / layer_bytes)))
     return [
         PlacedWeights("compressed", compressed),
-        PlacedWeights("offloaded", offloaded),
         PlacedWeights("plain", plain),
+        PlacedWeights("offloaded", offloaded),
     ]
 
 

@@ -1,7 +1,10 @@
 """A request to generate text, its two programs, and the result of running them."""
 
 import dataclasses
+import hashlib
+import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -80,14 +83,10 @@ class Result(NamedTuple):
     first_logits: UInt[np.ndarray, "batch vocab"]
     last_logits: UInt[np.ndarray, "batch vocab"]
 
-    def differences(self, other: "Result") -> list[str]:
-        """The names of the parts that differ from another result, bit by bit."""
-        kinds = ("tokens", "first_logits", "last_logits")
-        return [
-            kind.replace("_", " ")
-            for kind in kinds
-            if not np.array_equal(getattr(self, kind), getattr(other, kind))
-        ]
+    def digests(self) -> dict[str, str]:
+        """What to compare the bits by, also of results of other processes."""
+        parts = ("tokens", "first_logits", "last_logits")
+        return {part: hashlib.sha256(getattr(self, part).tobytes()).hexdigest() for part in parts}
 
 
 def trace(shapes: Params, config: Config, request: Request) -> RequestPrograms:
@@ -100,18 +99,37 @@ def trace(shapes: Params, config: Config, request: Request) -> RequestPrograms:
 
 
 def compile_request(shapes: Params, config: Config, request: Request) -> RequestPrograms:
-    """The programs of a request, compiled for where the parameters are to be."""
+    """The programs of a request, compiled side by side for where the parameters are to be."""
     traced = trace(shapes, config, request)
-    return RequestPrograms(*(program.lower().compile() for program in traced))
+    with ThreadPoolExecutor(len(traced)) as pool:
+        return RequestPrograms(*pool.map(lambda program: program.lower().compile(), traced))
 
 
 def run(
-    programs: RequestPrograms, params: Params, config: Config, request: Request, repeats: int
+    programs: RequestPrograms,
+    params: Params,
+    config: Config,
+    request: Request,
+    repeats: int,
+    most_seconds: float = math.inf,
 ) -> Result:
-    """Runs compiled programs once to warm up, then `repeats` times by the clock."""
+    """Runs compiled programs once to warm up, then by the clock.
+
+    Args:
+        programs: the programs.
+        params: the parameters, where the programs were compiled for.
+        config: the configuration of the transformer.
+        request: the request that the programs are of.
+        repeats: how often to run them by the clock.
+        most_seconds: once they have run for so many seconds, they are not run again.
+    """
     inputs, step_inputs = request.inputs(config), request.step_inputs()
-    prefill_seconds, decode_seconds = [], []
-    for _ in range(1 + repeats):
+    prefill_seconds: list[float] = []
+    decode_seconds: list[float] = []
+    while len(prefill_seconds) < 2 or (
+        len(prefill_seconds) <= repeats
+        and sum(prefill_seconds[1:] + decode_seconds[1:]) < most_seconds
+    ):
         start = time.perf_counter()
         state = jax.block_until_ready(programs.prefill(params, *inputs))
         prefill_seconds.append(time.perf_counter() - start)

@@ -14,7 +14,7 @@ from df11_jax._brief import printable
 
 
 class Figures(Protocol):
-    """The figures of `bench` or `compare`."""
+    """The figures of `bench`."""
 
     def as_json(self) -> dict[str, Any]:
         """All figures, in types that JSON knows."""

@@ -25,7 +25,7 @@ def test_offloaded_layers_compute_the_same(family, count):
         programs = compile_request(weights.shapes(device), config, request)
         placed = weights.put(device)
         results.append(run(programs, placed, config, request, repeats=1))
-    assert results[1].differences(results[0]) == []
+    assert results[1].digests() == results[0].digests()
     assert weights.host_layers == count
     assert {x.sharding.memory_kind for x in jax.tree.leaves(placed["host_layers"])} == {
         "pinned_host"

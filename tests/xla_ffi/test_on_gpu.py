@@ -247,8 +247,10 @@ def test_doctor():
     assert all(test["error"] is None for test in found["self_tests"])
 
 
-def test_compare(tmp_path):
-    """Plain, compressed and partly offloaded weights generate the same."""
+def test_compare(tmp_path, monkeypatch):
+    """Plain, compressed and partly offloaded weights generate the same; two ways are measured."""
+    # This process and those that measure share the memory of the GPU.
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     file = tmp_path / "config.json"
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 2}
@@ -257,15 +259,23 @@ def test_compare(tmp_path):
     result = CliRunner().invoke(_commands.commands, ["compare", str(file), *options])
     assert result.exit_code == 0, result.output
     print(result.stdout)
-    report = json.loads(result.stdout)
-    assert report["device"]["platform"] == "gpu"
-    names = ["compressed", "offloaded", "plain"]
-    assert report["equal"] == {"1": names, "8": names}
-    for compressed, offloaded, plain in zip(*3 * [iter(report["rows"])], strict=True):
-        assert compressed["decompress_seconds"]
-        for row in (compressed, offloaded):
-            assert row["plan"]["peak"] < plain["plan"]["peak"]
-    assert report["longest"]["plain"] == 2048
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    rows = [event for event in events if event["event"] == "row"]
+    found = {(row["xla"], row["weights"], row["batch"]): row for row in rows}
+    assert len(found) == len(rows)
+    fused = found["default", "compressed", 1]["fused"]
+    names = ["exact" if fused else "compressed", "plain", "offloaded"]
+    assert events[-1]["equal"] == {"1": names, "8": names}
+    assert not events[-1]["errors"]
+    for batch in (1, 8):
+        assert found["default", names[0], batch]["decompress_seconds"]
+        plain = found["default", "plain", batch]["plan"]["peak"]
+        for name in (names[0], "offloaded"):
+            assert found["default", name, batch]["plan"]["peak"] < plain
+        assert {found["cublas", name, batch]["not_run"] for name in ("compressed", "plain")} == {
+            None
+        }
+    assert events[-1]["longest"]["plain"] == 2048
 
 
 @pytest.mark.parametrize("tool", ["", "memcheck", "racecheck", "initcheck", "synccheck"])
