@@ -12,8 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 FLAGS = {
     "plain": ["-O2"],
-    "address": ["-O1", "-fsanitize=address"],
-    "undefined": ["-O1", "-fsanitize=undefined", "-fno-sanitize-recover"],
+    "address,undefined": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover"],
     "thread": ["-O1", "-fsanitize=thread"],
 }
 

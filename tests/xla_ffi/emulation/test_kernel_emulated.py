@@ -21,7 +21,7 @@ def test_what_is_left_out_is_noticed(tmp_path):
     ("sanitizer", "faults"),
     [
         ("thread", {"race within a warp": "data race", "race between warps": "data race"}),
-        ("address", {"overflow": "stack-buffer-overflow"}),
+        ("address,undefined", {"overflow": "stack-buffer-overflow"}),
     ],
 )
 def test_sanitizers_see_into_fibers(sanitizer, faults, tmp_path):
