@@ -147,9 +147,10 @@ def find_saved(
         shape, info = _leaf_shape(place, config, devices), tensors[name]
         if tuple(info.shape) != shape:
             raise ValueError(
-                f"{name}: expected shape {list(shape)} for {devices} devices, got "
-                f"{list(info.shape)}. Saved parameters stay divided as they are: load them onto as "
-                "many devices, or load the model that they were made of"
+                f"{name}: expected shape {list(shape)} for {devices} "
+                f"{'devices' if devices > 1 else 'device'}, got {list(info.shape)}. Saved "
+                "parameters stay divided as they are: load them onto as many devices, or load the "
+                "model that they were made of"
             )
         if info.numpy_dtype != BFLOAT16:
             raise ValueError(f"{name}: expected BF16, got {info.dtype}")
