@@ -20,9 +20,9 @@ void kernel(uint32_t* out) {
   if (fault != "race between warps") __syncthreads();
   own[neighbour % 4] = values[threadIdx.x ^ 32];
   // The stack is one that others have left and come back to in the meantime.
-  volatile uint32_t past_the_end = 4;
-  if (fault == "overflow") own[past_the_end] = 1;
-  out[threadIdx.x] = own[neighbour % 4] + (fault == "overflow" ? own[past_the_end] : 0);
+  uint32_t* volatile past_the_end = own + 4;
+  if (fault == "overflow") *past_the_end = 1;
+  out[threadIdx.x] = own[neighbour % 4];
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
 """Runs the CUDA decoders as fibers on the host, under sanitizers: see cuda_runtime.h."""
 
+import platform
+
 import pytest
 from compiling import FLAGS, build_under, needs_compiler, run_program, run_under
 
@@ -21,7 +23,12 @@ def test_what_is_left_out_is_noticed(tmp_path):
     ("sanitizer", "faults"),
     [
         ("thread", {"race within a warp": "data race", "race between warps": "data race"}),
-        ("address,undefined", {"overflow": "stack-buffer-overflow"}),
+        # Elsewhere, fibers are changed by what makes it forget the stack: see fibers.h.
+        pytest.param(
+            "address,undefined",
+            {"overflow": "stack-buffer-overflow"},
+            marks=pytest.mark.skipif(platform.machine() != "x86_64", reason="needs x86-64"),
+        ),
     ],
 )
 def test_sanitizers_see_into_fibers(sanitizer, faults, tmp_path):
