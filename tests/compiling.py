@@ -12,8 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 FLAGS = {
     "plain": ["-O2"],
-    "address": ["-O1", "-fsanitize=address"],
-    "undefined": ["-O1", "-fsanitize=undefined", "-fno-sanitize-recover"],
+    "address,undefined": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover"],
     "thread": ["-O1", "-fsanitize=thread"],
 }
 
@@ -31,7 +30,16 @@ needs_nvdisasm = pytest.mark.skipif(
 def run_under(
     sanitizer: str, folder: pathlib.Path, arguments: Sequence[str], standard: str = "c++17"
 ) -> None:
-    """Compiles in the project's root with `FLAGS[sanitizer]`, runs, and shows what it prints.
+    """Compiles a program as `build_under` does, runs it, and shows what it prints."""
+    result = run_program(build_under(sanitizer, folder, arguments, standard))
+    print(result.stdout)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def build_under(
+    sanitizer: str, folder: pathlib.Path, arguments: Sequence[str], standard: str = "c++17"
+) -> pathlib.Path:
+    """Compiles in the project's root with `FLAGS[sanitizer]`.
 
     Args:
         sanitizer: a key of `FLAGS`.
@@ -53,14 +61,18 @@ def run_under(
     command += [*FLAGS[sanitizer], *arguments, "-o", str(program)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
+    return program
 
-    result = subprocess.run([program], capture_output=True, text=True, timeout=3600)
+
+def run_program(program: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs what was compiled."""
+    command = [str(program), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=3600)
     if "unexpected memory mapping" in result.stderr:
         # ThreadSanitizer, and a kernel that randomizes addresses more than it expects.
-        command = ["setarch", "--addr-no-randomize", str(program)]
+        command = ["setarch", "--addr-no-randomize", *command]
         result = subprocess.run(command, capture_output=True, text=True, timeout=3600)
-    print(result.stdout)
-    assert result.returncode == 0, result.stdout + result.stderr
+    return result
 
 
 def ptxas_report(source: str, architectures: Sequence[str], folder: pathlib.Path) -> str:

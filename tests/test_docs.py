@@ -1,6 +1,5 @@
 """The pages: every Python block runs, and every command in them is one that there is."""
 
-import contextlib
 import re
 import shlex
 import tomllib
@@ -16,25 +15,35 @@ from df11_jax.cli import _commands
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(.*?)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
+
+def examples(page: Path) -> Iterator[tuple[int, str]]:
+    """Line numbers and code of a page's blocks."""
+    text = page.read_text()
+    for block in FENCE.finditer(text):
+        language, code = block.groups()
+        if language.startswith("python"):
+            assert language == "python", f"{page}: {language}: every example is to run"
+            yield text[: block.start(2)].count("\n"), code
+
+
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
-@pages
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if list(examples(page))], ids=lambda page: page.name
+)
 def test_python_runs(page, tmp_path, monkeypatch):
-    sections = examples(page)
-    for folder in ("models", "orbax"):
-        monkeypatch.syspath_prepend(ROOT / "tests" / folder)
-    from doc_pages import PREPARE
+    """All blocks of a page, as they stand, in a folder with the files that its commands make."""
+    monkeypatch.syspath_prepend(ROOT / "tests" / "orbax")
+    from doc_pages import CHECK, FILES
 
-    for i, (section, codes) in enumerate(sections.items()):
-        folder = tmp_path / str(i)
-        folder.mkdir()
-        monkeypatch.chdir(folder)
-        prepare = PREPARE.get(section)
-        with prepare(folder) if prepare else contextlib.nullcontext({}) as names:
-            for line, code in codes:
-                # Errors then show the line of the page.
-                exec(compile("\n" * line + code, str(page), "exec"), names)
+    monkeypatch.chdir(tmp_path)
+    FILES.get(page.name, lambda: None)()
+    names: dict[str, object] = {}
+    for line, code in examples(page):
+        # Errors then show the line of the page.
+        exec(compile("\n" * line + code, str(page), "exec"), names)
+    CHECK.get(page.name, lambda names: None)(names)
 
 
 @pages
@@ -71,23 +80,6 @@ def test_faulty_commands_are_found():
     ):
         with pytest.raises((click.UsageError, AssertionError)):
             check_command(command)
-
-
-def examples(page: Path) -> dict[str, list[tuple[int, str]]]:
-    """Line numbers and code of what shares its names: a page, or one of flax.md's sections."""
-    text = page.read_text()
-    found: dict[str, list[tuple[int, str]]] = {}
-    for block in FENCE.finditer(text):
-        language, code = block.groups()
-        if not language.startswith("python"):
-            continue
-        assert language == "python", f"{page}: {language}: every example is to run"
-        section = page.name
-        if page.name == "flax.md":
-            heading = re.findall(r"^## (\w+)", text[: block.start()], re.MULTILINE)[-1]
-            section += f"#{heading.lower()}"
-        found.setdefault(section, []).append((text[: block.start(2)].count("\n"), code))
-    return found
 
 
 def commands(text: str) -> Iterator[str]:

@@ -199,29 +199,29 @@ def files_of_model(folder: Folder) -> list[str]:
     return list(dict.fromkeys([*folder.used, *small_files(folder)]))
 
 
-def copy_small_files(folder: Folder, target: Path, *, without: str | None = None) -> None:
+def copy_small_files(folder: Folder, target: Path, config: Mapping[str, Any]) -> None:
     """Copies the files beside a model's weights.
 
     Args:
         folder: the directory of the model.
         target: the directory to copy to.
-        without: an entry that is left out of the copied configuration.
+        config: the configuration that the copy is to have, if the directory has one.
     """
     for name in small_files(folder):
         path = folder.directory / name
         if name == CONFIG:
-            _copy_config(path, target / CONFIG, without)
+            _copy_config(path, target / CONFIG, config)
             continue
         with open(path, "rb") as file, new_file(target / name) as out:
             shutil.copyfileobj(file, out)
 
 
-def _copy_config(source: Path, target: Path, without: str | None) -> None:
+def _copy_config(source: Path, target: Path, config: Mapping[str, Any]) -> None:
+    """Copies a configuration: byte by byte, if it is to stay what it is."""
     file = JsonFile(source)
     text = file.content
-    if without in file.fields:
-        kept = {key: value for key, value in file.fields.items() if key != without}
-        text = json.dumps(kept, indent=2).encode() + b"\n"
+    if file.fields != config:
+        text = json.dumps(config, indent=2).encode() + b"\n"
     with new_file(target) as out:
         out.write(text)
 

@@ -1,39 +1,20 @@
 """Pytrees from checkpoints."""
 
 import os
-from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from df11_jax._array import DF11Array, is_df11
-from df11_jax._compress import align_layers, compress_leaf
+from df11_jax._array import DF11Array
+from df11_jax._compress import align_layers
 from df11_jax._files.source import Source, unchanged
-from df11_jax._host_arrays import cpu_device
-from df11_jax._placement import place
 from df11_jax._progress import ProgressBar
-from df11_jax._select import Selection
 from df11_jax._shards import placements
-from df11_jax.checkpoints._native_format import NativeCheckpoint, to_device
+from df11_jax.checkpoints._native_format import NativeCheckpoint
 from df11_jax.checkpoints._open import Shapes, open_checkpoint
 from df11_jax.checkpoints._tree import Structure, nest
-
-
-@runtime_checkable
-class LeafSource(Protocol):
-    """A checkpoint of a format that stores leaves as this library has them in memory."""
-
-    def load(self, name: str, *, verify: bool = True) -> DF11Array | Array | np.ndarray:
-        """One leaf as it is stored, on the default device.
-
-        Args:
-            name: the name of the leaf.
-            verify: whether to check all of it, other than what it takes to read it.
-
-        Raises:
-            ValueError: the leaf is corrupt.
-        """
+from df11_jax.checkpoints.leaf import load_leaf
 
 
 def load(
@@ -93,33 +74,7 @@ def load(
     leaves: list[DF11Array | Array | np.ndarray] = []
     with unchanged(source), ProgressBar("load", total, show=progress) as bar:
         for name, info in source.tensors.items():
-            leaves.append(_load_leaf(source, name, places[name], verify))
+            leaves.append(load_leaf(source, name, places[name], verify=verify))
             bar.update(name, info.nbytes)
     align_layers(names, leaves)
     return nest(dict(zip(names, leaves, strict=True)), structure, where)
-
-
-def _load_leaf(
-    source: Source, name: str, where: jax.Device | jax.sharding.Sharding | None, verify: bool
-) -> DF11Array | Array | np.ndarray:
-    if where is None:
-        return _read_leaf(source, name, where, verify)
-    try:
-        with jax.default_device(cpu_device()):
-            leaf = _read_leaf(source, name, where, verify)
-            # Arrays of types that jax lacks are on the host; `device_put` would lose bits of them.
-            return leaf if isinstance(leaf, np.ndarray) else place(leaf, where, name)
-    except Exception as error:
-        error.add_note(f"df11_jax: {source.path}: while placing the leaf {name}")
-        raise
-
-
-def _read_leaf(
-    source: Source, name: str, where: jax.Device | jax.sharding.Sharding | None, verify: bool
-) -> DF11Array | Array | np.ndarray:
-    if isinstance(source, LeafSource):
-        return source.load(name, verify=verify)
-    array = source.read(name)
-    selection = Selection()
-    leaf = compress_leaf(name, array, selection, where) if selection.has(name, array) else array
-    return leaf if is_df11(leaf) else to_device(array)

@@ -29,6 +29,7 @@ from df11_jax.checkpoints._native_format import (
 )
 from df11_jax.checkpoints._shard_files import Places, StoredLeaf, plan_shards, write_shard
 from df11_jax.checkpoints._tree import Structure, nest
+from df11_jax.checkpoints.cast import CastCheckpoint
 from df11_jax.published.detect import CONFIG_KEY
 
 
@@ -227,9 +228,11 @@ def _write_file(source: Source, path: Path, target: _PlainTarget, progress: bool
 
 def _write_directory(source: Source, path: Path, target: _PlainTarget, progress: bool) -> None:
     arrangement = source.arrangement() or _arrange(source.tensors)
+    # A run that rounds must not keep shards of an interrupted one that did not.
+    rounds = ", rounded" if isinstance(source, CastCheckpoint) else ""
     job: Job = {
         "writes": f"{target.format} {json.dumps(target.metadata({}))}",
-        "from": str(source.path.resolve()),
+        "from": f"{source.path.resolve()}{rounds}",
         "files": source.fingerprint(),
     }
     with incomplete(path, job), _progress_bar(source, target, progress) as bar:
@@ -241,7 +244,9 @@ def _write_directory(source: Source, path: Path, target: _PlainTarget, progress:
             metadata = arrangement.metadata.get(shard, {})
             _write_shard(source, file, names, metadata, target, bar)
         if isinstance(source, FolderSource):
-            copy_small_files(source.folder, path, without=CONFIG_KEY)
+            config = source.model_config()
+            kept = {key: value for key, value in config.items() if key != CONFIG_KEY}
+            copy_small_files(source.folder, path, kept)
         source.check_current()
         if arrangement.index_file is not None:
             write_index(

@@ -4,16 +4,18 @@ from pathlib import Path
 
 import click
 
+from df11_jax._brief import listed
 from df11_jax._progress import say
 from df11_jax._select import MIN_SIZE, is_candidate
 from df11_jax._units import format_bytes
-from df11_jax.checkpoints import Source
+from df11_jax.checkpoints import Source, TensorInfo
+from df11_jax.checkpoints.cast import CastCheckpoint
 from df11_jax.checkpoints.convert import write_native, write_orbax
 from df11_jax.checkpoints.detect import find_quantization
 from df11_jax.cli._checkpoints import open_source, print_outcome, read_patterns, require_directory
 from df11_jax.cli._errors import resumable
 from df11_jax.cli._options import PATH, examples, published_options
-from df11_jax.cli._output import show_progress
+from df11_jax.cli._output import echo, show_progress
 
 
 @click.command(
@@ -24,6 +26,7 @@ from df11_jax.cli._output import show_progress
         "compress Qwen3-8B-DF11 Qwen3-8B-native",
         "compress lora.safetensors lora-native.safetensors",
         "compress Qwen3-8B-DF11 Qwen3-8B-orbax --format orbax",
+        "compress Llama-2-7b Llama-2-7b-native --cast",
     ),
 )
 @click.argument("source", metavar="SRC", type=PATH)
@@ -43,12 +46,19 @@ from df11_jax.cli._output import show_progress
     help="Decode each tensor, and compare it bit by bit before it is written. (Only for the "
     "native format; the others are always verified.)",
 )
+@click.option(
+    "--cast",
+    is_flag=True,
+    help="Round all float32 and float16 tensors to bfloat16, which changes results. Without it, a "
+    "checkpoint that has no others to compress is refused.",
+)
 @published_options
 def compress(
     source: Path,
     target: Path,
     format_: str,
     verify: bool,
+    cast: bool,
     pattern_dict: Path | None,
     shapes: Path | None,
 ) -> None:
@@ -70,6 +80,15 @@ def compress(
         )
     if checkpoint.format == format_:
         raise ValueError(f"{source}: is in the {format_} format already")
+    if cast:
+        checkpoint = CastCheckpoint(checkpoint)
+    elif not any(map(_is_candidate, checkpoint.tensors.values())) and (
+        others := _floats(checkpoint)
+    ):
+        raise ValueError(
+            f"{source}: has no bfloat16 tensors to compress, and {others}. With --cast they are "
+            "rounded to bfloat16, to 8 significant bits, which changes results"
+        )
     with resumable(target):
         if format_ == "native":
             write_native(checkpoint, target, verify=verify, progress=show_progress())
@@ -80,8 +99,12 @@ def compress(
             require_directory(target)
             _write_published(checkpoint, target, pattern_dict)
     written = print_outcome(checkpoint, target)
+    if isinstance(checkpoint, CastCheckpoint):
+        _print_rounded(checkpoint)
     if format_ != "published" and written.nbytes == written.nbytes_before:
         say(_why_not(checkpoint))
+    if others := _floats(checkpoint):
+        say(f"{others}, left as in {source}; --cast rounds to bfloat16")
 
 
 def _write_published(source: Source, target: Path, pattern_dict: Path | None) -> None:
@@ -95,22 +118,46 @@ def _write_published(source: Source, target: Path, pattern_dict: Path | None) ->
     published.write(source, target, patterns, config=config, progress=show_progress())
 
 
+def _print_rounded(source: CastCheckpoint) -> None:
+    rounded = source.rounded
+    counts = zip((0, 0, 0), *rounded.values(), strict=True)
+    weights, changed, infinite = map(sum, counts)
+    echo(
+        f"rounded to bfloat16: {len(rounded):,} tensors, {weights:,} weights, of which {changed:,} "
+        f"({changed / max(1, weights):.1%}) changed"
+    )
+    if before := source.casts - len(rounded):
+        say(f"{before:,} more tensors were rounded before the interruption.")
+    if infinite:
+        names = [name for name, of_tensor in rounded.items() if of_tensor.infinite]
+        say(
+            f"{infinite:,} weights are beyond the largest bfloat16, 3.39e38, and became infinite: "
+            f"in {listed(names)}"
+        )
+
+
+def _floats(source: Source) -> str:
+    """Says which tensors would be compressed if they were not float32 or float16."""
+    others = [
+        info
+        for info in source.tensors.values()
+        if not _is_candidate(info) and is_candidate(info.shape, info.numpy_dtype, cast=True)
+    ]
+    # Those of a quantized model are scales, which are not to be rounded.
+    if not others or find_quantization(source.tensors, source.model_config()):
+        return ""
+    types = " or ".join(sorted({str(info.numpy_dtype) for info in others}))
+    count, verb = (f"{len(others):,} tensors", "are") if len(others) > 1 else ("1 tensor", "is")
+    return f"{count} ({format_bytes(sum(info.nbytes for info in others))}) {verb} {types}"
+
+
+def _is_candidate(info: TensorInfo) -> bool:
+    return is_candidate(info.shape, info.numpy_dtype)
+
+
 def _why_not(source: Source) -> str:
     """Why nothing became smaller."""
     reason = f"Nothing got smaller: only bfloat16 tensors of {MIN_SIZE:,} weights and more do"
     if method := find_quantization(source.tensors, source.model_config()):
         return f"{reason}, and the model is quantized already ({method})."
-    others = [
-        info
-        for info in source.tensors.values()
-        if not is_candidate(info.shape, info.numpy_dtype)
-        and is_candidate(info.shape, info.numpy_dtype, cast=True)
-    ]
-    if not others:
-        return f"{reason}."
-    types = " or ".join(sorted({str(info.numpy_dtype) for info in others}))
-    size = format_bytes(sum(info.nbytes for info in others))
-    return (
-        f"{reason}, and {len(others):,} ({size}) are {types}. To round them to bfloat16, which "
-        "changes results, in Python: compress_params(checkpoints.load(SRC), cast=True)"
-    )
+    return f"{reason}."

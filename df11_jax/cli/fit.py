@@ -95,6 +95,15 @@ def _notes(answer: "Fit") -> list[str]:
         f"{FRACTION_VARIABLES[0]} changes it). The rest is left to CUDA and other programs.",
         _weights_note(answer),
     ]
+    if model.wide:
+        types = " and ".join(model.wide)
+        notes.append(
+            f"The model is {types}. All figures are those of weights rounded to bfloat16, as "
+            "`df11-jax generate --cast` and `compress --cast` round them."
+            if model.is_rounded
+            else f"Weights that are {types} count as they are, not compressed; `df11-jax compress "
+            "--cast` rounds them to bfloat16."
+        )
     if model.config:
         notes.append(
             "Temporary memory is estimated from what XLA plans for an H100; the totals came out up "

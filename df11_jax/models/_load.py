@@ -6,15 +6,18 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import BFloat16
 
+from df11_jax._array import is_df11
 from df11_jax._bits import first_difference
 from df11_jax._files.source import TensorInfo, TensorSource, unchanged
-from df11_jax._host_arrays import BFLOAT16
+from df11_jax._host_arrays import BFLOAT16, cpu_device
 from df11_jax._host_codec import available_threads
 from df11_jax._progress import ProgressBar
 from df11_jax._select import is_candidate_dtype, is_castable
+from df11_jax.checkpoints.leaf import load_leaf
 from df11_jax.models import tables
 from df11_jax.models._config import Config
 from df11_jax.models._devices import Devices, ParamDevices
@@ -23,6 +26,7 @@ from df11_jax.models._leaf_builders import (
     LeafBuilder,
     PlainLeafBuilder,
     is_candidate_stack,
+    slice_layout,
     transpose,
 )
 from df11_jax.models._sharding import shard_shape, split_tensor, table_shape
@@ -32,6 +36,7 @@ from df11_jax.models._weights import (
     TensorPlace,
     find_places,
     find_tied_head,
+    list_places,
     nest,
     split_rows,
     tensor_shape,
@@ -55,7 +60,8 @@ def load_params(
     a few of them only.
 
     Args:
-        source: the source of the tensors, under Hugging Face's names.
+        source: the source of the tensors, under Hugging Face's names; or of such parameters, as
+            `checkpoints.save` wrote them.
         config: the configuration of the transformer.
         compress: False for plain bfloat16 parameters.
         cast: round float32 and float16 tensors to bfloat16, which is not lossless.
@@ -75,6 +81,8 @@ def load_params(
         RuntimeError: the verification of a tensor, which the message names, failed.
     """
     target = ParamDevices(config, devices)
+    if saved := find_saved(source.tensors, config, target.count):
+        return _load_saved(source, saved, target, compress, verify, progress, threads)
     places = find_places(source.tensors, config)
     _check_tensors(source, places, config, cast)
 
@@ -107,6 +115,77 @@ def load_params(
                     # At once, so that the memory of a builder is freed before other leaves are
                     # filled.
                     params[place.path] = builders.pop(place.path).build(target.of(place.path))
+    return nest(params)
+
+
+def find_saved(
+    tensors: Mapping[str, TensorInfo], config: Config, devices: int
+) -> dict[str, TensorPlace]:
+    """The leaves of parameters that were saved as `load_params` had returned them.
+
+    Args:
+        tensors: the tensors of the checkpoint.
+        config: the configuration of the transformer.
+        devices: the number of devices that they are to be divided over.
+
+    Returns:
+        A place in each leaf, by its name; none if these are tensors under Hugging Face's names.
+
+    Raises:
+        ValueError: a leaf is missing, not known, not bfloat16, or of another shape than it should
+            have.
+    """
+    places = {
+        "/".join(place.path): place for parts in list_places(config).values() for place in parts
+    }
+    if "embed_tokens" not in tensors:
+        return {}
+    for name in sorted(places.keys() ^ tensors.keys()):
+        what = "is missing" if name in places else "has no place in the model"
+        raise ValueError(f"{name}: {what} (a {config.family} transformer, by its config.json)")
+    for name, place in places.items():
+        shape, info = _leaf_shape(place, config, devices), tensors[name]
+        if tuple(info.shape) != shape:
+            raise ValueError(
+                f"{name}: expected shape {list(shape)} for {devices} "
+                f"{'devices' if devices > 1 else 'device'}, got {list(info.shape)}. Saved "
+                "parameters stay divided as they are: load them onto as many devices, or load the "
+                "model that they were made of"
+            )
+        if info.numpy_dtype != BFLOAT16:
+            raise ValueError(f"{name}: expected BF16, got {info.dtype}")
+    return places
+
+
+def _load_saved(
+    source: TensorSource,
+    places: Mapping[str, TensorPlace],
+    target: ParamDevices,
+    compress: bool,
+    verify: bool,
+    progress: bool,
+    threads: int | None,
+) -> Params:
+    """Loads such leaves; those that are stored as they are to be are not decoded."""
+    params: dict[tuple[str, ...], Any] = {}
+    total = sum(info.nbytes for info in source.tensors.values())
+    with unchanged(source), ProgressBar("load", total, show=progress) as bar:
+        for name, info in source.tensors.items():
+            place = places[name]
+            where, shape = target.of(place.path), tuple(info.shape)
+            leaf: Any = None
+            if compress and info.stored_nbytes < info.nbytes:
+                # What is to be divided must not come to one device as a whole.
+                first = None if where is None else cpu_device()
+                leaf = load_leaf(source, name, first, verify=verify)
+            if is_df11(leaf) and leaf.layout == slice_layout(shape, place.is_table):
+                leaf = leaf if where is None else jax.device_put(leaf, where)
+            else:
+                builder = _make_builder(shape, place.is_table, compress, verify, threads)
+                builder.put(0, source.read(name), name)
+                leaf = builder.build(where)
+            params[place.path] = leaf
+            bar.update(name, info.nbytes)
     return nest(params)
 
 

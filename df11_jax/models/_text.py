@@ -171,7 +171,8 @@ def load(
 
     Args:
         path: the path of a directory with `config.json`, `tokenizer.json` and weights, which are
-            plain, native, or published as DFloat11.
+            plain, native, or published as DFloat11; or the parameters that this function returned,
+            as `checkpoints.save` wrote them.
         compress: False for plain bfloat16 weights.
         exact: decompress a block before it is computed, which gives the bits of plain weights, on
             GPUs that could fuse that with the products as well; see `Config`.
@@ -246,7 +247,13 @@ def read_directory(
             f"{folder.directory}: is an adapter of PEFT for {base}, and no model. Merge them with "
             "PEFT (`merge_and_unload`), save what comes out, and give its directory"
         )
-    fields = folder.json(CONFIG)
+    try:
+        fields = folder.json(CONFIG)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{folder.directory / CONFIG}: is missing. Weights that were saved by themselves need "
+            "config.json, tokenizer.json and generation_config.json of the model beside them"
+        ) from None
     config = read_config(fields, str(folder.directory / CONFIG))
     try:
         text = folder.content("tokenizer.json")

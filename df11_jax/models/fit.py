@@ -6,17 +6,19 @@ The answer puts three things together: a model, read from its files; the memory 
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from df11_jax._files.directory import read_json
 from df11_jax._files.folder import CONFIG, INDEX_SUFFIX, Folder
-from df11_jax.checkpoints import Source, open_checkpoint
+from df11_jax._select import is_castable
+from df11_jax.checkpoints import Source, TensorInfo, open_checkpoint
 from df11_jax.checkpoints.detect import has_weights
 from df11_jax.models import estimate
 from df11_jax.models._config import Config
 from df11_jax.models._hf_config import UnsupportedModelError, read_config
+from df11_jax.models._load import find_saved
 from df11_jax.models._weights import find_places
 from df11_jax.models.budget import Budget
 
@@ -35,6 +37,9 @@ class Model:
         reason: the reason why `df11_jax.models` cannot run it, or "".
         parameters: the number of its weights.
         weights: the bytes that the weights take.
+        wide: the types of those weights that `--cast` rounds to bfloat16, "float16" and "float32";
+            by config.json, if there are no weights. If `config` is known and the weights are plain,
+            they are taken to be rounded; otherwise they count as they are.
     """
 
     path: Path
@@ -43,6 +48,12 @@ class Model:
     reason: str
     parameters: int
     weights: estimate.WeightBytes
+    wide: tuple[str, ...] = ()
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether the bytes are those of weights that have been rounded to bfloat16."""
+        return bool(self.wide and self.config and not self.weights.exact)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +125,8 @@ class Fit:
             "only_weights": m.reason or None,
             "parameters": m.parameters,
             "exact": m.weights.exact,
+            "wide": m.wide,
+            "rounded": m.is_rounded,
             **self.budget._asdict(),
             "usable": self.budget.usable,
             "devices": self.devices,
@@ -250,35 +263,45 @@ def _read_config_alone(path: Path, fields: Mapping[str, Any]) -> Model:
         config = read_config(fields, str(path))
     except UnsupportedModelError as error:
         raise ValueError(f"{error}. With its weights, their headers tell what they take") from None
-    return _known_model(path, "config", config)
+    text = fields.get("text_config", fields)
+    said = [part.get(key) for part in (fields, text) for key in ("dtype", "torch_dtype")]
+    wide = tuple(name for name in ("float16", "float32") if name in said)
+    return _known_model(path, "config", config, wide)
 
 
 def _read_checkpoint(source: Source, where: str) -> Model:
     path = source.path
     config, reason, names = None, f"{path}: has no {CONFIG}", set(source.tensors)
+    saved: Mapping[str, Any] = {}
     if fields := source.model_config():
         try:
             config = read_config(fields, where)
-            names = set(find_places(source.tensors, config))
+            saved = find_saved(source.tensors, config, 1)
+            names = set(saved or find_places(source.tensors, config))
             reason = ""
         except ValueError as error:
             config, reason = None, str(error)
-    if config is not None and source.format == "plain":
-        return _known_model(path, "plain", config)
     infos = [source.tensors[name] for name in names]
-    parameters = sum(math.prod(info.shape) for info in infos)
-    return Model(path, source.format, config, reason, parameters, _weights(source, names))
+    wide = tuple(sorted({str(i.numpy_dtype) for i in infos if is_castable(i.numpy_dtype)}))
+    is_plain = all(info.nbytes == info.stored_nbytes for info in infos)
+    if config is not None and is_plain:
+        return _known_model(path, source.format, config, wide)
+    if config is not None and saved:  # with tables that are filled up to whole groups of rows
+        parameters = estimate.count_parameters(config)
+    else:
+        parameters = sum(math.prod(info.shape) for info in infos)
+    weights = _weights(infos, is_plain)
+    return Model(path, source.format, config, reason, parameters, weights, wide)
 
 
-def _known_model(path: Path, format_: str, config: Config) -> Model:
+def _known_model(path: Path, format_: str, config: Config, wide: tuple[str, ...]) -> Model:
     """A model whose weights follow from its configuration."""
     weights = estimate.estimate_weights(config)
-    return Model(path, format_, config, "", estimate.count_parameters(config), weights)
+    return Model(path, format_, config, "", estimate.count_parameters(config), weights, wide)
 
 
-def _weights(source: Source, names: set[str]) -> estimate.WeightBytes:
-    infos = [source.tensors[name] for name in names]
-    if source.format == "plain" or all(info.nbytes == info.stored_nbytes for info in infos):
+def _weights(infos: Sequence[TensorInfo], is_plain: bool) -> estimate.WeightBytes:
+    if is_plain:
         return estimate.estimate_tensors(infos)
     plain = sum(info.nbytes for info in infos)
     stored = sum(info.stored_nbytes for info in infos)

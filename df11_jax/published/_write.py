@@ -109,7 +109,7 @@ def write(
             "pattern_dict": patterns,
         }
         if isinstance(source, FolderSource):
-            copy_small_files(source.folder, path)
+            copy_small_files(source.folder, path, config or {})
         if isinstance(source, Source):
             source.check_current()
         with new_file(path / CONFIG) as file:

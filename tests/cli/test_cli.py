@@ -8,10 +8,10 @@ from pathlib import Path
 import model_files
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from commands import die, process, run
 
 from df11_jax.checkpoints import open_checkpoint
-from df11_jax.cli import _commands, main
+from df11_jax.cli import main
 
 FIXTURE = Path(__file__).parents[1] / "published" / "fixtures" / "tiny_llama"
 ORIGINAL, PUBLISHED = FIXTURE / "original", FIXTURE / "sharded"
@@ -25,39 +25,6 @@ def weights():
 @pytest.fixture
 def plain(tmp_path, weights):
     return model_files.write_model(tmp_path / "plain", weights, shards=9)
-
-
-def run(*args, status=0):
-    result = CliRunner().invoke(_commands.commands, [str(arg) for arg in args])
-    assert result.exit_code == status, result.output
-    return result.output
-
-
-def process(program, *args, **options):
-    """A real `df11-jax`, after the given statements."""
-    code = f"""
-import os, signal, resource
-{program}
-from df11_jax.cli import main
-main()
-"""
-    command = [sys.executable, "-P", "-c", code, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, **options)
-
-
-def die(function, signal_name):
-    """Statements that make the fourth call of a function end the process by a signal."""
-    module, _, name = function.rpartition(".")
-    return f"""
-import {module} as module
-original, calls = module.{name}, []
-def dying(*args, **kwargs):
-    calls.append(0)
-    if len(calls) == 4:
-        os.kill(os.getpid(), signal.{signal_name})
-    return original(*args, **kwargs)
-module.{name} = dying
-"""
 
 
 def test_there_and_back(tmp_path, plain, weights):
@@ -165,20 +132,13 @@ def test_differences(tmp_path, plain, weights):
 
 @pytest.mark.parametrize("format_", ["native", "orbax"])
 def test_nothing_to_gain(tmp_path, format_):
-    def compress(weights):
-        path = model_files.write_model(tmp_path / f"plain {len(weights)}", weights)
-        target = tmp_path / f"out {len(weights)}"
-        args = ["compress", str(path), str(target), "--format", format_]
-        result = CliRunner().invoke(_commands.commands, args)
-        assert result.exit_code == 0
-        return result.stderr
-
     small = {"a": np.zeros(16_383, np.float32)}
-    assert compress(small).endswith("only bfloat16 tensors of 16,384 weights and more do.\n")
-    message = compress(small | {"w": np.zeros(100_000, np.float32)})
-    assert "Nothing got smaller: only bfloat16" in message
-    assert "and 1 (390.6 KiB) are float32. To round them to bfloat16" in message
-    assert not compress(model_files.tensors())
+    path = model_files.write_model(tmp_path / "small", small)
+    output = run("compress", path, tmp_path / "out", "--format", format_)
+    assert "Nothing got smaller: only bfloat16 tensors of 16,384 weights and more do." in output
+    path = model_files.write_model(tmp_path / "plain", model_files.tensors())
+    output = run("compress", path, tmp_path / "compressed", "--format", format_)
+    assert "Nothing got smaller" not in output
 
 
 @pytest.mark.parametrize(

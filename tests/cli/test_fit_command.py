@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -230,6 +231,45 @@ def test_native_checkpoint_takes_what_its_headers_say(tmp_path):
     )
 
 
+def test_saved_parameters_take_what_their_headers_say(tmp_path):
+    directory = families.write_family(tmp_path / "model", "llama")
+    model = models.load(directory)
+    checkpoints.save(model.params, tmp_path / "saved")
+    shutil.copy(directory / "config.json", tmp_path / "saved")
+    answer = ask(tmp_path / "saved", "--memory", "1GB")
+    assert answer["exact"] and answer["only_weights"] is None
+    report = df11_jax.size_report(model.params)
+    assert answer["compressed"]["weights"] == report.nbytes
+    assert answer["plain"]["weights"] == report.nbytes_before
+    assert answer["parameters"] == ask(directory, "--memory", "1GB")["parameters"]
+    plain = models.load(directory, compress=False)
+    checkpoints.save(plain.params, tmp_path / "plain")
+    shutil.copy(directory / "config.json", tmp_path / "plain")
+    estimated = ask(tmp_path / "plain", "--memory", "1GB") | {"format": "", "model": ""}
+    assert estimated == ask(directory, "--memory", "1GB") | {"format": "", "model": ""}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_wide_checkpoints_are_taken_to_be_rounded(tmp_path, dtype):
+    name, source = np.dtype(dtype).name, families.source_of("llama")
+    bfloat16 = {name: source.read(name) for name in source.tensors}
+    wide = {name: tensor.astype(dtype) for name, tensor in bfloat16.items()}
+    fields = families.CONFIGS["llama"]
+    narrow_path = families.write_directory(tmp_path / "narrow", fields, bfloat16)
+    path = families.write_directory(tmp_path / "wide", fields | {"dtype": name}, wide)
+    narrow = ask(narrow_path, "--memory", "1GB")
+    assert (narrow["wide"], narrow["rounded"]) == ([], False)
+    assert "rounded" not in run(narrow_path, "--memory", "1GB")
+    for given in (path, path / "config.json"):
+        answer = ask(given, "--memory", "1GB")
+        assert (answer["wide"], answer["rounded"]) == ([name], True)
+        for column in ("plain", "compressed"):
+            assert answer[column] == narrow[column]
+        assert f"The model is {name}. All figures are those of weights rounded to bfloat16" in run(
+            given, "--memory", "1GB"
+        )
+
+
 def test_published_checkpoint():
     answer = ask(PUBLISHED, "--memory", "1GB")
     source = checkpoints.open_checkpoint(PUBLISHED)
@@ -265,8 +305,10 @@ def test_only_weights_of_models_that_cannot_be_run(tmp_path):
     assert answer["compressed"]["weights"] < 0.69 * answer["plain"]["weights"]
     assert answer["compressed"]["longest_context"] is None
     assert "'mamba' is not supported" in answer["only_weights"]
+    assert (answer["wide"], answer["rounded"]) == (["float32"], False)
     output = run(path, "--memory", "1MB")
     assert "Only weights are known" in output and "cache of" not in output
+    assert "Weights that are float32 count as they are, not compressed" in output
     assert "compressed, weights alone: fits" in output
     run(path, "--memory", "200kB", status=DOES_NOT_FIT)
     # One file, beside a config.json, without one, and beside that of another model.

@@ -1,6 +1,7 @@
 """Loading: what arrives is what was there; what does not fit is named."""
 
 import json
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -95,6 +96,71 @@ def test_compressed_checkpoints_load_as_well(family, tmp_path, format_):
     assert model.config == original.config and model.stop == original.stop
     for actual, want in zip(*map(jax.tree.leaves, (model.params, original.params)), strict=True):
         np.testing.assert_array_equal(actual, want)
+
+
+def save_beside(model, directory, path):
+    """Saves parameters, and copies what else there is of the model beside them."""
+    checkpoints.save(model.params, path)
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(directory / name, path)
+    return path
+
+
+def assert_same_model(actual, expected):
+    assert actual.config == expected.config and actual.stop == expected.stop
+    assert jax.tree.structure(actual.params) == jax.tree.structure(expected.params)
+    for a, b in zip(*map(jax.tree.leaves, (actual.params, expected.params)), strict=True):
+        np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
+        assert a.sharding == b.sharding
+
+
+def saved_forms(path, tmp_path):
+    """The same parameters as saved, without compression, and compressed leaf by leaf."""
+    yield path
+    for command, source, target in (
+        ("decompress", path, tmp_path / "plain"),
+        ("compress", tmp_path / "plain", tmp_path / "by leaf"),
+    ):
+        arguments = [command, str(source), str(target)]
+        result = CliRunner().invoke(_commands.commands, arguments)
+        assert result.exit_code == 0, result.output
+        yield target
+
+
+@pytest.mark.parametrize("devices", [None, 2])
+def test_saved_parameters_load_as_they_were(tmp_path, devices):
+    directory = families.write_family(tmp_path / "phi3", "phi3")
+    model = models.load(directory, devices=devices)
+    plain = models.load(directory, devices=devices, compress=False)
+    path = save_beside(model, directory, tmp_path / "saved")
+    for form in saved_forms(path, tmp_path):
+        assert_same_model(models.load(form, devices=devices), model)
+    assert_same_model(models.load(path, devices=devices, compress=False), plain)
+    path = save_beside(plain, directory, tmp_path / "saved plain")
+    assert_same_model(models.load(path, devices=devices), model)
+    with pytest.raises(ValueError, match=r"expected shape .* for 4 devices, got .*onto as many"):
+        models.load(path, devices=4)
+
+
+def test_saved_parameters_that_do_not_fit(directory, tmp_path):
+    model = models.load(directory)
+    path = tmp_path / "saved"
+    checkpoints.save(model.params, path)
+    with pytest.raises(
+        FileNotFoundError, match=r"config\.json: is missing. Weights that were saved"
+    ):
+        models.load(path)
+    for change, message in (
+        ({"norm": None}, "norm: is missing"),
+        ({"other": model.params["norm"]}, "other: has no place in the model"),
+        ({"norm": jnp.zeros(65, jnp.bfloat16)}, r"norm: expected shape \[64\] .*got \[65\]"),
+        ({"norm": jnp.zeros(64)}, "norm: expected BF16, got F32"),
+    ):
+        changed = {k: v for k, v in (model.params | change).items() if v is not None}
+        checkpoints.save(changed, tmp_path / "changed.safetensors")
+        source = checkpoints.open_checkpoint(tmp_path / "changed.safetensors")
+        with pytest.raises(ValueError, match=message):
+            models.load_params(source, model.config)
 
 
 def test_incompressible_and_small_leaves_stay_plain():

@@ -1,15 +1,13 @@
-// Asynchronous copies and stores on host threads. What is copied arrives when a thread waits for
+// Asynchronous copies and stores on the host. What is copied arrives when a thread waits for
 // it, not before; until then its target holds rubbish. What is stored is read from shared memory
 // when the thread that stores it waits for that. So a wait that is missing shows.
 //
 // Included by cuda_runtime.h; common/async_copies.cuh uses it in place of PTX.
 #pragma once
 
-#include <chrono>
 #include <functional>
 #include <map>
 #include <mutex>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -18,7 +16,7 @@
 namespace cuda_emulation {
 
 // Not the first lane, so that nobody relies on that.
-inline bool elect_lane() { return this_thread % 32 == 21; }
+inline bool elect_lane() { return this_thread() % 32 == 21; }
 
 template <typename T>
 T load_shared(uint32_t address) {
@@ -45,18 +43,18 @@ struct PhaseBarrier {
 };
 inline std::mutex barriers_mutex;
 inline std::map<uint32_t, PhaseBarrier> barriers;  // by address
-inline thread_local std::vector<uint32_t> unfenced_barriers;
+inline PerThread<std::vector<uint32_t>> unfenced_barriers;
 
 inline void init_barrier(uint32_t address) {
   store_shared(address, uint2{});
   const std::lock_guard lock(barriers_mutex);
   barriers[address] = {};
-  unfenced_barriers.push_back(address);
+  unfenced_barriers->push_back(address);
 }
 inline void fence_barriers() {
   const std::lock_guard lock(barriers_mutex);
-  for (const uint32_t address : unfenced_barriers) barriers.at(address).fenced = true;
-  unfenced_barriers.clear();
+  for (const uint32_t address : *unfenced_barriers) barriers.at(address).fenced = true;
+  unfenced_barriers->clear();
 }
 inline PhaseBarrier& find_barrier(uint32_t address) {
   const auto found = barriers.find(address);
@@ -65,8 +63,8 @@ inline PhaseBarrier& find_barrier(uint32_t address) {
 }
 // That a barrier of the threads lies between.
 inline void check_is_before(uint32_t thread, const Time& time) {
-  const bool same_warp = thread / 32 == this_thread / 32;
-  check(thread == this_thread || (same_warp ? time.warp != now.warp : time.block != now.block),
+  const bool same_warp = thread / 32 == this_thread() / 32;
+  check(thread == this_thread() || (same_warp ? time.warp != now->warp : time.block != now->block),
         "a phase begins before all threads have waited for the one before");
 }
 inline void expect_bytes(uint32_t address, uint32_t bytes) {
@@ -77,8 +75,8 @@ inline void expect_bytes(uint32_t address, uint32_t bytes) {
   // Who still waits for the phase before could find this one complete, too, and wait for ever.
   for (const auto& [thread, time] : barrier.seen) check_is_before(thread, time);
   barrier.armed = true;
-  barrier.armed_by = this_thread;
-  barrier.armed_at = now;
+  barrier.armed_by = this_thread();
+  barrier.armed_at = *now;
   barrier.expected += bytes;
 }
 inline void copy_to_shared(uint32_t to, const void* from, uint32_t bytes, uint32_t address) {
@@ -94,29 +92,22 @@ inline void copy_to_shared(uint32_t to, const void* from, uint32_t bytes, uint32
 }
 inline void wait_for_phase(uint32_t address, uint32_t parity) {
   shared->before_load(address, sizeof(uint2));
-  const auto start = std::chrono::steady_clock::now();
-  for (;;) {
-    {
-      const std::lock_guard lock(barriers_mutex);
-      PhaseBarrier& barrier = find_barrier(address);
-      if (barrier.phase % 2 == parity && barrier.armed && barrier.under_way == barrier.expected) {
-        for (const auto& copy : barrier.copies) copy();
-        barrier.copies.clear();
-        barrier.expected = barrier.under_way = 0;
-        barrier.armed = false;
-        ++barrier.phase;
-      }
-      if (barrier.phase % 2 != parity) {
-        if (barrier.armed) check_is_before(barrier.armed_by, barrier.armed_at);
-        barrier.seen[this_thread] = now;
-        observed_phases[address] = barrier.phase;
-        return;
-      }
+  fibers.wait_until([=] {
+    const std::lock_guard lock(barriers_mutex);
+    PhaseBarrier& barrier = find_barrier(address);
+    if (barrier.phase % 2 == parity && barrier.armed && barrier.under_way == barrier.expected) {
+      for (const auto& copy : barrier.copies) copy();
+      barrier.copies.clear();
+      barrier.expected = barrier.under_way = 0;
+      barrier.armed = false;
+      ++barrier.phase;
     }
-    check(std::chrono::steady_clock::now() - start < std::chrono::seconds(60),
-          "a thread waits for ever");
-    std::this_thread::yield();
-  }
+    if (barrier.phase % 2 == parity) return false;
+    if (barrier.armed) check_is_before(barrier.armed_by, barrier.armed_at);
+    barrier.seen[this_thread()] = *now;
+    (*observed_phases)[address] = barrier.phase;
+    return true;
+  });
 }
 
 // Stores of a thread, by groups. That they have read shared memory and that they are in global
@@ -125,12 +116,12 @@ struct PendingStore {
   std::vector<std::pair<uint32_t, size_t>> from;  // addresses and bytes
   std::function<void()> store;
 };
-inline thread_local std::vector<PendingStore> open_stores;
-inline thread_local std::vector<std::vector<PendingStore>> store_groups;
+inline PerThread<std::vector<PendingStore>> open_stores;
+inline PerThread<std::vector<std::vector<PendingStore>>> store_groups;
 
 inline void begin_store(PendingStore store) {
   for (const auto& [address, bytes] : store.from) shared->begin_store(address, bytes);
-  open_stores.push_back(std::move(store));
+  open_stores->push_back(std::move(store));
 }
 inline void copy_to_global(void* to, uint32_t from, uint32_t bytes) {
   check(bytes > 0 && bytes % 16 == 0 && from % 16 == 0 && reinterpret_cast<uintptr_t>(to) % 16 == 0,
@@ -139,16 +130,16 @@ inline void copy_to_global(void* to, uint32_t from, uint32_t bytes) {
       {{{from, bytes}}, [=, source = shared->at(from, bytes)] { std::memcpy(to, source, bytes); }});
 }
 inline void commit_stores() {
-  store_groups.push_back(std::move(open_stores));
-  open_stores.clear();
+  store_groups->push_back(std::move(*open_stores));
+  open_stores->clear();
 }
 inline void wait_for_stores(size_t left) {
-  while (store_groups.size() > left) {
-    for (const PendingStore& store : store_groups.front()) {
+  while (store_groups->size() > left) {
+    for (const PendingStore& store : store_groups->front()) {
       store.store();
       for (const auto& [address, bytes] : store.from) shared->end_store(address, bytes);
     }
-    store_groups.erase(store_groups.begin());
+    store_groups->erase(store_groups->begin());
   }
 }
 
@@ -158,15 +149,15 @@ struct ThreadCopy {
   const void* from;
   size_t bytes;
 };
-inline thread_local std::vector<ThreadCopy> open_copies;
-inline thread_local std::vector<std::vector<ThreadCopy>> copy_groups;
+inline PerThread<std::vector<ThreadCopy>> open_copies;
+inline PerThread<std::vector<std::vector<ThreadCopy>>> copy_groups;
 
 // What a thread has to have waited for when it ends, or when shared memory becomes another block's.
 inline void end_block() {
-  check(open_stores.empty() && store_groups.empty(), "a thread ends before its stores");
-  check(open_copies.empty() && copy_groups.empty(), "a thread ends before its copies");
-  check(unfenced_barriers.empty(), "a thread initializes barriers and makes no fence");
-  observed_phases.clear();
+  check(open_stores->empty() && store_groups->empty(), "a thread ends before its stores");
+  check(open_copies->empty() && copy_groups->empty(), "a thread ends before its copies");
+  check(unfenced_barriers->empty(), "a thread initializes barriers and makes no fence");
+  observed_phases->clear();
 }
 inline void reset_barriers() {
   const std::lock_guard lock(barriers_mutex);
@@ -182,14 +173,14 @@ inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
   const auto aligned = [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
   cuda_emulation::check(aligned(to) && aligned(from), "an asynchronous copy is not aligned");
   std::memset(to, 0xa5, bytes);
-  cuda_emulation::open_copies.push_back({to, from, bytes});
+  cuda_emulation::open_copies->push_back({to, from, bytes});
 }
 inline void __pipeline_commit() {
-  cuda_emulation::copy_groups.push_back(std::move(cuda_emulation::open_copies));
-  cuda_emulation::open_copies.clear();
+  cuda_emulation::copy_groups->push_back(std::move(*cuda_emulation::open_copies));
+  cuda_emulation::open_copies->clear();
 }
 inline void __pipeline_wait_prior(size_t left) {
-  auto& groups = cuda_emulation::copy_groups;
+  auto& groups = *cuda_emulation::copy_groups;
   while (groups.size() > left) {
     for (const auto& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
     groups.erase(groups.begin());

@@ -1,4 +1,4 @@
-// Tensor maps on host threads: enough of the real cuda.h for three dimensions of two-byte elements.
+// Tensor maps on the host: enough of the real cuda.h for three dimensions of two-byte elements.
 // It takes the place of the real header, as cuda_runtime.h does.
 #pragma once
 

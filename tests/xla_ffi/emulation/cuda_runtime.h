@@ -3,20 +3,18 @@
 // its directory being first among the include directories.
 //
 // A launch runs its blocks one after the other, every second launch from the last to the first,
-// and each CUDA thread of a block as a host thread. Warps and blocks synchronize with std::barrier,
-// so that ThreadSanitizer sees in a kernel the data races that it has. All 32 lanes must take part
-// in warp functions. What is asynchronous happens only when it is waited for.
+// and the CUDA threads of a block as fibers (fibers.h), in which ThreadSanitizer sees the data
+// races that a kernel has. All 32 lanes must take part in warp functions. What is asynchronous
+// happens only when it is waited for.
 #pragma once
 
 #include <algorithm>
-#include <barrier>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <thread>
 #include <vector>
 
 #include "shared_memory.h"
@@ -47,7 +45,8 @@ struct alignas(16) float4 {
   float x, y, z, w;
 };
 
-inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+inline dim3 blockIdx, blockDim, gridDim;
+#define threadIdx (dim3(cuda_emulation::this_thread()))
 
 namespace cuda_emulation {
 
@@ -55,13 +54,13 @@ inline constexpr int kWarpSize = 32;
 inline constexpr int kMultiprocessors = 5;
 
 struct Warp {
-  std::barrier<> barrier{kWarpSize};
+  Barrier barrier{kWarpSize};
   // Used in turn: when a lane writes one, all lanes have read what it held before.
   uint32_t slots[2][kWarpSize];
 };
 
 struct Block {
-  std::barrier<> barrier;
+  Barrier barrier;
   std::vector<std::unique_ptr<Warp>> warps;
   std::vector<int> votes;
 
@@ -74,9 +73,9 @@ inline int launches = 0;  // of kernels, so far
 inline int compute_capability = 9;
 inline std::map<const void*, size_t> shared_allowed;  // of dynamic shared memory, by kernel
 
-inline thread_local Block* block = nullptr;
-inline thread_local uint4* dynamic_shared = nullptr;  // in place of an extern __shared__ array
-inline thread_local unsigned exchanges = 0;
+inline Block* block = nullptr;
+inline uint4* dynamic_shared = nullptr;  // in place of an extern __shared__ array
+inline PerThread<unsigned> exchanges;
 
 inline Warp& warp() { return *block->warps[threadIdx.x / kWarpSize]; }
 inline int lane() { return static_cast<int>(threadIdx.x % kWarpSize); }
@@ -84,7 +83,7 @@ inline int lane() { return static_cast<int>(threadIdx.x % kWarpSize); }
 // Gives every lane the values of all lanes.
 inline const uint32_t* exchange(unsigned mask, uint32_t value) {
   check(mask == 0xffffffffu, "a warp function needs all lanes");
-  uint32_t* slots = warp().slots[exchanges++ % 2];
+  uint32_t* slots = warp().slots[(*exchanges)++ % 2];
   slots[lane()] = value;
   warp().barrier.arrive_and_wait();
   return slots;
@@ -94,8 +93,8 @@ inline const uint32_t* exchange(unsigned mask, uint32_t value) {
 
 inline void __syncthreads() {
   cuda_emulation::block->barrier.arrive_and_wait();
-  ++cuda_emulation::now.warp;
-  ++cuda_emulation::now.block;
+  ++cuda_emulation::now->warp;
+  ++cuda_emulation::now->block;
 }
 inline int __syncthreads_or(int predicate) {
   cuda_emulation::Block& block = *cuda_emulation::block;
@@ -108,7 +107,7 @@ inline int __syncthreads_or(int predicate) {
 
 inline void __syncwarp() {
   cuda_emulation::warp().barrier.arrive_and_wait();
-  ++cuda_emulation::now.warp;
+  ++cuda_emulation::now->warp;
 }
 inline uint32_t __shfl_sync(unsigned mask, uint32_t value, int source) {
   return cuda_emulation::exchange(mask, value)[source];
@@ -285,28 +284,26 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       "the kernel was not allowed as much shared memory");
   cuda_emulation::SharedMemory shared(config->dynamicSmemBytes, threads);
   const bool backwards = cuda_emulation::launches % 2 == 0;
-  const auto run = [&](unsigned thread) {
-    cuda_emulation::block = &block;
-    cuda_emulation::shared = &shared;
-    cuda_emulation::dynamic_shared = reinterpret_cast<uint4*>(shared.data());
-    cuda_emulation::this_thread = thread;
-    threadIdx = dim3(thread);
-    blockDim = config->blockDim;
-    gridDim = config->gridDim;
+  cuda_emulation::block = &block;
+  cuda_emulation::shared = &shared;
+  cuda_emulation::dynamic_shared = reinterpret_cast<uint4*>(shared.data());
+  blockDim = config->blockDim;
+  gridDim = config->gridDim;
+  const auto begin_block = [&](unsigned i) { blockIdx = dim3(backwards ? gridDim.x - 1 - i : i); };
+  begin_block(0);
+  cuda_emulation::fibers.run(threads, [&] {
+    *cuda_emulation::now = {};
     for (unsigned i = 0; i < gridDim.x; ++i) {
-      blockIdx = dim3(backwards ? gridDim.x - 1 - i : i);
       kernel(arguments...);
       cuda_emulation::end_block();
       __syncthreads();
-      if (thread == 0) {
+      if (threadIdx.x == 0) {
         shared.reset();
         cuda_emulation::reset_barriers();
+        begin_block(i + 1);
       }
       __syncthreads();
     }
-  };
-  std::vector<std::thread> pool;
-  for (unsigned i = 0; i < threads; ++i) pool.emplace_back(run, i);
-  for (std::thread& thread : pool) thread.join();
+  });
   return cudaSuccess;
 }

@@ -8,34 +8,27 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
 #include <random>
 #include <vector>
 
+#include "fibers.h"
+
 namespace cuda_emulation {
 
 inline constexpr uint32_t kSharedBase = 1024;  // address of the first dynamic byte
 inline constexpr size_t kMostShared = 227 * 1024;
-
-inline void check(bool ok, const char* what) {
-  if (ok) return;
-  std::fprintf(stderr, "cuda emulation: %s\n", what);
-  std::abort();
-}
 
 // When a thread did something: how many barriers of its warp and of its block it had passed.
 // Shuffles and votes do not count, since they order no memory.
 struct Time {
   uint32_t warp = 0, block = 0;
 };
-inline thread_local uint32_t this_thread = 0;  // of the block
-inline thread_local Time now;
+inline PerThread<Time> now;
 // Phases of barriers that this thread has seen complete, by the barrier's address.
-inline thread_local std::map<uint32_t, uint32_t> observed_phases;
+inline PerThread<std::map<uint32_t, uint32_t>> observed_phases;
 
 class SharedMemory {
  public:
@@ -82,11 +75,11 @@ class SharedMemory {
     for_each_cell(address, bytes, [&](Cell& cell) {
       check_write_is_visible(cell.write);
       check_reads_are_over(cell);
-      cell.write = pack({kGeneric, this_thread, now.warp, now.block, fences_[this_thread]});
+      cell.write = pack({kGeneric, this_thread(), now->warp, now->block, fences_[this_thread()]});
       cell.read = 0;
     });
   }
-  void fence() { ++fences_[this_thread]; }
+  void fence() { ++fences_[this_thread()]; }
 
   // The asynchronous proxy: a copy that arrives with a phase of a barrier, and a store that reads
   // later.
@@ -147,17 +140,17 @@ class SharedMemory {
   }
 
   static bool is_ordered(const Write& w) {
-    if (w.thread == this_thread) return true;
-    return w.thread / 32 == this_thread / 32 ? w.warp != (now.warp & 0xfffff)
-                                             : w.block != (now.block & 0xffff);
+    if (w.thread == this_thread()) return true;
+    return w.thread / 32 == this_thread() / 32 ? w.warp != (now->warp & 0xfffff)
+                                               : w.block != (now->block & 0xffff);
   }
   static void check_write_is_visible(uint64_t write) {
     const Write w = unpack(write);
     if (w.kind == kGeneric) {
       check(is_ordered(w), "race: shared memory that another thread writes");
     } else if (w.kind == kAsync) {
-      const auto found = observed_phases.find(8 * w.warp);
-      check(found != observed_phases.end() && static_cast<int16_t>(found->second - w.block) > 0,
+      const auto found = observed_phases->find(8 * w.warp);
+      check(found != observed_phases->end() && static_cast<int16_t>(found->second - w.block) > 0,
             "a thread has not waited for the copy that brings what it accesses");
     }
   }
@@ -167,16 +160,16 @@ class SharedMemory {
           "no proxy fence between a thread's store and an asynchronous access");
   }
   static void note_read(Cell& cell) {
-    const uint64_t mine = pack({kGeneric, this_thread, now.warp, now.block, 0});
+    const uint64_t mine = pack({kGeneric, this_thread(), now->warp, now->block, 0});
     uint64_t before = cell.read, after;
     do {
       const Write r = unpack(before);
       after = mine;
-      if (r.kind != kNone && r.block == (now.block & 0xffff)) {
-        if (r.thread / 32 != this_thread / 32 || (before & kByWarps)) {
+      if (r.kind != kNone && r.block == (now->block & 0xffff)) {
+        if (r.thread / 32 != this_thread() / 32 || (before & kByWarps)) {
           after |= kByWarps;
         }
-        if (r.warp == (now.warp & 0xfffff) && (r.thread != this_thread || (before & kByLanes))) {
+        if (r.warp == (now->warp & 0xfffff) && (r.thread != this_thread() || (before & kByLanes))) {
           after |= kByLanes;
         }
       }
@@ -187,10 +180,10 @@ class SharedMemory {
     const uint64_t read = cell.read;
     const Write r = unpack(read);
     if (r.kind == kNone) return;
-    const bool same_block_time = r.block == (now.block & 0xffff);
+    const bool same_block_time = r.block == (now->block & 0xffff);
     check(is_ordered(r) && !((read & kByWarps) && same_block_time) &&
-              !((read & kByLanes) && r.thread / 32 == this_thread / 32 &&
-                r.warp == (now.warp & 0xfffff)),
+              !((read & kByLanes) && r.thread / 32 == this_thread() / 32 &&
+                r.warp == (now->warp & 0xfffff)),
           "race: shared memory that another thread reads is overwritten");
   }
 
@@ -202,6 +195,6 @@ class SharedMemory {
   std::minstd_rand random_{1};
 };
 
-inline thread_local SharedMemory* shared = nullptr;
+inline SharedMemory* shared = nullptr;
 
 }  // namespace cuda_emulation

@@ -1,4 +1,4 @@
-// The instructions of tensor cores on host threads: see common/tensor_core.cuh.
+// The instructions of tensor cores on the host: see common/tensor_core.cuh.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -25,14 +25,14 @@ struct Fragments {
   uint2 b[8];
 };
 inline Fragments fragments[2][kWarpSize][kWarpSize];
-inline thread_local unsigned products = 0;
+inline PerThread<unsigned> products;
 
 // The sums of 16 products are added up in the order of their index, which differs from what
 // hardware does: it adds them in an order, and with roundings, of its own.
 template <int kTiles>
 void multiply_add(float (&sums)[kTiles][4][4], const uint32_t (&a)[4][4],
                   const uint2 (&b)[kTiles]) {
-  Fragments* all = fragments[products++ % 2][threadIdx.x / kWarpSize];
+  Fragments* all = fragments[(*products)++ % 2][threadIdx.x / kWarpSize];
   std::memcpy(all[lane()].a, a, sizeof a);
   std::memcpy(all[lane()].b, b, sizeof b);
   warp().barrier.arrive_and_wait();

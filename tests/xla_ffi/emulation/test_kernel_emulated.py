@@ -1,7 +1,9 @@
-"""Runs the CUDA decoders on host threads, under sanitizers: see cuda_runtime.h."""
+"""Runs the CUDA decoders as fibers on the host, under sanitizers: see cuda_runtime.h."""
+
+import platform
 
 import pytest
-from compiling import FLAGS, needs_compiler, run_under
+from compiling import FLAGS, build_under, needs_compiler, run_program, run_under
 
 pytestmark = pytest.mark.slow
 
@@ -16,12 +18,34 @@ def test_what_is_left_out_is_noticed(tmp_path):
     run_under("plain", tmp_path, arguments, standard="c++20")
 
 
+@needs_compiler
+@pytest.mark.parametrize(
+    ("sanitizer", "faults"),
+    [
+        ("thread", {"race within a warp": "data race", "race between warps": "data race"}),
+        # Elsewhere, fibers are changed by what makes it forget the stack: see fibers.h.
+        pytest.param(
+            "address,undefined",
+            {"overflow": "stack-buffer-overflow"},
+            marks=pytest.mark.skipif(platform.machine() != "x86_64", reason="needs x86-64"),
+        ),
+    ],
+)
+def test_sanitizers_see_into_fibers(sanitizer, faults, tmp_path):
+    arguments = [*ARGUMENTS, "tests/xla_ffi/emulation/fibers_test.cc"]
+    program = build_under(sanitizer, tmp_path, arguments, standard="c++20")
+    assert run_program(program, "none").returncode == 0
+    for fault, message in faults.items():
+        result = run_program(program, fault)
+        assert result.returncode != 0 and message in result.stderr, fault
+
+
 # Against the CPU decoder for the native layout, against one in the test for the published one.
 @needs_compiler
 @pytest.mark.parametrize("sanitizer", FLAGS)
 @pytest.mark.parametrize("layout", ["native", "published"])
 def test_kernel(layout, sanitizer, tmp_path):
-    # Two warps a block, because a host thread for each of 256 is slow.
+    # Two warps a block, because eight are slow.
     arguments = [*ARGUMENTS, "-DDF11_DECODE_WARPS=2"]
     arguments += [f"tests/xla_ffi/{layout}/kernel_test.cc"]
     arguments += ["-x", "c++", f"xla_ffi/{layout}/cuda/decode.cu"]

@@ -1,4 +1,4 @@
-"""Runs the fused product on host threads, under sanitizers: see cuda_runtime.h."""
+"""Runs the fused product on the host, under sanitizers: see cuda_runtime.h."""
 
 import pytest
 from compiling import FLAGS, needs_compiler, run_under

@@ -1,5 +1,5 @@
 // Tests of the CUDA product against sums of the weights that were encoded. Compiled by g++ against
-// ../emulation (test_product_emulated.py) it runs the kernel on host threads; compiled by nvcc, on
+// ../emulation (test_product_emulated.py) it runs the kernel on the host; compiled by nvcc, on
 // a GPU.
 #include "native/cuda/product.h"
 

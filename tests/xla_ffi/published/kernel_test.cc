@@ -1,6 +1,6 @@
 // Tests of the CUDA decoder of the published layout, against a decoder that reads bit by bit and
 // the weights that were encoded. Compiled by g++ against ../emulation
-// (test_kernel_emulated.py) it runs the kernel on host threads; compiled by nvcc, on a GPU.
+// (test_kernel_emulated.py) it runs the kernel on the host; compiled by nvcc, on a GPU.
 #include <cuda_runtime.h>
 
 #include <cstdio>

@@ -1,0 +1,76 @@
+"""One leaf of a checkpoint, loaded."""
+
+from typing import Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from df11_jax._array import DF11Array, is_df11
+from df11_jax._compress import compress_leaf
+from df11_jax._files.source import Source, TensorSource
+from df11_jax._host_arrays import cpu_device
+from df11_jax._placement import place
+from df11_jax._select import Selection
+from df11_jax.checkpoints._native_format import to_device
+
+
+@runtime_checkable
+class LeafSource(Protocol):
+    """A checkpoint of a format that stores leaves as this library has them in memory."""
+
+    def load(self, name: str, *, verify: bool = True) -> DF11Array | Array | np.ndarray:
+        """One leaf as it is stored, on the default device.
+
+        Args:
+            name: the name of the leaf.
+            verify: whether to check all of it, other than what it takes to read it.
+
+        Raises:
+            ValueError: the leaf is corrupt.
+        """
+
+
+def load_leaf(
+    source: TensorSource,
+    name: str,
+    where: jax.Device | jax.sharding.Sharding | None,
+    *,
+    verify: bool = True,
+) -> DF11Array | Array | np.ndarray:
+    """One leaf, as it is stored, or compressed if the format stores no leaves.
+
+    Args:
+        source: the checkpoint.
+        name: the name of the leaf.
+        where: the device or sharding that the leaf is to have; None for the default device.
+        verify: see `load`.
+
+    Raises:
+        ValueError: the leaf is corrupt, or cannot be divided as `where` says.
+    """
+    if where is None:
+        return _read_leaf(source, name, where, verify)
+    try:
+        with jax.default_device(cpu_device()):
+            leaf = _read_leaf(source, name, where, verify)
+            # Arrays of types that jax lacks are on the host; `device_put` would lose bits of them.
+            return leaf if isinstance(leaf, np.ndarray) else place(leaf, where, name)
+    except Exception as error:
+        path = f"{source.path}: " if isinstance(source, Source) else ""
+        error.add_note(f"df11_jax: {path}while placing the leaf {name}")
+        raise
+
+
+def _read_leaf(
+    source: TensorSource,
+    name: str,
+    where: jax.Device | jax.sharding.Sharding | None,
+    verify: bool,
+) -> DF11Array | Array | np.ndarray:
+    if isinstance(source, LeafSource):
+        return source.load(name, verify=verify)
+    array = source.read(name)
+    selection = Selection()
+    leaf = compress_leaf(name, array, selection, where) if selection.has(name, array) else array
+    return leaf if is_df11(leaf) else to_device(array)
