@@ -144,7 +144,12 @@ def test_an_interrupt_loses_no_row_and_leaves_no_process(folder, number):
     command += [folder / "config.json", "--prompt-length", "8", "--tokens", "4", "--json"]
     command += [option for batch in range(1, 60) for option in ("--batch", str(batch))]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        # A job in the background ignores it, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         lines = []
         for line in process.stdout:
