@@ -3,9 +3,9 @@
     pip install "jax[cuda13]"
     python benchmarks/compile_sharded_for_gpu.py
 
-Only shapes go in: the two largest matrices of a block of Llama-3.1-8B, in 32 layers, under automatic
-axes of a mesh. Prints one line of JSON a program: bytes of weights and of temporary memory on each
-device, calls of the decoder, and what devices exchange in a step.
+Only shapes go in: the two largest matrices of a block of Llama-3.1-8B, in 32 layers, under
+automatic axes of a mesh. Prints one line of JSON a program: bytes of weights and of temporary memory
+on each device, calls of the decoder, and what devices exchange in a step.
 """
 
 import json
