@@ -4,8 +4,8 @@
     python benchmarks/compile_sharded_for_gpu.py
 
 Only shapes go in: the two largest matrices of a block of Llama-3.1-8B, in 32 layers, under
-automatic axes of a mesh. Prints one line of JSON a program: bytes of weights and of temporary memory
-on each device, calls of the decoder, and what devices exchange in a step.
+automatic axes of a mesh. Prints one line of JSON a program: bytes of weights and of temporary
+memory on each device, calls of the decoder, and what devices exchange in a step.
 """
 
 import json
@@ -74,10 +74,8 @@ def main() -> None:
             run = jax.jit(lambda x, p: df11_jax.scan_blocks(block, x, p)[0])
             compiled = run.lower(x, params).compile()
             memory, text = compiled.memory_analysis(), compiled.as_text()
-            exchanged = re.findall(
-                r"= \(?(\w+\[[\d,]*\]).*? (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(",
-                text,
-            )
+            operation = r"(all-\w+|collective-\w+|reduce-scatter)(?:-start)?"
+            exchanged = re.findall(rf"= \(?(\w+\[[\d,]*\]).*? {operation}\(", text)
             figures = {
                 "program": f"{name}, {kind.__name__}",
                 "weights": memory.argument_size_in_bytes,
