@@ -12,6 +12,7 @@ from jaxtyping import Array, BFloat16, PyTree
 
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._decode import path_name
+from df11_jax._flax import open_boxes
 from df11_jax._host_arrays import BFLOAT16, to_host
 from df11_jax._host_codec import encode
 from df11_jax._identity import identity
@@ -167,6 +168,10 @@ def compress_params(
             float16, which Flax makes by default; `include` or `stacked` is found in no path; there
             are arrays of other libraries, such as torch's.
     """
+    structure = None
+    if like is not None:
+        structure = jax.tree.structure(like, is_leaf=is_df11)
+        params, like = open_boxes(params), open_boxes(like)
     with_paths, treedef = jax.tree.flatten_with_path(params, is_leaf=is_df11)
     named = [(path_name(path), as_array(leaf)) for path, leaf in with_paths]
     if any(
@@ -215,7 +220,8 @@ def compress_params(
         before if after is array else after
         for (_, before), (_, array), after in zip(with_paths, named, leaves, strict=True)
     ]
-    return jax.tree.unflatten(treedef, kept)
+    tree = jax.tree.unflatten(structure or treedef, kept)
+    return tree if structure else open_boxes(tree, selection.takes_out_of_box)
 
 
 def compress_leaves(
