@@ -45,10 +45,22 @@ def read(array: Compressed) -> Array:
     """The decompressed tensor: the array of an earlier read in this trace, while that lives.
 
     So a parameter that is read twice in a traced function is decompressed once there.
+
+    Raises:
+        ValueError: its arrays do not fit each other.
     """
     source: Any = _Source(array.payload)
     found = _living.get(source)
     if found is not None and (isinstance(found, jax.core.Tracer) or not found.is_deleted()):
         return found
-    weights = _living[source] = decode_stacks([array], ["tensor"])[0]
+    try:
+        weights = decode_stacks([array], ["tensor"])[0]
+    except ValueError as error:
+        error.add_note(
+            "df11_jax: the arrays inside of a compressed parameter are not as they were. If the "
+            "model moves an axis of layers to the front, tell it that they are there already "
+            "(MaxText: param_scan_axis=0)"
+        )
+        raise
+    _living[source] = weights
     return weights

@@ -8,12 +8,14 @@ function the dense weights are temporary.
 import dataclasses
 import functools
 import importlib.util
+import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 if importlib.util.find_spec("flax") is None:
     raise ImportError('df11_jax.nnx needs flax. Install with: pip install "df11_jax[flax]"')
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +28,12 @@ from df11_jax._identity import identity
 from df11_jax._leaves import plain_shape
 from df11_jax._reads import read
 from df11_jax._select import MIN_SIZE, Selection
+
+if "graph" not in inspect.signature(nnx.iter_graph).parameters:
+    raise ImportError(
+        f"df11_jax.nnx needs flax 0.12.5 or newer, found {flax.__version__}: pip install --upgrade "
+        "flax. df11_jax.linen does with this one"
+    )
 
 __all__ = ["CompressedParam", "compress", "decompress"]
 

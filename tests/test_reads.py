@@ -114,3 +114,12 @@ def test_parameters_of_no_module_stay_plain():
     for container in ([single], {"w": single}, single):
         compress(container)
         assert isinstance(single, CompressedParam)
+
+
+def test_a_model_that_moves_axes_of_arrays_is_told_of():
+    stack = nnx.Param(df11_jax.compress(jnp.stack(WEIGHTS), stack_axes=1))
+    compress(stack)
+    moved = jax.tree.map(lambda array: jnp.moveaxis(array, 1, 0), stack)
+    with pytest.raises(ValueError, match="header is uint32") as error:
+        moved.get_value()
+    assert "param_scan_axis=0" in error.value.__notes__[0]

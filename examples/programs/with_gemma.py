@@ -19,8 +19,8 @@ import df11_jax
 from df11_jax.linen import compressed
 
 warnings.simplefilter("ignore")  # of the many packages that gemma imports
-from gemma import gm  # noqa: E402
-from gemma.gm.nn.gemma4 import _config, _modules  # noqa: E402
+from gemma import gm
+from gemma.gm.nn.gemma4 import _config, _modules
 
 VOCAB = 512
 LOCAL, GLOBAL = _modules.AttentionType.LOCAL_SLIDING, _modules.AttentionType.GLOBAL

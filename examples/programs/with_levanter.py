@@ -18,8 +18,8 @@ from haliax.nn.scan import Stacked
 import df11_jax
 
 warnings.simplefilter("ignore")  # of the many packages that levanter imports
-from levanter.layers.attention import AttentionMask  # noqa: E402
-from levanter.models.llama import LlamaConfig, LlamaLMHeadModel  # noqa: E402
+from levanter.layers.attention import AttentionMask
+from levanter.models.llama import LlamaConfig, LlamaLMHeadModel
 
 CONFIG = LlamaConfig(
     seq_len=32,

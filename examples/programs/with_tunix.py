@@ -27,8 +27,8 @@ import df11_jax.nnx
 from df11_jax.orbax import DF11CheckpointHandler, DF11Restore
 
 warnings.simplefilter("ignore")  # of the many packages that Tunix imports
-from tunix.models.qwen3 import model as qwen3  # noqa: E402
-from tunix.sft.checkpoint_manager import CheckpointManager  # noqa: E402
+from tunix.models.qwen3 import model as qwen3
+from tunix.sft.checkpoint_manager import CheckpointManager
 
 CONFIG = qwen3.ModelConfig(
     num_layers=2,
