@@ -109,7 +109,9 @@ def compress_params(
 
     A leaf stays as it is if it is not bfloat16 (but see `cast`), is left out by one of the
     arguments, is compressed already, would not get smaller, or has more than 8 dimensions besides
-    its stack axis, which the format cannot hold (`compress` of such an array raises).
+    its stack axis, which the format cannot hold (`compress` of such an array raises). So does an
+    optimizer's state, which is below `opt_state` in a train state. Around leaves that change, a
+    box of Flax, such as `nn.Partitioned`, is taken off.
 
     With `like`, each leaf gets the shapes of the leaf there instead: so that programs that were
     compiled for one checkpoint take another one of the same model.

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.12"
-# dependencies = ["df11_jax", "flax==0.12.12", "jax==0.12.0.1"]
+# dependencies = ["df11_jax", "flax==0.12.12", "jax==0.12.0.1", "pillow"]
 # [tool.programs]
 # # It asks for a version of jax that is too old for df11_jax, and runs on newer ones.
 # without-dependencies = [

@@ -1,7 +1,8 @@
 # /// script
 # requires-python = ">=3.12"
 # dependencies = [
-#   "df11_jax", "levanter==1.2.dev1644", "haliax==1.4.dev453", "equinox==0.13.8", "jax==0.12.0.1",
+#   "df11_jax", "levanter==1.2.dev1644", "haliax==1.4.dev453", "equinox==0.13.8", "jax==0.9.2",
+#   "jaxlib==0.9.2", "chex", "GitPython",
 # ]
 # ///
 """levanter: its Llama, whose fold over layers is replaced by scan_blocks."""
