@@ -61,14 +61,15 @@ def run(example, environment, wheel):
     metadata = read_metadata(example)
     python = environment / "bin" / "python"
     if not python.exists():
-        venv.create(environment, with_pip=True, upgrade_deps=True)
+        venv.create(environment, with_pip=True)
     requirements = [
         f"{requirement} @ {wheel.as_uri()}" if requirement.startswith("df11_jax") else requirement
         for requirement in metadata["dependencies"]
     ]
     alone = metadata.get("tool", {}).get("programs", {}).get("without-dependencies", [])
     # A wheel of the same version does not take the place of an older one without being told to.
-    for options in (requirements, ["--force-reinstall", "--no-deps", wheel, *alone]):
+    replaced = ["--force-reinstall", "--no-deps", wheel, *alone]
+    for options in (["--upgrade", "pip"], requirements, replaced):
         if call(python, "-m", "pip", "install", "--disable-pip-version-check", *options).returncode:
             return "NOT RUN: its environment could not be made, for the reason above"
     finished = call(python, example, cwd=environment)
