@@ -170,7 +170,6 @@ def compress_params(
             float16, which Flax makes by default; `include` or `stacked` is found in no path; there
             are arrays of other libraries, such as torch's.
     """
-    structure = None
     if like is not None:
         structure = jax.tree.structure(like, is_leaf=is_df11)
         params, like = open_boxes(params), open_boxes(like)
@@ -222,8 +221,9 @@ def compress_params(
         before if after is array else after
         for (_, before), (_, array), after in zip(with_paths, named, leaves, strict=True)
     ]
-    tree = jax.tree.unflatten(structure or treedef, kept)
-    return tree if structure else open_boxes(tree, selection.takes_out_of_box)
+    if like is not None:
+        return jax.tree.unflatten(structure, kept)
+    return open_boxes(jax.tree.unflatten(treedef, kept), selection.takes_out_of_box)
 
 
 def compress_leaves(

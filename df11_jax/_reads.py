@@ -5,12 +5,12 @@ among what the module's parameters read as.
 """
 
 import weakref
-from typing import Any
 
 import jax
 import jax.extend
 from jaxtyping import Array
 
+from df11_jax import _layout
 from df11_jax._slices import Compressed, decode_stacks
 
 # `jax.core` has it in versions before 0.10.
@@ -22,10 +22,10 @@ get_trace_state = getattr(jax.extend.core, "get_opaque_trace_state", None) or (
 class _Source:
     """What was read, and in which trace; nothing of it is kept alive for this."""
 
-    def __init__(self, payload: tuple[Array, ...]) -> None:
-        self._hash = hash(tuple(map(id, payload)))
-        self._parts = tuple(map(weakref.ref, payload))
-        self._trace = get_trace_state()
+    def __init__(self, array: Compressed) -> None:
+        self._hash = hash(tuple(map(id, array.payload)))
+        self._parts = tuple(map(weakref.ref, array.payload))
+        self._others = (array.layout, get_trace_state())
 
     def __hash__(self) -> int:
         return self._hash
@@ -35,7 +35,7 @@ class _Source:
             return NotImplemented
         pairs = zip(self._parts, other._parts, strict=True)
         same = all(mine() is theirs() is not None for mine, theirs in pairs)
-        return same and self._trace == other._trace
+        return same and self._others == other._others
 
 
 _living: weakref.WeakValueDictionary[_Source, Array] = weakref.WeakValueDictionary()
@@ -49,12 +49,12 @@ def read(array: Compressed) -> Array:
     Raises:
         ValueError: its arrays do not fit each other.
     """
-    source: Any = _Source(array.payload)
+    source = _Source(array)
     found = _living.get(source)
     if found is not None and (isinstance(found, jax.core.Tracer) or not found.is_deleted()):
         return found
     try:
-        weights = decode_stacks([array], ["tensor"])[0]
+        _layout.check_payload(array.payload, array.layout, "tensor")
     except ValueError as error:
         error.add_note(
             "df11_jax: the arrays inside of a compressed parameter are not as they were. If the "
@@ -62,5 +62,5 @@ def read(array: Compressed) -> Array:
             "(MaxText: param_scan_axis=0)"
         )
         raise
-    _living[source] = weights
+    weights = _living[source] = decode_stacks([array], ["tensor"])[0]
     return weights
