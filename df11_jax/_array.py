@@ -16,6 +16,7 @@ from df11_jax import _layout, _parts
 from df11_jax._array_operators import ArrayOperators
 from df11_jax._host_arrays import BFLOAT16
 from df11_jax._layout import Layout
+from df11_jax._reads import read
 from df11_jax._slices import decode_stacks
 
 
@@ -169,7 +170,7 @@ class DF11Array(ArrayOperators):
                 "being told to. df11_jax.scan_blocks(block, x, params) gives the weights of one "
                 "block after the other, a[i] is one slice, df11_jax.decompress(a) is all of it"
             )
-        return self.unbox()
+        return decode_stacks([self], ["tensor"])[0]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         raise TypeError(
@@ -182,7 +183,7 @@ class DF11Array(ArrayOperators):
 
     def unbox(self) -> BFloat16[Array, "..."]:
         """The decompressed tensor."""
-        return decode_stacks([self], ["tensor"])[0]
+        return read(self)
 
     def replace_boxed(self, value: Any) -> Any:
         """The value itself: whatever takes the place of the tensor is not compressed."""

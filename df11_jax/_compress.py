@@ -14,6 +14,7 @@ from jaxtyping import Array, BFloat16, PyTree
 
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._decode import path_name
+from df11_jax._flax import open_boxes
 from df11_jax._host_arrays import BFLOAT16, to_host
 from df11_jax._host_codec import encode
 from df11_jax._identity import identity
@@ -114,7 +115,9 @@ def compress_params(
 
     A leaf stays as it is if it is not bfloat16 (but see `cast`), is left out by one of the
     arguments, is compressed already, would not get smaller, or has more than 8 dimensions besides
-    its stack axis, which the format cannot hold (`compress` of such an array raises).
+    its stack axis, which the format cannot hold (`compress` of such an array raises). So does an
+    optimizer's state, which is below `opt_state` in a train state. Around leaves that change, a
+    box of Flax, such as `nn.Partitioned`, is taken off.
 
     With `like`, each leaf gets the shapes of the leaf there instead: so that programs that were
     compiled for one checkpoint take another one of the same model.
@@ -182,6 +185,9 @@ def compress_params(
             float16, which Flax makes by default; `include` or `stacked` is found in no path; there
             are arrays of other libraries, such as torch's.
     """
+    if like is not None:
+        structure = jax.tree.structure(like, is_leaf=is_df11)
+        params, like = open_boxes(params), open_boxes(like)
     with_paths, treedef = jax.tree.flatten_with_path(params, is_leaf=is_df11)
     named = [(path_name(path), as_array(leaf)) for path, leaf in with_paths]
     if any(
@@ -233,7 +239,9 @@ def compress_params(
         before if after is array else after
         for (_, before), (_, array), after in zip(with_paths, named, leaves, strict=True)
     ]
-    return jax.tree.unflatten(treedef, kept)
+    if like is not None:
+        return jax.tree.unflatten(structure, kept)
+    return open_boxes(jax.tree.unflatten(treedef, kept), selection.takes_out_of_box)
 
 
 def compress_leaves(

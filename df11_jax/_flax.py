@@ -1,4 +1,4 @@
-"""`DF11Array` in Flax, which knows classes only once they are registered with it.
+"""`DF11Array` in Flax, which knows classes only once they are registered with it; Flax's boxes.
 
 Importing df11_jax does not import Flax, and Flax asks nothing of an object that it does not know.
 So the class is registered when modules of Flax are imported, be it before df11_jax or after.
@@ -7,13 +7,46 @@ So the class is registered when modules of Flax are imported, be it before df11_
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
+import jax
+from jaxtyping import PyTree
+
 from df11_jax import _layout
-from df11_jax._array import DF11Array
+from df11_jax._array import DF11Array, is_df11
 from df11_jax._brief import brief
+from df11_jax._decode import path_name
+
+
+def open_boxes(tree: PyTree, is_opened: Callable[[str, Any], bool] | None = None) -> PyTree:
+    """The tree without Flax's boxes, which say how a leaf of linen's is sharded, around leaves.
+
+    What is in a box is an array to Flax: it shards it, and an nnx module in a linen one takes it
+    for the value of a parameter. A compressed leaf stands for itself.
+
+    Args:
+        tree: a pytree.
+        is_opened: a function of the path of a leaf and the leaf; None for all leaves.
+    """
+    meta = sys.modules.get("flax.core.meta")  # without it, there are no boxes
+    if meta is None:
+        return tree
+
+    def open_box(path: tuple[Any, ...], node: Any) -> Any:
+        if is_df11(node) or not isinstance(node, meta.AxisMetadata):
+            return node
+        leaves = jax.tree.leaves_with_path(node, is_leaf=is_df11)
+        if len(leaves) != 1:
+            return node
+        ((inner, leaf),) = leaves
+        is_wanted = is_opened is None or is_opened(path_name((*path, *inner)), leaf)
+        return leaf if is_wanted else node
+
+    return jax.tree.map_with_path(
+        open_box, tree, is_leaf=lambda node: isinstance(node, meta.AxisMetadata)
+    )
 
 
 class _AtImport(importlib.abc.MetaPathFinder):

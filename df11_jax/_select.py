@@ -22,6 +22,10 @@ from df11_jax._units import format_bytes
 
 _CASTABLE = (np.dtype(np.float32), np.dtype(np.float16))
 
+# What an optimizer has for each weight, in a train state of Flax's or MaxText's: it changes with
+# every step, and is left as it is.
+_OPTIMIZER_STATE = re.compile(r"(^|/)opt_state(/|$)")
+
 # Below this size, a leaf saves less than its table takes.
 MIN_SIZE = 16384
 
@@ -125,7 +129,7 @@ class Selection:
     def stack_of(self, path: str) -> str | None:
         """The stack that a leaf is of: its path as far as `stacked` is found; None for no stack."""
         found = self.stacked.search(path) if self.stacked is not None else None
-        if found is None:
+        if found is None or _OPTIMIZER_STATE.search(path):
             return None
         end = path.find("/", max(found.start(), found.end() - 1))
         if end < 0:  # the pattern goes on to the name of the leaf, which is no stack by itself
@@ -139,6 +143,10 @@ class Selection:
     def moves(self, path: str, leaf: Any) -> bool:
         """Whether a leaf is an array with a stack axis that is not in front."""
         return bool(self.stack_axis and self.stack_axes(path) and plain_shape(leaf))
+
+    def takes_out_of_box(self, path: str, leaf: Any) -> bool:
+        """Whether a leaf that came of compression is no longer what a box of Flax says of it."""
+        return is_df11(leaf) or self.moves(path, leaf)
 
     def to_front(self, path: str, leaf: Any) -> Any:
         """An array with its stack axis in front; any other leaf as it is."""
@@ -206,13 +214,17 @@ class Selection:
 
     def admits(self, path: str, shape: Sequence[int], dtype: Any) -> bool:
         """Whether a leaf is one of them by all that does not need its elements."""
-        return is_candidate(
-            shape,
-            dtype,
-            stack_axes=self.stack_axes(path),
-            min_size=self.min_size,
-            cast=self.cast,
-        ) and (self.include is None or self.include.search(path) is not None)
+        return (
+            is_candidate(
+                shape,
+                dtype,
+                stack_axes=self.stack_axes(path),
+                min_size=self.min_size,
+                cast=self.cast,
+            )
+            and (self.include is None or self.include.search(path) is not None)
+            and _OPTIMIZER_STATE.search(path) is None
+        )
 
     def has(self, path: str, leaf: Any) -> bool:
         """Whether a leaf is one of them."""

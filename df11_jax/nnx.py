@@ -8,12 +8,14 @@ function the dense weights are temporary.
 import dataclasses
 import functools
 import importlib.util
-from collections.abc import Callable, Hashable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 if importlib.util.find_spec("flax") is None:
     raise ImportError('df11_jax.nnx needs flax. Install with: pip install "df11_jax[flax]"')
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +26,14 @@ from df11_jax._array import DF11Array, is_df11
 from df11_jax._compress import align_layers, compress_leaf
 from df11_jax._identity import identity
 from df11_jax._leaves import plain_shape
+from df11_jax._reads import read
 from df11_jax._select import MIN_SIZE, Selection
+
+if "graph" not in inspect.signature(nnx.iter_graph).parameters:
+    raise ImportError(
+        f"df11_jax.nnx needs flax 0.12.5 or newer, found {flax.__version__}: pip install --upgrade "
+        "flax. df11_jax.linen does with this one"
+    )
 
 __all__ = ["CompressedParam", "compress", "decompress"]
 
@@ -47,9 +56,7 @@ class CompressedParam(nnx.Param[Any]):
             _check_is_weights(raw)
             # Parameters of an abstract model read as shapes, as plain ones do.
             is_abstract = isinstance(raw.header, jax.ShapeDtypeStruct)
-            weights = (
-                jax.eval_shape(_decode.decompress, raw) if is_abstract else _decode.decompress(raw)
-            )
+            weights = jax.eval_shape(_decode.decompress, raw) if is_abstract else read(raw)
             return self.copy(weights).get_value(**index)
         return super().get_value(**index)
 
@@ -111,7 +118,8 @@ def compress(
 
     Each `nnx.Param` that gains from it becomes a `CompressedParam`, wherever the model refers to
     it; so does one that was given a `DF11Array`, by `nnx.update` for instance. All others are left
-    as they are, and so are adapters (`nnx.LoRAParam`), which are there to be trained. If this is
+    as they are, and so are adapters (`nnx.LoRAParam`), which are there to be trained, and what is
+    nested in an object of another library, such as the scales of a quantized weight. If this is
     interrupted, the remaining ones are left as well. Parameters that hold one array are compressed
     together, and then hold one `DF11Array`.
 
@@ -143,10 +151,11 @@ def compress(
     selection = Selection.from_options(
         include=include, stacked=stacked, predicate=predicate, min_size=min_size, cast=cast
     )
+    nodes = dict(nnx.iter_graph(model, graph=True))
     params = [
         ("/".join(map(str, path)), param)
-        for path, param in nnx.iter_graph(model, graph=True)
-        if isinstance(param, nnx.Param)
+        for path, param in nodes.items()
+        if isinstance(param, nnx.Param) and _is_of_module(path, nodes)
     ]
     # Adapters have shapes of their own.
     shapes = [
@@ -197,6 +206,18 @@ def decompress(model: Any) -> None:
             value = decoded[key]
         param.__class__ = _plain_type(type(param))  # type: ignore[assignment]
         param.set_raw_value(value)
+
+
+def _is_of_module(path: tuple[Any, ...], nodes: Mapping[tuple[Any, ...], Any]) -> bool:
+    """Whether a module, or a list or dict, has the parameter at a path.
+
+    Whatever else has parameters, such as a quantized weight, may take their raw values for arrays.
+    """
+    while path:
+        path = path[:-1]
+        if not isinstance(nodes[path], (Mapping, list, tuple)):
+            return isinstance(nodes[path], nnx.Pytree)
+    return True
 
 
 def _compress_tied(

@@ -2,11 +2,22 @@ import runpy
 
 import pytest
 from compiling import ROOT
+from programs import read_metadata
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+PROGRAMS = sorted((ROOT / "examples" / "programs").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_runs(path, capsys):
     runpy.run_path(str(path), run_name="__main__")
     assert "the same" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_programs_say_what_they_need(path):
+    # `tools/programs.py` runs them, each in an environment of its own.
+    requirements = read_metadata(path)["dependencies"]
+    assert requirements[0].partition("[")[0] == "df11_jax"
+    assert any("==" in requirement for requirement in requirements)
+    assert f"examples/programs/{path.name}" in (ROOT / "docs" / "programs.md").read_text()

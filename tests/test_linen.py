@@ -27,9 +27,9 @@ from linen_models import (
     init,
     make,
 )
-from payloads import assert_same_bits
+from payloads import assert_same_bits, random_weights
 
-from df11_jax import compress, compress_params, size_report
+from df11_jax import DF11Array, compress, compress_params, size_report
 from df11_jax.linen import compressed, scan
 
 styles = pytest.mark.parametrize("block", [Compact, Setup])
@@ -233,11 +233,40 @@ def test_partitioned_parameters(tokens):
     x = jnp.ones((2, WIDTH), jnp.bfloat16)
     plain_model = nn.scan(Layer, **options)()
     plain = plain_model.init(jax.random.key(0), x, None)
+    assert plain["params"]["dense"]["kernel"].names == ("layers", "in", "out")
     variables = compress_params(plain, stacked=".")
-    assert variables["params"]["dense"]["kernel"].names == ("layers", "in", "out")
+    assert isinstance(variables["params"]["dense"]["kernel"], DF11Array)
     expected = jax.jit(plain_model.apply)(plain, x, None)[0]
-    for model in (scan(Layer, **options)(), nn.scan(compressed(Layer), **options)()):
-        assert_same_bits(jax.jit(model.apply)(variables, x, None)[0], expected)
+    for layers in (scan(Layer, **options), nn.scan(compressed(Layer), **options)):
+        assert_same_bits(jax.jit(layers().apply)(variables, x, None)[0], expected)
+
+
+def test_compressed_leaves_are_in_no_box():
+    def boxed(names, *shape):
+        return nn.LogicallyPartitioned(random_weights(shape), names=names)
+
+    params = {
+        "layers": {
+            "kernel": boxed(("in", "layers", "out"), 128, 3, 64),
+            "scale": boxed(("in", "layers"), 128, 3),
+        },
+        "norm": boxed(("in",), 128),
+        "twice": nn.Partitioned(boxed(("in", "out"), 128, 128), names=("in", "out")),
+    }
+    options = {"stacked": "^layers/", "stack_axis": 1}
+    small = compress_params(params, **options)
+    # So is what compression moves, for its box names axes in the order that they had.
+    assert isinstance(small["layers"]["kernel"], DF11Array)
+    assert isinstance(small["twice"], DF11Array)
+    assert small["layers"]["scale"].shape == (3, 128)
+    assert small["norm"].names == ("in",) and small["norm"].value is params["norm"].value
+    kept = compress_params(params, include="norm")
+    assert jax.tree.structure(kept) == jax.tree.structure(params)
+    unboxed = nn.unbox(params)
+    front = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), params["layers"])
+    again = compress_params(params | {"layers": front}, like=small)
+    assert jax.tree.structure(again) == jax.tree.structure(small)
+    assert_same_bits(again["twice"].unbox(), unboxed["twice"])
 
 
 def test_partitioned_parameters_on_a_mesh():
@@ -251,7 +280,7 @@ def test_partitioned_parameters_on_a_mesh():
         plain = nn.Dense(WIDTH, **options).init(jax.random.key(0), x)
         expected = jax.jit(nn.Dense(WIDTH, **options).apply)(plain, x)
         for dense, variables in (
-            (nn.Dense, compress_params(nn.unbox(plain))),
+            (nn.Dense, compress_params(plain)),
             (compressed(nn.Dense), compress_params(plain)),
         ):
             assert_same_bits(jax.jit(dense(WIDTH, **options).apply)(variables, x), expected)

@@ -239,3 +239,15 @@ def test_stacks_that_have_been_moved_already():
     with pytest.raises(ValueError, match=message):
         compress_params(small, stacked="layers/", stack_axis=1)
     assert compress_params(small, stacked="layers/")["layers"]["b"].shape == (3, 256)
+
+
+def test_an_optimizer_state_stays_as_it_is():
+    def weights(seed):
+        return {"layers": {"kernel": random_weights((128, 3, 128), seed)}}
+
+    state = {"params": weights(0), "opt_state": [{"mu": weights(1)}, {}], "step": 3}
+    options = {"stacked": "layers/", "stack_axis": 1}
+    small = compress_params(state, **options)
+    assert small["params"]["layers"]["kernel"].stack_shape == (3,)
+    moments = small["opt_state"][0]["mu"]["layers"]["kernel"]
+    assert moments is state["opt_state"][0]["mu"]["layers"]["kernel"]

@@ -68,7 +68,8 @@ class DF11Restore(ocp.args.CheckpointArgs):
         compress: arguments of `compress_params`, such as `{"stacked": "^layers/"}`, or `{}`, to
             compress plain leaves as they are read, a few at a time; None to leave them as they are.
             This works with plain checkpoints of Orbax, too. `"stack_axis": 1` brings the stack axis
-            to the front as leaves are read; a target then has plain leaves, shaped as stored.
+            to the front as leaves are read; a target then has plain leaves, shaped as stored. Of a
+            train state, the optimizer's state, below `opt_state`, stays as it is.
         decompress: whether to decompress all leaves as they are read, a few at a time.
         verify: whether to check the checksum of each leaf.
         partial_restore: whether to restore only the leaves that are in the target.

@@ -17,6 +17,7 @@ from df11_jax._brief import brief
 from df11_jax._compress import align_layers, compress_as, compress_leaves, compress_onto
 from df11_jax._decode import decompress_params
 from df11_jax._files import crc32
+from df11_jax._flax import open_boxes
 from df11_jax._host_arrays import cpu_device, to_host
 from df11_jax._placement import divided_as, payload_sharding
 from df11_jax._select import Selection
@@ -57,7 +58,8 @@ def restore(stored: StoredItem, args: DF11Restore) -> PyTree:
             align_layers(paths, ordered)
     if args.item is None:
         return stored.manifest.unflatten(ordered)
-    return jax.tree.unflatten(jax.tree.structure(args.item, is_leaf=is_df11), ordered)
+    restored = jax.tree.unflatten(jax.tree.structure(args.item, is_leaf=is_df11), ordered)
+    return restored if args.compress is None else open_boxes(restored, selection.takes_out_of_box)
 
 
 def read_leaf(stored: StoredItem, leaf: StoredLeaf) -> Any:

@@ -1,5 +1,6 @@
 """Layers along another axis than the first, brought to the front as leaves are read or saved."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,3 +117,19 @@ def test_what_are_no_arguments(made):
         made({"like": {}})
     with pytest.raises(ValueError, match="is not a regular expression"):
         made({"stacked": "("})
+
+
+def test_of_a_train_state_the_parameters_are_compressed(tmp_path):
+    weights = {"layers": {"up": random_weights((128, 3, 192))}}
+    state = {"params": weights, "opt_state": {"mu": weights}}
+    save_plain(tmp_path / "x", state)
+    options = {"stacked": "layers/", "stack_axis": 1}
+    small = df11_jax.compress_params(state, **options)
+    assert_same_tree(restore(tmp_path / "x", compress=options), small)
+    assert small["opt_state"]["mu"]["layers"]["up"].shape == (128, 3, 192)
+    # Boxes of a target are gone where compression moves axes.
+    boxed = jax.tree.map(lambda a: nn.LogicallyPartitioned(a, ("in", "layers", "out")), state)
+    save_plain(tmp_path / "boxed", boxed)
+    target = abstract({"params": boxed["params"]})
+    part = restore(tmp_path / "boxed", target, compress=options, partial_restore=True)
+    assert_same_tree(part, {"params": small["params"]})
