@@ -53,7 +53,7 @@ class Config:
         family: `model_type`, as Hugging Face calls it.
         vocab: number of tokens.
         dim: size of activations between blocks.
-        hidden: size of activations within the MLP.
+        hidden: size of activations within the MLP, or within each expert.
         layers: number of blocks.
         heads: number of query heads.
         kv_heads: number of key-value heads; consecutive query heads share one.
@@ -76,6 +76,12 @@ class Config:
         attention_softcap: the c of c tanh(x / c), which caps scores; None for no cap.
         logit_softcap: the same for logits.
         tied: the output head is the embedding.
+        experts: the number of experts that take the place of the MLP; 0 for an MLP.
+        experts_per_token: the number of experts that each token chooses.
+        norm_experts: the probabilities of the experts that a token chooses are divided by their
+            sum.
+        shared_hidden: size of activations within the expert that all tokens have beside those that
+            they choose; 0 if there is none.
         dtype: the dtype of activations and of the key-value cache; weights are cast to it.
         exact: products of compressed weights are those of plain ones, bit for bit: a block is
             decompressed first. Otherwise a GPU may fuse the two; see `df11_jax.dot`.
@@ -109,6 +115,10 @@ class Config:
     attention_softcap: float | None
     logit_softcap: float | None
     tied: bool
+    experts: int = 0
+    experts_per_token: int = 0
+    norm_experts: bool = False
+    shared_hidden: int = 0
     dtype: Any = jnp.bfloat16
     exact: bool = False
     axis: str | None = None

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 from df11_jax._array import DF11Array, DF11Slice
 from df11_jax._product import can_fuse, dot
 from df11_jax._scan import scan_range, stack_length
-from df11_jax.models import _attention, _cache, _collectives, _rope
+from df11_jax.models import _attention, _cache, _collectives, _experts, _rope
 from df11_jax.models._attention import softcap
 from df11_jax.models._cache import Cache, Inputs, Slots
 from df11_jax.models._config import Config
@@ -89,10 +89,37 @@ class MLP(nn.Module):
         c = self.config
         features = {"gate_proj": c.hidden, "up_proj": c.hidden}
         gate, up = _multiply(self, x, features, c.mlp_bias)
-        gate = nn.silu(gate) if c.activation == "silu" else nn.gelu(gate, approximate=True)
         sum_up = _collectives.summing_dot_general(c.axis)
-        (down,) = _multiply(self, gate * up, {"down_proj": c.dim}, c.mlp_bias, sum_up)
+        (down,) = _multiply(self, _experts.activate(gate, c) * up, {"down_proj": c.dim}, c.mlp_bias, sum_up)
         return down
+
+
+class Mixture(nn.Module):
+    """Experts of which each token has a few; and one that all have, if the model has such a one."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch seq dim"]) -> Float[Array, "batch seq dim"]:
+        """Maps each position by itself."""
+        c = self.config
+
+        def gate(name: str, size: int) -> Array:
+            return nn.Dense(size, use_bias=False, dtype=jnp.float32, name=name)(x)
+
+        if self.is_initializing():
+            self.param(_experts.EXPERTS, lambda _: _experts.init_kernels(c))
+            mapped = x.astype(jnp.float32)
+            gate("gate", c.experts)
+        else:
+            layer = _experts.layer_experts(self.get_variable("params", _experts.EXPERTS))
+            logits = gate("gate", c.experts).reshape(-1, c.experts)
+            mapped = _experts.experts(x.reshape(-1, c.dim), logits, layer, c).reshape(x.shape)
+            mapped = _collectives.sum_up(mapped, c.axis)
+        if c.shared_hidden:
+            shared = MLP(dataclasses.replace(c, hidden=c.shared_hidden), name="shared_expert")(x)
+            mapped += nn.sigmoid(gate("shared_expert_gate", 1)) * shared
+        return mapped.astype(x.dtype)
 
 
 class Block(nn.Module):
@@ -119,7 +146,8 @@ class Block(nn.Module):
         if c.post_norms:
             mixed = norm("post_attention_layernorm", mixed)
         x = x + mixed
-        mapped = MLP(c, name="mlp")(norm(before_mlp, x))
+        mlp = Mixture(c, name="mlp") if c.experts else MLP(c, name="mlp")
+        mapped = mlp(norm(before_mlp, x))
         if c.post_norms:
             mapped = norm("post_feedforward_layernorm", mapped)
         return x + mapped, slots
@@ -169,7 +197,7 @@ def forward(
         # Rounded, as when the models were trained: 55.5 for the square root of 3072.
         x = x * jnp.asarray(c.embedding_scale, c.dtype)
     carry = x, cache
-    carry = _scan_layers(params["layers"], carry, inputs, c, range(on_device), lambda block: block)
+    carry = _scan_layers(params["layers"], carry, inputs, c, range(on_device))
     if in_host_memory:
         fetch = functools.partial(jax.device_put, device=jax.memory.Space.Device)
         layers = range(on_device, c.layers)
@@ -184,8 +212,10 @@ def _count_layers(params: Params, config: Config) -> tuple[int, int]:
     Raises:
         ValueError: the configuration says another number of layers.
     """
-    on_device = stack_length(params["layers"])
-    in_host_memory = stack_length(params["host_layers"]) if "host_layers" in params else 0
+    on_device, in_host_memory = (
+        stack_length(_experts.take_experts(params[name])[0]) if name in params else 0
+        for name in ("layers", "host_layers")
+    )
     if on_device + in_host_memory != config.layers:
         raise ValueError(
             f"params have {on_device} layers, and {in_host_memory} in host memory, expected "
@@ -200,7 +230,7 @@ def _scan_layers(
     inputs: Mapping[LayerType, Inputs],
     config: Config,
     layers: range,
-    fetch: Callable[[Params], Params],
+    fetch: Callable[[Params], Params] | None = None,
 ) -> tuple[Array, Cache]:
     """Applies the blocks of a stack, one after the other.
 
@@ -210,12 +240,16 @@ def _scan_layers(
         inputs: the inputs of the blocks of each type.
         config: the configuration of the transformer.
         layers: the indices of these layers among all layers of the transformer.
-        fetch: a function that copies the parameters of one block to the device.
+        fetch: a function that copies the parameters of one block to the device, with all of its
+            experts; None if they are there.
 
     Returns:
         The activations after the last block, and the cache with the slots of these layers filled.
     """
     block, types = Block(config), layer_types(config)
+    experts = None
+    if fetch is None:
+        stack, experts = _experts.take_experts(stack)
     rows = math.prod(carry[0].shape[:-1])
 
     # Where no product can be fused, because there are many rows or because of the GPUs that are
@@ -231,7 +265,11 @@ def _scan_layers(
         first, x, cache = carry
 
         def block_fn(carry: Any, block_params: Params, index: Array) -> Any:
-            variables = {"params": fetch(block_params)}
+            if fetch is not None:
+                block_params = fetch(block_params)
+            if experts is not None:
+                block_params = _experts.put_experts(block_params, experts, index)
+            variables = {"params": block_params}
             return block.apply(variables, *carry, inputs[type_], number + index - first)
 
         carry = x, cache.of(type_)
