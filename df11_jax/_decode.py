@@ -78,7 +78,11 @@ def decompress_params(params: PyTree) -> PyTree:
     groups: dict[Hashable, dict[Hashable, tuple[str, Any]]] = {}
     for (path, leaf), own in zip(with_paths, identities, strict=True):
         if own is not None:
-            key = leaf.stack_shape if is_df11(leaf) else (identity(leaf.index), leaf.stack.stack_shape)
+            key = (
+                leaf.stack_shape
+                if is_df11(leaf)
+                else (identity(leaf.index), leaf.stack.stack_shape)
+            )
             groups.setdefault(key, {}).setdefault(own, (path_name(path), leaf))
     weights: dict[Hashable, Array] = {}
     for members in groups.values():

@@ -16,7 +16,7 @@ def identity(leaf: Any) -> Hashable:
 
     Args:
         leaf: a JAX array, traced or not; a numpy array; a compressed tensor, which is one with
-            those of the same five arrays, or slices of one at the same index; or anything else, such
+            those of the same five arrays; slices of one, at the same index; or anything else, such
             as a shape, which is one with nothing.
     """
     if is_df11(leaf):

@@ -46,6 +46,24 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """A mixture of experts, each of them an MLP.
+
+    Attributes:
+        count: number of experts; 0 if there is no mixture, but a single MLP.
+        per_token: number of experts that each token chooses.
+        normed: the probabilities of the experts that a token chooses are divided by their sum.
+        shared_hidden: size of activations within the expert that all tokens have beside those that
+            they choose; 0 if there is none.
+    """
+
+    count: int = 0
+    per_token: int = 0
+    normed: bool = False
+    shared_hidden: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """The configuration of a transformer.
 
@@ -76,12 +94,7 @@ class Config:
         attention_softcap: the c of c tanh(x / c), which caps scores; None for no cap.
         logit_softcap: the same for logits.
         tied: the output head is the embedding.
-        experts: the number of experts that take the place of the MLP; 0 for an MLP.
-        experts_per_token: the number of experts that each token chooses.
-        norm_experts: the probabilities of the experts that a token chooses are divided by their
-            sum.
-        shared_hidden: size of activations within the expert that all tokens have beside those that
-            they choose; 0 if there is none.
+        experts: the experts that take the place of the MLP, if there are some.
         dtype: the dtype of activations and of the key-value cache; weights are cast to it.
         exact: products of compressed weights are those of plain ones, bit for bit: a block is
             decompressed first. Otherwise a GPU may fuse the two; see `df11_jax.dot`.
@@ -115,10 +128,7 @@ class Config:
     attention_softcap: float | None
     logit_softcap: float | None
     tied: bool
-    experts: int = 0
-    experts_per_token: int = 0
-    norm_experts: bool = False
-    shared_hidden: int = 0
+    experts: Experts = Experts()
     dtype: Any = jnp.bfloat16
     exact: bool = False
     axis: str | None = None

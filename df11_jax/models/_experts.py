@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from df11_jax._array import DF11Slice, is_df11
 from df11_jax._decode import decompress_params
 from df11_jax._product import can_fuse, dot
+from df11_jax.models import _collectives
 from df11_jax.models._config import Config
 
 # The name of the experts' weights in the parameters of a block, and of what chooses experts.
@@ -30,7 +31,7 @@ EXPERTS = "experts"
 ROUTERS = frozenset({"gate", "shared_expert_gate"})
 
 # Bytes of decompressed experts at a time, if one token does not choose more.
-GROUP_BYTES = 256 * 2**20
+GROUP_BYTES = 512 * 2**20
 # An expert has room for as many rows at least, so that few of them need not come again.
 _LEAST_ROWS = 32
 
@@ -74,6 +75,36 @@ class LayerExperts:
         return jax.tree.map(pick, self.matrices, is_leaf=is_df11)
 
 
+class Mixture(nn.Module):
+    """Experts of which each token has a few; and one that all have, if the model has such a one.
+
+    Attributes:
+        config: the configuration of the transformer.
+        shared_expert: the MLP that all tokens have.
+    """
+
+    config: Config
+    shared_expert: nn.Module | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch seq dim"]) -> Float[Array, "batch seq dim"]:
+        """Maps each position by itself."""
+        c = self.config
+
+        def gate(name: str, size: int) -> Array:
+            return nn.Dense(size, use_bias=False, dtype=jnp.float32, name=name)(x)
+
+        logits = gate("gate", c.experts.count).reshape(-1, c.experts.count)
+        if self.is_initializing():
+            self.param(EXPERTS, lambda _: _init_kernels(c))
+        weights: Any = self.get_variable("params", EXPERTS)
+        mapped = experts(x.reshape(-1, c.dim), logits, _layer_experts(weights), c)
+        mapped = _collectives.sum_up(mapped.reshape(x.shape), c.axis)
+        if self.shared_expert is not None:
+            mapped += nn.sigmoid(gate("shared_expert_gate", 1)) * self.shared_expert(x)
+        return mapped.astype(x.dtype)
+
+
 def take_experts(stack: Mapping[str, Any]) -> tuple[dict[str, Any], Matrices | None]:
     """The parameters of all blocks without their experts, and the experts, if there are some."""
     mlp = dict(stack["mlp"])
@@ -88,14 +119,14 @@ def put_experts(
     return {**block, "mlp": {**block["mlp"], EXPERTS: LayerExperts(experts, layer)}}
 
 
-def layer_experts(experts: LayerExperts | Matrices) -> LayerExperts:
+def _layer_experts(experts: LayerExperts | Matrices) -> LayerExperts:
     """The experts of a block: from `put_experts`, or kernels [experts, in, out] of its own."""
     if isinstance(experts, LayerExperts):
         return experts
     return LayerExperts(jax.tree.map(lambda kernel: kernel[None], experts), jnp.int32(0))
 
 
-def init_kernels(config: Config) -> Matrices:
+def _init_kernels(config: Config) -> Matrices:
     """Kernels of the experts of a layer, all zeros."""
     c = config
     shapes = {
@@ -104,7 +135,8 @@ def init_kernels(config: Config) -> Matrices:
         "down_proj": (c.hidden, c.dim),
     }
     return {
-        name: {"kernel": jnp.zeros((c.experts, *shape), c.dtype)} for name, shape in shapes.items()
+        name: {"kernel": jnp.zeros((c.experts.count, *shape), c.dtype)}
+        for name, shape in shapes.items()
     }
 
 
@@ -116,15 +148,15 @@ def _nbytes(config: Config) -> int:
 def experts_at_once(config: Config, tokens: int) -> int:
     """The number of experts that are decompressed at a time; groups are as equal as possible."""
     c = config
-    chosen = min(c.experts, tokens * c.experts_per_token)
-    most = max(c.experts_per_token, GROUP_BYTES // _nbytes(c))
+    chosen = min(c.experts.count, tokens * c.experts.per_token)
+    most = max(c.experts.per_token, GROUP_BYTES // _nbytes(c))
     groups = -(-chosen // most)
     return -(-chosen // groups)
 
 
 def rows_at_once(config: Config, tokens: int) -> int:
     """The number of tokens that an expert maps at a time: twice as many as choose it on average."""
-    average = -(-tokens * config.experts_per_token // config.experts)
+    average = -(-tokens * config.experts.per_token // config.experts.count)
     return min(tokens, max(_LEAST_ROWS, 2 * average))
 
 
@@ -137,7 +169,7 @@ def activation_nbytes(config: Config, tokens: int) -> int:
     """The bytes of activations within a mixture of experts."""
     c, width = config, jnp.dtype(config.dtype).itemsize
     rows = experts_at_once(c, tokens) * rows_at_once(c, tokens)
-    return width * (rows * (2 * c.dim + 3 * c.hidden) + tokens * c.experts_per_token * c.dim)
+    return width * (rows * (2 * c.dim + 3 * c.hidden) + tokens * c.experts.per_token * c.dim)
 
 
 def experts(
@@ -158,8 +190,8 @@ def experts(
     Returns:
         The sums, in float32, weighted by the probabilities of the experts.
     """
-    chances, chosen = jax.lax.top_k(jax.nn.softmax(logits), config.experts_per_token)
-    if config.norm_experts:
+    chances, chosen = jax.lax.top_k(jax.nn.softmax(logits), config.experts.per_token)
+    if config.experts.normed:
         chances /= jnp.sum(chances, axis=-1, keepdims=True)
     if len(x) > 1:
         mapped = _map_many(x, chosen, layer, config)
@@ -167,7 +199,7 @@ def experts(
         each = [_map_fused(x, layer.slices(expert), config) for expert in chosen[0]]
         mapped = jnp.stack(each, axis=1)
     else:
-        rows = jnp.broadcast_to(x, (config.experts_per_token, *x.shape))
+        rows = jnp.broadcast_to(x, (config.experts.per_token, *x.shape))
         mapped = jnp.moveaxis(_map(rows, layer.take(chosen[0]), config), 0, 1)
     return jnp.sum(chances[..., None] * mapped.astype(jnp.float32), axis=1)
 
@@ -182,10 +214,10 @@ def _map_many(
     c = config
     tokens, per_token = chosen.shape
     size, rows = experts_at_once(c, tokens), rows_at_once(c, tokens)
-    groups = -(-min(c.experts, chosen.size) // size)
+    groups = -(-min(c.experts.count, chosen.size) // size)
     # Choices are counted through: choice i is of token i // per_token.
     order = jnp.argsort(chosen.reshape(-1))  # those of the same expert one after the other
-    counts = jnp.bincount(chosen.reshape(-1), length=c.experts)
+    counts = jnp.bincount(chosen.reshape(-1), length=c.experts.count)
     (needed,) = jnp.nonzero(counts, size=groups * size, fill_value=-1)
     firsts = (jnp.cumsum(counts) - counts)[needed]
     counts = jnp.where(needed < 0, 0, counts[needed])

@@ -7,7 +7,7 @@ from typing import Any
 
 from df11_jax._brief import brief
 from df11_jax._files.model_config import DEFAULTS, MIXTURES
-from df11_jax.models._config import Config, Rope
+from df11_jax.models._config import Config, Experts, Rope
 from df11_jax.models._rope import rotary_dim
 
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -146,22 +146,24 @@ def _mlp_sizes(f: "_Fields", family: str) -> dict[str, Any]:
     """The fields of `Config` about the MLP, or about the experts that take its place."""
     if family not in MIXTURES:
         return {"hidden": f.size("intermediate_size")}
-    if f.get("mlp_only_layers") not in (None, []) or f.get("decoder_sparse_step") not in (None, 1):
-        raise UnsupportedModelError(
-            f"{f.where}: mlp_only_layers and decoder_sparse_step are not supported, only experts in "
-            "all layers are"
-        )
+    for name, harmless in (("mlp_only_layers", []), ("decoder_sparse_step", 1)):
+        if f.get(name) not in (None, harmless):
+            raise UnsupportedModelError(
+                f"{f.where}: {name} {brief(f.get(name))} is not supported, only mixtures of "
+                "experts in all layers are"
+            )
     mixtral = family == "mixtral"
     # transformers 5 writes what Mixtral calls it, and reads both.
     name = "num_experts" if f.get("num_local_experts") is None else "num_local_experts"
-    experts = f.size(name)
-    return {
-        "hidden": f.size("intermediate_size" if mixtral else "moe_intermediate_size"),
-        "experts": experts,
-        "experts_per_token": f.size("num_experts_per_tok", most=experts),
-        "norm_experts": mixtral or f.flag("norm_topk_prob"),
-        "shared_hidden": f.size("shared_expert_intermediate_size") if "qwen2" in family else 0,
-    }
+    count = f.size(name)
+    experts = Experts(
+        count=count,
+        per_token=f.size("num_experts_per_tok", most=count),
+        normed=mixtral or f.flag("norm_topk_prob"),
+        shared_hidden=f.size("shared_expert_intermediate_size") if family == "qwen2_moe" else 0,
+    )
+    hidden = f.size("intermediate_size" if mixtral else "moe_intermediate_size")
+    return {"hidden": hidden, "experts": experts}
 
 
 def _text_fields(fields: Mapping[str, Any], family: str, where: str) -> Mapping[str, Any]:

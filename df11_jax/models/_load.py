@@ -102,11 +102,11 @@ def load_params(
                 to_come[place.path] -= 1
             bar.update(name, tensor.nbytes)
             del tensor, rows, slices
-            for place in places[name]:
-                if not to_come[place.path]:
+            for path in {place.path for place in places[name]}:
+                if not to_come[path]:
                     # At once, so that the memory of a builder is freed before other leaves are
                     # filled.
-                    params[place.path] = builders.pop(place.path).build(target.of(place.path))
+                    params[path] = builders.pop(path).build(target.of(path))
     return nest(params)
 
 
@@ -165,7 +165,7 @@ def _leaf_shape(place: TensorPlace, config: Config, devices: int) -> tuple[int, 
     if place.layer is None:
         return place.shape
     shards, shape = shard_shape(place.shape, place.path, config, devices)
-    experts = () if place.expert is None else (config.experts,)
+    experts = () if place.expert is None else (config.experts.count,)
     return (shards * config.layers, *experts, *shape[::-1])
 
 
@@ -186,7 +186,7 @@ def _slices(
             shard = transpose(shard, pool) if place.is_kernel else shard
             at = i * config.layers + place.layer
             if place.expert is not None:
-                at = at * config.experts + place.expert
+                at = at * config.experts.count + place.expert
             yield at, shard[None]
 
 

@@ -49,7 +49,8 @@ def shard_config(config: Config, devices: int) -> Config:
     if devices == 1:
         return config
     heads, kv_heads = config.heads, config.kv_heads
-    hidden = math.gcd(config.hidden, config.shared_hidden)
+    shared_hidden = config.experts.shared_hidden
+    hidden = math.gcd(config.hidden, shared_hidden)
 
     def can_share(count: int) -> bool:
         return kv_heads % count == 0 or count % kv_heads == 0
@@ -71,7 +72,7 @@ def shard_config(config: Config, devices: int) -> Config:
         heads=heads // devices,
         kv_heads=kv_heads // _count_parts("k_proj", config, devices),
         hidden=config.hidden // devices,
-        shared_hidden=config.shared_hidden // devices,
+        experts=dataclasses.replace(config.experts, shared_hidden=shared_hidden // devices),
         axis=AXIS,
     )
 

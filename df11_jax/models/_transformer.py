@@ -31,6 +31,7 @@ from df11_jax.models import _attention, _cache, _collectives, _experts, _rope
 from df11_jax.models._attention import softcap
 from df11_jax.models._cache import Cache, Inputs, Slots
 from df11_jax.models._config import Config
+from df11_jax.models._experts import Mixture
 from df11_jax.models._layer_types import LayerType, Number, fold_runs, layer_types
 
 Params = dict[str, Any]
@@ -90,36 +91,10 @@ class MLP(nn.Module):
         features = {"gate_proj": c.hidden, "up_proj": c.hidden}
         gate, up = _multiply(self, x, features, c.mlp_bias)
         sum_up = _collectives.summing_dot_general(c.axis)
-        (down,) = _multiply(self, _experts.activate(gate, c) * up, {"down_proj": c.dim}, c.mlp_bias, sum_up)
+        (down,) = _multiply(
+            self, _experts.activate(gate, c) * up, {"down_proj": c.dim}, c.mlp_bias, sum_up
+        )
         return down
-
-
-class Mixture(nn.Module):
-    """Experts of which each token has a few; and one that all have, if the model has such a one."""
-
-    config: Config
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch seq dim"]) -> Float[Array, "batch seq dim"]:
-        """Maps each position by itself."""
-        c = self.config
-
-        def gate(name: str, size: int) -> Array:
-            return nn.Dense(size, use_bias=False, dtype=jnp.float32, name=name)(x)
-
-        if self.is_initializing():
-            self.param(_experts.EXPERTS, lambda _: _experts.init_kernels(c))
-            mapped = x.astype(jnp.float32)
-            gate("gate", c.experts)
-        else:
-            layer = _experts.layer_experts(self.get_variable("params", _experts.EXPERTS))
-            logits = gate("gate", c.experts).reshape(-1, c.experts)
-            mapped = _experts.experts(x.reshape(-1, c.dim), logits, layer, c).reshape(x.shape)
-            mapped = _collectives.sum_up(mapped, c.axis)
-        if c.shared_hidden:
-            shared = MLP(dataclasses.replace(c, hidden=c.shared_hidden), name="shared_expert")(x)
-            mapped += nn.sigmoid(gate("shared_expert_gate", 1)) * shared
-        return mapped.astype(x.dtype)
 
 
 class Block(nn.Module):
@@ -146,11 +121,20 @@ class Block(nn.Module):
         if c.post_norms:
             mixed = norm("post_attention_layernorm", mixed)
         x = x + mixed
-        mlp = Mixture(c, name="mlp") if c.experts else MLP(c, name="mlp")
+        mlp = _mixture(c) if c.experts.count else MLP(c, name="mlp")
         mapped = mlp(norm(before_mlp, x))
         if c.post_norms:
             mapped = norm("post_feedforward_layernorm", mapped)
         return x + mapped, slots
+
+
+def _mixture(config: Config) -> Mixture:
+    """The experts in the place of the MLP."""
+    shared = None
+    if config.experts.shared_hidden:
+        hidden = dataclasses.replace(config, hidden=config.experts.shared_hidden)
+        shared = MLP(hidden, parent=None)
+    return Mixture(config, shared, name="mlp")
 
 
 def forward(

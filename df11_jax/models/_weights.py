@@ -37,8 +37,7 @@ _MODULES: dict[str, dict[str, tuple[str, ...]]] = FUSED | {
         "post_self_attn_layernorm": ("post_attention_layernorm",),
         "post_attention_layernorm": ("pre_feedforward_layernorm",),
         "post_mlp_layernorm": ("post_feedforward_layernorm",),
-    },
-    "mixtral": {"block_sparse_moe.gate": ("mlp.gate",)},
+    }
 }
 
 # The first of the two tensors in which all experts of a layer are, as transformers 5 has them.
@@ -110,7 +109,7 @@ def list_places(
     places: dict[str, Places] = {
         f"{prefix}embed_tokens.weight": (TensorPlace(("embed_tokens",), None, table),)
     }
-    block = _block_places(config, fused_experts)
+    block = _expert_places(_block_places(config), config, fused_experts)
     for layer in range(config.layers):
         for name, parts in block.items():
             here = tuple(place._replace(layer=layer) for place in parts)
@@ -121,51 +120,46 @@ def list_places(
     return places
 
 
-def _block_places(config: Config, fused_experts: bool) -> dict[str, Places]:
+def _block_places(config: Config) -> dict[str, Places]:
     """The places of the tensors of the first block, by their names within it."""
-    ours: dict[str, TensorPlace] = {}
-    of_experts: dict[str, list[TensorPlace]] = {}
+    ours = {}
     for keys, leaf in jax.tree.leaves_with_path(_transformer.block_shapes(config)):
         *modules, last = (key.key for key in keys)
-        path = ("layers", *modules, last)
-        if EXPERTS in modules:
-            shape = leaf.shape[:0:-1]
-            of_experts[modules[-1]] = [TensorPlace(path, 0, shape, e) for e in range(len(leaf))]
-        else:
-            name = ".".join((*modules, _LEAVES[last]))
-            ours[name] = TensorPlace(path, 0, leaf.shape[::-1])
-    others = {} if fused_experts else _MODULES.get(config.family, {})
+        name = ".".join((*modules, _LEAVES[last]))
+        ours[name] = TensorPlace(("layers", *modules, last), 0, leaf.shape[::-1])
     theirs = {
         f"{name}.weight": tuple(ours.pop(f"{module}.weight") for module in modules)
-        for name, modules in others.items()
+        for name, modules in _MODULES.get(config.family, {}).items()
     }
-    theirs |= {name: (place,) for name, place in ours.items()}
-    return theirs | _expert_places(of_experts, config, fused_experts)
+    return {name: (place,) for name, place in ours.items()} | theirs
 
 
-def _expert_places(
-    matrices: Mapping[str, list[TensorPlace]], config: Config, fused: bool
-) -> dict[str, Places]:
-    """The places of the tensors of experts, by their names within the first block.
+def _expert_places(block: dict[str, Places], config: Config, fused: bool) -> dict[str, Places]:
+    """The places of the tensors of a block, those of its experts by the names in a checkpoint.
 
     Args:
-        matrices: for each matrix of an expert, its places for all experts.
+        block: the places by our names, one for each matrix of all experts.
         config: the configuration of the transformer.
         fused: all experts are in two tensors, gate and up of each one after the other.
     """
-    if not matrices:
-        return {}
-    if fused:
-        gate_up = zip(matrices["gate_proj"], matrices["up_proj"], strict=True)
-        return {
-            _FUSED_EXPERTS: tuple(itertools.chain(*gate_up)),
-            "mlp.experts.down_proj": tuple(matrices["down_proj"]),
-        }
+    if not config.experts.count:
+        return block
     module, names = _EXPERT_NAMES.get(config.family, ("mlp", {}))
-    return {
-        f"{module}.experts.{e}.{names.get(matrix, matrix)}.weight": (place,)
-        for matrix, places in matrices.items()
-        for e, place in enumerate(places)
+    others, experts = {}, {}
+    for name, (place, *_) in block.items():
+        if EXPERTS in place.path:
+            of_all = enumerate([place._replace(shape=place.shape[:-1])] * config.experts.count)
+            experts[place.path[-2]] = [place._replace(expert=e) for e, place in of_all]
+        else:
+            others[name if fused else name.replace("mlp.gate", f"{module}.gate")] = block[name]
+    if fused:
+        gate_up = zip(experts["gate_proj"], experts["up_proj"], strict=True)
+        others[_FUSED_EXPERTS] = tuple(itertools.chain(*gate_up))
+        return others | {"mlp.experts.down_proj": tuple(experts["down_proj"])}
+    return others | {
+        f"{module}.experts.{place.expert}.{names.get(matrix, matrix)}.weight": (place,)
+        for matrix, places in experts.items()
+        for place in places
     }
 
 

@@ -128,9 +128,7 @@ def estimate_weights(config: Config, devices: int = 1) -> WeightBytes:
     return sum_weights(
         [_plain_bytes(2 * config.dim)]
         + [
-            _compressed_bytes(
-                math.prod(shape[: count_stack_axes(path)]), slice_layout(path, shape)
-            )
+            _compressed_bytes(math.prod(shape[: count_stack_axes(path)]), slice_layout(path, shape))
             if is_candidate_leaf(path, shape)
             else _plain_bytes(2 * math.prod(shape))
             for path, shape in stacks
@@ -206,11 +204,15 @@ def estimate_temporary(
     scores = part(4 * c.heads // c.kv_heads * keys, tokens * c.kv_heads)
     # Scores are float32; the attention weights computed from them have the dtype of activations.
     attention = scores + scores * width // 4 + 2 * width * tokens * c.heads * c.head_dim
-    mlp = 2 * width * tokens * (c.shared_hidden or c.hidden)
-    block = 2 * sum(math.prod(shape) for path, shape in _block_shapes(c) if _experts.EXPERTS not in path)
-    if c.experts:
-        block += _experts.group_nbytes(c, tokens)
-        mlp = max(mlp, _experts.activation_nbytes(c, tokens))
+    mlp = 2 * width * tokens * c.hidden
+    block = 2 * sum(math.prod(shape) for _, shape in _block_shapes(c))
+    if c.experts.count:
+        # Weights of attention are not needed any more when experts are decompressed.
+        sizes = {path: 2 * math.prod(shape) for path, shape in _block_shapes(c)}
+        attention_weights = sum(sizes[path] for path in sizes if "self_attn" in path)
+        shared = sum(sizes[path] for path in sizes if "shared_expert" in path)
+        block = shared + max(attention_weights, _experts.group_nbytes(c, tokens))
+        mlp = 2 * width * tokens * c.experts.shared_hidden + _experts.activation_nbytes(c, tokens)
     in_block = Temporary(
         block=block,
         head=0,

@@ -114,20 +114,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2_moe": _SIZES
     | {
         "model_type": "qwen2_moe",
-        "moe_intermediate_size": 32,
+        "moe_intermediate_size": 64,
         "num_experts": 6,
         "num_experts_per_tok": 3,
         "num_hidden_layers": 2,
-        "shared_expert_intermediate_size": 96,
+        "shared_expert_intermediate_size": 192,
     },
     "qwen3_moe": _SIZES
     | {
         "model_type": "qwen3_moe",
         "head_dim": 16,
-        "moe_intermediate_size": 40,
+        "moe_intermediate_size": 64,
         "norm_topk_prob": True,
-        "num_experts": 16,
-        "num_experts_per_tok": 4,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
         "num_hidden_layers": 2,
     },
     "gemma3_text": _SIZES
