@@ -48,9 +48,8 @@ def describe(
     products = re.findall(r"= (\w+\[[\d,]*\])\S* dot\(", text)
     targets = re.findall(r'custom_call_target="(\w+)"', text)
     # Large arrays in the text of asynchronous operations are those that arrive.
-    moved = re.findall(
-        r"= .*?(\w+\[[\d,]*\])\S*\)? (?:(?:all|collective)-[a-z-]+|reduce-scatter)\(", text
-    )
+    exchange = r"(?:(?:all|collective)-[a-z-]+|reduce-scatter)"
+    moved = re.findall(rf"= .*?(\w+\[[\d,]*\])\S*\)? {exchange}\(", text)
     # Kernels of a block, which are not compressed in the token loop; those of experts together.
     dense = set()
     for keys, leaf in jax.tree.leaves_with_path(block_shapes(config)):

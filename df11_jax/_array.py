@@ -238,7 +238,7 @@ class DF11Slice:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the slice; of several, with the axes of the index in front."""
-        return (*self.index.shape, *self.stack.slice_shape)
+        return (*np.shape(self.index), *self.stack.slice_shape)
 
     @property
     def dtype(self) -> np.dtype:

@@ -129,10 +129,10 @@ def _dot_all(x: Array, matrices: list[Matrix], out_type: Any, exact: bool) -> li
 def _as_slice(matrix: Matrix, i: int, index: Int32[Array, ""]) -> DF11Slice:
     if isinstance(matrix, DF11Slice):
         a = matrix
-        if a.index.ndim:
+        if shape := np.shape(a.index):
             raise ValueError(
-                f"dot: matrix {i} is of several slices, at an index of shape {a.index.shape}: take "
-                "one after the other, or decompress them"
+                f"dot: matrix {i} is of several slices, at an index of shape {shape}: take one "
+                "after the other, or decompress them"
             )
     elif isinstance(matrix, DF11Array):
         if matrix.stack_shape:

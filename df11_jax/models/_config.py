@@ -132,3 +132,8 @@ class Config:
     dtype: Any = jnp.bfloat16
     exact: bool = False
     axis: str | None = None
+
+    @property
+    def may_fuse(self) -> bool:
+        """Whether products with compressed weights may be fused, where `df11_jax.dot` can."""
+        return not self.exact and self.axis is None and self.dtype == jnp.bfloat16

@@ -5,10 +5,11 @@ whole. Those that the tokens of a step choose are decompressed on the device, ea
 all matrices by one call. If they are many, as when prompts are read, they come in groups, so that
 no more than `GROUP_BYTES` of them exist decompressed, or those of one token if these are more.
 
-Products are grouped by experts like those of `jax.lax.ragged_dot`. That multiplies all rows by the
-weights of all groups on CPUs and GPUs, and adds zeros: as much more work as there are groups, and
-not a number where a group that has no rows is not decompressed. Here each expert of a group has the
-same number of rows, and those that have more come again.
+Products are grouped by experts like those of `jax.lax.ragged_dot`. On CPUs and GPUs, that
+multiplies all rows, or zeros, by the weights of all experts, and adds them up: as much more work as
+there are experts, and NaNs where weights that are not wanted are anything. Here products are
+batched over the experts of a group. Each maps the same number of rows, and those that have more
+come again.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ ROUTERS = frozenset({"gate", "shared_expert_gate"})
 
 # Bytes of decompressed experts at a time, if one token does not choose more.
 GROUP_BYTES = 512 * 2**20
-# An expert has room for as many rows at least, so that few of them need not come again.
+# An expert has room for as many rows at least: in the token loop, for those of most batches.
 _LEAST_ROWS = 32
 
 Matrices = dict[str, dict[str, Any]]
@@ -57,9 +58,8 @@ class LayerExperts:
 
     def can_fuse(self, config: Config) -> bool:
         """Whether `dot` may fuse products of a single row with all kernels of an expert."""
-        is_possible = not config.exact and config.axis is None and config.dtype == jnp.bfloat16
         stacks = jax.tree.leaves(self.matrices, is_leaf=is_df11)
-        return is_possible and all(is_df11(stack) and can_fuse(stack, 1) for stack in stacks)
+        return config.may_fuse and all(is_df11(stack) and can_fuse(stack, 1) for stack in stacks)
 
     def slices(self, experts: Int[Array, "*batch"]) -> Matrices:
         """The kernels of some experts; compressed ones are not decompressed."""

@@ -240,9 +240,8 @@ def _scan_layers(
     # here, all of a block is decompressed by one call. Where some can, `dot` decides when the
     # program is lowered: it may be for other devices than those that are here.
     def is_lazy(leaf: DF11Array) -> bool:
-        is_possible = not config.exact and config.axis is None and config.dtype == jnp.bfloat16
         # `dot` would multiply by the transpose of a kernel whose pairs are along columns.
-        return is_possible and can_fuse(leaf, rows) and not leaf.layout.along_columns
+        return config.may_fuse and can_fuse(leaf, rows) and not leaf.layout.along_columns
 
     # A cache in the carry is updated in place; with one in xs and one in ys, there would be two.
     def scan_run(carry: Any, type_: LayerType, number: Number, count: int) -> Any:

@@ -194,11 +194,12 @@ def test_null_means_nothing_said():
 
 def test_families_differ_where_they_should():
     read = {family: read_config(fields) for family, fields in families.CONFIGS.items()}
-    assert {name for name, c in read.items() if c.qkv_bias} == {"llama-biases", "qwen2", "glm"}
+    biased = {"llama-biases", "qwen2", "qwen2_moe", "glm"}
+    assert {name for name, c in read.items() if c.qkv_bias} == biased
     assert {name for name, c in read.items() if c.output_bias} == {"llama-biases"}
-    assert {name for name, c in read.items() if c.qk_norm} == {"qwen3", "gemma3_text"}
+    assert {name for name, c in read.items() if c.qk_norm} == {"qwen3", "qwen3_moe", "gemma3_text"}
     assert {name for name, c in read.items() if c.post_norms} == {"gemma3_text", "glm4"}
-    sliding = {"mistral", "ministral", "qwen3", "gemma3_text"}
+    sliding = {"mistral", "ministral", "mixtral", "qwen3", "gemma3_text"}
     assert {name for name, c in read.items() if any(c.sliding)} == sliding
 
 
