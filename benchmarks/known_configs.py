@@ -79,6 +79,22 @@ _QWEN_3_0_6B = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+_QWEN_3_30B_A3B = _QWEN_3_0_6B | {
+    "decoder_sparse_step": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
 _MISTRAL_7B = {
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -96,6 +112,13 @@ _MISTRAL_7B = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
     "vocab_size": 32000,
+}
+_MIXTRAL_8X7B = _MISTRAL_7B | {
+    "model_type": "mixtral",
+    "num_experts_per_tok": 2,
+    "num_local_experts": 8,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
 }
 _PHI_3_MINI = {
     "attention_bias": False,
@@ -272,6 +295,8 @@ KNOWN: dict[str, dict[str, Any]] = {
         "sliding_window": 4096,
         "tie_word_embeddings": False,
     },
+    "Qwen3-30B-A3B": _QWEN_3_30B_A3B,
+    "Mixtral-8x7B": _MIXTRAL_8X7B,
     "DeepSeek-R1-0528-Qwen3-8B": _QWEN_3_0_6B
     | {
         "hidden_size": 4096,

@@ -7,16 +7,24 @@ import jax
 import jax.numpy as jnp
 from stack_shapes import compressed_stack
 
-from df11_jax.models import Config, Params, _sharding, tables
+from df11_jax.models import Config, Params, _experts, _programs, _sharding, tables
 from df11_jax.models._devices import ParamDevices
+from df11_jax.models._leaf_builders import count_stack_axes, is_candidate_leaf
 from df11_jax.models._parallel import on_one_device
 from df11_jax.models._transformer import block_shapes
 
 
 def block_nbytes(config: Config, devices: int = 1) -> int:
-    """Bytes of the weights of one block on each device, not compressed."""
+    """Bytes of the weights of one block on each device, not compressed.
+
+    Of a mixture, as many experts count as are decompressed at a time when prompts are read.
+    """
     shard = _sharding.shard_config(config, devices)
-    return sum(2 * leaf.size for leaf in jax.tree.leaves(block_shapes(shard)))
+    leaves = jax.tree.leaves(block_shapes(shard))
+    nbytes = sum(2 * leaf.size for leaf in leaves if len(leaf.shape) < 3)
+    if config.experts.count:
+        nbytes += _experts.group_nbytes(shard, _programs.PIECE_TOKENS)
+    return nbytes
 
 
 def piece_nbytes(params: Params) -> int:
@@ -60,9 +68,10 @@ def param_shapes(
             where = target.of(path) if target.count > 1 else sharding
             return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
-        if not compress or len(shape) < 3:
+        if not compress or not is_candidate_leaf(path, shape):
             return array(shape, jnp.bfloat16)
-        return compressed_stack(shape[0], shape[1:], array)
+        axes = count_stack_axes(path)
+        return compressed_stack(shape[:axes], shape[axes:], array)
 
     def stack(keys, x):
         path = ("layers", *(key.key for key in keys))

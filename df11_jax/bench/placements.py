@@ -73,9 +73,14 @@ def load_placements(source: TensorSource, config: Config, *, progress: bool) -> 
         The placements in the order of `make_placements`, with numpy arrays.
 
     Raises:
-        ValueError: `load_params` refuses a tensor.
+        ValueError: the model is a mixture of experts, or `load_params` refuses a tensor.
         RuntimeError: JAX may not use the CPU.
     """
+    if config.experts.count:
+        raise ValueError(
+            f"a {config.family} transformer is a mixture of experts, which cannot be compared: of "
+            "its weights, a step decompresses those that tokens choose. See df11-jax generate, fit"
+        )
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         compressed = load_params(source, config, progress=progress)
         plain = decompress_params(compressed)

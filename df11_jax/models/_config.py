@@ -46,6 +46,24 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """A mixture of experts, each of them an MLP.
+
+    Attributes:
+        count: number of experts; 0 if there is no mixture, but a single MLP.
+        per_token: number of experts that each token chooses.
+        normed: the probabilities of the experts that a token chooses are divided by their sum.
+        shared_hidden: size of activations within the expert that all tokens have beside those that
+            they choose; 0 if there is none.
+    """
+
+    count: int = 0
+    per_token: int = 0
+    normed: bool = False
+    shared_hidden: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """The configuration of a transformer.
 
@@ -53,7 +71,7 @@ class Config:
         family: `model_type`, as Hugging Face calls it.
         vocab: number of tokens.
         dim: size of activations between blocks.
-        hidden: size of activations within the MLP.
+        hidden: size of activations within the MLP, or within each expert.
         layers: number of blocks.
         heads: number of query heads.
         kv_heads: number of key-value heads; consecutive query heads share one.
@@ -76,6 +94,7 @@ class Config:
         attention_softcap: the c of c tanh(x / c), which caps scores; None for no cap.
         logit_softcap: the same for logits.
         tied: the output head is the embedding.
+        experts: the experts that take the place of the MLP, if there are some.
         dtype: the dtype of activations and of the key-value cache; weights are cast to it.
         exact: products of compressed weights are those of plain ones, bit for bit: a block is
             decompressed first. Otherwise a GPU may fuse the two; see `df11_jax.dot`.
@@ -109,6 +128,12 @@ class Config:
     attention_softcap: float | None
     logit_softcap: float | None
     tied: bool
+    experts: Experts = Experts()
     dtype: Any = jnp.bfloat16
     exact: bool = False
     axis: str | None = None
+
+    @property
+    def may_fuse(self) -> bool:
+        """Whether products with compressed weights may be fused, where `df11_jax.dot` can."""
+        return not self.exact and self.axis is None and self.dtype == jnp.bfloat16

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from df11_jax._brief import brief
-from df11_jax._files.model_config import DEFAULTS
-from df11_jax.models._config import Config, Rope
+from df11_jax._files.model_config import DEFAULTS, MIXTURES
+from df11_jax.models._config import Config, Experts, Rope
 from df11_jax.models._rope import rotary_dim
 
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -27,14 +27,15 @@ _FAMILIES = (
     "qwen2",
     "qwen3",
     "gemma3_text",
+    *MIXTURES,
 )
 # The models that see as well, and the model type of their text part where they do not say it.
 _MULTIMODAL = {"gemma3": "gemma3_text", "mistral3": "mistral"}
 
-_WITH_OUTPUT_BIAS = ("llama", "qwen3", "gemma3_text")
+_WITH_OUTPUT_BIAS = ("llama", "qwen3", "qwen3_moe", "gemma3_text")
 _WITH_PARTIAL_ROPE = ("phi3", "glm", "glm4")
 # Families whose layers all have the window that `sliding_window` says, whatever else is there.
-_WITH_ONE_WINDOW = ("mistral", "ministral3", "phi3")
+_WITH_ONE_WINDOW = ("mistral", "ministral3", "phi3", "mixtral")
 
 # Fields that change what is computed, with the values under which they do not.
 _NOT_IMPLEMENTED = {
@@ -74,7 +75,7 @@ def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config
     # Null says something only of a window, and not in a family whose layers say which have one.
     keeps = () if family == "gemma3_text" else ("sliding_window",)
     said = {k: v for k, v in fields.items() if v is not None or k in keeps}
-    f = _Fields(DEFAULTS[family] | said, where)
+    f = _Fields((DEFAULTS | MIXTURES)[family] | said, where)
     for name, harmless in _NOT_IMPLEMENTED.items():
         if f.get(name) not in harmless:
             raise UnsupportedModelError(f"{where}: {name} {brief(f.get(name))} is not supported")
@@ -115,7 +116,6 @@ def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config
         family=family,
         vocab=f.size("vocab_size"),
         dim=dim,
-        hidden=f.size("intermediate_size"),
         layers=layers,
         heads=heads,
         kv_heads=kv_heads,
@@ -125,10 +125,10 @@ def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config
         local_rope=local_rope,
         sliding=sliding,
         window=window,
-        qkv_bias=bias or family == "qwen2",
+        qkv_bias=bias or family == "qwen2" or (family == "qwen2_moe" and f.flag("qkv_bias")),
         output_bias=bias and family in _WITH_OUTPUT_BIAS,
         mlp_bias=f.flag("mlp_bias") and family == "llama",
-        qk_norm=gemma or family == "qwen3",
+        qk_norm=gemma or family in ("qwen3", "qwen3_moe"),
         post_norms=gemma or family == "glm4",
         unit_offset=gemma,
         activation=_activation(f),
@@ -138,7 +138,32 @@ def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config
         attention_softcap=_softcap(f, "attn_logit_softcapping"),
         logit_softcap=_softcap(f, "final_logit_softcapping"),
         tied=f.flag("tie_word_embeddings"),
+        **_mlp_sizes(f, family),
     )
+
+
+def _mlp_sizes(f: "_Fields", family: str) -> dict[str, Any]:
+    """The fields of `Config` about the MLP, or about the experts that take its place."""
+    if family not in MIXTURES:
+        return {"hidden": f.size("intermediate_size")}
+    for name, harmless in (("mlp_only_layers", []), ("decoder_sparse_step", 1)):
+        if f.get(name) not in (None, harmless):
+            raise UnsupportedModelError(
+                f"{f.where}: {name} {brief(f.get(name))} is not supported, only mixtures of "
+                "experts in all layers are"
+            )
+    mixtral = family == "mixtral"
+    # transformers 5 writes what Mixtral calls it, and reads both.
+    name = "num_experts" if f.get("num_local_experts") is None else "num_local_experts"
+    count = f.size(name)
+    experts = Experts(
+        count=count,
+        per_token=f.size("num_experts_per_tok", most=count),
+        normed=mixtral or f.flag("norm_topk_prob"),
+        shared_hidden=f.size("shared_expert_intermediate_size") if family == "qwen2_moe" else 0,
+    )
+    hidden = f.size("intermediate_size" if mixtral else "moe_intermediate_size")
+    return {"hidden": hidden, "experts": experts}
 
 
 def _text_fields(fields: Mapping[str, Any], family: str, where: str) -> Mapping[str, Any]:
@@ -244,7 +269,11 @@ def _sliding_layers(f: _Fields, layers: int, family: str) -> tuple[bool, ...]:
         pattern = f.size("sliding_window_pattern")
         return tuple((i + 1) % pattern != 0 for i in range(layers))
     if f.flag("use_sliding_window") and has_window:
+        if family == "qwen3_moe":
+            return (True,) * layers
         first = f.size("max_window_layers", 28)
+        if family == "qwen2_moe":
+            return tuple(i % 2 == 0 and i < first for i in range(layers))
         return tuple(i >= first for i in range(layers))
     return (False,) * layers
 

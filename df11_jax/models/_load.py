@@ -22,7 +22,7 @@ from df11_jax.models._leaf_builders import (
     CompressedLeafBuilder,
     LeafBuilder,
     PlainLeafBuilder,
-    is_candidate_stack,
+    is_candidate_leaf,
     transpose,
 )
 from df11_jax.models._sharding import shard_shape, split_tensor, table_shape
@@ -81,7 +81,7 @@ def load_params(
     all_places = [place for parts in places.values() for place in parts]
     builders = {
         place.path: _make_builder(
-            _leaf_shape(place, config, target.count), place.is_table, compress, verify, threads
+            place.path, _leaf_shape(place, config, target.count), compress, verify, threads
         )
         for place in {place.path: place for place in all_places}.values()
     }
@@ -102,19 +102,23 @@ def load_params(
                 to_come[place.path] -= 1
             bar.update(name, tensor.nbytes)
             del tensor, rows, slices
-            for place in places[name]:
-                if not to_come[place.path]:
+            for path in {place.path for place in places[name]}:
+                if not to_come[path]:
                     # At once, so that the memory of a builder is freed before other leaves are
                     # filled.
-                    params[place.path] = builders.pop(place.path).build(target.of(place.path))
+                    params[path] = builders.pop(path).build(target.of(path))
     return nest(params)
 
 
 def _make_builder(
-    shape: tuple[int, ...], is_table: bool, compress: bool, verify: bool, threads: int | None
+    path: tuple[str, ...],
+    shape: tuple[int, ...],
+    compress: bool,
+    verify: bool,
+    threads: int | None,
 ) -> LeafBuilder:
-    if compress and is_candidate_stack(shape):
-        return CompressedLeafBuilder(shape, is_table, verify, threads)
+    if compress and is_candidate_leaf(path, shape):
+        return CompressedLeafBuilder(path, shape, verify, threads)
     return PlainLeafBuilder(shape)
 
 
@@ -161,7 +165,8 @@ def _leaf_shape(place: TensorPlace, config: Config, devices: int) -> tuple[int, 
     if place.layer is None:
         return place.shape
     shards, shape = shard_shape(place.shape, place.path, config, devices)
-    return (shards * config.layers, *shape[::-1])
+    experts = () if place.expert is None else (config.experts.count,)
+    return (shards * config.layers, *experts, *shape[::-1])
 
 
 def _slices(
@@ -179,7 +184,10 @@ def _slices(
     else:
         for i, shard in enumerate(split_tensor(tensor, place.path, config, devices)):
             shard = transpose(shard, pool) if place.is_kernel else shard
-            yield i * config.layers + place.layer, shard[None]
+            at = i * config.layers + place.layer
+            if place.expert is not None:
+                at = at * config.experts.count + place.expert
+            yield at, shard[None]
 
 
 def _groups(

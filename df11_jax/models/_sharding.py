@@ -1,11 +1,11 @@
 """Tensor parallelism: which tensors of a transformer are sharded, and along which axis.
 
-Attention is divided by heads, the MLP by its hidden units, embedding and output head by groups of
-rows. If there are fewer key-value heads than devices, several devices have the same one. Norms, and
-biases that are added after a sum over the devices, are replicated. A tensor of the blocks that is
-sharded becomes a stack [devices * layers, ...] in which the slices of the first device come first.
-Sharded along this axis, it is a stack [layers, ...] on each device, which can decompress the slices
-by itself.
+Attention is divided by heads, the MLP and each expert by its hidden units, embedding and output
+head by groups of rows. If there are fewer key-value heads than devices, several devices have the
+same one. Norms, routers, and biases that are added after a sum over the devices, are replicated. A
+tensor of the blocks that is sharded becomes a stack [devices * layers, ...] in which the slices of
+the first device come first. Sharded along this axis, it is a stack [layers, ...] on each device,
+which can decompress the slices by itself.
 """
 
 import dataclasses
@@ -48,7 +48,9 @@ def shard_config(config: Config, devices: int) -> Config:
     """
     if devices == 1:
         return config
-    heads, kv_heads, hidden = config.heads, config.kv_heads, config.hidden
+    heads, kv_heads = config.heads, config.kv_heads
+    shared_hidden = config.experts.shared_hidden
+    hidden = math.gcd(config.hidden, shared_hidden)
 
     def can_share(count: int) -> bool:
         return kv_heads % count == 0 or count % kv_heads == 0
@@ -69,9 +71,15 @@ def shard_config(config: Config, devices: int) -> Config:
         config,
         heads=heads // devices,
         kv_heads=kv_heads // _count_parts("k_proj", config, devices),
-        hidden=hidden // devices,
+        hidden=config.hidden // devices,
+        experts=dataclasses.replace(config.experts, shared_hidden=shared_hidden // devices),
         axis=AXIS,
     )
+
+
+def is_table(path: Sequence[str]) -> bool:
+    """Whether the leaf at a path is the embedding or the output head."""
+    return path[0] in _TABLES
 
 
 def partition_spec(path: Sequence[str]) -> PartitionSpec:
@@ -87,7 +95,7 @@ def table_shape(config: Config, devices: int) -> tuple[int, int, int]:
 
 def leaf_length(path: Sequence[str], config: Config, devices: int) -> int:
     """Length of the first axis of the leaf at a path."""
-    if path[0] in _TABLES:
+    if is_table(path):
         return table_shape(config, devices)[0]
     if path[0] != "layers":
         return config.dim
@@ -129,7 +137,7 @@ def _count_parts(module: str, config: Config, devices: int) -> int:
 
 
 def _is_sharded(path: Sequence[str]) -> bool:
-    return path[0] in _TABLES or _axis(path) is not None
+    return is_table(path) or _axis(path) is not None
 
 
 def _axis(path: Sequence[str]) -> int | None:

@@ -27,10 +27,11 @@ from jaxtyping import Array, Float, Int
 from df11_jax._array import DF11Array, DF11Slice
 from df11_jax._product import can_fuse, dot
 from df11_jax._scan import scan_range, stack_length
-from df11_jax.models import _attention, _cache, _collectives, _rope
+from df11_jax.models import _attention, _cache, _collectives, _experts, _rope
 from df11_jax.models._attention import softcap
 from df11_jax.models._cache import Cache, Inputs, Slots
 from df11_jax.models._config import Config
+from df11_jax.models._experts import Mixture
 from df11_jax.models._layer_types import LayerType, Number, fold_runs, layer_types
 
 Params = dict[str, Any]
@@ -89,9 +90,10 @@ class MLP(nn.Module):
         c = self.config
         features = {"gate_proj": c.hidden, "up_proj": c.hidden}
         gate, up = _multiply(self, x, features, c.mlp_bias)
-        gate = nn.silu(gate) if c.activation == "silu" else nn.gelu(gate, approximate=True)
         sum_up = _collectives.summing_dot_general(c.axis)
-        (down,) = _multiply(self, gate * up, {"down_proj": c.dim}, c.mlp_bias, sum_up)
+        (down,) = _multiply(
+            self, _experts.activate(gate, c) * up, {"down_proj": c.dim}, c.mlp_bias, sum_up
+        )
         return down
 
 
@@ -119,10 +121,20 @@ class Block(nn.Module):
         if c.post_norms:
             mixed = norm("post_attention_layernorm", mixed)
         x = x + mixed
-        mapped = MLP(c, name="mlp")(norm(before_mlp, x))
+        mlp = _mixture(c) if c.experts.count else MLP(c, name="mlp")
+        mapped = mlp(norm(before_mlp, x))
         if c.post_norms:
             mapped = norm("post_feedforward_layernorm", mapped)
         return x + mapped, slots
+
+
+def _mixture(config: Config) -> Mixture:
+    """The experts in the place of the MLP."""
+    shared = None
+    if config.experts.shared_hidden:
+        hidden = dataclasses.replace(config, hidden=config.experts.shared_hidden)
+        shared = MLP(hidden, parent=None)
+    return Mixture(config, shared, name="mlp")
 
 
 def forward(
@@ -169,7 +181,7 @@ def forward(
         # Rounded, as when the models were trained: 55.5 for the square root of 3072.
         x = x * jnp.asarray(c.embedding_scale, c.dtype)
     carry = x, cache
-    carry = _scan_layers(params["layers"], carry, inputs, c, range(on_device), lambda block: block)
+    carry = _scan_layers(params["layers"], carry, inputs, c, range(on_device))
     if in_host_memory:
         fetch = functools.partial(jax.device_put, device=jax.memory.Space.Device)
         layers = range(on_device, c.layers)
@@ -184,8 +196,10 @@ def _count_layers(params: Params, config: Config) -> tuple[int, int]:
     Raises:
         ValueError: the configuration says another number of layers.
     """
-    on_device = stack_length(params["layers"])
-    in_host_memory = stack_length(params["host_layers"]) if "host_layers" in params else 0
+    on_device, in_host_memory = (
+        stack_length(_experts.take_experts(params[name])[0]) if name in params else 0
+        for name in ("layers", "host_layers")
+    )
     if on_device + in_host_memory != config.layers:
         raise ValueError(
             f"params have {on_device} layers, and {in_host_memory} in host memory, expected "
@@ -200,7 +214,7 @@ def _scan_layers(
     inputs: Mapping[LayerType, Inputs],
     config: Config,
     layers: range,
-    fetch: Callable[[Params], Params],
+    fetch: Callable[[Params], Params] | None = None,
 ) -> tuple[Array, Cache]:
     """Applies the blocks of a stack, one after the other.
 
@@ -210,28 +224,35 @@ def _scan_layers(
         inputs: the inputs of the blocks of each type.
         config: the configuration of the transformer.
         layers: the indices of these layers among all layers of the transformer.
-        fetch: a function that copies the parameters of one block to the device.
+        fetch: a function that copies the parameters of one block to the device, with all of its
+            experts; None if they are there.
 
     Returns:
         The activations after the last block, and the cache with the slots of these layers filled.
     """
     block, types = Block(config), layer_types(config)
+    experts = None
+    if fetch is None:
+        stack, experts = _experts.take_experts(stack)
     rows = math.prod(carry[0].shape[:-1])
 
     # Where no product can be fused, because there are many rows or because of the GPUs that are
     # here, all of a block is decompressed by one call. Where some can, `dot` decides when the
     # program is lowered: it may be for other devices than those that are here.
     def is_lazy(leaf: DF11Array) -> bool:
-        is_possible = not config.exact and config.axis is None and config.dtype == jnp.bfloat16
         # `dot` would multiply by the transpose of a kernel whose pairs are along columns.
-        return is_possible and can_fuse(leaf, rows) and not leaf.layout.along_columns
+        return config.may_fuse and can_fuse(leaf, rows) and not leaf.layout.along_columns
 
     # A cache in the carry is updated in place; with one in xs and one in ys, there would be two.
     def scan_run(carry: Any, type_: LayerType, number: Number, count: int) -> Any:
         first, x, cache = carry
 
         def block_fn(carry: Any, block_params: Params, index: Array) -> Any:
-            variables = {"params": fetch(block_params)}
+            if fetch is not None:
+                block_params = fetch(block_params)
+            if experts is not None:
+                block_params = _experts.put_experts(block_params, experts, index)
+            variables = {"params": block_params}
             return block.apply(variables, *carry, inputs[type_], number + index - first)
 
         carry = x, cache.of(type_)

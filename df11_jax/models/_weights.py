@@ -1,5 +1,6 @@
 """The tensors of a Hugging Face checkpoint, and their places in the parameters."""
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -12,6 +13,8 @@ from df11_jax._files.model_config import FUSED
 from df11_jax.checkpoints.detect import find_quantization
 from df11_jax.models import _transformer
 from df11_jax.models._config import Config
+from df11_jax.models._experts import EXPERTS
+from df11_jax.models._sharding import is_table
 
 # The last part of a parameter's path, and what Hugging Face calls it.
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
@@ -37,6 +40,13 @@ _MODULES: dict[str, dict[str, tuple[str, ...]]] = FUSED | {
     }
 }
 
+# The first of the two tensors in which all experts of a layer are, as transformers 5 has them.
+_FUSED_EXPERTS = "mlp.experts.gate_up_proj"
+# Of experts that are tensors each, the module and the names of the matrices, where they are others.
+_EXPERT_NAMES = {
+    "mixtral": ("block_sparse_moe", {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"})
+}
+
 
 class TensorPlace(NamedTuple):
     """The place of a checkpoint's tensor in the parameters, or of some rows of a fused one.
@@ -45,15 +55,17 @@ class TensorPlace(NamedTuple):
         path: the path of the leaf.
         layer: the slice of the leaf, a stack of layers; None if the leaf is no such stack.
         shape: the shape of the tensor in the checkpoint, or of these rows.
+        expert: the expert of the layer; None if the leaf is no stack of experts.
     """
 
     path: tuple[str, ...]
     layer: int | None
     shape: tuple[int, ...]
+    expert: int | None = None
 
     @property
     def is_table(self) -> bool:
-        return self.path in (("embed_tokens",), ("lm_head",))
+        return is_table(self.path)
 
     @property
     def is_kernel(self) -> bool:
@@ -67,17 +79,23 @@ Places = tuple[TensorPlace, ...]
 
 def tensor_shape(places: Places) -> tuple[int, ...]:
     """The shape of the tensor that has these places."""
-    return sum(place.shape[0] for place in places), *places[0].shape[1:]
+    rows, experts = sum(place.shape[0] for place in places), {place.expert for place in places}
+    if len(experts) > 1:
+        return len(experts), rows // len(experts), *places[0].shape[1:]
+    return rows, *places[0].shape[1:]
 
 
 def split_rows(tensor: Shaped[np.ndarray, "..."], places: Places) -> list[np.ndarray]:
     """The rows of a tensor for each of its places, which are views of it."""
     ends = np.cumsum([place.shape[0] for place in places])
-    return np.split(tensor, ends[:-1])
+    return np.split(tensor.reshape(-1, *places[0].shape[1:]), ends[:-1])
 
 
 def list_places(
-    config: Config, prefix: str = "model.", head: str = "lm_head.weight"
+    config: Config,
+    prefix: str = "model.",
+    head: str = "lm_head.weight",
+    fused_experts: bool = False,
 ) -> dict[str, Places]:
     """The places of all tensors that a transformer needs, by name.
 
@@ -85,12 +103,13 @@ def list_places(
         config: the configuration of the transformer.
         prefix: the prefix of the names.
         head: the name of the output head.
+        fused_experts: all experts of a layer are in two tensors, and not in three each.
     """
     table = (config.vocab, config.dim)
     places: dict[str, Places] = {
         f"{prefix}embed_tokens.weight": (TensorPlace(("embed_tokens",), None, table),)
     }
-    block = _block_places(config)
+    block = _expert_places(_block_places(config), config, fused_experts)
     for layer in range(config.layers):
         for name, parts in block.items():
             here = tuple(place._replace(layer=layer) for place in parts)
@@ -115,6 +134,35 @@ def _block_places(config: Config) -> dict[str, Places]:
     return {name: (place,) for name, place in ours.items()} | theirs
 
 
+def _expert_places(block: dict[str, Places], config: Config, fused: bool) -> dict[str, Places]:
+    """The places of the tensors of a block, those of its experts by the names in a checkpoint.
+
+    Args:
+        block: the places by our names, one for each matrix of all experts.
+        config: the configuration of the transformer.
+        fused: all experts are in two tensors, gate and up of each one after the other.
+    """
+    if not config.experts.count:
+        return block
+    module, names = _EXPERT_NAMES.get(config.family, ("mlp", {}))
+    others, experts = {}, {}
+    for name, (place, *_) in block.items():
+        if EXPERTS in place.path:
+            of_all = enumerate([place._replace(shape=place.shape[:-1])] * config.experts.count)
+            experts[place.path[-2]] = [place._replace(expert=e) for e, place in of_all]
+        else:
+            others[name if fused else name.replace("mlp.gate", f"{module}.gate")] = block[name]
+    if fused:
+        gate_up = zip(experts["gate_proj"], experts["up_proj"], strict=True)
+        others[_FUSED_EXPERTS] = tuple(itertools.chain(*gate_up))
+        return others | {"mlp.experts.down_proj": tuple(experts["down_proj"])}
+    return others | {
+        f"{module}.experts.{place.expert}.{names.get(matrix, matrix)}.weight": (place,)
+        for matrix, places in experts.items()
+        for place in places
+    }
+
+
 def find_places(names: Iterable[str], config: Config) -> dict[str, Places]:
     """The places of a checkpoint's tensors.
 
@@ -131,7 +179,9 @@ def find_places(names: Iterable[str], config: Config) -> dict[str, Places]:
     names = set(names)
     embedding = min(filter(_EMBEDDING.fullmatch, names), default="model.embed_tokens.weight")
     head = min(filter(_HEAD.fullmatch, names), default="lm_head.weight")
-    places = list_places(config, embedding.removesuffix("embed_tokens.weight"), head)
+    prefix = embedding.removesuffix("embed_tokens.weight")
+    fused = any(name.endswith(_FUSED_EXPERTS) for name in names)
+    places = list_places(config, prefix, head, fused)
     if missing := [name for name in places if name not in names]:
         if method := find_quantization(names, {}):
             raise ValueError(

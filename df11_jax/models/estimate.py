@@ -16,9 +16,9 @@ from df11_jax import _layout
 from df11_jax._files.source import TensorInfo
 from df11_jax._layout import Layout, make_layout
 from df11_jax._select import is_candidate
-from df11_jax.models import _attention, _cache, _programs, _transformer, tables
+from df11_jax.models import _attention, _cache, _experts, _programs, _transformer, tables
 from df11_jax.models._config import Config
-from df11_jax.models._leaf_builders import is_candidate_stack, slice_layout
+from df11_jax.models._leaf_builders import count_stack_axes, is_candidate_leaf, slice_layout
 from df11_jax.models._memory import Memory
 from df11_jax.models._sharding import shard_config, table_shape
 from df11_jax.models.prompts import cache_length
@@ -123,15 +123,15 @@ def check_sizes(config: Config, batch: int, context: int, devices: int = 1) -> N
 def estimate_weights(config: Config, devices: int = 1) -> WeightBytes:
     """The bytes on each device of the parameters that `load_params` returns."""
     block, table = _block_shapes(shard_config(config, devices)), _table_shard(config, devices)
-    stacks = [((config.layers, *shape), False) for shape in block]
-    stacks += [(table, True)] if config.tied else [(table, True), (table, True)]
+    stacks = [(path, (config.layers, *shape)) for path, shape in block]
+    stacks += [((name,), table) for name in ("embed_tokens", "lm_head")[: 1 if config.tied else 2]]
     return sum_weights(
         [_plain_bytes(2 * config.dim)]
         + [
-            _compressed_bytes(shape[0], slice_layout(shape, is_table))
-            if is_candidate_stack(shape)
+            _compressed_bytes(math.prod(shape[: count_stack_axes(path)]), slice_layout(path, shape))
+            if is_candidate_leaf(path, shape)
             else _plain_bytes(2 * math.prod(shape))
-            for shape, is_table in stacks
+            for path, shape in stacks
         ]
     )
 
@@ -154,7 +154,8 @@ def sum_weights(parts: Iterable[WeightBytes]) -> WeightBytes:
 def count_parameters(config: Config) -> int:
     """The number of weights of the model."""
     in_tables = (1 if config.tied else 2) * config.vocab * config.dim
-    return config.layers * sum(map(math.prod, _block_shapes(config))) + config.dim + in_tables
+    block = sum(math.prod(shape) for _, shape in _block_shapes(config))
+    return config.layers * block + config.dim + in_tables
 
 
 def shard_weights(config: Config, weights: WeightBytes, devices: int) -> WeightBytes:
@@ -204,8 +205,16 @@ def estimate_temporary(
     # Scores are float32; the attention weights computed from them have the dtype of activations.
     attention = scores + scores * width // 4 + 2 * width * tokens * c.heads * c.head_dim
     mlp = 2 * width * tokens * c.hidden
+    block = 2 * sum(math.prod(shape) for _, shape in _block_shapes(c))
+    if c.experts.count:
+        # Weights of attention are not needed any more when experts are decompressed.
+        sizes = {path: 2 * math.prod(shape) for path, shape in _block_shapes(c)}
+        attention_weights = sum(sizes[path] for path in sizes if "self_attn" in path)
+        shared = sum(sizes[path] for path in sizes if "shared_expert" in path)
+        block = shared + max(attention_weights, _experts.group_nbytes(c, tokens))
+        mlp = 2 * width * tokens * c.experts.shared_hidden + _experts.activation_nbytes(c, tokens)
     in_block = Temporary(
-        block=2 * sum(map(math.prod, _block_shapes(c))),
+        block=block,
         head=0,
         cache_copy=copied,
         activations=2 * width * tokens * c.dim + max(attention, mlp),
@@ -239,8 +248,10 @@ def _compressed_bytes(slices: int, layout: Layout) -> WeightBytes:
 
 
 @functools.lru_cache(maxsize=8)
-def _block_shapes(config: Config) -> tuple[tuple[int, ...], ...]:
-    return tuple(leaf.shape for leaf in jax.tree.leaves(_transformer.block_shapes(config)))
+def _block_shapes(config: Config) -> tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]:
+    """The paths of the leaves of a block, and their shapes."""
+    leaves = jax.tree.leaves_with_path(_transformer.block_shapes(config))
+    return tuple((tuple(key.key for key in path), leaf.shape) for path, leaf in leaves)
 
 
 def _table_shard(config: Config, devices: int) -> tuple[int, int, int]:

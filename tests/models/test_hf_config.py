@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from known_configs import KNOWN
 
-from df11_jax.models import Rope, UnsupportedModelError, read_config
+from df11_jax.models import Experts, Rope, UnsupportedModelError, read_config
 from df11_jax.models._rope import frequencies
 from df11_jax.models._weights import list_places, tensor_shape
 
@@ -30,6 +30,8 @@ SIZES = {
     "QwQ-32B": (32.764, 0),
     "DeepSeek-R1-Distill-Qwen-1.5B": (1.777, 0),
     "DeepSeek-R1-0528-Qwen3-8B": (8.191, 0),
+    "Qwen3-30B-A3B": (30.532, 0),
+    "Mixtral-8x7B": (46.703, 0),
     "Mistral-7B-v0.1": (7.242, 32),
     "Mistral-Small-24B": (23.572, 0),
     "Ministral-8B": (8.020, 0),  # with a window of all positions
@@ -100,6 +102,13 @@ def test_llama_3_2():
     assert config.rope == Rope(500_000.0, "llama3", 32.0, 1.0, 4.0, 8192)
     assert config.tied and not any(config.sliding)
     assert config.norm_eps == 1e-5 and config.attention_scale == 1 / 8
+
+
+def test_mixtures_choose_no_more_experts_than_there_are():
+    config = read_config(KNOWN["Qwen3-30B-A3B"])
+    assert (config.hidden, config.experts) == (768, Experts(128, 8, normed=True))
+    with pytest.raises(ValueError, match="num_experts_per_tok is 129"):
+        read_config(KNOWN["Qwen3-30B-A3B"] | {"num_experts_per_tok": 129})
 
 
 def test_gemma_3_files_say_little():
@@ -185,11 +194,12 @@ def test_null_means_nothing_said():
 
 def test_families_differ_where_they_should():
     read = {family: read_config(fields) for family, fields in families.CONFIGS.items()}
-    assert {name for name, c in read.items() if c.qkv_bias} == {"llama-biases", "qwen2", "glm"}
+    biased = {"llama-biases", "qwen2", "qwen2_moe", "glm"}
+    assert {name for name, c in read.items() if c.qkv_bias} == biased
     assert {name for name, c in read.items() if c.output_bias} == {"llama-biases"}
-    assert {name for name, c in read.items() if c.qk_norm} == {"qwen3", "gemma3_text"}
+    assert {name for name, c in read.items() if c.qk_norm} == {"qwen3", "qwen3_moe", "gemma3_text"}
     assert {name for name, c in read.items() if c.post_norms} == {"gemma3_text", "glm4"}
-    sliding = {"mistral", "ministral", "qwen3", "gemma3_text"}
+    sliding = {"mistral", "ministral", "mixtral", "qwen3", "gemma3_text"}
     assert {name for name, c in read.items() if any(c.sliding)} == sliding
 
 
@@ -211,7 +221,12 @@ def test_frequencies():
     [
         ({}, "the model_type None is not supported, only llama, mistral, "),
         ({"model_type": ["llama"]}, r"the model_type \['llama'\] is not supported"),
-        ({"model_type": "mixtral"}, "'mixtral' is not supported"),
+        ({"model_type": "deepseek_v3"}, "'deepseek_v3' is not supported"),
+        (families.CONFIGS["qwen3_moe"] | {"mlp_only_layers": [1]}, r"mlp_only_layers \[1\] is not"),
+        (
+            families.CONFIGS["qwen2_moe"] | {"decoder_sparse_step": 2},
+            "decoder_sparse_step 2 is not",
+        ),
         (LLAMA | {"rope_scaling": {"type": "mrope"}}, "rope_scaling: the RoPE type 'mrope'"),
         (LLAMA | {"rope_scaling": {"rope_type": ["yarn"]}}, "the RoPE type \\['yarn'\\]"),
         (LLAMA | {"rope_scaling": {"rope_type": "yarn", "truncate": False}}, "truncate"),
