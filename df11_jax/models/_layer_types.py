@@ -1,5 +1,6 @@
-"""The types of layers, full attention and sliding windows, and the order in which they come."""
+"""The types of layers, how they differ, and the order in which they come."""
 
+import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -10,14 +11,44 @@ from jaxtyping import Array, Int
 
 from df11_jax.models._config import Config
 
-LayerType = Literal["full", "sliding"]
+# Full attention, sliding windows, a recurrent state, and attention to another layer's keys.
+LayerType = Literal["full", "sliding", "linear", "shared_full", "shared_sliding"]
 Carry = TypeVar("Carry")
 Number = Int[Array, ""] | int
 
 
 def layer_types(config: Config) -> tuple[LayerType, ...]:
     """The type of each layer."""
-    return tuple("sliding" if sliding else "full" for sliding in config.sliding)
+
+    def type_of(layer: int) -> LayerType:
+        if config.delta_rule is not None and config.delta_rule.layers[layer]:
+            return "linear"
+        if layer < config.layers - config.shared_layers:
+            return "sliding" if config.sliding[layer] else "full"
+        return "shared_sliding" if config.sliding[layer] else "shared_full"
+
+    return tuple(type_of(layer) for layer in range(config.layers))
+
+
+def type_config(config: Config, type_: LayerType) -> Config:
+    """The configuration of the layers of one type."""
+    if config.full is not None and type_ in ("full", "shared_full"):
+        config = dataclasses.replace(config, **dataclasses.asdict(config.full))
+    if type_ in ("shared_full", "shared_sliding"):
+        config = dataclasses.replace(config, hidden=config.shared_hidden, shares_keys=True)
+    return config
+
+
+def has_stacks(config: Config) -> bool:
+    """Whether layers have different parameters, so that those of each type are a stack."""
+    return bool(config.delta_rule or config.full or config.shared_layers)
+
+
+def count_stack(path: Sequence[str], config: Config) -> int:
+    """The number of layers in the stack that the leaf at a path, below "layers", belongs to."""
+    if not has_stacks(config):
+        return config.layers
+    return sum(type_ == path[1] for type_ in layer_types(config))
 
 
 def fold_runs(

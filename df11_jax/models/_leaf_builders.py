@@ -23,9 +23,9 @@ _BAND = 64  # rows that are transposed at a time: two cache lines of each row of
 def is_candidate_stack(shape: tuple[int, ...]) -> bool:
     """Whether a leaf with one stack axis is to be compressed, if that makes it smaller.
 
-    Only matrices are: vectors, of which a block has few, stay plain.
+    Only matrices are: vectors and convolutions, of which a block has few, stay plain.
     """
-    return len(shape) > 2 and is_candidate(shape, BFLOAT16, stack_axes=1)
+    return len(shape) == 3 and is_candidate(shape, BFLOAT16, stack_axes=1)
 
 
 def slice_layout(shape: tuple[int, ...], is_table: bool) -> Layout:
@@ -50,8 +50,8 @@ class LeafBuilder(Protocol):
 class PlainLeafBuilder:
     """A builder of a leaf that is not compressed."""
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self._array = empty_aligned(shape, BFLOAT16)
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        self._array = empty_aligned(shape, dtype)
 
     def put(self, start: int, slices: BFloat16[np.ndarray, "slices ..."], name: str) -> None:
         """Adds slices along the first axis."""

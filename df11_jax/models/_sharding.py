@@ -20,6 +20,7 @@ from jaxtyping import Shaped
 
 from df11_jax.models import tables
 from df11_jax.models._config import Config
+from df11_jax.models._layer_types import count_stack, has_stacks
 
 # The name of the axis of a mesh.
 AXIS = "model"
@@ -30,7 +31,9 @@ DeviceOrSharding: TypeAlias = jax.Device | jax.sharding.Sharding | None
 # Kernels that are divided by their outputs, and those that are divided by their inputs.
 _BY_OUTPUTS = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
 _BY_INPUTS = frozenset({"o_proj", "down_proj"})
-_TABLES = frozenset({"embed_tokens", "lm_head"})
+TABLES = frozenset({"embed_tokens", "lm_head", "embed_tokens_per_layer"})
+# Parameters that checkpoints may have in float32, and that are kept so.
+_WIDE = frozenset({"A_log", "dt_bias"})
 
 
 def shard_config(config: Config, devices: int) -> Config:
@@ -48,6 +51,11 @@ def shard_config(config: Config, devices: int) -> Config:
     """
     if devices == 1:
         return config
+    if has_stacks(config):
+        raise ValueError(
+            f"a {config.family} transformer cannot be divided among {devices} devices: only "
+            "transformers whose layers have the same parameters can; use one device"
+        )
     heads, kv_heads, hidden = config.heads, config.kv_heads, config.hidden
 
     def can_share(count: int) -> bool:
@@ -79,19 +87,30 @@ def partition_spec(path: Sequence[str]) -> PartitionSpec:
     return PartitionSpec(AXIS) if _is_sharded(path) else PartitionSpec()
 
 
-def table_shape(config: Config, devices: int) -> tuple[int, int, int]:
-    """Shape of embedding and output head, padded to an equal number of groups on each device."""
-    groups, rows, dim = tables.table_shape(config.vocab, config.dim)
+def is_wide(path: Sequence[str]) -> bool:
+    """Whether the leaf at a path is float32, whatever its tensor is."""
+    return path[-1] in _WIDE or tuple(path[-3:]) == ("linear_attn", "norm", "scale")
+
+
+def table_shape(
+    config: Config, devices: int, name: str = "embed_tokens"
+) -> tuple[int, int, int]:
+    """Shape of a table, padded to an equal number of groups on each device."""
+    vocab, dim = config.vocab, config.dim
+    if name == "embed_tokens_per_layer":
+        assert config.per_layer is not None
+        vocab, dim = config.per_layer.vocab, config.layers * config.per_layer.dim
+    groups, rows, dim = tables.table_shape(vocab, dim)
     return -(-groups // devices) * devices, rows, dim
 
 
 def leaf_length(path: Sequence[str], config: Config, devices: int) -> int:
     """Length of the first axis of the leaf at a path."""
-    if path[0] in _TABLES:
-        return table_shape(config, devices)[0]
+    if path[0] in TABLES:
+        return table_shape(config, devices, path[0])[0]
     if path[0] != "layers":
-        return config.dim
-    return config.layers * (devices if _is_sharded(path) else 1)
+        return config.per_layer.dim if config.per_layer and path[0] != "norm" else config.dim
+    return count_stack(path, config) * (devices if _is_sharded(path) else 1)
 
 
 def shard_shape(
@@ -129,7 +148,7 @@ def _count_parts(module: str, config: Config, devices: int) -> int:
 
 
 def _is_sharded(path: Sequence[str]) -> bool:
-    return path[0] in _TABLES or _axis(path) is not None
+    return path[0] in TABLES or _axis(path) is not None
 
 
 def _axis(path: Sequence[str]) -> int | None:

@@ -119,6 +119,54 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+_GEMMA_4 = _SIZES | {
+    "model_type": "gemma4_text",
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 8,
+    "final_logit_softcapping": 3.0,
+    "vocab_size_per_layer_input": VOCAB,
+}
+# Like the large ones, and like the small ones, the last of whose layers share keys.
+CONFIGS |= {
+    "qwen3_5_text": _SIZES
+    | {
+        "model_type": "qwen3_5_text",
+        "num_hidden_layers": 5,
+        "head_dim": 32,
+        "linear_key_head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_value_head_dim": 32,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10_000_000.0,
+            "mrope_interleaved": True,
+            "mrope_section": [2, 1, 1],
+            "partial_rotary_factor": 0.25,
+        },
+    },
+    "gemma4": _GEMMA_4
+    | {
+        "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 0,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_global_key_value_heads": 2,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 4,
+    },
+    "gemma4-shared": _GEMMA_4
+    | {
+        "hidden_size_per_layer_input": 16,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 3,
+        "num_hidden_layers": 9,
+        "num_kv_shared_layers": 4,
+        "use_double_wide_mlp": True,
+    },
+}
+
+
 class NoisySource(RandomSource):
     """Random weights, of which some kernels cannot be compressed."""
 
