@@ -9,14 +9,18 @@ from stack_shapes import compressed_stack
 
 from df11_jax.models import Config, Params, _sharding, tables
 from df11_jax.models._devices import ParamDevices
+from df11_jax.models._layer_types import has_stacks
+from df11_jax.models._leaf_builders import is_candidate_stack
 from df11_jax.models._parallel import on_one_device
 from df11_jax.models._transformer import block_shapes
 
 
 def block_nbytes(config: Config, devices: int = 1) -> int:
-    """Bytes of the weights of one block on each device, not compressed."""
+    """Bytes of the weights of the largest block on each device, not compressed."""
     shard = _sharding.shard_config(config, devices)
-    return sum(2 * leaf.size for leaf in jax.tree.leaves(block_shapes(shard)))
+    blocks = block_shapes(shard)
+    each = blocks.values() if has_stacks(config) else [blocks]
+    return max(sum(2 * leaf.size for leaf in jax.tree.leaves(block)) for block in each)
 
 
 def piece_nbytes(params: Params) -> int:
@@ -60,15 +64,24 @@ def param_shapes(
             where = target.of(path) if target.count > 1 else sharding
             return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
-        if not compress or len(shape) < 3:
-            return array(shape, jnp.bfloat16)
+        if not compress or not is_candidate_stack(shape):
+            return array(shape, jnp.float32 if _sharding.is_wide(path) else jnp.bfloat16)
         return compressed_stack(shape[0], shape[1:], array)
 
     def stack(keys, x):
         path = ("layers", *(key.key for key in keys))
         return leaf(path, (_sharding.leaf_length(path, config, target.count), *x.shape))
 
-    table = leaf(("embed_tokens",), _sharding.table_shape(config, target.count))
+    def table(name):
+        return leaf((name,), _sharding.table_shape(config, target.count, name))
+
     layers = jax.tree.map_with_path(stack, block_shapes(shard))
-    params = {"embed_tokens": table, "layers": layers, "norm": leaf(("norm",), (config.dim,))}
-    return params if config.tied else params | {"lm_head": table}
+    params = {"layers": layers, "norm": leaf(("norm",), (config.dim,))}
+    params["embed_tokens"] = table("embed_tokens")
+    if not config.tied:
+        params["lm_head"] = table("lm_head")
+    if config.per_layer is not None:
+        params["embed_tokens_per_layer"] = table("embed_tokens_per_layer")
+        name = "per_layer_projection_norm"
+        params[name] = leaf((name,), (config.per_layer.dim,))
+    return params
