@@ -139,8 +139,9 @@ def take_slots(
         The cache, and the inputs of the blocks of each type.
     """
     inputs: dict[LayerType, Any] = {}
-    types: tuple[LayerType, ...] = ("full", "sliding")
-    for type_ in types:
+    types: tuple[tuple[LayerType, LayerType], ...]
+    types = ("full", "shared_full"), ("sliding", "shared_sliding")
+    for type_, sharing in types:
         slots = getattr(cache, type_)
         if slots is None:
             continue
@@ -150,7 +151,7 @@ def take_slots(
             shape = (1, *slots.keys.shape[1:3], here.key_positions.shape[1], c.head_dim)
             slots = slots._replace(recent=(jnp.zeros(shape, slots.keys.dtype),) * 2)
         cache = cache.replace(type_, slots)
-        inputs |= {type_: here, f"shared_{type_}": here}
+        inputs |= {type_: here, sharing: here}
     if cache.linear is not None:
         inputs["linear"] = Steps(positions < NOWHERE, keep)
     return cache, inputs

@@ -26,7 +26,7 @@ class Rope:
         short_factors, long_factors: the divisors for "longrope", one for each pair.
         attention_factor: queries and keys are multiplied by it when they are rotated.
         fraction: the fraction of each head that is rotated, its first elements; for "proportional",
-            the fraction of the pairs that turn, whose second elements are in the head's second half.
+            the fraction of the pairs that turn, which are pairs of the whole head.
         interleaved: pairs are neighbours, and not an element of the first half and one of the
             second.
         query_growth: queries are multiplied by 1 + query_growth ln(1 + n) at positions that

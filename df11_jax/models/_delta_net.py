@@ -4,11 +4,10 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-from df11_jax.models import _delta_rule
-from df11_jax.models._config import Config, DeltaRule
+from df11_jax.models import _collectives, _delta_rule
+from df11_jax.models._config import Config
 from df11_jax.models._delta_rule import States, Steps
 from df11_jax.models._layers import RMSNorm, multiply
 
@@ -25,48 +24,44 @@ class GatedDeltaNet(nn.Module):
         """Reads the tokens that `steps` tells; returns the states after them."""
         c, rule = self.config, self.config.delta_rule
         assert rule is not None
-        size, heads = rule.value_heads * rule.value_dim, (rule.value_heads,)
-        features = {
-            "in_proj_qkv": rule.channels,
-            "in_proj_z": size,
-            "in_proj_b": rule.value_heads,
-            "in_proj_a": rule.value_heads,
-        }
-        mixed, gate, rate, decay = multiply(self, x, features, False)
-        taps = Taps(rule, name="conv1d")()
-        mixed, states = _delta_rule.convolve(mixed, taps, states, layer, steps)
-        ends = rule.key_heads * rule.key_dim * np.arange(1, 3)
+        keys, values = rule.key_heads * rule.key_dim, rule.value_heads * rule.value_dim
+        widths, heads = {"q": keys, "k": keys, "v": values}, rule.value_heads
+        features = {f"in_proj_{part}": width for part, width in widths.items()}
+        features |= {"in_proj_z": values, "in_proj_b": heads, "in_proj_a": heads}
+        *parts, gate, rate, decay = multiply(self, x, features, False)
+        taps = [Taps(rule.taps, width, name=f"conv1d_{part}")() for part, width in widths.items()]
+        mixed, states = _delta_rule.convolve(
+            jnp.concatenate(parts, axis=-1), jnp.concatenate(taps, axis=-1), states, layer, steps
+        )
         query, key, value = (
-            flat.reshape(*x.shape[:2], -1, width)
-            for flat, width in zip(
-                jnp.split(mixed, ends, axis=-1),
+            part.reshape(*x.shape[:2], -1, width)
+            for part, width in zip(
+                jnp.split(mixed, [keys, 2 * keys], axis=-1),
                 (rule.key_dim, rule.key_dim, rule.value_dim),
                 strict=True,
             )
         )
         zeros = nn.initializers.zeros
-        pace = -jnp.exp(self.param("A_log", zeros, heads).astype(jnp.float32))
-        bias = self.param("dt_bias", zeros, heads).astype(jnp.float32)
+        pace = -jnp.exp(self.param("A_log", zeros, (heads,)).astype(jnp.float32))
+        bias = self.param("dt_bias", zeros, (heads,)).astype(jnp.float32)
         decay = pace * nn.softplus(decay.astype(jnp.float32) + bias)
         rate = nn.sigmoid(rate.astype(jnp.float32))
-        out, states = _delta_rule.apply_rule(
-            query, key, value, decay, rate, states, layer, steps
-        )
-        plain = dataclasses.replace(c, unit_offset=False)
-        out = RMSNorm(plain, name="norm")(out) * nn.silu(
-            gate.reshape(out.shape).astype(jnp.float32)
-        )
-        (out,) = multiply(self, out.astype(x.dtype).reshape(*x.shape[:2], -1), {"out_proj": c.dim}, False)
+        out, states = _delta_rule.apply_rule(query, key, value, decay, rate, states, layer, steps)
+        # In all models with these layers, this norm has no offset.
+        out = RMSNorm(dataclasses.replace(c, unit_offset=False), name="norm")(out)
+        out = (out * nn.silu(gate.reshape(out.shape).astype(jnp.float32))).astype(x.dtype)
+        sum_up = _collectives.summing_dot_general(c.axis)
+        (out,) = multiply(self, out.reshape(*x.shape[:2], -1), {"out_proj": c.dim}, False, sum_up)
         return out, states
 
 
 class Taps(nn.Module):
     """The weights of a convolution of each channel by itself."""
 
-    rule: DeltaRule
+    taps: int
+    channels: int
 
     @nn.compact
     def __call__(self) -> Float[Array, "taps 1 channels"]:
         """The weights."""
-        shape = (self.rule.taps, 1, self.rule.channels)
-        return self.param("taps", nn.initializers.zeros, shape)
+        return self.param("taps", nn.initializers.zeros, (self.taps, 1, self.channels))

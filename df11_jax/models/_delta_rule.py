@@ -1,11 +1,11 @@
 """The gated delta rule of linear layers: states, a convolution, and the rule, chunk by chunk.
 
-Each value head has a state S, a matrix that maps keys to values. A token with key k, value v, decay
-exp(g) and rate beta makes it
+Each value head has a state S, a matrix that maps keys to values. A token with query q, key k,
+value v, decay exp(g) and rate beta makes it
 
-    S' = exp(g) S,  S = S' + beta k (v - k S')
+    S' = exp(g) S + beta (v - exp(g) S k) k^T
 
-and its output is q S. A chunk of tokens is computed at once: what its tokens add to the state
+and its output is S' q. A chunk of tokens is computed at once: what its tokens add to the state
 solves a triangular system (https://arxiv.org/abs/2412.06464).
 """
 
@@ -29,11 +29,12 @@ class States(NamedTuple):
 
     Attributes:
         inputs: the last inputs of the convolution, as bit patterns, for the reason that keys are.
-        matrices: the matrices of the rule.
+        matrices: the matrices of the rule. GPUs sum along their last axis, for each token: with
+            another one there, XLA would transpose the states of all layers.
     """
 
     inputs: UInt[Array, "layers batch taps_before channels"]
-    matrices: Float[Array, "layers batch value_heads key_dim value_dim"]
+    matrices: Float[Array, "layers batch value_heads value_dim key_dim"]
 
 
 class Steps(NamedTuple):
@@ -51,7 +52,7 @@ class Steps(NamedTuple):
 def init_states(rule: DeltaRule, batch: int, bits: np.dtype) -> States:
     """The states before the first token, with bit patterns of some unsigned integers."""
     layers = sum(rule.layers)
-    matrix = rule.key_dim, rule.value_dim
+    matrix = rule.value_dim, rule.key_dim
     return States(
         jnp.zeros((layers, batch, rule.taps - 1, rule.channels), bits),
         jnp.zeros((layers, batch, rule.value_heads, *matrix), jnp.float32),
@@ -74,7 +75,9 @@ def convolve(
     x = jnp.where(steps.exist[..., None], x, 0)
     before = jax.lax.bitcast_convert_type(_take(states.inputs, layer), x.dtype)
     x = jnp.concatenate([before, x], axis=1)
-    parts = (x[:, i : i + seq].astype(jnp.float32) * taps[i].astype(jnp.float32) for i in range(count))
+    parts = (
+        x[:, i : i + seq].astype(jnp.float32) * taps[i].astype(jnp.float32) for i in range(count)
+    )
     last = jax.lax.dynamic_slice_in_dim(x, steps.keep, count - 1, axis=1)
     last = jax.lax.bitcast_convert_type(last, states.inputs.dtype)
     states = states._replace(inputs=_put(states.inputs, last, layer))
@@ -103,9 +106,35 @@ def apply_rule(
         layer: the index of the layer among them.
         steps: the tokens that count; the outputs of others have no meaning.
     """
-    seq, heads = value.shape[1:3]
+    seq = value.shape[1]
     kept = steps.exist & (jnp.arange(seq) < steps.keep)
     decay, rate = (jnp.where(kept[..., None], x, 0) for x in (decay, rate))
+    compute = _read_token if seq == 1 else _read_chunks
+    matrices, out = compute(_take(states.matrices, layer), query, key, value, decay, rate)
+    return out, states._replace(matrices=_put(states.matrices, matrices, layer))
+
+
+def _read_token(
+    matrices: Array, query: Array, key: Array, value: Array, decay: Array, rate: Array
+) -> tuple[Array, Array]:
+    """The states after a single token, and its outputs.
+
+    The states are read by one sum only, on which those that take their place depend. Otherwise XLA
+    would copy the states of all layers.
+    """
+    query, key, value = (x[:, 0].astype(jnp.float32) for x in (query, key, value))
+    query, key = _prepare(query, key, value.shape[1])
+    left = matrices * jnp.exp(decay[:, 0])[..., None, None]
+    both = jnp.stack([key, query], axis=2)
+    read = jnp.sum(left[:, :, None] * both[..., None, :], axis=-1)
+    new = (value - read[:, :, 0]) * rate[:, 0, :, None]
+    out = read[:, :, 1] + jnp.sum(key * query, axis=-1, keepdims=True) * new
+    return left + new[..., None] * key[..., None, :], out[:, None]
+
+
+def _read_chunks(matrices: Array, *parts: Array) -> tuple[Array, Array]:
+    """The states after some tokens, and their outputs, computed chunk by chunk."""
+    seq = parts[0].shape[1]
     size = min(seq, CHUNK)
     chunks = -(-seq // size)
 
@@ -115,53 +144,58 @@ def apply_rule(
         x = x.reshape(x.shape[0], chunks, size, *x.shape[2:])
         return jnp.moveaxis(jnp.moveaxis(x, 1, 0), 3, 2)
 
-    def step(matrices: Array, chunk: tuple[Array, ...]) -> tuple[Array, Array]:
-        q, k, v, g, beta = (x.astype(jnp.float32) for x in chunk)
-        q, k = (jnp.repeat(_normalize(x), heads // x.shape[1], axis=1) for x in (q, k))
-        return _step(matrices, q * q.shape[-1] ** -0.5, k, v, g, beta)
+    def step(matrices: Array, chunk: list[Array]) -> tuple[Array, Array]:
+        query, key, *rest = (x.astype(jnp.float32) for x in chunk)
+        return _read_chunk(matrices, *_prepare(query, key, rest[0].shape[1]), *rest)
 
-    parts = [split(x) for x in (query, key, value, decay, rate)]
-    matrices, out = jax.lax.scan(step, _take(states.matrices, layer), parts)
+    matrices, out = jax.lax.scan(step, matrices, [split(x) for x in parts])
     out = jnp.moveaxis(jnp.moveaxis(out, 2, 3), 0, 1)
-    out = out.reshape(out.shape[0], chunks * size, *out.shape[3:])[:, :seq]
-    return out, states._replace(matrices=_put(states.matrices, matrices, layer))
+    return matrices, out.reshape(out.shape[0], chunks * size, *out.shape[3:])[:, :seq]
 
 
-def _step(
-    matrices: Float[Array, "batch heads key_dim value_dim"],
+def _prepare(query: Array, key: Array, heads: int) -> tuple[Array, Array]:
+    """Queries and keys of length 1, the former scaled, for each of the value heads."""
+    query, key = (
+        jnp.repeat(
+            x * jax.lax.rsqrt(jnp.sum(jnp.square(x), -1, keepdims=True) + 1e-6),
+            heads // x.shape[1],
+            axis=1,
+        )
+        for x in (query, key)
+    )
+    return query * query.shape[-1] ** -0.5, key
+
+
+def _read_chunk(
+    matrices: Float[Array, "batch heads value_dim key_dim"],
     query: Float[Array, "batch heads size key_dim"],
     key: Float[Array, "batch heads size key_dim"],
     value: Float[Array, "batch heads size value_dim"],
     decay: Float[Array, "batch heads size"],
     rate: Float[Array, "batch heads size"],
 ) -> tuple[
-    Float[Array, "batch heads key_dim value_dim"], Float[Array, "batch heads size value_dim"]
+    Float[Array, "batch heads value_dim key_dim"], Float[Array, "batch heads size value_dim"]
 ]:
     """The states after a chunk, and its outputs."""
-    size = query.shape[2]
     total = jnp.cumsum(decay, axis=-1)
-    since = jnp.where(jnp.tri(size, dtype=bool), total[..., None] - total[..., None, :], -jnp.inf)
+    since = jnp.where(
+        jnp.tri(query.shape[2], dtype=bool), total[..., None] - total[..., None, :], -jnp.inf
+    )
     between = jnp.exp(since)  # what is left of the state after one token when another comes
     begin, end = jnp.exp(total)[..., None], jnp.exp(total[..., -1:] - total)[..., None]
     # What the tokens would write to an empty state, and how they read the one that is there.
     written = jnp.concatenate([value, key * begin], axis=-1) * rate[..., None]
-    if size > 1:
-        system = _dot(key, key, "bhik,bhjk->bhij") * between * rate[..., None]
-        written = jax.lax.linalg.triangular_solve(
-            system, written, left_side=True, lower=True, unit_diagonal=True
-        )
+    system = _dot(key, key, "bhik,bhjk->bhij") * between * rate[..., None]
+    written = jax.lax.linalg.triangular_solve(
+        system, written, left_side=True, lower=True, unit_diagonal=True
+    )
     written, reads = jnp.split(written, [value.shape[-1]], axis=-1)
-    read = _dot(jnp.concatenate([reads, query * begin], axis=2), matrices, "bhik,bhkv->bhiv")
+    read = _dot(jnp.concatenate([reads, query * begin], axis=2), matrices, "bhik,bhvk->bhiv")
     known, out = jnp.split(read, 2, axis=2)
     new = written - known
     out += _dot(_dot(query, key, "bhik,bhjk->bhij") * between, new, "bhij,bhjv->bhiv")
     left = matrices * jnp.exp(total[..., -1])[..., None, None]
-    return left + _dot(key * end, new, "bhik,bhiv->bhkv"), out
-
-
-def _normalize(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
-    """Vectors of length 1."""
-    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+    return left + _dot(key * end, new, "bhik,bhiv->bhvk"), out
 
 
 def _dot(a: Array, b: Array, subscripts: str) -> Array:

@@ -51,8 +51,8 @@ def extend(config: Config, f: Fields) -> Config:
     """
     if f.get("enable_moe_block"):
         raise UnsupportedModelError(
-            f"{f.where}: enable_moe_block {brief(f.get('enable_moe_block'))}, a mixture of experts, "
-            "is not supported for Gemma 4, only dense models are, such as gemma-4-31B or gemma-4-E4B"
+            f"{f.where}: enable_moe_block {brief(f.get('enable_moe_block'))}, a mixture of "
+            "experts, is not supported for Gemma 4, only dense models are, such as gemma-4-31B"
         )
     if config.attention_softcap is not None:
         raise UnsupportedModelError(
@@ -65,7 +65,11 @@ def extend(config: Config, f: Fields) -> Config:
             f"full_attention layers, and their head_dim to be even, got {config.heads}, "
             f"{full.kv_heads} and {full.head_dim}"
         )
-    shared = f.size("num_kv_shared_layers", most=config.layers - 1) if f.get("num_kv_shared_layers") else 0
+    shared = (
+        f.size("num_kv_shared_layers", most=config.layers - 1)
+        if f.get("num_kv_shared_layers")
+        else 0
+    )
     if set(config.sliding) != set(config.sliding[: config.layers - shared]):
         raise f.error("num_kv_shared_layers", "layers of each type before those that share keys")
     return dataclasses.replace(
@@ -95,7 +99,7 @@ def _full_attention(config: Config, f: Fields) -> FullAttention:
     layers = [str(i) for i, sliding in enumerate(config.sliding) if not sliding]
     if not isinstance(said, Mapping) or not all(isinstance(x, Mapping) for x in said.values()):
         raise f.error("per_layer_config", "a JSON object of JSON objects")
-    first = next(iter(said.values()), {})
+    first: Mapping[str, Any] = next(iter(said.values()), {})
     if sorted(said) != sorted(layers) or any(said[i] != first for i in layers):
         raise UnsupportedModelError(
             f"{f.where}: per_layer_config of the layers {', '.join(said)} is not supported, only "

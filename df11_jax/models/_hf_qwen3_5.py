@@ -1,4 +1,4 @@
-"""What is particular about the `config.json` of Qwen 3.5 and later: layers with a recurrent state."""
+"""What is particular about the `config.json` of Qwen 3.5: layers with a recurrent state."""
 
 import dataclasses
 from typing import Any

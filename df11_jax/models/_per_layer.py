@@ -66,9 +66,7 @@ def mix(
     c = block.config
     size = tokens.rows.shape[-1]
     (gate,) = multiply(block, x, {"per_layer_input_gate": size}, False)
-    (context,) = multiply(
-        block, tokens.embeddings, {"per_layer_model_projection": size}, False
-    )
+    (context,) = multiply(block, tokens.embeddings, {"per_layer_model_projection": size}, False)
     context = rms_norm(context * jnp.asarray(c.dim**-0.5, c.dtype), tokens.scale, c)
     mixed = activate(gate, c) * ((context + tokens.rows) * jnp.asarray(2**-0.5, c.dtype))
     (out,) = multiply(block, mixed, {"per_layer_projection": c.dim}, False)

@@ -194,10 +194,7 @@ def forward(
         x = x * jnp.asarray(c.embedding_scale, c.dtype)
     per_layer = _per_layer.look_up(params, tokens, x, c) if c.per_layer else None
     carry = x, cache
-    # Each part repeats a pattern of its own.
-    border = min(on_device, c.layers - c.shared_layers)
-    for layers in filter(len, (range(border), range(border, on_device))):
-        carry = _scan_layers(params["layers"], carry, inputs, c, layers, per_layer)
+    carry = _scan_layers(params["layers"], carry, inputs, c, range(on_device), per_layer)
     if in_host_memory:
         fetch = functools.partial(jax.device_put, device=jax.memory.Space.Device)
         layers = range(on_device, c.layers)
@@ -288,8 +285,7 @@ def _scan_layers(
         return first + (end - begin), x, cache.replace(type_, slots)
 
     run = types[layers.start : layers.stop]
-    first = jnp.int32(layers.start if has_stacks(config) else 0)
-    _, x, cache = fold_runs(scan_run, (first, *carry), run, types[: layers.start])
+    _, x, cache = fold_runs(scan_run, (jnp.int32(0), *carry), run, types[: layers.start])
     return x, cache
 
 
@@ -317,11 +313,15 @@ def block_shapes(config: Config) -> Params:
 
     def init(type_: LayerType) -> Any:
         x, zero = jnp.zeros((1, 1, config.dim), config.dtype), jnp.int32(0)
-        cache, inputs = _cache.take_slots(_cache.init_cache(config, 1, 1), zero[None, None], zero, zero, config)
+        cache, inputs = _cache.take_slots(
+            _cache.init_cache(config, 1, 1), zero[None, None], zero, zero, config
+        )
         tokens = _per_layer.empty_inputs(config)
         block = Block(type_config(config, type_))
-        return block.init(jax.random.key(0), x, cache.of(type_), inputs[type_], zero, tokens)["params"]
+        return block.init(jax.random.key(0), x, cache.of(type_), inputs[type_], zero, tokens)[
+            "params"
+        ]
 
     types = dict.fromkeys(layer_types(config))
-    shapes = {type_: jax.eval_shape(functools.partial(init, type_)) for type_ in types}
+    shapes: Params = {type_: jax.eval_shape(functools.partial(init, type_)) for type_ in types}
     return shapes if has_stacks(config) else next(iter(shapes.values()))

@@ -45,7 +45,14 @@ _MODULES: dict[str, dict[str, tuple[str, ...]]] = FUSED | {
         "post_self_attn_layernorm": ("post_attention_layernorm",),
         "post_attention_layernorm": ("pre_feedforward_layernorm",),
         "post_mlp_layernorm": ("post_feedforward_layernorm",),
-    }
+    },
+    "qwen3_5_text": {
+        f"linear_attn.{name}": tuple(f"linear_attn.{part}" for part in parts)
+        for name, parts in (
+            ("in_proj_qkv", ("in_proj_q", "in_proj_k", "in_proj_v")),
+            ("conv1d", ("conv1d_q", "conv1d_k", "conv1d_v")),
+        )
+    },
 }
 
 
@@ -119,7 +126,10 @@ def list_places(
     if config.per_layer is not None:
         vocab, dim = config.per_layer.vocab, config.per_layer.dim
         places[f"{prefix}{_PROJECTION}"] = tuple(projections)
-        for name, shape in (("embed_tokens_per_layer", (vocab, config.layers * dim)), ("per_layer_projection_norm", (dim,))):
+        for name, shape in (
+            ("embed_tokens_per_layer", (vocab, config.layers * dim)),
+            ("per_layer_projection_norm", (dim,)),
+        ):
             places[f"{prefix}{name}.weight"] = (TensorPlace((name,), None, shape),)
     places[f"{prefix}norm.weight"] = (TensorPlace(("norm",), None, (config.dim,)),)
     if not config.tied:
@@ -141,6 +151,7 @@ def _block_places(config: Config) -> dict[LayerType, dict[str, Places]]:
         theirs = {
             f"{name}.weight": tuple(ours.pop(f"{module}.weight") for module in modules)
             for name, modules in _MODULES.get(config.family, {}).items()
+            if f"{modules[0]}.weight" in ours
         }
         return {name: (place,) for name, place in ours.items()} | theirs
 

@@ -216,9 +216,11 @@ def _in_block(config: Config, type_: LayerType, batch: int, seq: int, slots: int
         return min(smallest * count, max(smallest, _attention.PART_BYTES))
 
     copied = 0
-    if type_ == "linear":
-        assert c.delta_rule is not None
-        rule, mixing = c.delta_rule, 0
+    if c.delta_rule is not None and type_ == "linear":
+        rule = c.delta_rule
+        # XLA copies the states of the layer; before a loop over chunks, it does so twice.
+        states = 4 * batch * rule.value_heads * rule.key_dim * rule.value_dim
+        mixing = 2 * width * tokens * rule.channels + states * (1 if seq == 1 else 2)
     else:
         # The most keys that a layer attends to: in sliding layers, those of the slots and the new
         # ones.
@@ -233,7 +235,12 @@ def _in_block(config: Config, type_: LayerType, batch: int, seq: int, slots: int
         mixing = scores + scores * width // 4 + 2 * width * tokens * c.heads * c.head_dim
     mlp = 2 * width * tokens * c.hidden
     return Temporary(
-        block=2 * sum(math.prod(shape[1:]) for path, shape in _leaves(config) if path[1] == type_ or not has_stacks(config)),
+        block=2
+        * sum(
+            math.prod(shape[1:])
+            for path, shape in _leaves(config)
+            if path[1] == type_ or not has_stacks(config)
+        ),
         head=0,
         cache_copy=copied,
         activations=2 * width * tokens * c.dim + max(mixing, mlp),
@@ -274,15 +281,13 @@ def _vectors(config: Config) -> list[int]:
     return [config.dim, *([config.per_layer.dim] if config.per_layer else [])]
 
 
-def _table_shards(
-    config: Config, devices: int
-) -> list[tuple[tuple[str, ...], tuple[int, int, int]]]:
+def _table_shards(config: Config, devices: int) -> list[tuple[tuple[str, ...], tuple[int, ...]]]:
     """The paths and shapes of each device's shards of the tables."""
     names = ["embed_tokens"] if config.tied else ["embed_tokens", "lm_head"]
     if config.per_layer is not None:
         names.append("embed_tokens_per_layer")
     shapes = {name: table_shape(config, devices, name) for name in names}
-    return [((name,), (groups // devices, *rest)) for name, (groups, *rest) in shapes.items()]
+    return [((name,), (shape[0] // devices, *shape[1:])) for name, shape in shapes.items()]
 
 
 def _head_groups(config: Config, devices: int) -> int:

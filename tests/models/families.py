@@ -103,37 +103,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "sliding_window": 8,
         "max_window_layers": 1,
     },
-    "gemma3_text": _SIZES
-    | {
-        "model_type": "gemma3_text",
-        "num_hidden_layers": 7,
-        "head_dim": 32,
-        "query_pre_attn_scalar": 24,
-        "sliding_window": 8,
-        "rope_theta": 1_000_000.0,
-        "rope_local_base_freq": 10_000.0,
-        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-        "attn_logit_softcapping": 5.0,
-        "final_logit_softcapping": 3.0,
-    },
-}
-
-
-_GEMMA_4 = _SIZES | {
-    "model_type": "gemma4_text",
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "global_head_dim": 32,
-    "sliding_window": 8,
-    "final_logit_softcapping": 3.0,
-    "vocab_size_per_layer_input": VOCAB,
-}
-# Like the large ones, and like the small ones, the last of whose layers share keys.
-CONFIGS |= {
     "qwen3_5_text": _SIZES
     | {
         "model_type": "qwen3_5_text",
-        "num_hidden_layers": 5,
+        "full_attention_interval": 2,
+        "num_hidden_layers": 4,
         "head_dim": 32,
         "linear_key_head_dim": 16,
         "linear_num_key_heads": 2,
@@ -147,21 +121,34 @@ CONFIGS |= {
             "partial_rotary_factor": 0.25,
         },
     },
-    "gemma4": _GEMMA_4
+    "gemma3_text": _SIZES
     | {
-        "attention_k_eq_v": True,
-        "hidden_size_per_layer_input": 0,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "num_global_key_value_heads": 2,
-        "num_hidden_layers": 4,
-        "num_key_value_heads": 4,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 7,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 8,
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0,
     },
-    "gemma4-shared": _GEMMA_4
+    "gemma4_text": _SIZES
     | {
+        "model_type": "gemma4_text",
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "head_dim": 16,
+        "num_key_value_heads": 1,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 2,
+        "attention_k_eq_v": True,
+        "sliding_window": 8,
+        "final_logit_softcapping": 3.0,
         "hidden_size_per_layer_input": 16,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 3,
-        "num_hidden_layers": 9,
-        "num_kv_shared_layers": 4,
+        "vocab_size_per_layer_input": VOCAB,
+        "num_kv_shared_layers": 2,
         "use_double_wide_mlp": True,
     },
 }
