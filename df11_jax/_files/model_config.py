@@ -85,40 +85,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
-# The same for mixtures of experts, of whose layers the matrices are not listed below.
-MIXTURES: dict[str, dict[str, Any]] = {
-    "mixtral": {
-        "hidden_act": "silu",
-        "max_position_embeddings": 131_072,
-        "num_experts_per_tok": 2,
-        "num_key_value_heads": 8,
-        "num_local_experts": 8,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1_000_000.0,
-    },
-    "qwen2_moe": {
-        "hidden_act": "silu",
-        "max_position_embeddings": 32768,
-        "max_window_layers": 28,
-        "moe_intermediate_size": 1408,
-        "num_experts": 60,
-        "num_experts_per_tok": 4,
-        "num_key_value_heads": 16,
-        "qkv_bias": True,
-        "shared_expert_intermediate_size": 5632,
-        "sliding_window": 4096,
-    },
-    "qwen3_moe": {
-        "hidden_act": "silu",
-        "max_position_embeddings": 32768,
-        "moe_intermediate_size": 768,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "num_key_value_heads": 4,
-        "sliding_window": 4096,
-    },
-}
-
 # The matrices of a layer that several others are rows of, one after the other, by model type.
 _GATE_UP: dict[str, tuple[str, ...]] = {"mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")}
 FUSED: dict[str, dict[str, tuple[str, ...]]] = {

@@ -13,7 +13,8 @@ from df11_jax.models._cache import Cache, Slots, init_cache
 from df11_jax.models._config import Config, Experts, Rope
 from df11_jax.models._devices import find_mesh, place_params
 from df11_jax.models._generate import generate
-from df11_jax.models._hf_config import UnsupportedModelError, read_config
+from df11_jax.models._hf_config import read_config
+from df11_jax.models._hf_fields import UnsupportedModelError
 from df11_jax.models._load import load_params
 from df11_jax.models._memory import Memory, measure_memory
 from df11_jax.models._programs import (

@@ -127,6 +127,8 @@ def _find_devices(devices: Devices | None) -> list[jax.Device]:
 def _count_shards(params: Params) -> int:
     """The number of devices that parameters were divided for, wherever they are."""
     block = params["layers"]
+    if "input_layernorm" not in block:  # a stack for each type of layers
+        block = next(iter(block.values()))
     layers = block["input_layernorm"]["scale"].shape[0]
     mlp = block["mlp"].get(EXPERTS, block["mlp"])
     return mlp["down_proj"]["kernel"].shape[0] // layers if layers else 1

@@ -26,6 +26,7 @@ from df11_jax._decode import decompress_params
 from df11_jax._product import can_fuse, dot
 from df11_jax.models import _collectives
 from df11_jax.models._config import Config
+from df11_jax.models._layers import activate
 
 # The name of the experts' weights in the parameters of a block, and of what chooses experts.
 EXPERTS = "experts"
@@ -270,11 +271,6 @@ def _map_fused(
 def _result_dtype(config: Config) -> Any:
     """The dtype of what an expert makes of a token: several devices add before they round."""
     return config.dtype if config.axis is None else jnp.float32
-
-
-def activate(gate: Float[Array, "*batch hidden"], config: Config) -> Float[Array, "*batch hidden"]:
-    """The activation of a gate."""
-    return nn.silu(gate) if config.activation == "silu" else nn.gelu(gate, approximate=True)
 
 
 def _repeat(

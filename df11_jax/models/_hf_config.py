@@ -1,20 +1,20 @@
 """Reading a Hugging Face `config.json`, or refusing it."""
 
 import math
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from df11_jax._brief import brief
-from df11_jax._files.model_config import DEFAULTS, MIXTURES
-from df11_jax.models._config import Config, Experts, Rope
+from df11_jax._files.model_config import DEFAULTS
+from df11_jax.models import _hf_gemma4, _hf_mixtures, _hf_qwen3_5
+from df11_jax.models._config import Config, Rope
+from df11_jax.models._hf_fields import MOST, Fields, UnsupportedModelError
 from df11_jax.models._rope import rotary_dim
 
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
-# Larger sizes are mistakes, which would otherwise come to light only after much time and memory.
-_MOST, _MOST_LAYERS = 2**24, 10_000
+_MOST_LAYERS = 10_000
 
 _FAMILIES = (
     "llama",
@@ -27,25 +27,33 @@ _FAMILIES = (
     "qwen2",
     "qwen3",
     "gemma3_text",
-    *MIXTURES,
+    *_hf_mixtures.DEFAULTS,
+    *_hf_qwen3_5.DEFAULTS,
+    *_hf_gemma4.DEFAULTS,
 )
 # The models that see as well, and the model type of their text part where they do not say it.
-_MULTIMODAL = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+_MULTIMODAL = {
+    "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "gemma4_unified": "gemma4_unified_text",
+    "mistral3": "mistral",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+}
+_GEMMA_4, _QWEN_3_5 = tuple(_hf_gemma4.DEFAULTS), tuple(_hf_qwen3_5.DEFAULTS)
+# Families whose checkpoints this library can convert have their defaults elsewhere.
+_DEFAULTS = DEFAULTS | _hf_mixtures.DEFAULTS | _hf_qwen3_5.DEFAULTS | _hf_gemma4.DEFAULTS
 
 _WITH_OUTPUT_BIAS = ("llama", "qwen3", "qwen3_moe", "gemma3_text")
-_WITH_PARTIAL_ROPE = ("phi3", "glm", "glm4")
+_WITH_PARTIAL_ROPE = ("phi3", "glm", "glm4", *_QWEN_3_5)
 # Families whose layers all have the window that `sliding_window` says, whatever else is there.
 _WITH_ONE_WINDOW = ("mistral", "ministral3", "phi3", "mixtral")
 
 # Fields that change what is computed, with the values under which they do not.
 _NOT_IMPLEMENTED = {
-    "use_bidirectional_attention": (None, False),
+    "use_bidirectional_attention": (None, False, "vision"),  # which is among images
 }
-_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
-
-
-class UnsupportedModelError(ValueError):
-    """A model that this package cannot run; the message names what is not supported about it."""
+_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
 
 
 def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config:
@@ -72,10 +80,13 @@ def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config
             f"{where}: the model_type {brief(family)} is not supported, only "
             f"{', '.join((*_FAMILIES, *_MULTIMODAL))} are"
         )
-    # Null says something only of a window, and not in a family whose layers say which have one.
-    keeps = () if family == "gemma3_text" else ("sliding_window",)
+    # Null says something only of a window, and not in a family whose layers say which have one; and
+    # of embeddings for layers.
+    keeps = {"sliding_window", "hidden_size_per_layer_input"}
+    if family in ("gemma3_text", *_GEMMA_4):
+        keeps.remove("sliding_window")
     said = {k: v for k, v in fields.items() if v is not None or k in keeps}
-    f = _Fields((DEFAULTS | MIXTURES)[family] | said, where)
+    f = Fields(_DEFAULTS[family] | said, where)
     for name, harmless in _NOT_IMPLEMENTED.items():
         if f.get(name) not in harmless:
             raise UnsupportedModelError(f"{where}: {name} {brief(f.get(name))} is not supported")
@@ -102,20 +113,22 @@ def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config
     max_length = f.size("max_position_embeddings")
     if rope.kind == "yarn":
         # Configurations to which YaRN was added may still say the length without it.
-        max_length = max(max_length, int(min(rope.factor * rope.original_length, _MOST)))
+        max_length = max(max_length, int(min(rope.factor * rope.original_length, MOST)))
     sliding = _sliding_layers(f, layers, family)
     window = f.size("sliding_window") if any(sliding) else 0
-    if window >= max_length and local_rope == rope:
+    if window >= max_length and local_rope == rope and family not in _GEMMA_4:
         sliding, window = (False,) * layers, 0
     if window and rope.kind == "longrope":
         raise UnsupportedModelError(
             f"{where}: sliding_window {window} together with the RoPE type longrope is not "
             f"supported, only windows of all {max_length} positions are"
         )
-    return Config(
+    hidden, experts = _hf_mixtures.read_mlp(f, family)
+    config = Config(
         family=family,
         vocab=f.size("vocab_size"),
         dim=dim,
+        hidden=hidden,
         layers=layers,
         heads=heads,
         kv_heads=kv_heads,
@@ -138,32 +151,11 @@ def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config
         attention_softcap=_softcap(f, "attn_logit_softcapping"),
         logit_softcap=_softcap(f, "final_logit_softcapping"),
         tied=f.flag("tie_word_embeddings"),
-        **_mlp_sizes(f, family),
+        experts=experts,
     )
-
-
-def _mlp_sizes(f: "_Fields", family: str) -> dict[str, Any]:
-    """The fields of `Config` about the MLP, or about the experts that take its place."""
-    if family not in MIXTURES:
-        return {"hidden": f.size("intermediate_size")}
-    for name, harmless in (("mlp_only_layers", []), ("decoder_sparse_step", 1)):
-        if f.get(name) not in (None, harmless):
-            raise UnsupportedModelError(
-                f"{f.where}: {name} {brief(f.get(name))} is not supported, only mixtures of "
-                "experts in all layers are"
-            )
-    mixtral = family == "mixtral"
-    # transformers 5 writes what Mixtral calls it, and reads both.
-    name = "num_experts" if f.get("num_local_experts") is None else "num_local_experts"
-    count = f.size(name)
-    experts = Experts(
-        count=count,
-        per_token=f.size("num_experts_per_tok", most=count),
-        normed=mixtral or f.flag("norm_topk_prob"),
-        shared_hidden=f.size("shared_expert_intermediate_size") if family == "qwen2_moe" else 0,
-    )
-    hidden = f.size("intermediate_size" if mixtral else "moe_intermediate_size")
-    return {"hidden": hidden, "experts": experts}
+    if family in _GEMMA_4:
+        return _hf_gemma4.extend(config, f)
+    return _hf_qwen3_5.extend(config, f) if family in _QWEN_3_5 else config
 
 
 def _text_fields(fields: Mapping[str, Any], family: str, where: str) -> Mapping[str, Any]:
@@ -177,56 +169,7 @@ def _text_fields(fields: Mapping[str, Any], family: str, where: str) -> Mapping[
     return {"model_type": family} | dict(text) | whole
 
 
-class _Fields:
-    """A JSON object whose fields are read with messages that name them."""
-
-    def __init__(self, fields: Mapping[str, Any], where: str) -> None:
-        self._fields = fields
-        self.where = where
-
-    def get(self, name: str) -> Any:
-        return self._fields.get(name)
-
-    def size(self, name: str, default: int | None = None, most: int = _MOST) -> int:
-        value = self._fields.get(name, default)
-        if type(value) is not int or not 1 <= value <= most:
-            raise self.error(name, f"an integer from 1 to {most}")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self._fields.get(name, default)
-        # Integers of JSON have any number of digits.
-        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
-            raise self.error(name, "a positive number")
-        return float(value)
-
-    def numbers(self, name: str, count: int) -> tuple[float, ...]:
-        values = self._fields.get(name)
-        if not isinstance(values, list) or len(values) != count:
-            raise self.error(name, f"a list of {count} positive numbers")
-        return tuple(_Fields({name: value}, self.where).number(name) for value in values)
-
-    def flag(self, name: str) -> bool:
-        value = self._fields.get(name, False)
-        if type(value) is not bool:
-            raise self.error(name, "true or false")
-        return value
-
-    def inner(self, name: str) -> "_Fields":
-        value = self._fields.get(name, {})
-        if not isinstance(value, Mapping):
-            raise self.error(name, "a JSON object")
-        return _Fields({k: v for k, v in value.items() if v is not None}, f"{self.where}: {name}")
-
-    def error(self, name: str, expected: str) -> ValueError:
-        if name not in self._fields:
-            return ValueError(f"{self.where}: {name} is missing, expected {expected}")
-        return ValueError(
-            f"{self.where}: {name} is {brief(self._fields[name])}, expected {expected}"
-        )
-
-
-def _activation(f: _Fields) -> str:
+def _activation(f: Fields) -> str:
     name = f.get("hidden_activation") or f.get("hidden_act")
     if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise UnsupportedModelError(
@@ -236,12 +179,14 @@ def _activation(f: _Fields) -> str:
     return _ACTIVATIONS[name]
 
 
-def _softcap(f: _Fields, name: str) -> float | None:
+def _softcap(f: Fields, name: str) -> float | None:
     return None if f.get(name) is None else f.number(name)
 
 
-def _sliding_layers(f: _Fields, layers: int, family: str) -> tuple[bool, ...]:
+def _sliding_layers(f: Fields, layers: int, family: str) -> tuple[bool, ...]:
     """A flag for each layer, whether it has a sliding window."""
+    if family in _QWEN_3_5:  # its layer types are others
+        return (False,) * layers
     types, has_window = f.get("layer_types"), f.get("sliding_window") is not None
     said = None
     if types is not None:
@@ -261,13 +206,14 @@ def _sliding_layers(f: _Fields, layers: int, family: str) -> tuple[bool, ...]:
                 f"{family}, whose layers all have the sliding_window; for ministral they are"
             )
         return flags
+    if said is None and family in ("gemma3_text", *_GEMMA_4):
+        pattern = f.size("sliding_window_pattern")
+        said = tuple((i + 1) % pattern != 0 for i in range(layers))
     if said is not None:
-        return said
+        # Whatever is said, Gemma 4 ends with a full layer.
+        return (*said[:-1], False) if family in _GEMMA_4 else said
     if family == "ministral":
         return (has_window,) * layers
-    if family == "gemma3_text":
-        pattern = f.size("sliding_window_pattern")
-        return tuple((i + 1) % pattern != 0 for i in range(layers))
     if f.flag("use_sliding_window") and has_window:
         if family == "qwen3_moe":
             return (True,) * layers
@@ -278,7 +224,7 @@ def _sliding_layers(f: _Fields, layers: int, family: str) -> tuple[bool, ...]:
     return (False,) * layers
 
 
-def _ropes(f: _Fields, family: str, head_dim: int) -> tuple[Rope, Rope]:
+def _ropes(f: Fields, family: str, head_dim: int) -> tuple[Rope, Rope]:
     """The position embeddings of full and of sliding layers."""
     parameters = f.inner("rope_parameters")
     theta, local_theta = f.number("rope_theta", 10_000), f.number("rope_local_base_freq", 10_000)
@@ -292,7 +238,7 @@ def _ropes(f: _Fields, family: str, head_dim: int) -> tuple[Rope, Rope]:
     )
 
 
-def _rope(scaling: _Fields, theta: float, f: _Fields, family: str, head_dim: int) -> Rope:
+def _rope(scaling: Fields, theta: float, f: Fields, family: str, head_dim: int) -> Rope:
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if family == "phi3" and kind in ("su", "yarn"):  # earlier names
         kind = "longrope"
@@ -303,6 +249,9 @@ def _rope(scaling: _Fields, theta: float, f: _Fields, family: str, head_dim: int
         )
     said = scaling if scaling.get("partial_rotary_factor") is not None else f
     fraction = said.number("partial_rotary_factor", 1)
+    if kind == "proportional" and fraction <= 1:
+        theta, factor = scaling.number("rope_theta", theta), scaling.number("factor", 1)
+        return Rope(theta, kind, factor, fraction=fraction)
     if fraction > 1 or (fraction < 1 and family not in _WITH_PARTIAL_ROPE):
         raise UnsupportedModelError(
             f"{said.where}: partial_rotary_factor {fraction:g} is not supported, only up to 1 for "
@@ -356,7 +305,7 @@ def _rope(scaling: _Fields, theta: float, f: _Fields, family: str, head_dim: int
     )
 
 
-def _yarn_attention(scaling: _Fields, factor: float) -> float:
+def _yarn_attention(scaling: Fields, factor: float) -> float:
     """The attention factor of YaRN where it is not said."""
     stretch = 0.1 * math.log(max(factor, 1))
     if scaling.get("mscale") is None or scaling.get("mscale_all_dim") is None:

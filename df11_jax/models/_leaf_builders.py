@@ -30,11 +30,11 @@ def count_stack_axes(path: Sequence[str]) -> int:
 def is_candidate_leaf(path: Sequence[str], shape: tuple[int, ...]) -> bool:
     """Whether a leaf is to be compressed, if that makes it smaller.
 
-    Only stacks of matrices are: vectors, of which a block has few, stay plain, and so do routers,
-    which tell what is decompressed.
+    Only stacks of matrices are: vectors and convolutions, of which a block has few, stay plain, and
+    so do routers, which tell what is decompressed.
     """
     axes = count_stack_axes(path)
-    is_matrix = len(shape) - axes > 1 and not ROUTERS & set(path)
+    is_matrix = len(shape) - axes == 2 and not ROUTERS & set(path)
     return is_matrix and is_candidate(shape, BFLOAT16, stack_axes=axes)
 
 
@@ -66,8 +66,8 @@ class LeafBuilder(Protocol):
 class PlainLeafBuilder:
     """A builder of a leaf that is not compressed."""
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self._array = empty_aligned(shape, BFLOAT16)
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        self._array = empty_aligned(shape, dtype)
 
     def put(self, start: int, slices: BFloat16[np.ndarray, "slices ..."], name: str) -> None:
         """Adds slices."""

@@ -2,6 +2,7 @@
 
 import collections
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
@@ -18,6 +19,7 @@ from df11_jax._select import is_candidate_dtype, is_castable
 from df11_jax.models import tables
 from df11_jax.models._config import Config
 from df11_jax.models._devices import Devices, ParamDevices
+from df11_jax.models._layer_types import count_stack
 from df11_jax.models._leaf_builders import (
     CompressedLeafBuilder,
     LeafBuilder,
@@ -32,6 +34,7 @@ from df11_jax.models._weights import (
     TensorPlace,
     find_places,
     find_tied_head,
+    left_out_parts,
     nest,
     split_rows,
     tensor_shape,
@@ -76,12 +79,18 @@ def load_params(
     """
     target = ParamDevices(config, devices)
     places = find_places(source.tensors, config)
+    if parts := left_out_parts(source.tensors):
+        warnings.warn(
+            f"the checkpoint has parts that text generation does not need, which are left out: "
+            f"{', '.join(parts)}",
+            stacklevel=2,
+        )
     _check_tensors(source, places, config, cast)
 
     all_places = [place for parts in places.values() for place in parts]
     builders = {
         place.path: _make_builder(
-            place.path, _leaf_shape(place, config, target.count), compress, verify, threads
+            place, _leaf_shape(place, config, target.count), compress, verify, threads
         )
         for place in {place.path: place for place in all_places}.values()
     }
@@ -95,7 +104,7 @@ def load_params(
         ThreadPoolExecutor(threads) as pool,
     ):
         for name in (name for name in source.tensors if name in places):
-            tensor = source.read(name).astype(BFLOAT16, copy=False)
+            tensor = source.read(name).astype(places[name][0].dtype, copy=False)
             for place, rows in zip(places[name], split_rows(tensor, places[name]), strict=True):
                 for start, slices in _slices(place, rows, pool, config, target.count):
                     builders[place.path].put(start, slices, name)
@@ -111,15 +120,11 @@ def load_params(
 
 
 def _make_builder(
-    path: tuple[str, ...],
-    shape: tuple[int, ...],
-    compress: bool,
-    verify: bool,
-    threads: int | None,
+    place: TensorPlace, shape: tuple[int, ...], compress: bool, verify: bool, threads: int | None
 ) -> LeafBuilder:
-    if compress and is_candidate_leaf(path, shape):
-        return CompressedLeafBuilder(path, shape, verify, threads)
-    return PlainLeafBuilder(shape)
+    if compress and is_candidate_leaf(place.path, shape):
+        return CompressedLeafBuilder(place.path, shape, verify, threads)
+    return PlainLeafBuilder(shape, place.dtype)
 
 
 def _check_tensors(
@@ -136,6 +141,8 @@ def _check(name: str, places: Places, info: TensorInfo, cast: bool) -> None:
     expected = tensor_shape(places)
     if tuple(info.shape) != expected:
         raise ValueError(f"{name}: expected shape {list(expected)}, got {list(info.shape)}")
+    if info.numpy_dtype == places[0].dtype:
+        return
     if not is_candidate_dtype(info.numpy_dtype, cast):
         castable = is_castable(info.numpy_dtype)
         hint = ": ask for cast=True (--cast) if rounding is acceptable" if castable else ""
@@ -161,12 +168,12 @@ def _check_tied_head(
 
 def _leaf_shape(place: TensorPlace, config: Config, devices: int) -> tuple[int, ...]:
     if place.is_table:
-        return table_shape(config, devices)
+        return table_shape(config, devices, place.path[0])
     if place.layer is None:
         return place.shape
     shards, shape = shard_shape(place.shape, place.path, config, devices)
     experts = () if place.expert is None else (config.experts.count,)
-    return (shards * config.layers, *experts, *shape[::-1])
+    return (shards * count_stack(place.path, config), *experts, *shape[::-1])
 
 
 def _slices(
@@ -178,13 +185,14 @@ def _slices(
 ) -> Iterator[tuple[int, BFloat16[np.ndarray, "slices ..."]]]:
     """The slices of its leaf that a tensor fills, as contiguous arrays, and where each begins."""
     if place.is_table:
-        yield from _groups(tensor, table_shape(config, devices)[0])
+        yield from _groups(tensor, table_shape(config, devices, place.path[0])[0])
     elif place.layer is None:
         yield 0, tensor
     else:
+        layers = count_stack(place.path, config)
         for i, shard in enumerate(split_tensor(tensor, place.path, config, devices)):
-            shard = transpose(shard, pool) if place.is_kernel else shard
-            at = i * config.layers + place.layer
+            shard = transpose(shard, pool) if place.is_kernel else shard.T
+            at = i * layers + place.layer
             if place.expert is not None:
                 at = at * config.experts.count + place.expert
             yield at, shard[None]

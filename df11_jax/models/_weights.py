@@ -10,26 +10,44 @@ import numpy as np
 from jaxtyping import PyTree, Shaped
 
 from df11_jax._files.model_config import FUSED
+from df11_jax._host_arrays import BFLOAT16
 from df11_jax.checkpoints.detect import find_quantization
 from df11_jax.models import _transformer
 from df11_jax.models._config import Config
 from df11_jax.models._experts import EXPERTS
-from df11_jax.models._sharding import is_table
+from df11_jax.models._layer_types import LayerType, has_stacks, layer_types
+from df11_jax.models._sharding import is_table, is_wide
 
 # The last part of a parameter's path, and what Hugging Face calls it.
-_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+_LEAVES = {"kernel": "weight", "scale": "weight", "taps": "weight"}
 
 # Multimodal checkpoints have longer prefixes.
 _EMBEDDING = re.compile(r"(.*\.)?embed_tokens\.weight")
 _HEAD = re.compile(r"(.*\.)?lm_head\.weight")
 
-# Tensors that text generation does not need: buffers that are computed, and the parts for images.
-_IGNORED = re.compile(
-    r"(.*\.)?(rotary_emb\.inv_freq|embed_scale)"
-    r"|(.*\.)?(vision_tower|vision_model|multi_modal_projector)\..*"
+# Tensors that nothing needs: buffers that are computed, and keys and values of layers that share
+# those of others.
+_IGNORED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|embed_scale)")
+_UNSHARED = re.compile(r".*\.layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.weight")
+# Parts of a model that text generation does not need: those for images and sound, and those that
+# guess several tokens.
+_LEFT_OUT = re.compile(
+    r"(.*\.)?(?P<part>vision_tower|vision_model|vision_embedder|visual|audio_tower|embed_vision"
+    r"|embed_audio|multi_modal_projector)\..*|(?P<head>mtp)\..*"
 )
 
 
+# The projection of embeddings for layers, one tensor for all, of which each block has its rows.
+_PROJECTION = "per_layer_model_projection.weight"
+
+# The modules of linear layers that several of ours are fused in.
+_DELTA_NET = {
+    f"linear_attn.{name}": tuple(f"linear_attn.{part}" for part in parts)
+    for name, parts in (
+        ("in_proj_qkv", ("in_proj_q", "in_proj_k", "in_proj_v")),
+        ("conv1d", ("conv1d_q", "conv1d_k", "conv1d_v")),
+    )
+}
 # The modules of a block that have other names, and those that several of ours are fused in.
 _MODULES: dict[str, dict[str, tuple[str, ...]]] = FUSED | {
     "glm4": FUSED["glm4"]
@@ -37,7 +55,9 @@ _MODULES: dict[str, dict[str, tuple[str, ...]]] = FUSED | {
         "post_self_attn_layernorm": ("post_attention_layernorm",),
         "post_attention_layernorm": ("pre_feedforward_layernorm",),
         "post_mlp_layernorm": ("post_feedforward_layernorm",),
-    }
+    },
+    "qwen3_5_text": _DELTA_NET,
+    "qwen3_5_moe_text": _DELTA_NET,
 }
 
 # The first of the two tensors in which all experts of a layer are, as transformers 5 has them.
@@ -65,7 +85,13 @@ class TensorPlace(NamedTuple):
 
     @property
     def is_table(self) -> bool:
+        """Whether the parameter is a table."""
         return is_table(self.path)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the parameter: bfloat16, or float32 where checkpoints may have that."""
+        return np.dtype(np.float32) if is_wide(self.path) else BFLOAT16
 
     @property
     def is_kernel(self) -> bool:
@@ -109,29 +135,50 @@ def list_places(
     places: dict[str, Places] = {
         f"{prefix}embed_tokens.weight": (TensorPlace(("embed_tokens",), None, table),)
     }
-    block = _expert_places(_block_places(config), config, fused_experts)
-    for layer in range(config.layers):
-        for name, parts in block.items():
-            here = tuple(place._replace(layer=layer) for place in parts)
-            places[f"{prefix}layers.{layer}.{name}"] = here
+    blocks, types = _block_places(config, fused_experts), layer_types(config)
+    projections: list[TensorPlace] = []
+    for layer, type_ in enumerate(types):
+        index = types[:layer].count(type_) if has_stacks(config) else layer
+        for name, parts in blocks[type_].items():
+            here = tuple(place._replace(layer=index) for place in parts)
+            if name == _PROJECTION:
+                projections += here
+            else:
+                places[f"{prefix}layers.{layer}.{name}"] = here
+    if config.per_layer is not None:
+        vocab, dim = config.per_layer.vocab, config.per_layer.dim
+        places[f"{prefix}{_PROJECTION}"] = tuple(projections)
+        for name, shape in (
+            ("embed_tokens_per_layer", (vocab, config.layers * dim)),
+            ("per_layer_projection_norm", (dim,)),
+        ):
+            places[f"{prefix}{name}.weight"] = (TensorPlace((name,), None, shape),)
     places[f"{prefix}norm.weight"] = (TensorPlace(("norm",), None, (config.dim,)),)
     if not config.tied:
         places[head] = (TensorPlace(("lm_head",), None, table),)
     return places
 
 
-def _block_places(config: Config) -> dict[str, Places]:
-    """The places of the tensors of the first block, by their names within it."""
-    ours = {}
-    for keys, leaf in jax.tree.leaves_with_path(_transformer.block_shapes(config)):
-        *modules, last = (key.key for key in keys)
-        name = ".".join((*modules, _LEAVES[last]))
-        ours[name] = TensorPlace(("layers", *modules, last), 0, leaf.shape[::-1])
-    theirs = {
-        f"{name}.weight": tuple(ours.pop(f"{module}.weight") for module in modules)
-        for name, modules in _MODULES.get(config.family, {}).items()
-    }
-    return {name: (place,) for name, place in ours.items()} | theirs
+def _block_places(config: Config, fused_experts: bool) -> dict[LayerType, dict[str, Places]]:
+    """The places of the tensors of the first block of each type, by their names within it."""
+    shapes, stacked = _transformer.block_shapes(config), has_stacks(config)
+
+    def of(type_: LayerType) -> dict[str, Places]:
+        ours = {}
+        stack = ("layers", type_) if stacked else ("layers",)
+        for keys, leaf in jax.tree.leaves_with_path(shapes[type_] if stacked else shapes):
+            *modules, last = (key.key for key in keys)
+            name = ".".join((*modules, _LEAVES.get(last, last)))
+            ours[name] = TensorPlace((*stack, *modules, last), 0, leaf.shape[::-1])
+        theirs = {
+            f"{name}.weight": tuple(ours.pop(f"{module}.weight") for module in modules)
+            for name, modules in _MODULES.get(config.family, {}).items()
+            if f"{modules[0]}.weight" in ours
+        }
+        block = {name: (place,) for name, place in ours.items()} | theirs
+        return _expert_places(block, config, fused_experts)
+
+    return {type_: of(type_) for type_ in dict.fromkeys(layer_types(config))}
 
 
 def _expert_places(block: dict[str, Places], config: Config, fused: bool) -> dict[str, Places]:
@@ -180,7 +227,7 @@ def find_places(names: Iterable[str], config: Config) -> dict[str, Places]:
     embedding = min(filter(_EMBEDDING.fullmatch, names), default="model.embed_tokens.weight")
     head = min(filter(_HEAD.fullmatch, names), default="lm_head.weight")
     prefix = embedding.removesuffix("embed_tokens.weight")
-    fused = any(name.endswith(_FUSED_EXPERTS) for name in names)
+    fused = f"{prefix}layers.0.{_FUSED_EXPERTS}" in names
     places = list_places(config, prefix, head, fused)
     if missing := [name for name in places if name not in names]:
         if method := find_quantization(names, {}):
@@ -190,10 +237,24 @@ def find_places(names: Iterable[str], config: Config) -> dict[str, Places]:
             )
         raise ValueError(_some("tensors are missing", missing, config))
     # A checkpoint may have an output head although it is tied.
-    unknown = sorted(name for name in names - set(places) - {head} if not _IGNORED.fullmatch(name))
+    unknown = sorted(
+        name for name in names - set(places) - {head} if not _is_left_out(name, config)
+    )
     if unknown:
         raise ValueError(_some("tensors have no place in the model", unknown, config))
     return places
+
+
+def left_out_parts(names: Iterable[str]) -> list[str]:
+    """The parts of a checkpoint that text generation does not need."""
+    matches = filter(None, map(_LEFT_OUT.fullmatch, names))
+    return sorted({match["part"] or match["head"] for match in matches})
+
+
+def _is_left_out(name: str, config: Config) -> bool:
+    if match := _UNSHARED.fullmatch(name):
+        return config.layers - config.shared_layers <= int(match[1]) < config.layers
+    return bool(_IGNORED.fullmatch(name) or _LEFT_OUT.fullmatch(name))
 
 
 def find_tied_head(names: Iterable[str], config: Config) -> str | None:

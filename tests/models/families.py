@@ -130,6 +130,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 3,
         "num_hidden_layers": 2,
     },
+    "qwen3_5_text": _SIZES
+    | {
+        "model_type": "qwen3_5_text",
+        "full_attention_interval": 2,
+        "num_hidden_layers": 4,
+        "head_dim": 32,
+        "linear_key_head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_value_head_dim": 32,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10_000_000.0,
+            "mrope_interleaved": True,
+            "mrope_section": [2, 1, 1],
+            "partial_rotary_factor": 0.25,
+        },
+    },
     "gemma3_text": _SIZES
     | {
         "model_type": "gemma3_text",
@@ -142,6 +160,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
         "attn_logit_softcapping": 5.0,
         "final_logit_softcapping": 3.0,
+    },
+    "gemma4_text": _SIZES
+    | {
+        "model_type": "gemma4_text",
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "head_dim": 16,
+        "num_key_value_heads": 1,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 2,
+        "attention_k_eq_v": True,
+        "sliding_window": 8,
+        "final_logit_softcapping": 3.0,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": VOCAB,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
     },
 }
 

@@ -14,6 +14,7 @@ from df11_jax.models._rope import frequencies
 from df11_jax.models._weights import list_places, tensor_shape
 
 LLAMA, PHI = families.CONFIGS["llama"], families.CONFIGS["phi3"]
+QWEN_3_5, GEMMA_4 = families.CONFIGS["qwen3_5_text"], families.CONFIGS["gemma4_text"]
 
 # How many billions of parameters there are, and of how many of the layers the window slides.
 SIZES = {
@@ -46,6 +47,10 @@ SIZES = {
     "gemma-3-4b": (3.880, 29),
     "gemma-3-12b": (11.766, 40),
     "gemma-3-27b": (27.009, 52),
+    "Qwen3.5-27B": (26.896, 0),
+    "gemma-4-31B": (30.697, 50),
+    "gemma-4-E2B": (4.629, 28),
+    "gemma-4-E4B": (7.463, 35),
 }
 
 
@@ -158,6 +163,22 @@ def test_windows_of_all_positions_are_none():
     assert read_config(unsaid | {"max_position_embeddings": 4097}).window == 4096
 
 
+def test_full_layers_of_gemma_4_have_heads_of_their_own():
+    config = read_config(GEMMA_4)
+    assert (config.full.head_dim, config.full.kv_heads) == (32, 2)
+    heads = {"head_dim": 32, "num_key_value_heads": 2}
+    said = {k: v for k, v in GEMMA_4.items() if "global" not in k}
+    assert read_config(said | {"per_layer_config": {i: heads for i in "135"}}) == config
+    # As many as in other layers, unless values are keys; and the last layer is always full.
+    types = ["sliding_attention"] * 6
+    config = read_config(GEMMA_4 | {"attention_k_eq_v": False, "num_kv_shared_layers": 0})
+    assert config.full.kv_heads == 1 and not config.full.keys_are_values
+    config = read_config(GEMMA_4 | {"layer_types": types, "num_kv_shared_layers": 0})
+    assert config.sliding == (*[True] * 5, False)
+    for none in (0, None):
+        assert read_config(GEMMA_4 | {"hidden_size_per_layer_input": none}).per_layer is None
+
+
 def test_text_of_mistral_3():
     text = families.CONFIGS["ministral3"]
     assert read_config({"model_type": "mistral3", "text_config": text}) == read_config(text)
@@ -197,9 +218,12 @@ def test_families_differ_where_they_should():
     biased = {"llama-biases", "qwen2", "qwen2_moe", "glm"}
     assert {name for name, c in read.items() if c.qkv_bias} == biased
     assert {name for name, c in read.items() if c.output_bias} == {"llama-biases"}
-    assert {name for name, c in read.items() if c.qk_norm} == {"qwen3", "qwen3_moe", "gemma3_text"}
-    assert {name for name, c in read.items() if c.post_norms} == {"gemma3_text", "glm4"}
-    sliding = {"mistral", "ministral", "mixtral", "qwen3", "gemma3_text"}
+    with_norms = {"qwen3", "qwen3_moe", "qwen3_5_text"}
+    with_norms |= {"gemma3_text", "gemma4_text"}
+    assert {name for name, c in read.items() if c.qk_norm} == with_norms
+    post_norms = {"gemma3_text", "gemma4_text", "glm4"}
+    assert {name for name, c in read.items() if c.post_norms} == post_norms
+    sliding = {"mistral", "ministral", "mixtral", "qwen3", "gemma3_text", "gemma4_text"}
     assert {name for name, c in read.items() if any(c.sliding)} == sliding
 
 
@@ -252,6 +276,16 @@ def test_frequencies():
         ),
         (LLAMA | {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         (LLAMA | {"layer_types": ["linear_attention"] * 3}, "the layer type 'linear_attention'"),
+        (QWEN_3_5 | {"layer_types": ["sliding_attention"] * 4}, "only full_attention and linear"),
+        (QWEN_3_5 | {"attn_output_gate": False}, "attn_output_gate False .* qwen3_5_text, only Tr"),
+        (QWEN_3_5 | {"hidden_act": "gelu_pytorch_tanh"}, "hidden_act 'gelu_pytorch_tanh' is not"),
+        (GEMMA_4 | {"enable_moe_block": True}, "a mixture of experts, .* such as gemma-4-31B"),
+        (GEMMA_4 | {"use_bidirectional_attention": "all"}, "use_bidirectional_attention 'all'"),
+        (GEMMA_4 | {"per_layer_config": {"1": {}}}, "of the layers 1 is not .*, 1, 3, 5"),
+        (
+            GEMMA_4 | {"per_layer_config": {i: {"hidden_size": 3} for i in "135"}},
+            "per_layer_config: 'hidden_size' is not supported, only head_dim and",
+        ),
     ],
 )
 def test_refused_by_name(fields, message):
@@ -282,6 +316,10 @@ def test_refused_by_name(fields, message):
         ({"rope_scaling": {"type": "longrope", "short_factor": [-1] * 8}}, "short_factor is -1"),
         ({"rope_scaling": {"type": "yarn"}, "rope_theta": 1}, "rope_theta is 1, expected more"),
         ({"model_type": "glm", "partial_rotary_factor": 0.2}, "an even part of a head of 128"),
+        (QWEN_3_5 | {"linear_num_value_heads": 3}, "is 3, expected a multiple of 2 key heads"),
+        (GEMMA_4 | {"num_kv_shared_layers": 5}, "num_kv_shared_layers is 5, expected layers of"),
+        (GEMMA_4 | {"num_kv_shared_layers": 6}, "num_kv_shared_layers is 6, expected an integer"),
+        (GEMMA_4 | {"vocab_size_per_layer_input": 299}, "is 299, expected at least vocab_size"),
     ],
 )
 def test_fields_that_make_no_sense(change, message):

@@ -76,7 +76,7 @@ def test_attention_in_parts_is_attention_at_once(most, monkeypatch):
     np.testing.assert_allclose(parts, whole, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_5_text", "gemma4_text"])
 def test_reading_in_pieces_is_reading_at_once(family):
     params, config = load(family)
     tokens = families.prompts(length=11)
