@@ -205,13 +205,15 @@ def estimate_temporary(
     # Scores are float32; the attention weights computed from them have the dtype of activations.
     attention = scores + scores * width // 4 + 2 * width * tokens * c.heads * c.head_dim
     mlp = 2 * width * tokens * c.hidden
-    block = 2 * sum(math.prod(shape) for _, shape in _block_shapes(c))
+    sizes = {path: 2 * math.prod(shape) for path, shape in _block_shapes(c)}
+    block = sum(sizes.values())
     if c.experts.count:
         # Weights of attention are not needed any more when experts are decompressed.
-        sizes = {path: 2 * math.prod(shape) for path, shape in _block_shapes(c)}
-        attention_weights = sum(sizes[path] for path in sizes if "self_attn" in path)
-        shared = sum(sizes[path] for path in sizes if "shared_expert" in path)
-        block = shared + max(attention_weights, _experts.group_nbytes(c, tokens))
+        own, shared = (
+            sum(size for path, size in sizes.items() if name in path)
+            for name in ("self_attn", "shared_expert")
+        )
+        block = shared + max(own, _experts.group_nbytes(c, tokens))
         mlp = 2 * width * tokens * c.experts.shared_hidden + _experts.activation_nbytes(c, tokens)
     in_block = Temporary(
         block=block,
