@@ -78,19 +78,16 @@ def decompress_params(params: PyTree) -> PyTree:
     groups: dict[Hashable, dict[Hashable, tuple[str, Any]]] = {}
     for (path, leaf), own in zip(with_paths, identities, strict=True):
         if own is not None:
-            key = (
-                leaf.stack_shape
-                if is_df11(leaf)
-                else (identity(leaf.index), leaf.stack.stack_shape)
-            )
+            stack, index = (leaf.stack, leaf.index) if isinstance(leaf, DF11Slice) else (leaf, None)
+            key = stack.stack_shape, None if index is None else identity(index)
             groups.setdefault(key, {}).setdefault(own, (path_name(path), leaf))
     weights: dict[Hashable, Array] = {}
     for members in groups.values():
-        names, those = zip(*members.values(), strict=True)
-        if is_df11(those[0]):
-            decoded = decode_stacks(those, names)
+        names, same = zip(*members.values(), strict=True)
+        if isinstance(same[0], DF11Slice):
+            decoded = decode_slices([a.stack for a in same], same[0].index, names=names)
         else:
-            decoded = decode_slices([a.stack for a in those], those[0].index, names=names)
+            decoded = decode_stacks(same, names)
         weights |= zip(members, decoded, strict=True)
     return jax.tree.unflatten(
         treedef,
