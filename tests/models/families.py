@@ -42,6 +42,22 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 _YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+_QWEN_3_5 = _SIZES | {
+    "full_attention_interval": 2,
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "linear_key_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_value_head_dim": 32,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10_000_000.0,
+        "mrope_interleaved": True,
+        "mrope_section": [2, 1, 1],
+        "partial_rotary_factor": 0.25,
+    },
+}
 
 # `config.json` of each; between them they have everything that the transformer can do.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -130,23 +146,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 3,
         "num_hidden_layers": 2,
     },
-    "qwen3_5_text": _SIZES
+    "qwen3_5_text": _QWEN_3_5 | {"model_type": "qwen3_5_text"},
+    "qwen3_5_moe_text": _QWEN_3_5
     | {
-        "model_type": "qwen3_5_text",
-        "full_attention_interval": 2,
-        "num_hidden_layers": 4,
-        "head_dim": 32,
-        "linear_key_head_dim": 16,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_value_head_dim": 32,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10_000_000.0,
-            "mrope_interleaved": True,
-            "mrope_section": [2, 1, 1],
-            "partial_rotary_factor": 0.25,
-        },
+        "model_type": "qwen3_5_moe_text",
+        "moe_intermediate_size": 64,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "shared_expert_intermediate_size": 96,
     },
     "gemma3_text": _SIZES
     | {

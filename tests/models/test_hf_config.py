@@ -218,7 +218,7 @@ def test_families_differ_where_they_should():
     biased = {"llama-biases", "qwen2", "qwen2_moe", "glm"}
     assert {name for name, c in read.items() if c.qkv_bias} == biased
     assert {name for name, c in read.items() if c.output_bias} == {"llama-biases"}
-    with_norms = {"qwen3", "qwen3_moe", "qwen3_5_text"}
+    with_norms = {"qwen3", "qwen3_moe", "qwen3_5_text", "qwen3_5_moe_text"}
     with_norms |= {"gemma3_text", "gemma4_text"}
     assert {name for name, c in read.items() if c.qk_norm} == with_norms
     post_norms = {"gemma3_text", "gemma4_text", "glm4"}
