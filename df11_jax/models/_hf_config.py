@@ -24,10 +24,10 @@ _FAMILIES = (
     "phi3",
     "glm",
     "glm4",
+    *MIXTURES,
     "qwen2",
     "qwen3",
     "gemma3_text",
-    *MIXTURES,
 )
 # The models that see as well, and the model type of their text part where they do not say it.
 _MULTIMODAL = {"gemma3": "gemma3_text", "mistral3": "mistral"}

@@ -81,7 +81,7 @@ def load_params(
     all_places = [place for parts in places.values() for place in parts]
     builders = {
         place.path: _make_builder(
-            place.path, _leaf_shape(place, config, target.count), compress, verify, threads
+            place, _leaf_shape(place, config, target.count), compress, verify, threads
         )
         for place in {place.path: place for place in all_places}.values()
     }
@@ -111,14 +111,10 @@ def load_params(
 
 
 def _make_builder(
-    path: tuple[str, ...],
-    shape: tuple[int, ...],
-    compress: bool,
-    verify: bool,
-    threads: int | None,
+    place: TensorPlace, shape: tuple[int, ...], compress: bool, verify: bool, threads: int | None
 ) -> LeafBuilder:
-    if compress and is_candidate_leaf(path, shape):
-        return CompressedLeafBuilder(path, shape, verify, threads)
+    if compress and is_candidate_leaf(place.path, shape):
+        return CompressedLeafBuilder(place.path, shape, verify, threads)
     return PlainLeafBuilder(shape)
 
 

@@ -30,7 +30,7 @@ DeviceOrSharding: TypeAlias = jax.Device | jax.sharding.Sharding | None
 # Kernels that are divided by their outputs, and those that are divided by their inputs.
 _BY_OUTPUTS = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
 _BY_INPUTS = frozenset({"o_proj", "down_proj"})
-_TABLES = frozenset({"embed_tokens", "lm_head"})
+TABLES = frozenset({"embed_tokens", "lm_head"})
 
 
 def shard_config(config: Config, devices: int) -> Config:
@@ -77,11 +77,6 @@ def shard_config(config: Config, devices: int) -> Config:
     )
 
 
-def is_table(path: Sequence[str]) -> bool:
-    """Whether the leaf at a path is the embedding or the output head."""
-    return path[0] in _TABLES
-
-
 def partition_spec(path: Sequence[str]) -> PartitionSpec:
     """The sharding of the leaf at a path: along its first axis, or replicated."""
     return PartitionSpec(AXIS) if _is_sharded(path) else PartitionSpec()
@@ -95,7 +90,7 @@ def table_shape(config: Config, devices: int) -> tuple[int, int, int]:
 
 def leaf_length(path: Sequence[str], config: Config, devices: int) -> int:
     """Length of the first axis of the leaf at a path."""
-    if is_table(path):
+    if path[0] in TABLES:
         return table_shape(config, devices)[0]
     if path[0] != "layers":
         return config.dim
@@ -137,7 +132,7 @@ def _count_parts(module: str, config: Config, devices: int) -> int:
 
 
 def _is_sharded(path: Sequence[str]) -> bool:
-    return is_table(path) or _axis(path) is not None
+    return path[0] in TABLES or _axis(path) is not None
 
 
 def _axis(path: Sequence[str]) -> int | None:

@@ -14,7 +14,7 @@ from df11_jax.checkpoints.detect import find_quantization
 from df11_jax.models import _transformer
 from df11_jax.models._config import Config
 from df11_jax.models._experts import EXPERTS
-from df11_jax.models._sharding import is_table
+from df11_jax.models._sharding import TABLES
 
 # The last part of a parameter's path, and what Hugging Face calls it.
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
@@ -65,7 +65,7 @@ class TensorPlace(NamedTuple):
 
     @property
     def is_table(self) -> bool:
-        return is_table(self.path)
+        return self.path[0] in TABLES
 
     @property
     def is_kernel(self) -> bool:

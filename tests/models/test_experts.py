@@ -164,7 +164,9 @@ def test_fused_experts_are_those_that_are_tensors_each(family, tmp_path):
     assert_same_bits(df11_jax.decompress(kernels)[1, 1], expected)
     wrong = fuse(tensors)
     wrong["model.layers.0.mlp.experts.down_proj"] = wrong["model.layers.0.mlp.experts.gate_up_proj"]
-    with pytest.raises(ValueError, match=r"mlp\.experts\.down_proj: expected shape \[\d+, 64, \d+\]"):
+    with pytest.raises(
+        ValueError, match=r"mlp\.experts\.down_proj: expected shape \[\d+, 64, \d+\]"
+    ):
         models.load(families.write_directory(tmp_path / "wrong", fields, wrong))
 
 
