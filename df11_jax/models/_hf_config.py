@@ -15,6 +15,7 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 # Larger sizes are mistakes, which would otherwise come to light only after much time and memory.
 _MOST, _MOST_LAYERS = 2**24, 10_000
+_MOST_EXPERTS = 2**17  # of all layers together
 
 _FAMILIES = (
     "llama",
@@ -155,7 +156,7 @@ def _mlp_sizes(f: "_Fields", family: str) -> dict[str, Any]:
     mixtral = family == "mixtral"
     # transformers 5 writes what Mixtral calls it, and reads both.
     name = "num_experts" if f.get("num_local_experts") is None else "num_local_experts"
-    count = f.size(name)
+    count = f.size(name, most=_MOST_EXPERTS // f.size("num_hidden_layers", most=_MOST_LAYERS))
     experts = Experts(
         count=count,
         per_token=f.size("num_experts_per_tok", most=count),
