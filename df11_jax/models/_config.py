@@ -7,6 +7,24 @@ import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """A mixture of experts, each of them an MLP.
+
+    Attributes:
+        count: number of experts; 0 if there is no mixture, but a single MLP.
+        per_token: number of experts that each token chooses.
+        normed: the probabilities of the experts that a token chooses are divided by their sum.
+        shared_hidden: size of activations within the expert that all tokens have beside those that
+            they choose; 0 if there is none.
+    """
+
+    count: int = 0
+    per_token: int = 0
+    normed: bool = False
+    shared_hidden: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Rope:
     """Frequencies of a rotary position embedding.
 
@@ -45,24 +63,6 @@ class Rope:
     fraction: float = 1.0
     interleaved: bool = False
     query_growth: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Experts:
-    """A mixture of experts, each of them an MLP.
-
-    Attributes:
-        count: number of experts; 0 if there is no mixture, but a single MLP.
-        per_token: number of experts that each token chooses.
-        normed: the probabilities of the experts that a token chooses are divided by their sum.
-        shared_hidden: size of activations within the expert that all tokens have beside those that
-            they choose; 0 if there is none.
-    """
-
-    count: int = 0
-    per_token: int = 0
-    normed: bool = False
-    shared_hidden: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,13 +8,12 @@ from df11_jax._brief import brief
 from df11_jax._files.model_config import DEFAULTS
 from df11_jax.models import _hf_gemma4, _hf_mixtures, _hf_qwen3_5
 from df11_jax.models._config import Config, Rope
-from df11_jax.models._hf_fields import MOST, Fields, UnsupportedModelError
+from df11_jax.models._hf_fields import MOST, MOST_LAYERS, Fields, UnsupportedModelError
 from df11_jax.models._rope import rotary_dim
 
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
-_MOST_LAYERS = 10_000
 
 _FAMILIES = (
     "llama",
@@ -100,7 +99,7 @@ def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config
 
     gemma = family == "gemma3_text"
     dim, heads = f.size("hidden_size"), f.size("num_attention_heads")
-    layers = f.size("num_hidden_layers", most=_MOST_LAYERS)
+    layers = f.size("num_hidden_layers", most=MOST_LAYERS)
     head_dim = f.size("head_dim", dim // heads)
     kv_heads = f.size("num_key_value_heads", heads)
     if heads % kv_heads or head_dim % 2:

@@ -7,7 +7,7 @@ from typing import Any
 from df11_jax._brief import brief
 
 # Larger sizes are mistakes, which would otherwise come to light only after much time and memory.
-MOST = 2**24
+MOST, MOST_LAYERS = 2**24, 10_000
 
 
 class UnsupportedModelError(ValueError):

@@ -4,7 +4,7 @@ from typing import Any
 
 from df11_jax._brief import brief
 from df11_jax.models._config import Experts
-from df11_jax.models._hf_fields import Fields, UnsupportedModelError
+from df11_jax.models._hf_fields import MOST_LAYERS, Fields, UnsupportedModelError
 
 # The values that transformers assumes, of families that differ from others by their experts only.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -39,6 +39,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "sliding_window": 4096,
     },
 }
+_MOST_EXPERTS = 2**17  # of all layers together
+
 _WITH_SHARED_EXPERT = ("qwen2_moe", "qwen3_5_moe_text")
 # Families whose experts have normed probabilities, whatever norm_topk_prob says.
 _NORMED = ("mixtral", "qwen3_5_moe_text")
@@ -61,7 +63,7 @@ def read_mlp(f: Fields, family: str) -> tuple[int, Experts]:
             )
     # transformers 5 writes what Mixtral calls it, and reads both.
     name = "num_experts" if f.get("num_local_experts") is None else "num_local_experts"
-    count = f.size(name)
+    count = f.size(name, most=_MOST_EXPERTS // f.size("num_hidden_layers", most=MOST_LAYERS))
     shared = f.size("shared_expert_intermediate_size") if family in _WITH_SHARED_EXPERT else 0
     experts = Experts(
         count=count,

@@ -17,7 +17,7 @@ from df11_jax._layout import Layout, make_layout
 from df11_jax._select import is_candidate, is_worth_keeping
 from df11_jax._stack import StackBuilder
 from df11_jax.models._experts import EXPERTS, ROUTERS
-from df11_jax.models._sharding import DeviceOrSharding, is_table
+from df11_jax.models._sharding import TABLES, DeviceOrSharding
 
 _BAND = 64  # rows that are transposed at a time: two cache lines of each row of the result
 
@@ -44,7 +44,7 @@ def slice_layout(path: Sequence[str], shape: tuple[int, ...]) -> Layout:
     An output head is multiplied by the transpose of its rows, and so is an embedding that is tied
     to it; all tables are stored alike.
     """
-    return make_layout(shape[count_stack_axes(path) :], along_columns=is_table(path))
+    return make_layout(shape[count_stack_axes(path) :], along_columns=path[0] in TABLES)
 
 
 class LeafBuilder(Protocol):

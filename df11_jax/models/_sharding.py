@@ -33,7 +33,7 @@ DeviceOrSharding: TypeAlias = jax.Device | jax.sharding.Sharding | None
 _BY_OUTPUTS = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
 _BY_OUTPUTS |= {f"in_proj_{part}" for part in "qkvzba"} | {f"conv1d_{part}" for part in "qkv"}
 _BY_INPUTS = frozenset({"o_proj", "out_proj", "down_proj"})
-_TABLES = frozenset({"embed_tokens", "lm_head", "embed_tokens_per_layer"})
+TABLES = frozenset({"embed_tokens", "lm_head", "embed_tokens_per_layer"})
 # Parameters with a number for each value head, which checkpoints may have in float32.
 _WIDE = frozenset({"A_log", "dt_bias"})
 
@@ -96,11 +96,6 @@ def shard_config(config: Config, devices: int) -> Config:
     )
 
 
-def is_table(path: Sequence[str]) -> bool:
-    """Whether the leaf at a path is a table: the output head, or embeddings."""
-    return path[0] in _TABLES
-
-
 def partition_spec(path: Sequence[str]) -> PartitionSpec:
     """The sharding of the leaf at a path: along its first axis, or replicated."""
     return PartitionSpec(AXIS) if _is_sharded(path) else PartitionSpec()
@@ -123,7 +118,7 @@ def table_shape(config: Config, devices: int, name: str = "embed_tokens") -> tup
 
 def leaf_length(path: Sequence[str], config: Config, devices: int) -> int:
     """Length of the first axis of the leaf at a path."""
-    if is_table(path):
+    if path[0] in TABLES:
         return table_shape(config, devices, path[0])[0]
     if path[0] != "layers":
         return config.per_layer.dim if config.per_layer and path[0] != "norm" else config.dim
@@ -168,7 +163,7 @@ def _count_parts(path: Sequence[str], config: Config, devices: int) -> int:
 
 
 def _is_sharded(path: Sequence[str]) -> bool:
-    return is_table(path) or _axis(path) is not None
+    return path[0] in TABLES or _axis(path) is not None
 
 
 def _axis(path: Sequence[str]) -> int | None:

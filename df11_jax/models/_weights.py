@@ -16,7 +16,7 @@ from df11_jax.models import _transformer
 from df11_jax.models._config import Config
 from df11_jax.models._experts import EXPERTS
 from df11_jax.models._layer_types import LayerType, has_stacks, layer_types
-from df11_jax.models._sharding import is_table, is_wide
+from df11_jax.models._sharding import TABLES, is_wide
 
 # The last part of a parameter's path, and what Hugging Face calls it.
 _LEAVES = {"kernel": "weight", "scale": "weight", "taps": "weight"}
@@ -86,7 +86,7 @@ class TensorPlace(NamedTuple):
     @property
     def is_table(self) -> bool:
         """Whether the parameter is a table."""
-        return is_table(self.path)
+        return self.path[0] in TABLES
 
     @property
     def dtype(self) -> np.dtype:

@@ -88,6 +88,33 @@ CONFIGS: dict[str, dict[str, Any]] = {
         | {"rope_theta": 1_000_000.0, "mscale": 1.0, "mscale_all_dim": 0.5}
         | {"original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.1},
     },
+    "mixtral": _SIZES
+    | {
+        "model_type": "mixtral",
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_local_experts": 4,
+        "sliding_window": 8,
+    },
+    "qwen2_moe": _SIZES
+    | {
+        "model_type": "qwen2_moe",
+        "moe_intermediate_size": 64,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "num_hidden_layers": 2,
+        "shared_expert_intermediate_size": 192,
+    },
+    "qwen3_moe": _SIZES
+    | {
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "num_hidden_layers": 2,
+    },
     "phi3": _SIZES
     | {
         "model_type": "phi3",
@@ -118,33 +145,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "use_sliding_window": True,
         "sliding_window": 8,
         "max_window_layers": 1,
-    },
-    "mixtral": _SIZES
-    | {
-        "model_type": "mixtral",
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_local_experts": 4,
-        "sliding_window": 8,
-    },
-    "qwen2_moe": _SIZES
-    | {
-        "model_type": "qwen2_moe",
-        "moe_intermediate_size": 64,
-        "num_experts": 6,
-        "num_experts_per_tok": 3,
-        "num_hidden_layers": 2,
-        "shared_expert_intermediate_size": 192,
-    },
-    "qwen3_moe": _SIZES
-    | {
-        "model_type": "qwen3_moe",
-        "head_dim": 16,
-        "moe_intermediate_size": 64,
-        "norm_topk_prob": True,
-        "num_experts": 8,
-        "num_experts_per_tok": 3,
-        "num_hidden_layers": 2,
     },
     "qwen3_5_text": _QWEN_3_5 | {"model_type": "qwen3_5_text"},
     "qwen3_5_moe_text": _QWEN_3_5
