@@ -39,12 +39,13 @@ def piece_nbytes(params: Params) -> int:
 def cache_copies(program: jax.stages.Compiled) -> list[str]:
     """The whole caches that a program copies, but for the zeros that they begin with."""
     text = program.as_text()
-    copies = re.findall(r"= u16\[(\d+),(\d+,\d+,\d+,\d+)\]\S* copy\((%[\w.\-]+)", text)
+    outer = text.partition("\n")[0]  # the shapes of what goes in and comes out
+    copies = re.findall(r"= ((?:u16|f32)(\[\d+,\d+,\d+,\d+,\d+\]))\S* copy\((%[\w.\-]+)", text)
     zeros = set(re.findall(r"(%[\w.\-]+) = \S+ broadcast\(", text))
     return [
-        f"{layers},{rest}"
-        for layers, rest, operand in copies
-        if layers != "1" and "broadcast" not in operand and operand not in zeros
+        shape
+        for array, shape, operand in copies
+        if array in outer and "broadcast" not in operand and operand not in zeros
     ]
 
 

@@ -96,14 +96,16 @@ def _full_attention(config: Config, f: Fields) -> FullAttention:
         kv_heads = f.size(name, config.kv_heads) if keys_are_values else config.kv_heads
         return FullAttention(f.size("global_head_dim"), kv_heads, keys_are_values)
     said = f.get("per_layer_config")
-    layers = [str(i) for i, sliding in enumerate(config.sliding) if not sliding]
     if not isinstance(said, Mapping) or not all(isinstance(x, Mapping) for x in said.values()):
         raise f.error("per_layer_config", "a JSON object of JSON objects")
+    full = [i for i, sliding in enumerate(config.sliding) if not sliding]
+    # transformers fills the numbers of the layers up with zeros.
+    layers = sorted(int(name) if name.isdecimal() else -1 for name in said)
     first: Mapping[str, Any] = next(iter(said.values()), {})
-    if sorted(said) != sorted(layers) or any(said[i] != first for i in layers):
+    if layers != full or any(each != first for each in said.values()):
         raise UnsupportedModelError(
-            f"{f.where}: per_layer_config of the layers {', '.join(said)} is not supported, only "
-            f"one that is the same for all full_attention layers, {', '.join(layers)}"
+            f"{f.where}: per_layer_config of the layers {brief(', '.join(said))} is not supported, "
+            "only one that is the same for all full_attention layers, and for no others"
         )
     if unknown := sorted(set(first) - {"head_dim", "num_key_value_heads"}):
         raise UnsupportedModelError(

@@ -32,7 +32,7 @@ _UNSHARED = re.compile(r".*\.layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_n
 # Parts of a model that text generation does not need: those for images and sound, and those that
 # guess several tokens.
 _LEFT_OUT = re.compile(
-    r"(.*\.)?(?P<part>vision_tower|vision_model|vision_embedder|visual|audio_tower|embed_vision"
+    r"(.*?\.)??(?P<part>vision_tower|vision_model|vision_embedder|visual|audio_tower|embed_vision"
     r"|embed_audio|multi_modal_projector)\..*|(?P<head>mtp)\..*"
 )
 

@@ -18,6 +18,15 @@ needs_transformers = pytest.mark.skipif(
     reason="needs transformers and torch: pip install 'df11_jax[test-hf]'",
 )
 
+
+def skip_unknown(model_type: str) -> None:
+    """Skips a test of what the installed version of transformers does not know."""
+    import transformers
+
+    if model_type not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} does not know {model_type}")
+
+
 VOCAB = 300
 BOS, EOS = 256, 257
 

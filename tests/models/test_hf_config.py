@@ -68,22 +68,37 @@ def test_known_models_are_what_transformers_takes_them_for(name, tmp_path):
     import transformers
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+    families.skip_unknown(KNOWN[name]["model_type"])
     theirs = transformers.AutoConfig.for_model(**copy.deepcopy(KNOWN[name]))
     config, text = read_config(KNOWN[name]), theirs.get_text_config()
+    text.allow_global_per_layer_attribute_access = True
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     assert (config.head_dim, config.vocab) == (head_dim, text.vocab_size)
     assert (config.heads, config.kv_heads) == (text.num_attention_heads, text.num_key_value_heads)
     assert (config.max_length, config.norm_eps) == (text.max_position_embeddings, text.rms_norm_eps)
     assert config.tied == theirs.tie_word_embeddings
-    assert config.attention_scale == getattr(text, "query_pre_attn_scalar", head_dim) ** -0.5
+    if config.full is None:
+        assert config.attention_scale == getattr(text, "query_pre_attn_scalar", head_dim) ** -0.5
+    else:
+        full = text.per_layer_config[config.layers - 1]
+        assert config.full.head_dim == full.head_dim
+        assert config.full.kv_heads == full.num_key_value_heads
+        assert config.shared_layers == text.num_kv_shared_layers
     window = getattr(text, "sliding_window", None)
     same = "sliding_attention" if window else "full_attention"
     types = getattr(text, "layer_types", None) or [same] * config.layers
     sliding = tuple(type_ == "sliding_attention" for type_ in types)
     assert config.sliding == sliding or (window >= config.max_length and not any(config.sliding))
+    linear = tuple(type_ == "linear_attention" for type_ in types)
+    assert any(linear) == (config.delta_rule is not None)
+    assert config.delta_rule is None or config.delta_rule.layers == linear
     assert config.window == (window if any(config.sliding) else 0)
     length = config.max_length
     for type_, rope in (("full_attention", config.rope), ("sliding_attention", config.local_rope)):
+        if config.full and type_ == "full_attention":
+            head_dim = config.full.head_dim
+        else:
+            head_dim = config.head_dim
         nested = type_ in text.rope_parameters
         fields = text.rope_parameters[type_] if nested else text.rope_parameters
         fraction = fields.get("partial_rotary_factor", 1.0)
@@ -170,7 +185,7 @@ def test_full_layers_of_gemma_4_have_heads_of_their_own():
     assert (config.full.head_dim, config.full.kv_heads) == (32, 2)
     heads = {"head_dim": 32, "num_key_value_heads": 2}
     said = {k: v for k, v in GEMMA_4.items() if "global" not in k}
-    assert read_config(said | {"per_layer_config": {i: heads for i in "135"}}) == config
+    assert read_config(said | {"per_layer_config": {i: heads for i in ("01", "3", "5")}}) == config
     # As many as in other layers, unless values are keys; and the last layer is always full.
     types = ["sliding_attention"] * 6
     config = read_config(GEMMA_4 | {"attention_k_eq_v": False, "num_kv_shared_layers": 0})
@@ -283,7 +298,7 @@ def test_frequencies():
         (QWEN_3_5 | {"hidden_act": "gelu_pytorch_tanh"}, "hidden_act 'gelu_pytorch_tanh' is not"),
         (GEMMA_4 | {"enable_moe_block": True}, "a mixture of experts, .* such as gemma-4-31B"),
         (GEMMA_4 | {"use_bidirectional_attention": "all"}, "use_bidirectional_attention 'all'"),
-        (GEMMA_4 | {"per_layer_config": {"1": {}}}, "of the layers 1 is not .*, 1, 3, 5"),
+        (GEMMA_4 | {"per_layer_config": {"1": {}}}, "per_layer_config of the layers '1' is not"),
         (
             GEMMA_4 | {"per_layer_config": {i: {"hidden_size": 3} for i in "135"}},
             "per_layer_config: 'hidden_size' is not supported, only head_dim and",
