@@ -243,6 +243,25 @@ _QWEN_3_5_27B = {
     "tie_word_embeddings": False,
     "vision_config": {"depth": 27, "model_type": "qwen3_5"},
 }
+_QWEN_3_5_35B_A3B = _QWEN_3_5_27B | {
+    "model_type": "qwen3_5_moe",
+    "text_config": {
+        k: v for k, v in _QWEN_3_5_27B["text_config"].items() if k != "intermediate_size"
+    }
+    | {
+        "hidden_size": 2048,
+        "linear_num_value_heads": 32,
+        "model_type": "qwen3_5_moe_text",
+        "moe_intermediate_size": 512,
+        "num_attention_heads": 16,
+        "num_experts": 256,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 2,
+        "shared_expert_intermediate_size": 512,
+    },
+    "vision_config": {"depth": 27, "model_type": "qwen3_5_moe"},
+}
 _GEMMA_4_31B = {
     "audio_config": None,
     "eos_token_id": [1, 106],
@@ -485,6 +504,7 @@ KNOWN: dict[str, dict[str, Any]] = {
         query_pre_attn_scalar=168,
     ),
     "Qwen3.5-27B": _QWEN_3_5_27B,
+    "Qwen3.5-35B-A3B": _QWEN_3_5_35B_A3B,
     "gemma-4-31B": _GEMMA_4_31B,
     "gemma-4-E2B": _gemma_4(
         attention_k_eq_v=False,

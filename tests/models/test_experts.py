@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 import df11_jax
 from df11_jax import checkpoints, models
+from df11_jax._array import is_df11
 from df11_jax.models import _experts
 
 LAYERS, COUNT, PER_TOKEN, DIM, HIDDEN = 2, 8, 3, 32, 24
@@ -86,9 +87,10 @@ def test_each_token_has_its_experts(plain, compressed, monkeypatch, tokens, at_o
         assert count_decodes(run, compressed, x, logits) == 3 * len(chosen)
 
 
-def test_a_single_token_decompresses_the_experts_that_it_chooses(monkeypatch):
-    compressed, config = runs.load("qwen3_moe")
-    plain, _ = runs.load("qwen3_moe", compress=False)
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_5_moe_text"])
+def test_a_single_token_decompresses_the_experts_that_it_chooses(family, monkeypatch):
+    compressed, config = runs.load(family)
+    plain, _ = runs.load(family, compress=False)
 
     @functools.partial(jax.jit, static_argnums=1)
     def run(params, config):
@@ -104,8 +106,11 @@ def test_a_single_token_decompresses_the_experts_that_it_chooses(monkeypatch):
         runs.assert_same_bits(run(compressed, config), expected)
         if jax.default_backend() == "cpu":
             experts = config.experts.per_token * 3 * config.layers
+            leaves = jax.tree.leaves(compressed["layers"], is_leaf=is_df11)
+            stacks = [leaf.stack_shape for leaf in leaves if is_df11(leaf)]
+            others = sum(shape[0] for shape in stacks if len(shape) == 1)
             in_tables = 1 + compressed["lm_head"].shape[0]
-            assert count_decodes(run, compressed, config) == experts + in_tables
+            assert count_decodes(run, compressed, config) == experts + others + in_tables
 
 
 def test_layers_in_host_memory_have_their_experts():
@@ -124,6 +129,8 @@ def test_layers_in_host_memory_have_their_experts():
 
 # Checkpoints.
 
+MODEL = "model.safetensors"
+
 
 def fuse(tensors):
     """The tensors as transformers 5 has them, those of all experts of a layer in two."""
@@ -135,7 +142,7 @@ def fuse(tensors):
         for name, tensor in tensors.items()
     }
     fused = {name: tensor for name, tensor in renamed.items() if ".experts." not in name}
-    for layer in range(2):
+    for layer in {name.split(".")[2] for name in renamed if ".experts." in name}:
         experts = f"model.layers.{layer}.mlp.experts"
         count = sum(name.startswith(experts) for name in renamed) // 3
         gate, up, down = (
@@ -150,7 +157,7 @@ def fuse(tensors):
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_fused_experts_are_those_that_are_tensors_each(family, tmp_path):
     directory = families.write_family(tmp_path / "each", family)
-    tensors = load_file(directory / "model.safetensors")
+    tensors = load_file(directory / MODEL)
     fields = dict(families.CONFIGS[family])
     fields["num_local_experts"] = fields.pop("num_experts", fields.get("num_local_experts"))
     fused = models.load(families.write_directory(tmp_path / "fused", fields, fuse(tensors)))
@@ -168,6 +175,26 @@ def test_fused_experts_are_those_that_are_tensors_each(family, tmp_path):
         ValueError, match=r"mlp\.experts\.down_proj: expected shape \[\d+, 64, \d+\]"
     ):
         models.load(families.write_directory(tmp_path / "wrong", fields, wrong))
+
+
+def test_experts_of_multimodal_hybrids(tmp_path):
+    text = families.CONFIGS["qwen3_5_moe_text"]
+    fields = {"model_type": "qwen3_5_moe", "text_config": text}
+    tensors = load_file(families.write_family(tmp_path / "m", text["model_type"]) / MODEL)
+    alone = models.load(tmp_path / "m")
+    # What guesses several tokens may have its experts in the other way.
+    for own, other in ((fuse(tensors), "0.up_proj.weight"), (tensors, "gate_up_proj")):
+        inner = {name.replace("model.", "model.language_model.", 1): x for name, x in own.items()}
+        inner[f"mtp.layers.0.mlp.experts.{other}"] = np.zeros(2, np.float32)
+        path = families.write_directory(tmp_path / other, fields, inner)
+        with pytest.warns(match="left out: mtp$"):
+            model = models.load(path)
+        assert model.config == alone.config
+        runs.assert_same_bits(model.params, alone.params)
+    # The second of the linear layers is the third of all.
+    kernels = alone.params["layers"]["linear"]["mlp"]["experts"]["down_proj"]["kernel"]
+    expected = np.ascontiguousarray(tensors["model.layers.2.mlp.experts.4.down_proj.weight"].T)
+    assert_same_bits(df11_jax.decompress(kernels)[1, 4], expected)
 
 
 def test_saved_parameters_are_loaded(tmp_path):

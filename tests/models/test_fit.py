@@ -27,6 +27,7 @@ PARAMETERS = [
     ("Phi-3-mini-4k", 3_821_079_552),
     ("gemma-3-27b", 27_009_346_304),
     ("Qwen3.5-27B", 26_895_998_464),
+    ("Qwen3.5-35B-A3B", 34_660_610_688),
     ("gemma-4-31B", 30_697_345_340),
     ("gemma-4-E2B", 4_628_569_379),
 ]
@@ -89,7 +90,7 @@ def test_documentation_has_the_caches_that_models_take():
     "name",
     [
         *("Llama-3.1-8B", "Llama-3.2-1B", "Qwen2.5-7B", "Phi-4-mini", "GLM-4-9B-0414"),
-        *("gemma-3-27b", "Qwen3.5-27B", "gemma-4-31B", "gemma-4-E4B"),
+        *("gemma-3-27b", "Qwen3.5-27B", "Qwen3.5-35B-A3B", "gemma-4-31B", "gemma-4-E4B"),
     ],
 )
 def test_weights_and_cache_are_those_of_the_shapes(name):
