@@ -31,6 +31,8 @@ PROGRAMS = [
     ("Qwen3-14B", 8, 1000, 1),
     ("gemma-3-4b", 8, 1000, 1),
     ("gemma-3-27b", 1, 31_000, 1),
+    ("Qwen3.5-27B", 1, 1000, 1),
+    ("gemma-4-31B", 1, 1000, 1),
     ("Llama-3.1-8B", 8, 1000, 2),
     ("Llama-3.1-70B", 1, 1000, 2),
     ("Llama-3.1-70B", 1, 1000, 4),
@@ -47,7 +49,7 @@ def describe(
     # Large arrays in the text of asynchronous operations are those that arrive.
     moved = re.findall(r"= .*?(\w+\[[\d,]*\])\S*\)? (?:all|collective|reduce)-[a-z-]+\(", text)
     # Kernels of a block, which are not compressed in the token loop.
-    kernels = {leaf.shape for leaf in jax.tree.leaves(block_shapes(config)) if len(leaf.shape) > 1}
+    kernels = {leaf.shape for leaf in jax.tree.leaves(block_shapes(config)) if len(leaf.shape) == 2}
     dense = [f"bf16[{rows},{cols}]" for rows, cols in kernels]
     return {
         **models.measure_memory(params, programs)._asdict(),

@@ -5,6 +5,9 @@ from gpu_compiler import needs_gpu_compiler, run_script
 
 pytestmark = needs_gpu_compiler
 
+# Runs of layers of one type: those of a pattern, and what is left at the end.
+RUNS = {"gemma-3-4b": 3, "gemma-3-27b": 3, "gemma-4-31B": 2, "Qwen3.5-27B": 2}
+
 
 @pytest.fixture(scope="module")
 def ways():
@@ -51,10 +54,12 @@ def test_estimate_is_the_plan_or_little_more(pairs):
 
 def test_fused_token_loop_has_no_block_that_is_decompressed(ways):
     for program in ways["fused"]:
-        assert program["fused"] and program["dense"] == []
+        # Decays and rates of linear layers have too few outputs for a fused product.
+        small = ["bf16[5120,48]"] if program["model"] == "Qwen3.5-27B" else []
+        assert program["fused"] and program["dense"] == small
         # For q, k and v; o; gate and up; down.
-        runs = 3 if program["model"].startswith("gemma") else 1
-        calls = ["df11_decode"] * 2 + ["df11_product"] * 4 * runs
+        calls = ["df11_decode"] * (2 + len(small))
+        calls += ["df11_product"] * 4 * RUNS.get(program["model"], 1)
         assert program["calls"] == calls
         assert program["decode"] < program["block"]
     assert not any(program["fused"] for program in ways["exact"] + ways["plain"])
@@ -63,8 +68,7 @@ def test_fused_token_loop_has_no_block_that_is_decompressed(ways):
 
 def test_decoder_is_called_for_embedding_and_block_and_head(pairs):
     for compressed, plain in pairs:
-        # Of Gemma, two runs of layers that repeat themselves, and what is left at the end.
-        runs = 3 if compressed["model"].startswith("gemma") else 1
+        runs = RUNS.get(compressed["model"], 1)
         assert compressed["calls"] == ["df11_decode"] * (2 + runs)
         assert plain["calls"] == []
 
