@@ -70,7 +70,7 @@ def extend(config: Config, f: Fields) -> Config:
         value_heads=f.size("linear_num_value_heads"),
         key_dim=f.size("linear_key_head_dim"),
         value_dim=f.size("linear_value_head_dim"),
-        taps=f.size("linear_conv_kernel_dim"),
+        taps=f.size("linear_conv_kernel_dim", most=64),
     )
     if rule.value_heads % rule.key_heads:
         raise f.error("linear_num_value_heads", f"a multiple of {rule.key_heads} key heads")

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -135,10 +136,12 @@ def list_places(
     places: dict[str, Places] = {
         f"{prefix}embed_tokens.weight": (TensorPlace(("embed_tokens",), None, table),)
     }
-    blocks, types = _block_places(config, fused_experts), layer_types(config)
+    blocks, stacked = _block_places(config, fused_experts), has_stacks(config)
+    before: Counter[LayerType] = Counter()
     projections: list[TensorPlace] = []
-    for layer, type_ in enumerate(types):
-        index = types[:layer].count(type_) if has_stacks(config) else layer
+    for layer, type_ in enumerate(layer_types(config)):
+        index = before[type_] if stacked else layer
+        before[type_] += 1
         for name, parts in blocks[type_].items():
             here = tuple(place._replace(layer=index) for place in parts)
             if name == _PROJECTION:

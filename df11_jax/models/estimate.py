@@ -215,6 +215,13 @@ def _in_block(config: Config, type_: LayerType, batch: int, seq: int, slots: int
         """The bytes that attention handles at a time, of a number of smallest parts."""
         return min(smallest * count, max(smallest, _attention.PART_BYTES))
 
+    beside = 0
+    if c.per_layer is not None:
+        beside += width * tokens * c.layers * c.per_layer.dim
+    if c.shared_layers and seq > 1:
+        # The keys and values that the layers at the end attend to.
+        new = min(slots, c.window) + seq
+        beside += 2 * width * batch * new * config.kv_heads * config.head_dim
     copied = 0
     if c.delta_rule is not None and type_ == "linear":
         rule = c.delta_rule
@@ -251,7 +258,7 @@ def _in_block(config: Config, type_: LayerType, batch: int, seq: int, slots: int
         block=block,
         head=0,
         cache_copy=copied,
-        activations=2 * width * tokens * c.dim + max(mixing, mlp),
+        activations=2 * width * tokens * c.dim + max(mixing, mlp) + beside,
     )
 
 
