@@ -40,7 +40,7 @@ _MULTIMODAL = {
     "qwen3_5": "qwen3_5_text",
 }
 _GEMMA_4 = tuple(_hf_gemma4.DEFAULTS)
-# Families that this package can convert have their defaults elsewhere.
+# Those of other families tell their shapes to the published format as well.
 _DEFAULTS = DEFAULTS | _hf_gemma4.DEFAULTS | {_hf_qwen3_5.FAMILY: _hf_qwen3_5.DEFAULTS}
 
 _WITH_OUTPUT_BIAS = ("llama", "qwen3", "gemma3_text")
