@@ -49,9 +49,11 @@ def attend(
     if slots.recent is None:
         mixed = _attend(query, key, value, slots, layer, inputs, config)
     else:
-        stacks = ((slots.keys, key), (slots.values, value))
-        recent = (jnp.concatenate([stack[layer], new], axis=2)[None] for stack, new in stacks)
-        slots = slots._replace(recent=tuple(recent))
+        recent = tuple(
+            jnp.concatenate([jax.lax.dynamic_slice_in_dim(stack, layer, 1), new[None]], axis=3)
+            for stack, new in ((slots.keys, key), (slots.values, value))
+        )
+        slots = slots._replace(recent=recent)
         mixed = _attend(query, None, None, *_last(slots), inputs, config)
     # This adds 0, since no number is larger than infinity, but XLA does not know that: so the write
     # depends on the read. Otherwise XLA would copy all slots, to be able to write them first. (On a

@@ -40,7 +40,7 @@ _MULTIMODAL = {
     "qwen3_5_moe": "qwen3_5_moe_text",
 }
 _GEMMA_4, _QWEN_3_5 = tuple(_hf_gemma4.DEFAULTS), tuple(_hf_qwen3_5.DEFAULTS)
-# Families whose checkpoints this library can convert have their defaults elsewhere.
+# Those of other families tell their shapes to the published format as well.
 _DEFAULTS = DEFAULTS | _hf_mixtures.DEFAULTS | _hf_qwen3_5.DEFAULTS | _hf_gemma4.DEFAULTS
 
 _WITH_OUTPUT_BIAS = ("llama", "qwen3", "qwen3_moe", "gemma3_text")

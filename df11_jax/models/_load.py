@@ -183,7 +183,10 @@ def _slices(
     config: Config,
     devices: int,
 ) -> Iterator[tuple[int, BFloat16[np.ndarray, "slices ..."]]]:
-    """The slices of its leaf that a tensor fills, as contiguous arrays, and where each begins."""
+    """The slices of its leaf that a tensor fills, and where each begins.
+
+    Matrices are contiguous. The axes of kernels and convolutions are reversed.
+    """
     if place.is_table:
         yield from _groups(tensor, table_shape(config, devices, place.path[0])[0])
     elif place.layer is None:

@@ -185,7 +185,8 @@ def forward(
         cache: the cache from `init_cache` or an earlier call.
         config: the configuration of the transformer, static under `jit`.
         keep: the number of tokens that sliding layers keep; None for all. The next call begins with
-            the tokens that they do not keep.
+            the tokens that they do not keep. Of linear layers, the states after these tokens are
+            kept, and the outputs of the others have no meaning.
 
     Returns:
         The normed output of the last block, from which `project` computes logits, and the cache
@@ -274,7 +275,7 @@ def _scan_layers(
     Returns:
         The activations after the last block, and the cache with the slots of these layers filled.
     """
-    types = layer_types(config)
+    types, stacked = layer_types(config), has_stacks(config)
     rows = math.prod(carry[0].shape[:-1])
 
     # Where no product can be fused, because there are many rows or because of the GPUs that are
@@ -288,7 +289,8 @@ def _scan_layers(
     def scan_run(carry: Any, type_: LayerType, number: Number, count: int) -> Any:
         first, x, cache = carry
         own, begin = stack, first
-        if has_stacks(config):
+        if stacked:
+            # Tied, so that the first block is not decompressed or copied ahead of the run before.
             own, begin = stack[type_], tie(jnp.asarray(number, jnp.int32), x)
         experts = None
         if fetch is None:
@@ -306,7 +308,7 @@ def _scan_layers(
 
         carry = x, cache.of(type_)
         (x, slots), end = scan_range(block_fn, carry, own, begin, count, is_lazy)
-        return first + (end - begin), x, cache.replace(type_, slots)
+        return first + count if stacked else end, x, cache.replace(type_, slots)
 
     run = types[layers.start : layers.stop]
     _, x, cache = fold_runs(scan_run, (jnp.int32(0), *carry), run, types[: layers.start])

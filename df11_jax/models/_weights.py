@@ -37,7 +37,6 @@ _LEFT_OUT = re.compile(
     r"|embed_audio|multi_modal_projector)\..*|(?P<head>mtp)\..*"
 )
 
-
 # The projection of embeddings for layers, one tensor for all, of which each block has its rows.
 _PROJECTION = "per_layer_model_projection.weight"
 
