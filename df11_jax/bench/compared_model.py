@@ -76,10 +76,10 @@ def open_model(model: str | None) -> ComparedModel:
     if model is not None and (path := Path(model)).is_dir():
         source = open_checkpoint(path)
         config = read_config(source.model_config(), str(path / CONFIG))
+        _check_is_comparable(config)
         opened = ComparedModel(model, config, source, config)
     else:
         opened = _random_model(model)
-    _check_is_comparable(opened.config)
     _check_host_memory(opened)
     return opened
 
@@ -91,6 +91,7 @@ def _random_model(file: str | None) -> ComparedModel:
         config, shapes = read_config(_SMALL), "Llama-3.1-8B's shapes / 8, with 8 layers"
     else:
         config, shapes = read_config(LLAMA_3_1_8B), "Llama-3.1-8B's shapes"
+    _check_is_comparable(config)
     # Drawing and compressing all layers of 8 G weights would take longer than all measurements. On
     # the device each layer has memory of its own, so that they take as long as different ones.
     distinct = dataclasses.replace(config, layers=1, sliding=config.sliding[:1])
