@@ -26,7 +26,7 @@ BATCH, TOKENS = 4, 5
 
 
 def compressed(layers: int, shape: tuple[int, int]) -> df11_jax.DF11Array:
-    return compressed_stack(layers, shape, jax.ShapeDtypeStruct)
+    return compressed_stack((layers,), shape, jax.ShapeDtypeStruct)
 
 
 def plain(layers: int, shape: tuple[int, int]) -> jax.ShapeDtypeStruct:

@@ -19,6 +19,7 @@ import shapes
 from known_configs import KNOWN
 
 from df11_jax import models
+from df11_jax.models._leaf_builders import is_candidate_leaf
 from df11_jax.models._transformer import block_shapes
 
 TOKENS = 1000
@@ -31,6 +32,10 @@ PROGRAMS = [
     ("Qwen3-14B", 8, 1000, 1),
     ("gemma-3-4b", 8, 1000, 1),
     ("gemma-3-27b", 1, 31_000, 1),
+    ("Qwen3-30B-A3B", 1, 1000, 1),
+    ("Qwen3-30B-A3B", 8, 1000, 1),
+    ("Qwen3.5-27B", 1, 1000, 1),
+    ("gemma-4-31B", 1, 1000, 1),
     ("Llama-3.1-8B", 8, 1000, 2),
     ("Llama-3.1-70B", 1, 1000, 2),
     ("Llama-3.1-70B", 1, 1000, 4),
@@ -45,10 +50,15 @@ def describe(
     products = re.findall(r"= (\w+\[[\d,]*\])\S* dot\(", text)
     targets = re.findall(r'custom_call_target="(\w+)"', text)
     # Large arrays in the text of asynchronous operations are those that arrive.
-    moved = re.findall(r"= .*?(\w+\[[\d,]*\])\S*\)? (?:all|collective|reduce)-[a-z-]+\(", text)
-    # Kernels of a block, which are not compressed in the token loop.
-    kernels = {leaf.shape for leaf in jax.tree.leaves(block_shapes(config)) if len(leaf.shape) > 1}
-    dense = [f"bf16[{rows},{cols}]" for rows, cols in kernels]
+    exchange = r"(?:(?:all|collective)-[a-z-]+|reduce-scatter)"
+    moved = re.findall(rf"= .*?(\w+\[[\d,]*\])\S*\)? {exchange}\(", text)
+    # Kernels of a block, which are not compressed in the token loop; those of experts together.
+    dense = set()
+    for keys, leaf in jax.tree.leaves_with_path(block_shapes(config)):
+        path = ("layers", *(key.key for key in keys))
+        if is_candidate_leaf(path, (config.layers, *leaf.shape)):
+            chosen = [batch * config.experts.per_token] if len(leaf.shape) > 2 else []
+            dense.add(f"bf16[{','.join(map(str, (*chosen, *leaf.shape[-2:])))}]")
     return {
         **models.measure_memory(params, programs)._asdict(),
         "estimate": models.estimate_memory(

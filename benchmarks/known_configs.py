@@ -79,6 +79,22 @@ _QWEN_3_0_6B = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+_QWEN_3_30B_A3B = _QWEN_3_0_6B | {
+    "decoder_sparse_step": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
 _MISTRAL_7B = {
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -96,6 +112,13 @@ _MISTRAL_7B = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
     "vocab_size": 32000,
+}
+_MIXTRAL_8X7B = _MISTRAL_7B | {
+    "model_type": "mixtral",
+    "num_experts_per_tok": 2,
+    "num_local_experts": 8,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
 }
 _PHI_3_MINI = {
     "attention_bias": False,
@@ -181,6 +204,108 @@ _GEMMA_3_4B = {
     "torch_dtype": "bfloat16",
     "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"},
 }
+_QWEN_3_5_27B = {
+    "eos_token_id": 248046,
+    "image_token_id": 248056,
+    "model_type": "qwen3_5",
+    "text_config": {
+        "attention_bias": False,
+        "attn_output_gate": True,
+        "eos_token_id": 248044,
+        "full_attention_interval": 4,
+        "head_dim": 256,
+        "hidden_act": "silu",
+        "hidden_size": 5120,
+        "intermediate_size": 17408,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 48,
+        "linear_value_head_dim": 128,
+        "mamba_ssm_dtype": "float32",
+        "max_position_embeddings": 262144,
+        "model_type": "qwen3_5_text",
+        "mtp_num_hidden_layers": 1,
+        "num_attention_heads": 24,
+        "num_hidden_layers": 64,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06,
+        "rope_parameters": {
+            "mrope_interleaved": True,
+            "mrope_section": [11, 11, 10],
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 10000000,
+            "rope_type": "default",
+        },
+        "tie_word_embeddings": False,
+        "vocab_size": 248320,
+    },
+    "tie_word_embeddings": False,
+    "vision_config": {"depth": 27, "model_type": "qwen3_5"},
+}
+_QWEN_3_5_35B_A3B = _QWEN_3_5_27B | {
+    "model_type": "qwen3_5_moe",
+    "text_config": {
+        k: v for k, v in _QWEN_3_5_27B["text_config"].items() if k != "intermediate_size"
+    }
+    | {
+        "hidden_size": 2048,
+        "linear_num_value_heads": 32,
+        "model_type": "qwen3_5_moe_text",
+        "moe_intermediate_size": 512,
+        "num_attention_heads": 16,
+        "num_experts": 256,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 2,
+        "shared_expert_intermediate_size": 512,
+    },
+    "vision_config": {"depth": 27, "model_type": "qwen3_5_moe"},
+}
+_GEMMA_4_31B = {
+    "audio_config": None,
+    "eos_token_id": [1, 106],
+    "model_type": "gemma4",
+    "text_config": {
+        "attention_k_eq_v": True,
+        "final_logit_softcapping": 30.0,
+        "global_head_dim": 512,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 5376,
+        "hidden_size_per_layer_input": 0,
+        "intermediate_size": 21504,
+        "layer_types": 10 * (5 * ["sliding_attention"] + ["full_attention"]),
+        "max_position_embeddings": 262144,
+        "model_type": "gemma4_text",
+        "num_attention_heads": 32,
+        "num_global_key_value_heads": 4,
+        "num_hidden_layers": 60,
+        "num_key_value_heads": 16,
+        "num_kv_shared_layers": 0,
+        "rms_norm_eps": 1e-06,
+        "rope_parameters": {
+            "full_attention": {
+                "partial_rotary_factor": 0.25,
+                "rope_theta": 1000000.0,
+                "rope_type": "proportional",
+            },
+            "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+        },
+        "sliding_window": 1024,
+        "tie_word_embeddings": True,
+        "use_bidirectional_attention": "vision",
+        "use_double_wide_mlp": False,
+        "vocab_size": 262144,
+        "vocab_size_per_layer_input": 262144,
+    },
+    "tie_word_embeddings": True,
+    "vision_config": {"hidden_size": 1152, "model_type": "gemma4_vision"},
+}
+
+
+def _gemma_4(**text: Any) -> dict[str, Any]:
+    return _GEMMA_4_31B | {"text_config": _GEMMA_4_31B["text_config"] | text}
 
 
 def _gemma(**text: Any) -> dict[str, Any]:
@@ -272,6 +397,8 @@ KNOWN: dict[str, dict[str, Any]] = {
         "sliding_window": 4096,
         "tie_word_embeddings": False,
     },
+    "Qwen3-30B-A3B": _QWEN_3_30B_A3B,
+    "Mixtral-8x7B": _MIXTRAL_8X7B,
     "DeepSeek-R1-0528-Qwen3-8B": _QWEN_3_0_6B
     | {
         "hidden_size": 4096,
@@ -375,5 +502,37 @@ KNOWN: dict[str, dict[str, Any]] = {
         num_hidden_layers=62,
         num_key_value_heads=16,
         query_pre_attn_scalar=168,
+    ),
+    "Qwen3.5-27B": _QWEN_3_5_27B,
+    "Qwen3.5-35B-A3B": _QWEN_3_5_35B_A3B,
+    "gemma-4-31B": _GEMMA_4_31B,
+    "gemma-4-E2B": _gemma_4(
+        attention_k_eq_v=False,
+        hidden_size=1536,
+        hidden_size_per_layer_input=256,
+        intermediate_size=6144,
+        layer_types=7 * (4 * ["sliding_attention"] + ["full_attention"]),
+        max_position_embeddings=131072,
+        num_attention_heads=8,
+        num_global_key_value_heads=None,
+        num_hidden_layers=35,
+        num_key_value_heads=1,
+        num_kv_shared_layers=20,
+        sliding_window=512,
+        use_double_wide_mlp=True,
+    ),
+    "gemma-4-E4B": _gemma_4(
+        attention_k_eq_v=False,
+        hidden_size=2560,
+        hidden_size_per_layer_input=256,
+        intermediate_size=10240,
+        layer_types=7 * (5 * ["sliding_attention"] + ["full_attention"]),
+        max_position_embeddings=131072,
+        num_attention_heads=8,
+        num_global_key_value_heads=None,
+        num_hidden_layers=42,
+        num_key_value_heads=2,
+        num_kv_shared_layers=18,
+        sliding_window=512,
     ),
 }

@@ -7,16 +7,27 @@ import jax
 import jax.numpy as jnp
 from stack_shapes import compressed_stack
 
-from df11_jax.models import Config, Params, _sharding, tables
+from df11_jax.models import Config, Params, _experts, _programs, _sharding, tables
 from df11_jax.models._devices import ParamDevices
+from df11_jax.models._layer_types import has_stacks
+from df11_jax.models._leaf_builders import count_stack_axes, is_candidate_leaf
 from df11_jax.models._parallel import on_one_device
 from df11_jax.models._transformer import block_shapes
 
 
 def block_nbytes(config: Config, devices: int = 1) -> int:
-    """Bytes of the weights of one block on each device, not compressed."""
+    """Bytes of the weights of the largest block on each device, not compressed.
+
+    Of a mixture, as many experts count as are decompressed at a time when prompts are read.
+    """
     shard = _sharding.shard_config(config, devices)
-    return sum(2 * leaf.size for leaf in jax.tree.leaves(block_shapes(shard)))
+    blocks = block_shapes(shard)
+    each = blocks.values() if has_stacks(config) else [blocks]
+    others = (_experts.take_experts(block)[0] for block in each)
+    nbytes = max(sum(2 * leaf.size for leaf in jax.tree.leaves(block)) for block in others)
+    if config.experts.count:
+        nbytes += _experts.group_nbytes(shard, _programs.PIECE_TOKENS)
+    return nbytes
 
 
 def piece_nbytes(params: Params) -> int:
@@ -28,12 +39,13 @@ def piece_nbytes(params: Params) -> int:
 def cache_copies(program: jax.stages.Compiled) -> list[str]:
     """The whole caches that a program copies, but for the zeros that they begin with."""
     text = program.as_text()
-    copies = re.findall(r"= u16\[(\d+),(\d+,\d+,\d+,\d+)\]\S* copy\((%[\w.\-]+)", text)
+    outer = text.partition("\n")[0]  # the shapes of what goes in and comes out
+    copies = re.findall(r"= ((?:u16|f32)(\[\d+,\d+,\d+,\d+,\d+\]))\S* copy\((%[\w.\-]+)", text)
     zeros = set(re.findall(r"(%[\w.\-]+) = \S+ broadcast\(", text))
     return [
-        f"{layers},{rest}"
-        for layers, rest, operand in copies
-        if layers != "1" and "broadcast" not in operand and operand not in zeros
+        shape
+        for array, shape, operand in copies
+        if array in outer and "broadcast" not in operand and operand not in zeros
     ]
 
 
@@ -60,15 +72,25 @@ def param_shapes(
             where = target.of(path) if target.count > 1 else sharding
             return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
-        if not compress or len(shape) < 3:
-            return array(shape, jnp.bfloat16)
-        return compressed_stack(shape[0], shape[1:], array)
+        if not compress or not is_candidate_leaf(path, shape):
+            return array(shape, jnp.float32 if _sharding.is_wide(path) else jnp.bfloat16)
+        axes = count_stack_axes(path)
+        return compressed_stack(shape[:axes], shape[axes:], array)
 
     def stack(keys, x):
         path = ("layers", *(key.key for key in keys))
         return leaf(path, (_sharding.leaf_length(path, config, target.count), *x.shape))
 
-    table = leaf(("embed_tokens",), _sharding.table_shape(config, target.count))
+    def table(name):
+        return leaf((name,), _sharding.table_shape(config, target.count, name))
+
     layers = jax.tree.map_with_path(stack, block_shapes(shard))
-    params = {"embed_tokens": table, "layers": layers, "norm": leaf(("norm",), (config.dim,))}
-    return params if config.tied else params | {"lm_head": table}
+    params = {"layers": layers, "norm": leaf(("norm",), (config.dim,))}
+    params["embed_tokens"] = table("embed_tokens")
+    if not config.tied:
+        params["lm_head"] = table("lm_head")
+    if config.per_layer is not None:
+        params["embed_tokens_per_layer"] = table("embed_tokens_per_layer")
+        name = "per_layer_projection_norm"
+        params[name] = leaf((name,), (config.per_layer.dim,))
+    return params

@@ -11,7 +11,9 @@ from df11_jax import DF11Array, _layout
 EXPONENT_BITS = 2.63
 
 
-def compressed_stack(length: int, slice_shape: Sequence[int], make_shape: Callable) -> DF11Array:
+def compressed_stack(
+    stack_shape: Sequence[int], slice_shape: Sequence[int], make_shape: Callable
+) -> DF11Array:
     """The shapes of a compressed stack, each made by `make_shape(shape, dtype)`."""
     layout = _layout.make_layout(slice_shape)
     view = layout.view
@@ -22,5 +24,5 @@ def compressed_stack(length: int, slice_shape: Sequence[int], make_shape: Callab
         4 * math.ceil(view.size * EXPONENT_BITS / 128),
         view.sign_mantissa_words,
     )
-    payload = [make_shape((length, count), jnp.uint32) for count in words]
+    payload = [make_shape((*stack_shape, count), jnp.uint32) for count in words]
     return DF11Array.from_payload(payload, layout)

@@ -234,22 +234,25 @@ jax.export.register_pytree_node_serialization(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class DF11Slice:
-    """One slice of a compressed stack, which is not taken out of it.
+    """One slice of a compressed stack, or several, which are not taken out of it.
 
-    `dot` and `decompress` read it where it lies: XLA copies no part of the stack for that.
+    `decompress`, and `dot` for one slice, read it where it lies: XLA copies no part of the stack
+    for that. The index may be computed in a traced program, as that of the experts which tokens
+    choose. Where an array of indices has an element -1, nothing is decompressed, and the weights
+    there are not specified: so as many slices as are wanted fit in an array of a static size.
 
     Attributes:
         stack: the stack; several stack axes count as one.
-        index: the index of the slice.
+        index: the index of the slice, or an array of indices.
     """
 
     stack: DF11Array
-    index: Int32[Array, ""]
+    index: Int32[Array, "*batch"]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the slice."""
-        return self.stack.slice_shape
+        """The shape of the slice; of several, with the axes of the index in front."""
+        return (*np.shape(self.index), *self.stack.slice_shape)
 
     @property
     def dtype(self) -> np.dtype:
@@ -263,6 +266,11 @@ jax.export.register_pytree_node_serialization(
     serialize_auxdata=lambda static: b"",
     deserialize_auxdata=lambda data: (),
 )
+
+
+def is_df11_or_slice(leaf: Any) -> bool:
+    """Whether a leaf is a `DF11Array` or a `DF11Slice`."""
+    return isinstance(leaf, DF11Array | DF11Slice)
 
 
 def is_df11(leaf: Any) -> bool:

@@ -10,7 +10,7 @@ from jax import export
 from jaxtyping import Array, PyTree
 
 from df11_jax import _ffi
-from df11_jax._array import DF11Array, DF11Slice, is_df11
+from df11_jax._array import DF11Array, DF11Slice, is_df11, is_df11_or_slice
 from df11_jax._identity import identity
 from df11_jax._slices import decode_slices, decode_stacks, tie
 
@@ -23,7 +23,7 @@ EXPORT_SAFETY_CHECKS = tuple(
 
 
 def decompress(a: DF11Array | DF11Slice | Array) -> Array:
-    """Decompresses one tensor, a whole stack, or a slice of a stack.
+    """Decompresses one tensor, a whole stack, or slices of a stack.
 
     It works eagerly and inside `jit`, `vmap`, `scan`, `grad`, `checkpoint`, `shard_map` and
     `export`. Its derivative is zero: the weights are constants.
@@ -57,34 +57,43 @@ def decompress_params(params: PyTree) -> PyTree:
     """Decompresses all compressed leaves of a pytree.
 
     Leaves with the same stack axes (all leaves of a transformer block, say) are decoded together,
-    by one call. A tied leaf, which is at several paths, is decoded once and stays tied. Inside of
-    a jitted function, which takes each path as an argument of its own, its arguments are not tied.
+    by one call, and so are slices of stacks at the same index. A tied leaf, which is at several
+    paths, is decoded once and stays tied. Inside of a jitted function, which takes each path as an
+    argument of its own, its arguments are not tied.
 
     Args:
         params: any pytree.
 
     Returns:
-        The same pytree with an array in the place of each `DF11Array`; all other leaves are
-        untouched.
+        The same pytree with an array in the place of each `DF11Array` and each `DF11Slice`; all
+        other leaves are untouched.
 
     Raises:
         ValueError: the arrays of a leaf do not fit each other; the message has the leaf's path.
     """
-    with_paths, treedef = jax.tree.flatten_with_path(params, is_leaf=is_df11)
-    identities = [identity(leaf) if is_df11(leaf) else None for _, leaf in with_paths]
-    by_stack: dict[tuple[int, ...], dict[Hashable, tuple[str, DF11Array]]] = {}
+    with_paths, treedef = jax.tree.flatten_with_path(params, is_leaf=is_df11_or_slice)
+    leaves = [leaf for _, leaf in with_paths]
+    identities = [identity(leaf) if is_df11_or_slice(leaf) else None for leaf in leaves]
+    # Those that one call decodes: of the same stack axes, or at the same index.
+    groups: dict[Hashable, dict[Hashable, tuple[str, Any]]] = {}
     for (path, leaf), own in zip(with_paths, identities, strict=True):
-        if is_df11(leaf):
-            by_stack.setdefault(leaf.stack_shape, {}).setdefault(own, (path_name(path), leaf))
+        if own is not None:
+            stack, index = (leaf.stack, leaf.index) if isinstance(leaf, DF11Slice) else (leaf, None)
+            key = stack.stack_shape, None if index is None else identity(index)
+            groups.setdefault(key, {}).setdefault(own, (path_name(path), leaf))
     weights: dict[Hashable, Array] = {}
-    for members in by_stack.values():
-        names, stacks = zip(*members.values(), strict=True)
-        weights |= zip(members, decode_stacks(stacks, names), strict=True)
+    for members in groups.values():
+        names, same = zip(*members.values(), strict=True)
+        if isinstance(same[0], DF11Slice):
+            decoded = decode_slices([a.stack for a in same], same[0].index, names=names)
+        else:
+            decoded = decode_stacks(same, names)
+        weights |= zip(members, decoded, strict=True)
     return jax.tree.unflatten(
         treedef,
         [
-            weights[own] if is_df11(leaf) else leaf
-            for (_, leaf), own in zip(with_paths, identities, strict=True)
+            leaf if own is None else weights[own]
+            for leaf, own in zip(leaves, identities, strict=True)
         ],
     )
 

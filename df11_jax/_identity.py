@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from df11_jax._array import is_df11
+from df11_jax._array import DF11Slice, is_df11
 
 
 def identity(leaf: Any) -> Hashable:
@@ -16,11 +16,13 @@ def identity(leaf: Any) -> Hashable:
 
     Args:
         leaf: a JAX array, traced or not; a numpy array; a compressed tensor, which is one with
-            those of the same five arrays; or anything else, such as a shape, which is one with
-            nothing.
+            those of the same five arrays; slices of one, at the same index; or anything else, such
+            as a shape, which is one with nothing.
     """
     if is_df11(leaf):
         return leaf.layout, *map(identity, leaf.payload)
+    if isinstance(leaf, DF11Slice):
+        return identity(leaf.stack), identity(leaf.index)
     if type(leaf) is np.ndarray:
         address, _ = leaf.__array_interface__["data"]
         return address, leaf.shape, leaf.strides, leaf.dtype

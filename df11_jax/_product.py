@@ -134,6 +134,11 @@ def _dot_all(x: Array, matrices: list[Matrix], out_type: Any, exact: bool) -> li
 def _as_slice(matrix: Matrix, i: int, index: Int32[Array, ""]) -> DF11Slice:
     if isinstance(matrix, DF11Slice):
         a = matrix
+        if shape := np.shape(a.index):
+            raise ValueError(
+                f"dot: matrix {i} is of several slices, at an index of shape {shape}: take one "
+                "after the other, or decompress them"
+            )
     elif isinstance(matrix, DF11Array):
         if matrix.stack_shape:
             raise ValueError(

@@ -1,6 +1,7 @@
 """Stacks of compressed tensors, put together from slices that were compressed one by one."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -92,15 +93,17 @@ class StackBuilder:
     they are padded is not known before all slices are there.
     """
 
-    def __init__(self, length: int, layout: Layout) -> None:
+    def __init__(self, stack_shape: tuple[int, ...], layout: Layout) -> None:
         """Makes room.
 
         Args:
-            length: the number of slices.
+            stack_shape: the axes of the stack; slices are counted over all of them.
             layout: the layout of each slice; it is not divided.
         """
         view = layout.view
+        length = math.prod(stack_shape)
         words = (_layout.HEADER_WORDS, _layout.CODEBOOK_WORDS, view.chunks + 1)
+        self._stack_shape = stack_shape
         self._layout = layout
         self._others = [
             empty_aligned((length, count), np.uint32)
@@ -113,7 +116,7 @@ class StackBuilder:
 
         Args:
             start: the index of the first one in the stack.
-            payload: the five arrays of a stack with one axis.
+            payload: the five arrays of these slices, with one stack axis.
         """
         *words, exponents, sign_mantissa = payload
         for place, slices in zip(self._others, (*words, sign_mantissa), strict=True):
@@ -139,16 +142,15 @@ class StackBuilder:
             row = rows.pop()
             _copy(place[: len(row)], row)
             place[len(row) :] = 0
+
+        def put(array: UInt32[np.ndarray, "slices words"]) -> jax.Array:
+            return jax.device_put(array.reshape(*self._stack_shape, array.shape[-1]), device)
+
         # One by one, and each freed: a device that is not the host gets copies.
-        sign_mantissa = jax.device_put(self._others.pop(), device).block_until_ready()
-        header, codebook, chunk_offsets = jax.device_put(self._others, device)
+        sign_mantissa = put(self._others.pop()).block_until_ready()
+        header, codebook, chunk_offsets = map(put, self._others)
         return DF11Array(
-            header,
-            codebook,
-            chunk_offsets,
-            jax.device_put(exponents, device),
-            sign_mantissa,
-            layout=self._layout,
+            header, codebook, chunk_offsets, put(exponents), sign_mantissa, layout=self._layout
         )
 
 

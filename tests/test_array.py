@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from payloads import assert_same_bits, random_weights
 
-from df11_jax import _layout, compress
-from df11_jax._array import DF11Array
+from df11_jax import _ffi, _layout, compress
+from df11_jax._array import DF11Array, DF11Slice
 from df11_jax._decode import decompress, decompress_params
 from df11_jax._layout import Layout, make_layout
 
@@ -107,6 +107,25 @@ def test_decompress_params_touches_nothing_else(stacked):
     assert result["b"][0] is other
     assert result["name"] == "x"
     assert decompress_params({}) == {}
+
+
+def test_slices_at_the_same_index_are_decompressed_by_one_call():
+    plain = {"a": random_weights((2, 3, 64, 64), 1), "b": random_weights((2, 3, 130, 70), 2)}
+    stacks = {name: compress(weights, stack_axes=2) for name, weights in plain.items()}
+
+    @jax.jit
+    def take(stacks, index):
+        slices = {name: DF11Slice(stack, index) for name, stack in stacks.items()}
+        assert slices["a"].shape == (*index.shape, 64, 64)
+        return decompress_params(slices), decompress(slices["a"])
+
+    for index in (np.array(4), np.array([5, -1, 0])):
+        text = take.lower(stacks, index).as_text()
+        assert text.count(f"@{_ffi.DECODE_TARGET}(") == 2
+        weights, again = take(stacks, index)
+        for name, decoded in (*weights.items(), ("a", again)):
+            flat = np.asarray(plain[name]).reshape(6, *plain[name].shape[2:])
+            assert_same_bits(np.asarray(decoded)[index >= 0], flat[index][index >= 0])
 
 
 @pytest.mark.parametrize("other", [[], {"a": np.ones(3)}, None, 1.0])

@@ -154,6 +154,9 @@ def test_what_cannot_be_multiplied(weights):
         df11_jax.dot(rows(2), weights)
     with pytest.raises(ValueError, match="is a stack"):
         df11_jax.dot(rows(2), df11_jax.compress(weights[None], stack_axes=1))
+    several = df11_jax.DF11Slice(df11_jax.compress(weights[None], stack_axes=1), jnp.zeros(2, int))
+    with pytest.raises(ValueError, match=r"is of several slices, at an index of shape \(2,\)"):
+        df11_jax.dot(rows(2), several)
     with pytest.raises(ValueError, match="are no matrices"):
         df11_jax.dot(rows(2), df11_jax.compress(random_weights((K,))))
     with pytest.raises(ValueError, match="are no matrices"):

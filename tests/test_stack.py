@@ -68,7 +68,7 @@ def test_builder_gives_what_compress_gives(shape, copied_words, monkeypatch):
     monkeypatch.setattr(_stack, "_COPIED_WORDS", copied_words)
     weights = np.stack([np.asarray(w) for w in slices(5, shape)])
     layout = make_layout(shape)
-    builder = StackBuilder(5, layout)
+    builder = StackBuilder((5,), layout)
     for start, end in ((3, 5), (0, 1), (1, 3)):
         builder.put(start, encode(weights[start:end], "weights", layout))
     built, expected = builder.build(), compress(weights, stack_axes=1)
@@ -80,14 +80,14 @@ def test_builder_gives_what_compress_gives(shape, copied_words, monkeypatch):
 
 def test_builder_misses_slices():
     layout = make_layout((48, 64))
-    builder = StackBuilder(3, layout)
+    builder = StackBuilder((3,), layout)
     builder.put(1, encode(np.asarray(slices(1)[0])[None], "weights", layout))
     with pytest.raises(ValueError, match="the stack has 1 of 3 slices"):
         builder.build()
 
 
 def test_an_empty_stack():
-    assert StackBuilder(0, make_layout((48, 64))).build().shape == (0, 48, 64)
+    assert StackBuilder((0,), make_layout((48, 64))).build().shape == (0, 48, 64)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="is about memory of the CPU backend")

@@ -12,6 +12,7 @@ from df11_jax._files.folder import CONFIG
 from df11_jax.bench.device import free_host_bytes
 from df11_jax.checkpoints import TensorSource, open_checkpoint
 from df11_jax.models import Config, RandomSource, read_config
+from df11_jax.models._layer_types import has_stacks
 from df11_jax.models.estimate import estimate_weights
 
 LLAMA_3_1_8B: Mapping[str, Any] = {
@@ -69,11 +70,13 @@ def open_model(model: str | None) -> ComparedModel:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it cannot be read, or its weights do not fit into the host's memory.
+        ValueError: it cannot be read, its layers differ or have experts, or its weights do not fit
+            into the host's memory.
     """
     if model is not None and (path := Path(model)).is_dir():
         source = open_checkpoint(path)
         config = read_config(source.model_config(), str(path / CONFIG))
+        _check_is_comparable(config)
         opened = ComparedModel(model, config, source, config)
     else:
         opened = _random_model(model)
@@ -88,11 +91,23 @@ def _random_model(file: str | None) -> ComparedModel:
         config, shapes = read_config(_SMALL), "Llama-3.1-8B's shapes / 8, with 8 layers"
     else:
         config, shapes = read_config(LLAMA_3_1_8B), "Llama-3.1-8B's shapes"
+    _check_is_comparable(config)
     # Drawing and compressing all layers of 8 G weights would take longer than all measurements. On
     # the device each layer has memory of its own, so that they take as long as different ones.
     distinct = dataclasses.replace(config, layers=1, sliding=config.sliding[:1])
     name = f"random weights of {shapes}, the same in all layers"
     return ComparedModel(name, config, RandomSource(distinct), distinct)
+
+
+def _check_is_comparable(config: Config) -> None:
+    """Raises ValueError for a model that is not decompressed block by block, all of them alike."""
+    what = "is a mixture of experts, of which a step decompresses those that tokens choose"
+    if config.experts.count or has_stacks(config):
+        what = what if config.experts.count else "has layers of several shapes"
+        raise ValueError(
+            f"a {config.family} transformer {what}: such cannot be compared. See df11-jax generate "
+            "and fit"
+        )
 
 
 def _check_host_memory(opened: ComparedModel) -> None:

@@ -10,10 +10,11 @@ if importlib.util.find_spec("flax") is None:
     raise ImportError('df11_jax.models needs flax. Install with: pip install "df11_jax[models]"')
 
 from df11_jax.models._cache import Cache, Slots, init_cache
-from df11_jax.models._config import Config, Rope
+from df11_jax.models._config import Config, Experts, Rope
 from df11_jax.models._devices import find_mesh, place_params
 from df11_jax.models._generate import generate
-from df11_jax.models._hf_config import UnsupportedModelError, read_config
+from df11_jax.models._hf_config import read_config
+from df11_jax.models._hf_fields import UnsupportedModelError
 from df11_jax.models._load import load_params
 from df11_jax.models._memory import Memory, measure_memory
 from df11_jax.models._programs import (
@@ -35,6 +36,7 @@ __all__ = [
     "Cache",
     "Completion",
     "Config",
+    "Experts",
     "Memory",
     "Params",
     "Programs",

@@ -17,8 +17,8 @@ PART_BYTES = 64 * 2**20
 
 def attend(
     query: Float[Array, "batch seq heads head_dim"],
-    key: Float[Array, "batch seq kv_heads head_dim"],
-    value: Float[Array, "batch seq kv_heads head_dim"],
+    key: Float[Array, "batch seq kv_heads head_dim"] | None,
+    value: Float[Array, "batch seq kv_heads head_dim"] | None,
     slots: Slots,
     layer: Int[Array, ""],
     inputs: Inputs,
@@ -28,7 +28,7 @@ def attend(
 
     Args:
         query: the queries of some tokens.
-        key: the keys of the same tokens.
+        key: the keys of the same tokens; None to attend as the last layer with keys did.
         value: the values of the same tokens.
         slots: the slots of all layers of this type, without these tokens.
         layer: the index of the layer among those of its type.
@@ -38,18 +38,36 @@ def attend(
     Returns:
         The means, and the slots with keys and values of the tokens.
     """
+    if key is None or value is None:
+        return _attend(query, None, None, *_last(slots), inputs, config), slots
     key, value = _cache.to_bits(key), _cache.to_bits(value)
 
     if inputs.origins is None:
         slots = _cache.write(slots, key, value, layer, inputs)
         return _attend(query, None, None, slots, layer, inputs, config), slots
     # Attention comes first: the last of these tokens take slots that the first still attend to.
-    mixed = _attend(query, key, value, slots, layer, inputs, config)
+    if slots.recent is None:
+        mixed = _attend(query, key, value, slots, layer, inputs, config)
+    else:
+        recent = tuple(
+            jnp.concatenate([jax.lax.dynamic_slice_in_dim(stack, layer, 1), new[None]], axis=3)
+            for stack, new in ((slots.keys, key), (slots.values, value))
+        )
+        slots = slots._replace(recent=recent)
+        mixed = _attend(query, None, None, *_last(slots), inputs, config)
     # This adds 0, since no number is larger than infinity, but XLA does not know that: so the write
     # depends on the read. Otherwise XLA would copy all slots, to be able to write them first. (On a
     # CPU, optimization_barrier does not prevent that.)
     layer = layer + (mixed[0, 0, 0, 0] > jnp.inf)
     return mixed, _cache.write(slots, key, value, layer, inputs)
+
+
+def _last(slots: Slots) -> tuple[Slots, Int[Array, ""]]:
+    """The slots that the last layer with keys attended to, and its index in them."""
+    if slots.recent is None:
+        return slots, jnp.int32(slots.keys.shape[0] - 1)
+    keys, values = slots.recent
+    return slots._replace(keys=keys, values=values), jnp.int32(0)
 
 
 def _attend(

@@ -1,9 +1,10 @@
 """The key-value cache, which has a slot for each token.
 
-Sliding layers have slots for the tokens within their window only.
+Sliding layers have slots for the tokens within their window only, linear layers have a state.
 """
 
-from typing import NamedTuple
+from collections import Counter
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt
 from numpy.typing import DTypeLike
 
-from df11_jax.models import _rope
+from df11_jax.models import _delta_rule, _rope
 from df11_jax.models._config import Config
-from df11_jax.models._layer_types import LayerType
+from df11_jax.models._delta_rule import States, Steps
+from df11_jax.models._layer_types import LayerType, layer_types, type_config
 
 # The position of empty slots, and of tokens that only pad a row: it is after all others.
 NOWHERE = np.iinfo(np.int32).max
@@ -24,15 +26,20 @@ class Slots(NamedTuple):
 
     Keys and values are kept as bit patterns: to change a part of a bfloat16 array, XLA on a CPU
     writes all of it anew.
+
+    If other layers attend to the keys of the last of these layers, and these do not have slots for
+    all tokens, `recent` is what the last layer that was computed attended to: those in its slots,
+    and the new ones. It is there within `forward` only.
     """
 
     keys: UInt[Array, "layers batch kv_heads slots head_dim"]
     values: UInt[Array, "layers batch kv_heads slots head_dim"]
     positions: Int[Array, "batch slots"]
+    recent: tuple[UInt[Array, "1 batch kv_heads keys head_dim"], ...] | None = None
 
 
 class Cache(NamedTuple):
-    """The keys and values that attention reads.
+    """The keys and values that attention reads, and the states of linear layers.
 
     Tokens take slots one after the other, those of all rows of a batch at the same time. Rows may
     begin later than others, so each slot has its position in each row.
@@ -43,20 +50,22 @@ class Cache(NamedTuple):
         sliding: the slots of layers that attend to the last `window` positions, no more than these;
             a token takes the slot of the token that leaves the window when it comes. None if there
             are no such layers.
+        linear: the states of linear layers; None if there are no such layers.
     """
 
     full: Slots | None
     sliding: Slots | None
+    linear: States | None = None
 
-    def of(self, layer_type: LayerType) -> Slots:
-        """The slots of the layers of a type that the model has."""
-        slots = self.full if layer_type == "full" else self.sliding
+    def of(self, layer_type: LayerType) -> Any:
+        """The slots, or states, that the layers of a type read."""
+        slots = getattr(self, layer_type.removeprefix("shared_"))
         assert slots is not None
         return slots
 
-    def replace(self, layer_type: LayerType, slots: Slots) -> "Cache":
-        """A cache with other slots of the layers of a type."""
-        return Cache(slots, self.sliding) if layer_type == "full" else Cache(self.full, slots)
+    def replace(self, layer_type: LayerType, slots: Any) -> "Cache":
+        """A cache with other slots, or states, of the layers of a type."""
+        return self._replace(**{layer_type.removeprefix("shared_"): slots})
 
 
 class Inputs(NamedTuple):
@@ -88,11 +97,16 @@ def init_cache(config: Config, batch: int, slots: int) -> Cache:
         batch: the number of sequences.
         slots: the number of tokens of each sequence that there is room for.
     """
-    sliding = sum(config.sliding)
-    full = config.layers - sliding
+    counts, rule = Counter(layer_types(config)), config.delta_rule
+
+    def init(type_: LayerType, slots: int) -> Slots | None:
+        layers = counts[type_]
+        return init_slots(type_config(config, type_), layers, batch, slots) if layers else None
+
     return Cache(
-        init_slots(config, full, batch, slots) if full else None,
-        init_slots(config, sliding, batch, min(slots, config.window)) if sliding else None,
+        init("full", slots),
+        init("sliding", min(slots, config.window)),
+        None if rule is None else _delta_rule.init_states(rule, batch, _bits(config.dtype)),
     )
 
 
@@ -110,6 +124,48 @@ def init_slots(config: Config, layers: int, batch: int, slots: int) -> Slots:
 def count_bytes(cache: Cache) -> int:
     """Bytes of keys, values and positions of a cache, which may have shapes in place of arrays."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+
+
+def take_slots(
+    cache: Cache,
+    positions: Int[Array, "batch seq"],
+    slot: Int[Array, ""],
+    keep: Int[Array, ""],
+    config: Config,
+) -> tuple[Cache, dict[LayerType, Any]]:
+    """Gives tokens their slots in all layers; see `assign_slots`.
+
+    Returns:
+        The cache, and the inputs of the blocks of each type.
+    """
+    inputs: dict[LayerType, Any] = {}
+    types: tuple[tuple[LayerType, LayerType], ...]
+    types = ("full", "shared_full"), ("sliding", "shared_sliding")
+    for type_, sharing in types:
+        slots = getattr(cache, type_)
+        if slots is None:
+            continue
+        c = type_config(config, type_)
+        slots, here = assign_slots(slots, positions, slot, keep, type_, c)
+        if config.shared_layers and here.origins is not None:
+            shape = (1, *slots.keys.shape[1:3], here.key_positions.shape[1], c.head_dim)
+            slots = slots._replace(recent=(jnp.zeros(shape, slots.keys.dtype),) * 2)
+        cache = cache.replace(type_, slots)
+        inputs |= {type_: here, sharing: here}
+    if cache.linear is not None:
+        inputs["linear"] = Steps(positions < NOWHERE, keep)
+    return cache, inputs
+
+
+def without_recent(cache: Cache) -> Cache:
+    """The cache as it is between calls of `forward`."""
+    return cache._replace(
+        **{
+            type_: slots._replace(recent=None)
+            for type_ in ("full", "sliding")
+            if (slots := getattr(cache, type_)) is not None
+        }
+    )
 
 
 def assign_slots(

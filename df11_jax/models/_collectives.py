@@ -30,6 +30,11 @@ def summing_dot_general(axis: str | None) -> Callable[..., Array] | None:
     return dot_general
 
 
+def sum_up(terms: Float[Array, "*batch"], axis: str | None) -> Float[Array, "*batch"]:
+    """The sum of what each device has computed; without an axis, the term of the only one."""
+    return terms if axis is None else jax.lax.psum(terms, axis)
+
+
 def look_up(
     table: Table, tokens: Int[Array, "*batch"], axis: str | None
 ) -> BFloat16[Array, "*batch dim"]:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from df11_jax._array import is_df11
 from df11_jax._decode import path_name
 from df11_jax.models._config import Config
+from df11_jax.models._experts import EXPERTS
 from df11_jax.models._sharding import (
     AXIS,
     DeviceOrSharding,
@@ -126,5 +127,8 @@ def _find_devices(devices: Devices | None) -> list[jax.Device]:
 def _count_shards(params: Params) -> int:
     """The number of devices that parameters were divided for, wherever they are."""
     block = params["layers"]
+    if "input_layernorm" not in block:  # a stack for each type of layers
+        block = next(iter(block.values()))
     layers = block["input_layernorm"]["scale"].shape[0]
-    return block["mlp"]["down_proj"]["kernel"].shape[0] // layers if layers else 1
+    mlp = block["mlp"].get(EXPERTS, block["mlp"])
+    return mlp["down_proj"]["kernel"].shape[0] // layers if layers else 1

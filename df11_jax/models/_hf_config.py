@@ -1,20 +1,19 @@
 """Reading a Hugging Face `config.json`, or refusing it."""
 
 import math
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from df11_jax._brief import brief
 from df11_jax._files.model_config import DEFAULTS
+from df11_jax.models import _hf_gemma4, _hf_mixtures, _hf_qwen3_5
 from df11_jax.models._config import Config, Rope
+from df11_jax.models._hf_fields import MOST, MOST_LAYERS, Fields, UnsupportedModelError
 from df11_jax.models._rope import rotary_dim
 
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
-# Larger sizes are mistakes, which would otherwise come to light only after much time and memory.
-_MOST, _MOST_LAYERS = 2**24, 10_000
 
 _FAMILIES = (
     "llama",
@@ -27,24 +26,33 @@ _FAMILIES = (
     "qwen2",
     "qwen3",
     "gemma3_text",
+    *_hf_mixtures.DEFAULTS,
+    *_hf_qwen3_5.DEFAULTS,
+    *_hf_gemma4.DEFAULTS,
 )
 # The models that see as well, and the model type of their text part where they do not say it.
-_MULTIMODAL = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+_MULTIMODAL = {
+    "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "gemma4_unified": "gemma4_unified_text",
+    "mistral3": "mistral",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+}
+_GEMMA_4, _QWEN_3_5 = tuple(_hf_gemma4.DEFAULTS), tuple(_hf_qwen3_5.DEFAULTS)
+# Those of other families tell their shapes to the published format as well.
+_DEFAULTS = DEFAULTS | _hf_mixtures.DEFAULTS | _hf_qwen3_5.DEFAULTS | _hf_gemma4.DEFAULTS
 
-_WITH_OUTPUT_BIAS = ("llama", "qwen3", "gemma3_text")
-_WITH_PARTIAL_ROPE = ("phi3", "glm", "glm4")
+_WITH_OUTPUT_BIAS = ("llama", "qwen3", "qwen3_moe", "gemma3_text")
+_WITH_PARTIAL_ROPE = ("phi3", "glm", "glm4", *_QWEN_3_5)
 # Families whose layers all have the window that `sliding_window` says, whatever else is there.
-_WITH_ONE_WINDOW = ("mistral", "ministral3", "phi3")
+_WITH_ONE_WINDOW = ("mistral", "ministral3", "phi3", "mixtral")
 
 # Fields that change what is computed, with the values under which they do not.
 _NOT_IMPLEMENTED = {
-    "use_bidirectional_attention": (None, False),
+    "use_bidirectional_attention": (None, False, "vision"),  # which is among images
 }
-_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
-
-
-class UnsupportedModelError(ValueError):
-    """A model that this package cannot run; the message names what is not supported about it."""
+_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
 
 
 def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config:
@@ -71,10 +79,13 @@ def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config
             f"{where}: the model_type {brief(family)} is not supported, only "
             f"{', '.join((*_FAMILIES, *_MULTIMODAL))} are"
         )
-    # Null says something only of a window, and not in a family whose layers say which have one.
-    keeps = () if family == "gemma3_text" else ("sliding_window",)
+    # Null says something only of a window, and not in a family whose layers say which have one; and
+    # of embeddings for layers.
+    keeps = {"sliding_window", "hidden_size_per_layer_input"}
+    if family in ("gemma3_text", *_GEMMA_4):
+        keeps.remove("sliding_window")
     said = {k: v for k, v in fields.items() if v is not None or k in keeps}
-    f = _Fields(DEFAULTS[family] | said, where)
+    f = Fields(_DEFAULTS[family] | said, where)
     for name, harmless in _NOT_IMPLEMENTED.items():
         if f.get(name) not in harmless:
             raise UnsupportedModelError(f"{where}: {name} {brief(f.get(name))} is not supported")
@@ -88,7 +99,7 @@ def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config
 
     gemma = family == "gemma3_text"
     dim, heads = f.size("hidden_size"), f.size("num_attention_heads")
-    layers = f.size("num_hidden_layers", most=_MOST_LAYERS)
+    layers = f.size("num_hidden_layers", most=MOST_LAYERS)
     head_dim = f.size("head_dim", dim // heads)
     kv_heads = f.size("num_key_value_heads", heads)
     if heads % kv_heads or head_dim % 2:
@@ -101,21 +112,22 @@ def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config
     max_length = f.size("max_position_embeddings")
     if rope.kind == "yarn":
         # Configurations to which YaRN was added may still say the length without it.
-        max_length = max(max_length, int(min(rope.factor * rope.original_length, _MOST)))
+        max_length = max(max_length, int(min(rope.factor * rope.original_length, MOST)))
     sliding = _sliding_layers(f, layers, family)
     window = f.size("sliding_window") if any(sliding) else 0
-    if window >= max_length and local_rope == rope:
+    if window >= max_length and local_rope == rope and family not in _GEMMA_4:
         sliding, window = (False,) * layers, 0
     if window and rope.kind == "longrope":
         raise UnsupportedModelError(
             f"{where}: sliding_window {window} together with the RoPE type longrope is not "
             f"supported, only windows of all {max_length} positions are"
         )
-    return Config(
+    hidden, experts = _hf_mixtures.read_mlp(f, family)
+    config = Config(
         family=family,
         vocab=f.size("vocab_size"),
         dim=dim,
-        hidden=f.size("intermediate_size"),
+        hidden=hidden,
         layers=layers,
         heads=heads,
         kv_heads=kv_heads,
@@ -125,10 +137,10 @@ def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config
         local_rope=local_rope,
         sliding=sliding,
         window=window,
-        qkv_bias=bias or family == "qwen2",
+        qkv_bias=bias or family == "qwen2" or (family == "qwen2_moe" and f.flag("qkv_bias")),
         output_bias=bias and family in _WITH_OUTPUT_BIAS,
         mlp_bias=f.flag("mlp_bias") and family == "llama",
-        qk_norm=gemma or family == "qwen3",
+        qk_norm=gemma or family in ("qwen3", "qwen3_moe"),
         post_norms=gemma or family == "glm4",
         unit_offset=gemma,
         activation=_activation(f),
@@ -138,7 +150,11 @@ def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config
         attention_softcap=_softcap(f, "attn_logit_softcapping"),
         logit_softcap=_softcap(f, "final_logit_softcapping"),
         tied=f.flag("tie_word_embeddings"),
+        experts=experts,
     )
+    if family in _GEMMA_4:
+        return _hf_gemma4.extend(config, f)
+    return _hf_qwen3_5.extend(config, f) if family in _QWEN_3_5 else config
 
 
 def _text_fields(fields: Mapping[str, Any], family: str, where: str) -> Mapping[str, Any]:
@@ -152,56 +168,7 @@ def _text_fields(fields: Mapping[str, Any], family: str, where: str) -> Mapping[
     return {"model_type": family} | dict(text) | whole
 
 
-class _Fields:
-    """A JSON object whose fields are read with messages that name them."""
-
-    def __init__(self, fields: Mapping[str, Any], where: str) -> None:
-        self._fields = fields
-        self.where = where
-
-    def get(self, name: str) -> Any:
-        return self._fields.get(name)
-
-    def size(self, name: str, default: int | None = None, most: int = _MOST) -> int:
-        value = self._fields.get(name, default)
-        if type(value) is not int or not 1 <= value <= most:
-            raise self.error(name, f"an integer from 1 to {most}")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self._fields.get(name, default)
-        # Integers of JSON have any number of digits.
-        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
-            raise self.error(name, "a positive number")
-        return float(value)
-
-    def numbers(self, name: str, count: int) -> tuple[float, ...]:
-        values = self._fields.get(name)
-        if not isinstance(values, list) or len(values) != count:
-            raise self.error(name, f"a list of {count} positive numbers")
-        return tuple(_Fields({name: value}, self.where).number(name) for value in values)
-
-    def flag(self, name: str) -> bool:
-        value = self._fields.get(name, False)
-        if type(value) is not bool:
-            raise self.error(name, "true or false")
-        return value
-
-    def inner(self, name: str) -> "_Fields":
-        value = self._fields.get(name, {})
-        if not isinstance(value, Mapping):
-            raise self.error(name, "a JSON object")
-        return _Fields({k: v for k, v in value.items() if v is not None}, f"{self.where}: {name}")
-
-    def error(self, name: str, expected: str) -> ValueError:
-        if name not in self._fields:
-            return ValueError(f"{self.where}: {name} is missing, expected {expected}")
-        return ValueError(
-            f"{self.where}: {name} is {brief(self._fields[name])}, expected {expected}"
-        )
-
-
-def _activation(f: _Fields) -> str:
+def _activation(f: Fields) -> str:
     name = f.get("hidden_activation") or f.get("hidden_act")
     if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise UnsupportedModelError(
@@ -211,12 +178,14 @@ def _activation(f: _Fields) -> str:
     return _ACTIVATIONS[name]
 
 
-def _softcap(f: _Fields, name: str) -> float | None:
+def _softcap(f: Fields, name: str) -> float | None:
     return None if f.get(name) is None else f.number(name)
 
 
-def _sliding_layers(f: _Fields, layers: int, family: str) -> tuple[bool, ...]:
+def _sliding_layers(f: Fields, layers: int, family: str) -> tuple[bool, ...]:
     """A flag for each layer, whether it has a sliding window."""
+    if family in _QWEN_3_5:  # its layer types are others
+        return (False,) * layers
     types, has_window = f.get("layer_types"), f.get("sliding_window") is not None
     said = None
     if types is not None:
@@ -236,20 +205,25 @@ def _sliding_layers(f: _Fields, layers: int, family: str) -> tuple[bool, ...]:
                 f"{family}, whose layers all have the sliding_window; for ministral they are"
             )
         return flags
+    if said is None and family in ("gemma3_text", *_GEMMA_4):
+        pattern = f.size("sliding_window_pattern")
+        said = tuple((i + 1) % pattern != 0 for i in range(layers))
     if said is not None:
-        return said
+        # Whatever is said, Gemma 4 ends with a full layer.
+        return (*said[:-1], False) if family in _GEMMA_4 else said
     if family == "ministral":
         return (has_window,) * layers
-    if family == "gemma3_text":
-        pattern = f.size("sliding_window_pattern")
-        return tuple((i + 1) % pattern != 0 for i in range(layers))
     if f.flag("use_sliding_window") and has_window:
+        if family == "qwen3_moe":
+            return (True,) * layers
         first = f.size("max_window_layers", 28)
+        if family == "qwen2_moe":
+            return tuple(i % 2 == 0 and i < first for i in range(layers))
         return tuple(i >= first for i in range(layers))
     return (False,) * layers
 
 
-def _ropes(f: _Fields, family: str, head_dim: int) -> tuple[Rope, Rope]:
+def _ropes(f: Fields, family: str, head_dim: int) -> tuple[Rope, Rope]:
     """The position embeddings of full and of sliding layers."""
     parameters = f.inner("rope_parameters")
     theta, local_theta = f.number("rope_theta", 10_000), f.number("rope_local_base_freq", 10_000)
@@ -263,7 +237,7 @@ def _ropes(f: _Fields, family: str, head_dim: int) -> tuple[Rope, Rope]:
     )
 
 
-def _rope(scaling: _Fields, theta: float, f: _Fields, family: str, head_dim: int) -> Rope:
+def _rope(scaling: Fields, theta: float, f: Fields, family: str, head_dim: int) -> Rope:
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if family == "phi3" and kind in ("su", "yarn"):  # earlier names
         kind = "longrope"
@@ -274,6 +248,9 @@ def _rope(scaling: _Fields, theta: float, f: _Fields, family: str, head_dim: int
         )
     said = scaling if scaling.get("partial_rotary_factor") is not None else f
     fraction = said.number("partial_rotary_factor", 1)
+    if kind == "proportional" and fraction <= 1:
+        theta, factor = scaling.number("rope_theta", theta), scaling.number("factor", 1)
+        return Rope(theta, kind, factor, fraction=fraction)
     if fraction > 1 or (fraction < 1 and family not in _WITH_PARTIAL_ROPE):
         raise UnsupportedModelError(
             f"{said.where}: partial_rotary_factor {fraction:g} is not supported, only up to 1 for "
@@ -327,7 +304,7 @@ def _rope(scaling: _Fields, theta: float, f: _Fields, family: str, head_dim: int
     )
 
 
-def _yarn_attention(scaling: _Fields, factor: float) -> float:
+def _yarn_attention(scaling: Fields, factor: float) -> float:
     """The attention factor of YaRN where it is not said."""
     stretch = 0.1 * math.log(max(factor, 1))
     if scaling.get("mscale") is None or scaling.get("mscale_all_dim") is None:

@@ -1,5 +1,6 @@
-"""The types of layers, full attention and sliding windows, and the order in which they come."""
+"""The types of layers, how they differ, and the order in which they come."""
 
+import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -10,14 +11,44 @@ from jaxtyping import Array, Int
 
 from df11_jax.models._config import Config
 
-LayerType = Literal["full", "sliding"]
+# Full attention, sliding windows, a recurrent state, and attention to another layer's keys.
+LayerType = Literal["full", "sliding", "linear", "shared_full", "shared_sliding"]
 Carry = TypeVar("Carry")
 Number = Int[Array, ""] | int
 
 
 def layer_types(config: Config) -> tuple[LayerType, ...]:
     """The type of each layer."""
-    return tuple("sliding" if sliding else "full" for sliding in config.sliding)
+
+    def type_of(layer: int) -> LayerType:
+        if config.delta_rule is not None and config.delta_rule.layers[layer]:
+            return "linear"
+        if layer < config.layers - config.shared_layers:
+            return "sliding" if config.sliding[layer] else "full"
+        return "shared_sliding" if config.sliding[layer] else "shared_full"
+
+    return tuple(type_of(layer) for layer in range(config.layers))
+
+
+def type_config(config: Config, type_: LayerType) -> Config:
+    """The configuration of the layers of one type."""
+    if config.full is not None and type_ in ("full", "shared_full"):
+        config = dataclasses.replace(config, **dataclasses.asdict(config.full))
+    if type_ in ("shared_full", "shared_sliding"):
+        config = dataclasses.replace(config, hidden=config.shared_hidden, shares_keys=True)
+    return config
+
+
+def has_stacks(config: Config) -> bool:
+    """Whether layers have different parameters, so that those of each type are a stack."""
+    return bool(config.delta_rule or config.full or config.shared_layers)
+
+
+def count_stack(path: Sequence[str], config: Config) -> int:
+    """The number of layers in the stack that the leaf at a path, below "layers", belongs to."""
+    if not has_stacks(config):
+        return config.layers
+    return sum(type_ == path[1] for type_ in layer_types(config))
 
 
 def fold_runs(
@@ -28,9 +59,9 @@ def fold_runs(
 ) -> Carry:
     """Calls a function for each run of layers of one type, in their order.
 
-    Where the types repeat a pattern, the calls for one pattern are in a loop. A program then
-    contains the runs of a single pattern, and those that are left at the end, however many layers
-    there are.
+    Where the types repeat a pattern, the calls for one pattern are in a loop, and so on with the
+    types that come after it. A program then contains the runs of each pattern once, and those that
+    are left at the end, however many layers there are.
 
     Args:
         function: `function(carry, type, number, count) -> carry`, for a run of `count` layers;
@@ -53,21 +84,30 @@ def fold_runs(
             done[type_] += count
         return carry
 
-    pattern = types[: _period(types)]
-    times, in_loop = len(types) // max(1, len(pattern)), 0
-    if times > 1:
-        first, each = Counter(before), Counter(pattern)
+    size, times = _find_pattern(types)
+    if times == 1:
+        return fold(carry, types, Counter(before))
+    pattern, rest = types[:size], types[size * times :]
+    first, each = Counter(before), Counter(pattern)
 
-        def fold_pattern(i: Array, carry: Carry) -> Carry:
-            return fold(carry, pattern, {type_: first[type_] + i * each[type_] for type_ in each})
+    def fold_pattern(i: Array, carry: Carry) -> Carry:
+        return fold(carry, pattern, {type_: first[type_] + i * each[type_] for type_ in each})
 
-        carry = jax.lax.fori_loop(0, times, fold_pattern, carry)
-        in_loop = times * len(pattern)
-    return fold(carry, types[in_loop:], Counter([*before, *types[:in_loop]]))
+    carry = jax.lax.fori_loop(0, times, fold_pattern, carry)
+    return fold_runs(function, carry, rest, [*before, *types[: size * times]])
 
 
-def _period(types: Sequence[LayerType]) -> int:
-    """The number of layers after which the types repeat; all of them if there is only one type."""
-    if len(set(types)) < 2:
-        return len(types)
-    return next(n for n in range(1, len(types) + 1) if types[n:] == types[:-n])
+def _find_pattern(types: Sequence[LayerType]) -> tuple[int, int]:
+    """The number of layers in the pattern that most of the types begin with, and its repetitions.
+
+    A run of a single type is no pattern.
+    """
+    best = len(types), 1
+    covered = 0
+    for size in range(2, len(types) // 2 + 1):
+        pattern, times = types[:size], 1
+        while types[times * size : (times + 1) * size] == pattern:
+            times += 1
+        if times > 1 and len(set(pattern)) > 1 and size * times > covered:
+            best, covered = (size, times), size * times
+    return best

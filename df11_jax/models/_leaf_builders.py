@@ -1,5 +1,6 @@
 """Builders of leaves, which are filled tensor by tensor on the host, then moved to the device."""
 
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from typing import Protocol
 
@@ -15,33 +16,48 @@ from df11_jax._host_codec import encode
 from df11_jax._layout import Layout, make_layout
 from df11_jax._select import is_candidate, is_worth_keeping
 from df11_jax._stack import StackBuilder
-from df11_jax.models._sharding import DeviceOrSharding
+from df11_jax.models._experts import EXPERTS, ROUTERS
+from df11_jax.models._sharding import TABLES, DeviceOrSharding
 
 _BAND = 64  # rows that are transposed at a time: two cache lines of each row of the result
 
 
-def is_candidate_stack(shape: tuple[int, ...]) -> bool:
-    """Whether a leaf with one stack axis is to be compressed, if that makes it smaller.
+def count_stack_axes(path: Sequence[str]) -> int:
+    """The number of stack axes of the leaf at a path: layers, or groups of rows; and experts."""
+    return 2 if EXPERTS in path else 1
 
-    Only matrices are: vectors, of which a block has few, stay plain.
+
+def is_candidate_leaf(path: Sequence[str], shape: tuple[int, ...]) -> bool:
+    """Whether a leaf is to be compressed, if that makes it smaller.
+
+    Only stacks of matrices are: vectors and convolutions, of which a block has few, stay plain, and
+    so do routers, which tell what is decompressed.
     """
-    return len(shape) > 2 and is_candidate(shape, BFLOAT16, stack_axes=1)
+    axes = count_stack_axes(path)
+    is_matrix = len(shape) - axes == 2 and not ROUTERS & set(path)
+    return is_matrix and is_candidate(shape, BFLOAT16, stack_axes=axes)
 
 
-def slice_layout(shape: tuple[int, ...], is_table: bool) -> Layout:
-    """The layout of the slices of a leaf with one stack axis.
+def slice_layout(path: Sequence[str], shape: tuple[int, ...]) -> Layout:
+    """The layout of the matrices that a leaf is a stack of.
 
     An output head is multiplied by the transpose of its rows, and so is an embedding that is tied
     to it; all tables are stored alike.
     """
-    return make_layout(shape[1:], along_columns=is_table)
+    return make_layout(shape[count_stack_axes(path) :], along_columns=path[0] in TABLES)
 
 
 class LeafBuilder(Protocol):
     """A builder of a leaf."""
 
     def put(self, start: int, slices: BFloat16[np.ndarray, "slices ..."], name: str) -> None:
-        """Adds slices `start, start + 1, ...` along the first axis; `name` is for messages."""
+        """Adds slices `start, start + 1, ...`, counted over all axes of the stack.
+
+        Args:
+            start: the index of the first one.
+            slices: the slices.
+            name: the name of their tensor, for messages.
+        """
 
     def build(self, where: DeviceOrSharding) -> Array | DF11Array:
         """The leaf, on its devices; the builder is of no use afterwards."""
@@ -50,12 +66,13 @@ class LeafBuilder(Protocol):
 class PlainLeafBuilder:
     """A builder of a leaf that is not compressed."""
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self._array = empty_aligned(shape, BFLOAT16)
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        self._array = empty_aligned(shape, dtype)
 
     def put(self, start: int, slices: BFloat16[np.ndarray, "slices ..."], name: str) -> None:
-        """Adds slices along the first axis."""
-        self._array[start : start + len(slices)] = slices
+        """Adds slices."""
+        flat = self._array.reshape(-1, *slices.shape[1:])
+        flat[start : start + len(slices)] = slices
 
     def build(self, where: DeviceOrSharding) -> Array:
         """The leaf, on its devices."""
@@ -65,18 +82,18 @@ class PlainLeafBuilder:
 
 
 class CompressedLeafBuilder:
-    """A builder of a compressed leaf with one stack axis, or of a plain one if that is smaller."""
+    """A builder of a stack of compressed matrices, or of plain ones if these are smaller."""
 
     def __init__(
-        self, shape: tuple[int, ...], is_table: bool, verify: bool, threads: int | None
+        self, path: Sequence[str], shape: tuple[int, ...], verify: bool, threads: int | None
     ) -> None:
-        self._layout = slice_layout(shape, is_table)
-        self._builder = StackBuilder(shape[0], self._layout)
+        self._layout = slice_layout(path, shape)
+        self._builder = StackBuilder(shape[: count_stack_axes(path)], self._layout)
         self._verify = verify
         self._threads = threads
 
     def put(self, start: int, slices: BFloat16[np.ndarray, "slices ..."], name: str) -> None:
-        """Compresses slices along the first axis."""
+        """Compresses slices."""
         payload = encode(slices, name, self._layout, verify=self._verify, threads=self._threads)
         self._builder.put(start, payload)
 

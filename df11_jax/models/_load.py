@@ -2,6 +2,7 @@
 
 import collections
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
@@ -21,11 +22,13 @@ from df11_jax.checkpoints.leaf import load_leaf
 from df11_jax.models import tables
 from df11_jax.models._config import Config
 from df11_jax.models._devices import Devices, ParamDevices
+from df11_jax.models._layer_types import count_stack
 from df11_jax.models._leaf_builders import (
     CompressedLeafBuilder,
     LeafBuilder,
     PlainLeafBuilder,
-    is_candidate_stack,
+    count_stack_axes,
+    is_candidate_leaf,
     slice_layout,
     transpose,
 )
@@ -36,6 +39,7 @@ from df11_jax.models._weights import (
     TensorPlace,
     find_places,
     find_tied_head,
+    left_out_parts,
     list_places,
     nest,
     split_rows,
@@ -84,12 +88,18 @@ def load_params(
     if saved := find_saved(source.tensors, config, target.count):
         return _load_saved(source, saved, target, compress, verify, progress, threads)
     places = find_places(source.tensors, config)
+    if parts := left_out_parts(source.tensors):
+        warnings.warn(
+            f"the checkpoint has parts that text generation does not need, which are left out: "
+            f"{', '.join(parts)}",
+            stacklevel=2,
+        )
     _check_tensors(source, places, config, cast)
 
     all_places = [place for parts in places.values() for place in parts]
     builders = {
         place.path: _make_builder(
-            _leaf_shape(place, config, target.count), place.is_table, compress, verify, threads
+            place, _leaf_shape(place, config, target.count), compress, verify, threads
         )
         for place in {place.path: place for place in all_places}.values()
     }
@@ -103,18 +113,18 @@ def load_params(
         ThreadPoolExecutor(threads) as pool,
     ):
         for name in (name for name in source.tensors if name in places):
-            tensor = source.read(name).astype(BFLOAT16, copy=False)
+            tensor = source.read(name).astype(places[name][0].dtype, copy=False)
             for place, rows in zip(places[name], split_rows(tensor, places[name]), strict=True):
                 for start, slices in _slices(place, rows, pool, config, target.count):
                     builders[place.path].put(start, slices, name)
                 to_come[place.path] -= 1
             bar.update(name, tensor.nbytes)
             del tensor, rows, slices
-            for place in places[name]:
-                if not to_come[place.path]:
+            for path in {place.path for place in places[name]}:
+                if not to_come[path]:
                     # At once, so that the memory of a builder is freed before other leaves are
                     # filled.
-                    params[place.path] = builders.pop(place.path).build(target.of(place.path))
+                    params[path] = builders.pop(path).build(target.of(path))
     return nest(params)
 
 
@@ -152,8 +162,8 @@ def find_saved(
                 "parameters stay divided as they are: load them onto as many devices, or load the "
                 "model that they were made of"
             )
-        if info.numpy_dtype != BFLOAT16:
-            raise ValueError(f"{name}: expected BF16, got {info.dtype}")
+        if info.numpy_dtype != place.dtype:
+            raise ValueError(f"{name}: expected {place.dtype}, got {info.dtype}")
     return places
 
 
@@ -178,11 +188,12 @@ def _load_saved(
                 # What is to be divided must not come to one device as a whole.
                 first = None if where is None else cpu_device()
                 leaf = load_leaf(source, name, first, verify=verify)
-            if is_df11(leaf) and leaf.layout == slice_layout(shape, place.is_table):
+            if is_df11(leaf) and leaf.layout == slice_layout(place.path, shape):
                 leaf = leaf if where is None else jax.device_put(leaf, where)
             else:
-                builder = _make_builder(shape, place.is_table, compress, verify, threads)
-                builder.put(0, source.read(name), name)
+                builder = _make_builder(place, shape, compress, verify, threads)
+                slices = source.read(name).reshape(-1, *shape[count_stack_axes(place.path) :])
+                builder.put(0, slices, name)
                 leaf = builder.build(where)
             params[place.path] = leaf
             bar.update(name, info.nbytes)
@@ -190,11 +201,11 @@ def _load_saved(
 
 
 def _make_builder(
-    shape: tuple[int, ...], is_table: bool, compress: bool, verify: bool, threads: int | None
+    place: TensorPlace, shape: tuple[int, ...], compress: bool, verify: bool, threads: int | None
 ) -> LeafBuilder:
-    if compress and is_candidate_stack(shape):
-        return CompressedLeafBuilder(shape, is_table, verify, threads)
-    return PlainLeafBuilder(shape)
+    if compress and is_candidate_leaf(place.path, shape):
+        return CompressedLeafBuilder(place.path, shape, verify, threads)
+    return PlainLeafBuilder(shape, place.dtype)
 
 
 def _check_tensors(
@@ -211,6 +222,8 @@ def _check(name: str, places: Places, info: TensorInfo, cast: bool) -> None:
     expected = tensor_shape(places)
     if tuple(info.shape) != expected:
         raise ValueError(f"{name}: expected shape {list(expected)}, got {list(info.shape)}")
+    if info.numpy_dtype == places[0].dtype:
+        return
     if not is_candidate_dtype(info.numpy_dtype, cast):
         castable = is_castable(info.numpy_dtype)
         hint = ": ask for cast=True (--cast) if rounding is acceptable" if castable else ""
@@ -236,11 +249,12 @@ def _check_tied_head(
 
 def _leaf_shape(place: TensorPlace, config: Config, devices: int) -> tuple[int, ...]:
     if place.is_table:
-        return table_shape(config, devices)
+        return table_shape(config, devices, place.path[0])
     if place.layer is None:
         return place.shape
     shards, shape = shard_shape(place.shape, place.path, config, devices)
-    return (shards * config.layers, *shape[::-1])
+    experts = () if place.expert is None else (config.experts.count,)
+    return (shards * count_stack(place.path, config), *experts, *shape[::-1])
 
 
 def _slices(
@@ -250,15 +264,22 @@ def _slices(
     config: Config,
     devices: int,
 ) -> Iterator[tuple[int, BFloat16[np.ndarray, "slices ..."]]]:
-    """The slices of its leaf that a tensor fills, as contiguous arrays, and where each begins."""
+    """The slices of its leaf that a tensor fills, and where each begins.
+
+    Matrices are contiguous. The axes of kernels and convolutions are reversed.
+    """
     if place.is_table:
-        yield from _groups(tensor, table_shape(config, devices)[0])
+        yield from _groups(tensor, table_shape(config, devices, place.path[0])[0])
     elif place.layer is None:
         yield 0, tensor
     else:
+        layers = count_stack(place.path, config)
         for i, shard in enumerate(split_tensor(tensor, place.path, config, devices)):
-            shard = transpose(shard, pool) if place.is_kernel else shard
-            yield i * config.layers + place.layer, shard[None]
+            shard = transpose(shard, pool) if place.is_kernel else shard.T
+            at = i * layers + place.layer
+            if place.expert is not None:
+                at = at * config.experts.count + place.expert
+            yield at, shard[None]
 
 
 def _groups(

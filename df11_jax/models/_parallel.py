@@ -54,9 +54,11 @@ def on_each_device(
 
 
 def cache_specs(config: Config) -> Cache:
-    """The sharding of a cache: keys and values are divided by the heads of each device."""
+    """The sharding of a cache: keys, values and states are divided by the heads of each device."""
     cache = jax.eval_shape(lambda: _cache.init_cache(config, 1, 1))
-    return jax.tree.map(lambda leaf: P(None, None, AXIS) if leaf.ndim == 5 else P(), cache)
+    # The last inputs of convolutions have the channels of all heads along their last axis.
+    specs = {5: P(None, None, AXIS), 4: P(None, None, None, AXIS)}
+    return jax.tree.map(lambda leaf: specs.get(leaf.ndim, P()), cache)
 
 
 def on_one_device(arrays: PyTree) -> PyTree:

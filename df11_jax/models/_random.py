@@ -39,9 +39,17 @@ class RandomSource:
         shape = self.tensors[name].shape
         draws = np.random.default_rng([self._seed, zlib.crc32(name.encode())])
         values = draws.standard_normal(shape, dtype=np.float32)
-        if len(shape) == 2:
-            values *= np.float32(shape[1] ** -0.5)
+        if len(shape) > 1:
+            values *= np.float32(shape[-1] ** -0.5)
         else:
             values *= np.float32(0.1)
-            values += np.float32(self._scale_mean if name.endswith("norm.weight") else 0)
+            values += np.float32(self._mean(name))
         return values.astype(jnp.bfloat16)
+
+    def _mean(self, name: str) -> float:
+        """The mean of a vector."""
+        if name.endswith(("layer_scalar", "linear_attn.norm.weight")):
+            return 1.0
+        if name.endswith("A_log"):
+            return -3.0  # states that last for some tens of tokens
+        return self._scale_mean if name.endswith("norm.weight") else 0.0

@@ -19,7 +19,7 @@ class Rotation(NamedTuple):
 
 def rotary_dim(rope: Rope, head_dim: int) -> int:
     """The number of elements of a head that are rotated, its first ones."""
-    return int(head_dim * rope.fraction)
+    return head_dim if rope.kind == "proportional" else int(head_dim * rope.fraction)
 
 
 def frequencies(rope: Rope, head_dim: int, length: int = 0) -> Float[np.ndarray, " pairs"]:
@@ -32,8 +32,10 @@ def frequencies(rope: Rope, head_dim: int, length: int = 0) -> Float[np.ndarray,
     """
     size = rotary_dim(rope, head_dim)
     turning = 1 / rope.theta ** (np.arange(0, size, 2) / size)
-    if rope.kind == "linear":
+    if rope.kind in ("linear", "proportional"):
         turning = turning / rope.factor
+        if rope.kind == "proportional":
+            turning[int(rope.fraction * head_dim // 2) :] = 0
     elif rope.kind == "longrope":
         is_long = length > rope.original_length
         turning = turning / np.array(rope.long_factors if is_long else rope.short_factors)

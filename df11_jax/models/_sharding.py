@@ -1,11 +1,12 @@
 """Tensor parallelism: which tensors of a transformer are sharded, and along which axis.
 
-Attention is divided by heads, the MLP by its hidden units, embedding and output head by groups of
-rows. If there are fewer key-value heads than devices, several devices have the same one. Norms, and
-biases that are added after a sum over the devices, are replicated. A tensor of the blocks that is
-sharded becomes a stack [devices * layers, ...] in which the slices of the first device come first.
-Sharded along this axis, it is a stack [layers, ...] on each device, which can decompress the slices
-by itself.
+Attention and the delta rule are divided by heads, the MLP and each expert by its hidden units,
+embeddings and output head by groups of rows. If there are fewer key-value heads than devices,
+several devices have the same one. Norms, routers, what mixes embeddings for layers, and biases that
+are added after a sum over the devices, are replicated. A tensor of the blocks that is sharded
+becomes a stack [devices * layers, ...] in which the slices of the first device come first. Sharded
+along this axis, it is a stack [layers, ...] on each device, which can decompress the slices by
+itself.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from jaxtyping import Shaped
 
 from df11_jax.models import tables
 from df11_jax.models._config import Config
+from df11_jax.models._layer_types import count_stack
 
 # The name of the axis of a mesh.
 AXIS = "model"
@@ -29,8 +31,11 @@ DeviceOrSharding: TypeAlias = jax.Device | jax.sharding.Sharding | None
 
 # Kernels that are divided by their outputs, and those that are divided by their inputs.
 _BY_OUTPUTS = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
-_BY_INPUTS = frozenset({"o_proj", "down_proj"})
-_TABLES = frozenset({"embed_tokens", "lm_head"})
+_BY_OUTPUTS |= {f"in_proj_{part}" for part in "qkvzba"} | {f"conv1d_{part}" for part in "qkv"}
+_BY_INPUTS = frozenset({"o_proj", "out_proj", "down_proj"})
+TABLES = frozenset({"embed_tokens", "lm_head", "embed_tokens_per_layer"})
+# Parameters with a number for each value head, which checkpoints may have in float32.
+_WIDE = frozenset({"A_log", "dt_bias"})
 
 
 def shard_config(config: Config, devices: int) -> Config:
@@ -48,28 +53,45 @@ def shard_config(config: Config, devices: int) -> Config:
     """
     if devices == 1:
         return config
-    heads, kv_heads, hidden = config.heads, config.kv_heads, config.hidden
+    heads, full, rule, experts = config.heads, config.full, config.delta_rule, config.experts
+    hidden = math.gcd(config.hidden, experts.shared_hidden)
+    all_kv_heads = {config.kv_heads, *([full.kv_heads] if full else [])}
+    whole = {f"{heads} query heads": heads, f"{hidden} hidden units": hidden}
+    if rule is not None:
+        whole[f"{rule.key_heads} key heads of linear layers"] = rule.key_heads
 
-    def can_share(count: int) -> bool:
+    def can_share(kv_heads: int, count: int) -> bool:
         return kv_heads % count == 0 or count % kv_heads == 0
 
-    wrong = {
-        f"{heads} query heads": heads % devices,
-        f"{kv_heads} key-value heads": not can_share(devices),
-        f"{hidden} hidden units": hidden % devices,
-    }
-    if any(wrong.values()):
-        common = math.gcd(heads, hidden)
-        possible = [str(n) for n in range(1, common + 1) if common % n == 0 and can_share(n)]
+    wrong = [what for what, size in whole.items() if size % devices]
+    wrong += [f"{n} key-value heads" for n in sorted(all_kv_heads) if not can_share(n, devices)]
+    if wrong:
+        common = math.gcd(*whole.values())
+        possible = [
+            str(n)
+            for n in range(1, common + 1)
+            if common % n == 0 and all(can_share(kv_heads, n) for kv_heads in all_kv_heads)
+        ]
         raise ValueError(
-            f"{' and '.join(what for what in wrong if wrong[what])} cannot be divided among "
-            f"{devices} devices: expected {' or '.join(possible)}"
+            f"{' and '.join(wrong)} cannot be divided among {devices} devices: expected "
+            f"{' or '.join(possible)}"
         )
+
+    def share(kv_heads: int) -> int:
+        return kv_heads // min(kv_heads, devices)
+
     return dataclasses.replace(
         config,
         heads=heads // devices,
-        kv_heads=kv_heads // _count_parts("k_proj", config, devices),
-        hidden=hidden // devices,
+        kv_heads=share(config.kv_heads),
+        hidden=config.hidden // devices,
+        experts=dataclasses.replace(experts, shared_hidden=experts.shared_hidden // devices),
+        shared_hidden=config.shared_hidden // devices,
+        full=full and dataclasses.replace(full, kv_heads=share(full.kv_heads)),
+        delta_rule=rule
+        and dataclasses.replace(
+            rule, key_heads=rule.key_heads // devices, value_heads=rule.value_heads // devices
+        ),
         axis=AXIS,
     )
 
@@ -79,19 +101,28 @@ def partition_spec(path: Sequence[str]) -> PartitionSpec:
     return PartitionSpec(AXIS) if _is_sharded(path) else PartitionSpec()
 
 
-def table_shape(config: Config, devices: int) -> tuple[int, int, int]:
-    """Shape of embedding and output head, padded to an equal number of groups on each device."""
-    groups, rows, dim = tables.table_shape(config.vocab, config.dim)
+def is_wide(path: Sequence[str]) -> bool:
+    """Whether the leaf at a path is float32, whatever its tensor is."""
+    return path[-1] in _WIDE or tuple(path[-3:]) == ("linear_attn", "norm", "scale")
+
+
+def table_shape(config: Config, devices: int, name: str = "embed_tokens") -> tuple[int, int, int]:
+    """Shape of a table, padded to an equal number of groups on each device."""
+    vocab, dim = config.vocab, config.dim
+    if name == "embed_tokens_per_layer":
+        assert config.per_layer is not None
+        vocab, dim = config.per_layer.vocab, config.layers * config.per_layer.dim
+    groups, rows, dim = tables.table_shape(vocab, dim)
     return -(-groups // devices) * devices, rows, dim
 
 
 def leaf_length(path: Sequence[str], config: Config, devices: int) -> int:
     """Length of the first axis of the leaf at a path."""
-    if path[0] in _TABLES:
-        return table_shape(config, devices)[0]
+    if path[0] in TABLES:
+        return table_shape(config, devices, path[0])[0]
     if path[0] != "layers":
-        return config.dim
-    return config.layers * (devices if _is_sharded(path) else 1)
+        return config.per_layer.dim if config.per_layer and path[0] != "norm" else config.dim
+    return count_stack(path, config) * (devices if _is_sharded(path) else 1)
 
 
 def shard_shape(
@@ -108,7 +139,7 @@ def shard_shape(
     axis = _axis(path)
     if axis is None:
         return 1, shape
-    parts = _count_parts(path[-2], config, devices)
+    parts = _count_parts(path, config, devices)
     return devices, (*shape[:axis], shape[axis] // parts, *shape[axis + 1 :])
 
 
@@ -119,22 +150,25 @@ def split_tensor(
     axis = _axis(path)
     if axis is None:
         return [tensor]
-    parts = np.split(tensor, _count_parts(path[-2], config, devices), axis)
+    parts = np.split(tensor, _count_parts(path, config, devices), axis)
     return [part for part in parts for _ in range(devices // len(parts))]
 
 
-def _count_parts(module: str, config: Config, devices: int) -> int:
-    """The number of different shards of the tensors of a module."""
-    return min(devices, config.kv_heads) if module in ("k_proj", "v_proj") else devices
+def _count_parts(path: Sequence[str], config: Config, devices: int) -> int:
+    """The number of different shards of a tensor of a block."""
+    if path[-2] not in ("k_proj", "v_proj"):
+        return devices
+    has_own = config.full is not None and path[1] == "full"
+    return min(devices, (config.full if has_own else config).kv_heads)  # type: ignore[union-attr]
 
 
 def _is_sharded(path: Sequence[str]) -> bool:
-    return path[0] in _TABLES or _axis(path) is not None
+    return path[0] in TABLES or _axis(path) is not None
 
 
 def _axis(path: Sequence[str]) -> int | None:
     """The axis along which a tensor of a block is divided; None if it is replicated."""
     *modules, name = path
-    if modules and modules[-1] in _BY_OUTPUTS:
+    if name in _WIDE or (modules and modules[-1] in _BY_OUTPUTS):
         return 0
     return 1 if modules and modules[-1] in _BY_INPUTS and name == "kernel" else None

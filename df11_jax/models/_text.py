@@ -283,8 +283,9 @@ def _stop_tokens(folder: Folder, fields: dict[str, Any]) -> tuple[int, ...]:
     """The tokens that end a text, by `generation_config.json`, or else by `config.json`."""
     file = "generation_config.json"
     generation = folder.json(file) if (folder.directory / file).exists() else {}
-    inner = fields.get("text_config") if fields.get("model_type") == "gemma3" else None
-    said = (object_.get("eos_token_id") for object_ in (generation, fields, inner or {}))
+    inner = fields.get("text_config")
+    inner = inner if isinstance(inner, dict) else {}
+    said = (object_.get("eos_token_id") for object_ in (generation, fields, inner))
     stop: Any = next((tokens for tokens in said if tokens is not None), [])
     tokens = stop if isinstance(stop, list) else [stop]
     if not all(type(token) is int and 0 <= token < 2**31 for token in tokens):

@@ -16,11 +16,18 @@ from df11_jax import _layout
 from df11_jax._files.source import TensorInfo
 from df11_jax._layout import Layout, make_layout
 from df11_jax._select import is_candidate
-from df11_jax.models import _attention, _cache, _programs, _transformer, tables
+from df11_jax.models import _attention, _cache, _experts, _programs, _transformer, tables
 from df11_jax.models._config import Config
-from df11_jax.models._leaf_builders import is_candidate_stack, slice_layout
+from df11_jax.models._layer_types import (
+    LayerType,
+    count_stack,
+    has_stacks,
+    layer_types,
+    type_config,
+)
+from df11_jax.models._leaf_builders import count_stack_axes, is_candidate_leaf, slice_layout
 from df11_jax.models._memory import Memory
-from df11_jax.models._sharding import shard_config, table_shape
+from df11_jax.models._sharding import is_wide, shard_config, table_shape
 from df11_jax.models.prompts import cache_length
 
 # Bits of the coded exponent of a weight; the rest of a compressed tensor follows from its shape.
@@ -122,16 +129,14 @@ def check_sizes(config: Config, batch: int, context: int, devices: int = 1) -> N
 @functools.lru_cache(maxsize=8)
 def estimate_weights(config: Config, devices: int = 1) -> WeightBytes:
     """The bytes on each device of the parameters that `load_params` returns."""
-    block, table = _block_shapes(shard_config(config, devices)), _table_shard(config, devices)
-    stacks = [((config.layers, *shape), False) for shape in block]
-    stacks += [(table, True)] if config.tied else [(table, True), (table, True)]
+    leaves, tables_ = _leaves(shard_config(config, devices)), _table_shards(config, devices)
     return sum_weights(
-        [_plain_bytes(2 * config.dim)]
+        [_plain_bytes(2 * size) for size in _vectors(config)]
         + [
-            _compressed_bytes(shape[0], slice_layout(shape, is_table))
-            if is_candidate_stack(shape)
-            else _plain_bytes(2 * math.prod(shape))
-            for shape, is_table in stacks
+            _compressed_bytes(math.prod(shape[: count_stack_axes(path)]), slice_layout(path, shape))
+            if is_candidate_leaf(path, shape)
+            else _plain_bytes((4 if is_wide(path) else 2) * math.prod(shape))
+            for path, shape in [*leaves, *tables_]
         ]
     )
 
@@ -154,7 +159,10 @@ def sum_weights(parts: Iterable[WeightBytes]) -> WeightBytes:
 def count_parameters(config: Config) -> int:
     """The number of weights of the model."""
     in_tables = (1 if config.tied else 2) * config.vocab * config.dim
-    return config.layers * sum(map(math.prod, _block_shapes(config))) + config.dim + in_tables
+    if config.per_layer is not None:
+        in_tables += config.per_layer.vocab * config.layers * config.per_layer.dim
+    in_layers = sum(math.prod(shape) for _, shape in _leaves(config))
+    return in_layers + sum(_vectors(config)) + in_tables
 
 
 def shard_weights(config: Config, weights: WeightBytes, devices: int) -> WeightBytes:
@@ -187,36 +195,71 @@ def estimate_temporary(
     c, width = shard_config(config, devices), np.dtype(config.dtype).itemsize
     slots = cache_length(context, 1)
     seq = min(slots if prompt is None else prompt, max(1, _programs.PIECE_TOKENS // batch))
-    tokens = batch * seq
-    # The most keys that a layer attends to: in sliding layers, those of the slots and the new ones.
-    window = min(slots, c.window)
-    in_window = window if seq == 1 else window + seq
-    keys = max(0 if all(c.sliding) else slots, in_window if any(c.sliding) else 0)
+    in_blocks = [
+        _in_block(c, type_, batch, seq, slots) for type_ in dict.fromkeys(layer_types(config))
+    ]
+    in_head = Temporary(
+        block=0,
+        head=2 * tables.ROWS * c.dim * _head_groups(config, devices),
+        cache_copy=0,
+        activations=width * batch * seq * c.dim + 2 * 4 * batch * c.vocab,
+    )
+    return max(*in_blocks, in_head, key=lambda temporary: temporary.nbytes)
+
+
+def _in_block(config: Config, type_: LayerType, batch: int, seq: int, slots: int) -> Temporary:
+    """The memory beside weights and cache in a block of a type."""
+    c, width, tokens = type_config(config, type_), np.dtype(config.dtype).itemsize, batch * seq
 
     def part(smallest: int, count: int) -> int:
         """The bytes that attention handles at a time, of a number of smallest parts."""
         return min(smallest * count, max(smallest, _attention.PART_BYTES))
 
-    # The smallest part of keys and values is that of a key-value head of a row; the smallest part
-    # of the scores is that of a token and the query heads that share a key-value head.
-    copied = part(2 * keys * c.head_dim * width, batch * c.kv_heads)
-    scores = part(4 * c.heads // c.kv_heads * keys, tokens * c.kv_heads)
-    # Scores are float32; the attention weights computed from them have the dtype of activations.
-    attention = scores + scores * width // 4 + 2 * width * tokens * c.heads * c.head_dim
+    beside = 0
+    if c.per_layer is not None:
+        beside += width * tokens * c.layers * c.per_layer.dim
+    if c.shared_layers and seq > 1:
+        # The keys and values that the layers at the end attend to.
+        new = min(slots, c.window) + seq
+        beside += 2 * width * batch * new * config.kv_heads * config.head_dim
+    copied = 0
+    if c.delta_rule is not None and type_ == "linear":
+        rule = c.delta_rule
+        # XLA copies the states of the layer; before a loop over chunks, it does so twice.
+        states = 4 * batch * rule.value_heads * rule.key_dim * rule.value_dim
+        mixing = 2 * width * tokens * rule.channels + states * (1 if seq == 1 else 2)
+    else:
+        # The most keys that a layer attends to: in sliding layers, those of the slots and the new
+        # ones.
+        window = min(slots, c.window)
+        keys = slots if "full" in type_ else window if seq == 1 else window + seq
+        # The smallest part of keys and values is that of a key-value head of a row; the smallest
+        # part of the scores is that of a token and the query heads that share a key-value head.
+        copied = part(2 * keys * c.head_dim * width, batch * c.kv_heads)
+        scores = part(4 * c.heads // c.kv_heads * keys, tokens * c.kv_heads)
+        # Scores are float32; the attention weights computed from them have the dtype of
+        # activations.
+        mixing = scores + scores * width // 4 + 2 * width * tokens * c.heads * c.head_dim
     mlp = 2 * width * tokens * c.hidden
-    in_block = Temporary(
-        block=2 * sum(map(math.prod, _block_shapes(c))),
+    # The weights of a layer of the type, by path.
+    sizes = {
+        path: 2 * math.prod(shape[1:])
+        for path, shape in _leaves(config)
+        if path[1] == type_ or not has_stacks(config)
+    }
+    block = sum(sizes.values())
+    if c.experts.count:
+        # Other weights than those of the MLP are not needed any more when experts are decompressed.
+        others = sum(size for path, size in sizes.items() if "mlp" not in path)
+        shared = sum(size for path, size in sizes.items() if "shared_expert" in path)
+        block = shared + max(others, _experts.group_nbytes(c, tokens))
+        mlp = 2 * width * tokens * c.experts.shared_hidden + _experts.activation_nbytes(c, tokens)
+    return Temporary(
+        block=block,
         head=0,
         cache_copy=copied,
-        activations=2 * width * tokens * c.dim + max(attention, mlp),
+        activations=2 * width * tokens * c.dim + max(mixing, mlp) + beside,
     )
-    in_head = Temporary(
-        block=0,
-        head=2 * tables.ROWS * c.dim * _head_groups(config, devices),
-        cache_copy=0,
-        activations=width * tokens * c.dim + 2 * 4 * batch * c.vocab,
-    )
-    return max(in_block, in_head, key=lambda temporary: temporary.nbytes)
 
 
 def _plain_bytes(nbytes: int) -> WeightBytes:
@@ -239,15 +282,29 @@ def _compressed_bytes(slices: int, layout: Layout) -> WeightBytes:
 
 
 @functools.lru_cache(maxsize=8)
-def _block_shapes(config: Config) -> tuple[tuple[int, ...], ...]:
-    return tuple(leaf.shape for leaf in jax.tree.leaves(_transformer.block_shapes(config)))
+def _leaves(config: Config) -> tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]:
+    """The paths and shapes of the leaves of all layers, which are stacks."""
+    found = []
+    for keys, leaf in jax.tree.leaves_with_path(_transformer.block_shapes(config)):
+        path = ("layers", *(key.key for key in keys))
+        found.append((path, (count_stack(path, config), *leaf.shape)))
+    return tuple(found)
 
 
-def _table_shard(config: Config, devices: int) -> tuple[int, int, int]:
-    groups, rows, dim = table_shape(config, devices)
-    return groups // devices, rows, dim
+def _vectors(config: Config) -> list[int]:
+    """The sizes of the vectors outside of the layers."""
+    return [config.dim, *([config.per_layer.dim] if config.per_layer else [])]
+
+
+def _table_shards(config: Config, devices: int) -> list[tuple[tuple[str, ...], tuple[int, ...]]]:
+    """The paths and shapes of each device's shards of the tables."""
+    names = ["embed_tokens"] if config.tied else ["embed_tokens", "lm_head"]
+    if config.per_layer is not None:
+        names.append("embed_tokens_per_layer")
+    shapes = {name: table_shape(config, devices, name) for name in names}
+    return [((name,), (shape[0] // devices, *shape[1:])) for name, shape in shapes.items()]
 
 
 def _head_groups(config: Config, devices: int) -> int:
-    table = jax.ShapeDtypeStruct(_table_shard(config, devices), config.dtype)
+    table = jax.ShapeDtypeStruct(_table_shards(config, devices)[0][1], config.dtype)
     return tables.groups_in_piece(table)  # type: ignore[arg-type]  # its shape is enough

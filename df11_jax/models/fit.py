@@ -17,7 +17,8 @@ from df11_jax.checkpoints import Source, TensorInfo, open_checkpoint
 from df11_jax.checkpoints.detect import has_weights
 from df11_jax.models import estimate
 from df11_jax.models._config import Config
-from df11_jax.models._hf_config import UnsupportedModelError, read_config
+from df11_jax.models._hf_config import read_config
+from df11_jax.models._hf_fields import UnsupportedModelError
 from df11_jax.models._load import find_saved
 from df11_jax.models._weights import find_places
 from df11_jax.models.budget import Budget

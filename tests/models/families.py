@@ -18,6 +18,15 @@ needs_transformers = pytest.mark.skipif(
     reason="needs transformers and torch: pip install 'df11_jax[test-hf]'",
 )
 
+
+def skip_unknown(model_type: str) -> None:
+    """Skips a test of what the installed version of transformers does not know."""
+    import transformers
+
+    if model_type not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} does not know {model_type}")
+
+
 VOCAB = 300
 BOS, EOS = 256, 257
 
@@ -42,6 +51,22 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 _YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+_QWEN_3_5 = _SIZES | {
+    "full_attention_interval": 2,
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "linear_key_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_value_head_dim": 32,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10_000_000.0,
+        "mrope_interleaved": True,
+        "mrope_section": [2, 1, 1],
+        "partial_rotary_factor": 0.25,
+    },
+}
 
 # `config.json` of each; between them they have everything that the transformer can do.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -71,6 +96,33 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_parameters": _YARN
         | {"rope_theta": 1_000_000.0, "mscale": 1.0, "mscale_all_dim": 0.5}
         | {"original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.1},
+    },
+    "mixtral": _SIZES
+    | {
+        "model_type": "mixtral",
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_local_experts": 4,
+        "sliding_window": 8,
+    },
+    "qwen2_moe": _SIZES
+    | {
+        "model_type": "qwen2_moe",
+        "moe_intermediate_size": 64,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "num_hidden_layers": 2,
+        "shared_expert_intermediate_size": 192,
+    },
+    "qwen3_moe": _SIZES
+    | {
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "num_hidden_layers": 2,
     },
     "phi3": _SIZES
     | {
@@ -103,6 +155,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "sliding_window": 8,
         "max_window_layers": 1,
     },
+    "qwen3_5_text": _QWEN_3_5 | {"model_type": "qwen3_5_text"},
+    "qwen3_5_moe_text": _QWEN_3_5
+    | {
+        "model_type": "qwen3_5_moe_text",
+        "moe_intermediate_size": 64,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "shared_expert_intermediate_size": 96,
+    },
     "gemma3_text": _SIZES
     | {
         "model_type": "gemma3_text",
@@ -115,6 +176,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
         "attn_logit_softcapping": 5.0,
         "final_logit_softcapping": 3.0,
+    },
+    "gemma4_text": _SIZES
+    | {
+        "model_type": "gemma4_text",
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "head_dim": 16,
+        "num_key_value_heads": 1,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 2,
+        "attention_k_eq_v": True,
+        "sliding_window": 8,
+        "final_logit_softcapping": 3.0,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": VOCAB,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
     },
 }
 

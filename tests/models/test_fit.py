@@ -1,5 +1,6 @@
 """Estimates of memory: against counts that are known, real compression, and XLA's plans."""
 
+import collections
 import dataclasses
 import pathlib
 
@@ -11,6 +12,7 @@ from known_configs import KNOWN
 from df11_jax import models, size_report
 from df11_jax._files.source import TensorInfo
 from df11_jax.models import estimate, fit
+from df11_jax.models._layer_types import layer_types
 
 # As the models' cards have them; of Gemma, without what it sees with.
 PARAMETERS = [
@@ -19,9 +21,15 @@ PARAMETERS = [
     ("Llama-3.2-1B", 1_235_814_400),
     ("Qwen2.5-7B", 7_615_616_512),
     ("Qwen3-14B", 14_768_307_200),
+    ("Qwen3-30B-A3B", 30_532_122_624),
+    ("Mixtral-8x7B", 46_702_792_704),
     ("Mistral-7B-v0.1", 7_241_732_096),
     ("Phi-3-mini-4k", 3_821_079_552),
     ("gemma-3-27b", 27_009_346_304),
+    ("Qwen3.5-27B", 26_895_998_464),
+    ("Qwen3.5-35B-A3B", 34_660_610_688),
+    ("gemma-4-31B", 30_697_345_340),
+    ("gemma-4-E2B", 4_628_569_379),
 ]
 
 
@@ -39,16 +47,17 @@ def test_parameters_are_as_many_as_the_models_have(name, count):
 
 def cache_bytes(config, slots):
     """Of one sequence: keys and values of each layer, and positions for each kind of layers."""
-    key = 2 * config.kv_heads * config.head_dim
-    sliding = sum(config.sliding)
-    return sum(
-        count * (layers * 2 * key + 4)
-        for layers, count in (
-            (config.layers - sliding, slots),
-            (sliding, min(slots, config.window)),
-        )
-        if layers
-    )
+    nbytes, rule = 0, config.delta_rule
+    for type_, layers in collections.Counter(layer_types(config)).items():
+        if type_ == "linear":
+            matrix = 4 * rule.value_heads * rule.key_dim * rule.value_dim
+            channels = 2 * rule.key_heads * rule.key_dim + rule.value_heads * rule.value_dim
+            nbytes += layers * (matrix + 2 * (rule.taps - 1) * channels)
+        elif not type_.startswith("shared"):
+            heads = config.full if config.full and type_ == "full" else config
+            count = slots if type_ == "full" else min(slots, config.window)
+            nbytes += count * (layers * 2 * 2 * heads.kv_heads * heads.head_dim + 4)
+    return nbytes
 
 
 @pytest.mark.parametrize(
@@ -79,7 +88,10 @@ def test_documentation_has_the_caches_that_models_take():
 
 @pytest.mark.parametrize(
     "name",
-    ["Llama-3.1-8B", "Llama-3.2-1B", "Qwen2.5-7B", "Phi-4-mini", "GLM-4-9B-0414", "gemma-3-27b"],
+    [
+        *("Llama-3.1-8B", "Llama-3.2-1B", "Qwen2.5-7B", "Phi-4-mini", "GLM-4-9B-0414"),
+        *("gemma-3-27b", "Qwen3.5-27B", "Qwen3.5-35B-A3B", "gemma-4-31B", "gemma-4-E4B"),
+    ],
 )
 def test_weights_and_cache_are_those_of_the_shapes(name):
     config = models.read_config(KNOWN[name])
@@ -142,6 +154,16 @@ PLANS = [
     ("gemma-3-27b", 1, 32768, 973),
     ("gemma-3-27b", 1, 131_072, 973),
     ("gemma-3-27b", 8, 32768, 970),
+    ("Qwen3.5-27B", 1, 2048, 883),
+    ("Qwen3.5-27B", 1, 32000, 927),
+    ("Qwen3.5-27B", 8, 2048, 944),
+    ("Qwen3.5-27B", 64, 5000, 1274),
+    ("Qwen3.5-35B-A3B", 1, 2048, 482),
+    ("Qwen3.5-35B-A3B", 8, 2048, 597),
+    ("gemma-4-31B", 1, 2048, 1130),
+    ("gemma-4-31B", 1, 32000, 1233),
+    ("gemma-4-E2B", 1, 2048, 258),
+    ("gemma-4-E4B", 8, 2048, 468),
 ]
 
 

@@ -13,6 +13,7 @@ from runs import BF16, DRAWN, F32, GREEDY, NONE, PROMPTS, assert_same_bits, begi
 
 import df11_jax
 from df11_jax import _ffi, models
+from df11_jax._array import is_df11
 from df11_jax._product import MOST_FUSED_ROWS
 from df11_jax.models import _programs, _transformer, tables
 from df11_jax.models._sampling import choose
@@ -85,13 +86,14 @@ def test_compressed_parameters_are_the_plain_ones(family):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="counts decodes of the CPU backend")
-def test_weights_are_decoded_once_a_token(llama):
-    params, config = llama
-    leaves = df11_jax.size_report(params["layers"]).leaves
+@pytest.mark.parametrize(("family", "embeddings"), [("llama", 1), ("gemma4_text", 2)])
+def test_weights_are_decoded_once_a_token(family, embeddings):
+    params, config = load(family)
+    leaves = jax.tree.leaves(params["layers"], is_leaf=is_df11)
     groups = params["embed_tokens"].shape[0]
-    # One group of the embedding, each block, and the head.
-    blocks = config.layers * sum(leaf.compressed for leaf in leaves)
-    assert count_decodes(begin(params, config)) == 5 * (1 + blocks + groups)
+    # One group of each embedding, each block, and the head.
+    blocks = sum(leaf.shape[0] for leaf in leaves if is_df11(leaf))
+    assert count_decodes(begin(params, config)) == 5 * (embeddings + blocks + groups)
 
 
 # Batches.

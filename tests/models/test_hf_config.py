@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from known_configs import KNOWN
 
-from df11_jax.models import Rope, UnsupportedModelError, read_config
+from df11_jax.models import Experts, Rope, UnsupportedModelError, read_config
 from df11_jax.models._rope import frequencies
 from df11_jax.models._weights import list_places, tensor_shape
 
 LLAMA, PHI = families.CONFIGS["llama"], families.CONFIGS["phi3"]
+QWEN_3_5, GEMMA_4 = families.CONFIGS["qwen3_5_text"], families.CONFIGS["gemma4_text"]
 
 # How many billions of parameters there are, and of how many of the layers the window slides.
 SIZES = {
@@ -30,6 +31,8 @@ SIZES = {
     "QwQ-32B": (32.764, 0),
     "DeepSeek-R1-Distill-Qwen-1.5B": (1.777, 0),
     "DeepSeek-R1-0528-Qwen3-8B": (8.191, 0),
+    "Qwen3-30B-A3B": (30.532, 0),
+    "Mixtral-8x7B": (46.703, 0),
     "Mistral-7B-v0.1": (7.242, 32),
     "Mistral-Small-24B": (23.572, 0),
     "Ministral-8B": (8.020, 0),  # with a window of all positions
@@ -44,6 +47,11 @@ SIZES = {
     "gemma-3-4b": (3.880, 29),
     "gemma-3-12b": (11.766, 40),
     "gemma-3-27b": (27.009, 52),
+    "Qwen3.5-27B": (26.896, 0),
+    "Qwen3.5-35B-A3B": (34.661, 0),
+    "gemma-4-31B": (30.697, 50),
+    "gemma-4-E2B": (4.629, 28),
+    "gemma-4-E4B": (7.463, 35),
 }
 
 
@@ -61,22 +69,37 @@ def test_known_models_are_what_transformers_takes_them_for(name, tmp_path):
     import transformers
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+    families.skip_unknown(KNOWN[name]["model_type"])
     theirs = transformers.AutoConfig.for_model(**copy.deepcopy(KNOWN[name]))
     config, text = read_config(KNOWN[name]), theirs.get_text_config()
+    text.allow_global_per_layer_attribute_access = True
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     assert (config.head_dim, config.vocab) == (head_dim, text.vocab_size)
     assert (config.heads, config.kv_heads) == (text.num_attention_heads, text.num_key_value_heads)
     assert (config.max_length, config.norm_eps) == (text.max_position_embeddings, text.rms_norm_eps)
     assert config.tied == theirs.tie_word_embeddings
-    assert config.attention_scale == getattr(text, "query_pre_attn_scalar", head_dim) ** -0.5
+    if config.full is None:
+        assert config.attention_scale == getattr(text, "query_pre_attn_scalar", head_dim) ** -0.5
+    else:
+        full = text.per_layer_config[config.layers - 1]
+        assert config.full.head_dim == full.head_dim
+        assert config.full.kv_heads == full.num_key_value_heads
+        assert config.shared_layers == text.num_kv_shared_layers
     window = getattr(text, "sliding_window", None)
     same = "sliding_attention" if window else "full_attention"
     types = getattr(text, "layer_types", None) or [same] * config.layers
     sliding = tuple(type_ == "sliding_attention" for type_ in types)
     assert config.sliding == sliding or (window >= config.max_length and not any(config.sliding))
+    linear = tuple(type_ == "linear_attention" for type_ in types)
+    assert any(linear) == (config.delta_rule is not None)
+    assert config.delta_rule is None or config.delta_rule.layers == linear
     assert config.window == (window if any(config.sliding) else 0)
     length = config.max_length
     for type_, rope in (("full_attention", config.rope), ("sliding_attention", config.local_rope)):
+        if config.full and type_ == "full_attention":
+            head_dim = config.full.head_dim
+        else:
+            head_dim = config.head_dim
         nested = type_ in text.rope_parameters
         fields = text.rope_parameters[type_] if nested else text.rope_parameters
         fraction = fields.get("partial_rotary_factor", 1.0)
@@ -100,6 +123,15 @@ def test_llama_3_2():
     assert config.rope == Rope(500_000.0, "llama3", 32.0, 1.0, 4.0, 8192)
     assert config.tied and not any(config.sliding)
     assert config.norm_eps == 1e-5 and config.attention_scale == 1 / 8
+
+
+def test_mixtures_choose_no_more_experts_than_there_are():
+    config = read_config(KNOWN["Qwen3-30B-A3B"])
+    assert (config.hidden, config.experts) == (768, Experts(128, 8, normed=True))
+    for change in ({"num_experts_per_tok": 129}, {"num_experts": 10_000}):
+        (name,) = change
+        with pytest.raises(ValueError, match=f"{name} is {change[name]}, expected an integer"):
+            read_config(KNOWN["Qwen3-30B-A3B"] | change)
 
 
 def test_gemma_3_files_say_little():
@@ -149,6 +181,22 @@ def test_windows_of_all_positions_are_none():
     assert read_config(unsaid | {"max_position_embeddings": 4097}).window == 4096
 
 
+def test_full_layers_of_gemma_4_have_heads_of_their_own():
+    config = read_config(GEMMA_4)
+    assert (config.full.head_dim, config.full.kv_heads) == (32, 2)
+    heads = {"head_dim": 32, "num_key_value_heads": 2}
+    said = {k: v for k, v in GEMMA_4.items() if "global" not in k}
+    assert read_config(said | {"per_layer_config": {i: heads for i in ("01", "3", "5")}}) == config
+    # As many as in other layers, unless values are keys; and the last layer is always full.
+    types = ["sliding_attention"] * 6
+    config = read_config(GEMMA_4 | {"attention_k_eq_v": False, "num_kv_shared_layers": 0})
+    assert config.full.kv_heads == 1 and not config.full.keys_are_values
+    config = read_config(GEMMA_4 | {"layer_types": types, "num_kv_shared_layers": 0})
+    assert config.sliding == (*[True] * 5, False)
+    for none in (0, None):
+        assert read_config(GEMMA_4 | {"hidden_size_per_layer_input": none}).per_layer is None
+
+
 def test_text_of_mistral_3():
     text = families.CONFIGS["ministral3"]
     assert read_config({"model_type": "mistral3", "text_config": text}) == read_config(text)
@@ -185,11 +233,15 @@ def test_null_means_nothing_said():
 
 def test_families_differ_where_they_should():
     read = {family: read_config(fields) for family, fields in families.CONFIGS.items()}
-    assert {name for name, c in read.items() if c.qkv_bias} == {"llama-biases", "qwen2", "glm"}
+    biased = {"llama-biases", "qwen2", "qwen2_moe", "glm"}
+    assert {name for name, c in read.items() if c.qkv_bias} == biased
     assert {name for name, c in read.items() if c.output_bias} == {"llama-biases"}
-    assert {name for name, c in read.items() if c.qk_norm} == {"qwen3", "gemma3_text"}
-    assert {name for name, c in read.items() if c.post_norms} == {"gemma3_text", "glm4"}
-    sliding = {"mistral", "ministral", "qwen3", "gemma3_text"}
+    with_norms = {"qwen3", "qwen3_moe", "qwen3_5_text", "qwen3_5_moe_text"}
+    with_norms |= {"gemma3_text", "gemma4_text"}
+    assert {name for name, c in read.items() if c.qk_norm} == with_norms
+    post_norms = {"gemma3_text", "gemma4_text", "glm4"}
+    assert {name for name, c in read.items() if c.post_norms} == post_norms
+    sliding = {"mistral", "ministral", "mixtral", "qwen3", "gemma3_text", "gemma4_text"}
     assert {name for name, c in read.items() if any(c.sliding)} == sliding
 
 
@@ -211,7 +263,12 @@ def test_frequencies():
     [
         ({}, "the model_type None is not supported, only llama, mistral, "),
         ({"model_type": ["llama"]}, r"the model_type \['llama'\] is not supported"),
-        ({"model_type": "mixtral"}, "'mixtral' is not supported"),
+        ({"model_type": "deepseek_v3"}, "'deepseek_v3' is not supported"),
+        (families.CONFIGS["qwen3_moe"] | {"mlp_only_layers": [1]}, r"mlp_only_layers \[1\] is not"),
+        (
+            families.CONFIGS["qwen2_moe"] | {"decoder_sparse_step": 2},
+            "decoder_sparse_step 2 is not",
+        ),
         (LLAMA | {"rope_scaling": {"type": "mrope"}}, "rope_scaling: the RoPE type 'mrope'"),
         (LLAMA | {"rope_scaling": {"rope_type": ["yarn"]}}, "the RoPE type \\['yarn'\\]"),
         (LLAMA | {"rope_scaling": {"rope_type": "yarn", "truncate": False}}, "truncate"),
@@ -237,6 +294,16 @@ def test_frequencies():
         ),
         (LLAMA | {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         (LLAMA | {"layer_types": ["linear_attention"] * 3}, "the layer type 'linear_attention'"),
+        (QWEN_3_5 | {"layer_types": ["sliding_attention"] * 4}, "only full_attention and linear"),
+        (QWEN_3_5 | {"attn_output_gate": False}, "attn_output_gate False .* qwen3_5_text, only Tr"),
+        (QWEN_3_5 | {"hidden_act": "gelu_pytorch_tanh"}, "hidden_act 'gelu_pytorch_tanh' is not"),
+        (GEMMA_4 | {"enable_moe_block": True}, "a mixture of experts, .* such as gemma-4-31B"),
+        (GEMMA_4 | {"use_bidirectional_attention": "all"}, "use_bidirectional_attention 'all'"),
+        (GEMMA_4 | {"per_layer_config": {"1": {}}}, "per_layer_config of the layers '1' is not"),
+        (
+            GEMMA_4 | {"per_layer_config": {i: {"hidden_size": 3} for i in "135"}},
+            "per_layer_config: 'hidden_size' is not supported, only head_dim and",
+        ),
     ],
 )
 def test_refused_by_name(fields, message):
@@ -267,6 +334,10 @@ def test_refused_by_name(fields, message):
         ({"rope_scaling": {"type": "longrope", "short_factor": [-1] * 8}}, "short_factor is -1"),
         ({"rope_scaling": {"type": "yarn"}, "rope_theta": 1}, "rope_theta is 1, expected more"),
         ({"model_type": "glm", "partial_rotary_factor": 0.2}, "an even part of a head of 128"),
+        (QWEN_3_5 | {"linear_num_value_heads": 3}, "is 3, expected a multiple of 2 key heads"),
+        (GEMMA_4 | {"num_kv_shared_layers": 5}, "num_kv_shared_layers is 5, expected layers of"),
+        (GEMMA_4 | {"num_kv_shared_layers": 6}, "num_kv_shared_layers is 6, expected an integer"),
+        (GEMMA_4 | {"vocab_size_per_layer_input": 299}, "is 299, expected at least vocab_size"),
     ],
 )
 def test_fields_that_make_no_sense(change, message):

@@ -69,6 +69,7 @@ def test_multimodal_checkpoints_have_the_text_model_inside(tmp_path):
     text = families.CONFIGS["gemma3_text"]
     inner = models.load(families.write_family(tmp_path / "text", "gemma3_text"))
     tensors = {"vision_tower.vision_model.embeddings.weight": np.zeros((2, 2), np.float32)}
+    tensors["multi_modal_projector.weight"] = np.zeros(2, np.float32)
     for style in ("language_model.model.", "model.language_model."):
         renamed = {
             name.replace("model.", style, 1): tensor
@@ -76,16 +77,55 @@ def test_multimodal_checkpoints_have_the_text_model_inside(tmp_path):
         }
         fields = {"model_type": "gemma3", "text_config": text, "eos_token_id": [1, 106]}
         path = families.write_directory(tmp_path / style, fields, tensors | renamed)
-        model = models.load(path)
+        with pytest.warns(match="left out: multi_modal_projector, vision_tower$"):
+            model = models.load(path)
         assert model.config == inner.config
         assert model.stop == (1, 106)
         for actual, want in zip(*map(jax.tree.leaves, (model.params, inner.params)), strict=True):
             np.testing.assert_array_equal(actual, want)
 
 
-# Of the one, all tensors are leaves; the other has fused ones.
-@pytest.mark.parametrize("family", ["llama", "phi3"])
-@pytest.mark.parametrize("format_", ["native", "published"])
+@pytest.mark.parametrize(
+    ("family", "model_type", "parts"),
+    [
+        ("qwen3_5_text", "qwen3_5", ["model.visual.x", "mtp.norm.weight"]),
+        ("gemma4_text", "gemma4", ["model.audio_tower.x", "model.embed_vision.x"]),
+    ],
+)
+def test_what_text_generation_does_not_need(tmp_path, family, model_type, parts):
+    tensors = tensors_of(family)
+    inner = models.load(families.write_directory(tmp_path / "m", families.CONFIGS[family], tensors))
+    if family == "gemma4_text":  # keys of layers that share those of others
+        parts = [*parts, *(f"model.layers.{i}.self_attn.k_proj.weight" for i in (4, 5))]
+    tensors |= dict.fromkeys(parts, np.zeros(2, np.float32))
+    fields = {"model_type": model_type, "text_config": families.CONFIGS[family]}
+    path = families.write_directory(tmp_path / "whole", fields, tensors)
+    with pytest.warns(match="left out: (mtp, visual|audio_tower, embed_vision)$"):
+        model = models.load(path)
+    assert model.config == inner.config
+    for actual, want in zip(*map(jax.tree.leaves, (model.params, inner.params)), strict=True):
+        np.testing.assert_array_equal(actual, want)
+
+
+def test_decays_keep_their_float32(tmp_path):
+    tensors = tensors_of("qwen3_5_text")
+    fine = np.float32(1) / np.arange(3, 7, dtype=np.float32)
+    tensors["model.layers.2.linear_attn.A_log"] = fine
+    fields = families.CONFIGS["qwen3_5_text"]
+    params = models.load(families.write_directory(tmp_path / "m", fields, tensors)).params
+    for name in ("A_log", "dt_bias"):
+        stack = params["layers"]["linear"]["linear_attn"][name]
+        expected = [tensors[f"model.layers.{i}.linear_attn.{name}"] for i in (0, 2)]
+        assert stack.dtype == np.float32
+        np.testing.assert_array_equal(stack, np.stack([x.astype(np.float32) for x in expected]))
+
+
+# Of the one, all tensors are leaves; the others have fused ones.
+@pytest.mark.parametrize(
+    ("family", "format_"),
+    [(family, format_) for family in ("llama", "phi3") for format_ in ("native", "published")]
+    + [("qwen3_5_text", "native")],
+)
 def test_compressed_checkpoints_load_as_well(family, tmp_path, format_):
     directory = families.write_family(tmp_path / family, family, shards=3)
     arguments = ["compress", str(directory), str(tmp_path / "m"), "--format", format_]

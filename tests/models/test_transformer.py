@@ -11,7 +11,7 @@ import runs
 import transformers_logits
 
 from df11_jax import models
-from df11_jax.models import _attention
+from df11_jax.models import _attention, _programs
 
 EXPECTED = np.load(transformers_logits.EXPECTED)
 TOLERANCE = 1e-4
@@ -53,6 +53,7 @@ def test_greedy_tokens_are_those_of_transformers(family, transformer):
 @families.needs_transformers
 @pytest.mark.filterwarnings("ignore")
 def test_transformers_computes_what_is_expected_here(family, transformer, tmp_path):
+    families.skip_unknown(families.CONFIGS[family]["model_type"])
     logits, tokens = transformers_logits.compute(family, tmp_path)
     expected = EXPECTED[f"{family}/logits"]
     np.testing.assert_allclose(
@@ -74,6 +75,19 @@ def test_attention_in_parts_is_attention_at_once(most, monkeypatch):
     monkeypatch.setattr(_attention, "PART_BYTES", most)
     parts = all_logits(params, config, prompts)
     np.testing.assert_allclose(parts, whole, rtol=0, atol=TOLERANCE)
+
+
+# In pieces of 10: the first begins with padding, the second before the first one ends.
+@pytest.mark.parametrize("family", ["qwen3_5_text", "gemma4_text"])
+def test_logits_of_prompts_that_are_read_in_pieces(family, monkeypatch):
+    monkeypatch.setattr(_programs, "PIECE_TOKENS", 2 * 10)
+    params, config = load(family)
+    prompts, none = families.prompts(), np.array([], np.int32)
+    lengths, keys = np.array([24, 24], np.int32), jax.random.split(jax.random.key(0), 2)
+    padded = np.pad(prompts, ((0, 0), (3, 0)))
+    state = models.prefill(params, padded, lengths, models.Sampling(), keys, none, 32, config)
+    expected = EXPECTED[f"{family}/logits"][:, transformers_logits.POSITIONS.index(23)]
+    np.testing.assert_allclose(state.logits, expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
