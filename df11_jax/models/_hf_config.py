@@ -14,7 +14,6 @@ from df11_jax.models._rope import rotary_dim
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
-
 _FAMILIES = (
     "llama",
     "mistral",

@@ -55,26 +55,27 @@ def shard_config(config: Config, devices: int) -> Config:
         return config
     heads, full, rule, experts = config.heads, config.full, config.delta_rule, config.experts
     hidden = math.gcd(config.hidden, experts.shared_hidden)
-    all_kv_heads = {config.kv_heads, *([full.kv_heads] if full else [])}
-    whole = {f"{heads} query heads": heads, f"{hidden} hidden units": hidden}
-    if rule is not None:
-        whole[f"{rule.key_heads} key heads of linear layers"] = rule.key_heads
+    all_kv_heads = sorted({config.kv_heads, *([full.kv_heads] if full else [])})
 
     def can_share(kv_heads: int, count: int) -> bool:
         return kv_heads % count == 0 or count % kv_heads == 0
 
-    wrong = [what for what, size in whole.items() if size % devices]
-    wrong += [f"{n} key-value heads" for n in sorted(all_kv_heads) if not can_share(n, devices)]
-    if wrong:
-        common = math.gcd(*whole.values())
+    wrong = {f"{heads} query heads": heads % devices}
+    wrong |= {f"{n} key-value heads": not can_share(n, devices) for n in all_kv_heads}
+    wrong[f"{hidden} hidden units"] = hidden % devices
+    common = math.gcd(heads, hidden)
+    if rule is not None:
+        wrong[f"{rule.key_heads} key heads of linear layers"] = rule.key_heads % devices
+        common = math.gcd(common, rule.key_heads)
+    if any(wrong.values()):
         possible = [
             str(n)
             for n in range(1, common + 1)
             if common % n == 0 and all(can_share(kv_heads, n) for kv_heads in all_kv_heads)
         ]
         raise ValueError(
-            f"{' and '.join(wrong)} cannot be divided among {devices} devices: expected "
-            f"{' or '.join(possible)}"
+            f"{' and '.join(what for what in wrong if wrong[what])} cannot be divided among "
+            f"{devices} devices: expected {' or '.join(possible)}"
         )
 
     def share(kv_heads: int) -> int:

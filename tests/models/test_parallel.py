@@ -314,6 +314,7 @@ def test_each_device_decodes_its_slices_once_a_token():
             "4 query heads and 4 key-value heads and 160 hidden units cannot be divided among 3 "
             "devices: expected 1 or 2 or 4",
         ),
+        ("qwen3_5_text", 4, "2 key heads of linear layers cannot .* among 4 .*: expected 1 or 2$"),
         ("llama", 0, "devices is 0, expected 1 to 4, which is how many there are"),
         ("llama", -1, "devices is -1, expected 1 to 4, which is how many there are"),
         ("llama", 99, "devices is 99, expected 1 to 4, which is how many there are"),
