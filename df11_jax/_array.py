@@ -215,7 +215,8 @@ class DF11Array(ArrayOperators):
             if not self.size:
                 return f"DF11Array(bfloat16[{shape}])"
             bits = 8 * self.compressed_nbytes / self.size
-            return f"DF11Array(bfloat16[{shape}], {bits:.2f} bits/weight)"
+            parts = f", parts={list(self.parts)}" if math.prod(self.parts) > 1 else ""
+            return f"DF11Array(bfloat16[{shape}], {bits:.2f} bits/weight{parts})"
         except Exception:
             leaves = ", ".join(
                 f"{name}={type(getattr(self, name, None)).__name__}" for name in _layout.PAYLOAD

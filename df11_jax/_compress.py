@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jaxtyping import Array, BFloat16, PyTree
 
 from df11_jax._array import DF11Array, is_df11
-from df11_jax._decode import path_name
+from df11_jax._decode import decompress, path_name
 from df11_jax._flax import open_boxes
 from df11_jax._host_arrays import BFLOAT16, to_host
 from df11_jax._host_codec import encode
@@ -23,7 +23,13 @@ from df11_jax._leaves import as_array, is_array, no_pytree, plain_shape
 from df11_jax._like import Form, check_is_like, forms_of
 from df11_jax._progress import ProgressBar
 from df11_jax._select import MIN_SIZE, Selection, is_castable, is_worth_keeping
-from df11_jax._shards import Shards, encode_shards, placements
+from df11_jax._shards import (
+    Shards,
+    divided_as,
+    encode_shards,
+    payload_sharding,
+    placements,
+)
 from df11_jax._stack import fit_exponents
 
 
@@ -225,14 +231,23 @@ def compress_params(
             form, where = how
             with naming(path):
                 if form is None:
-                    return jax.device_put(leaf, where)
+                    return place(leaf, where, path)
                 if is_df11(leaf):
-                    return form.fit(leaf, path)
+                    onto = payload_sharding(leaf.layout, leaf.ndim, where)
+                    if where is not None and onto is None:
+                        raise ValueError(
+                            f"{path}: is divided into {list(leaf.layout.parts)} parts, as in like, "
+                            f"which {where.spec} does not fit: leave out like or shardings"
+                        )
+                    return jax.device_put(form.fit(leaf, path), onto)
                 weights = _as_weights(leaf, path, cast, where=where)
                 return _encode(weights, path, form.layout, form, verify=verify, threads=threads)
 
         forms = forms_of(named, treedef, like, cast=cast)
-        ways = [how if any(how) else None for how in zip(forms, places, strict=True)]
+        ways = [
+            (form, where) if form or (where is not None and is_array(leaf)) else None
+            for (_, leaf), form, where in zip(named, forms, places, strict=True)
+        ]
         leaves = _compress_each(named, ways, compress_in_form, progress)
     # What stands for an array, and stays as it is, stays what it was.
     kept = [
@@ -267,7 +282,8 @@ def compress_leaves(
     hows = []
     for (path, leaf), where in zip(named, places or [None] * len(named), strict=True):
         has = selection.has(path, leaf)
-        is_changed = has or selection.moves(path, leaf) or where is not None
+        is_placed = where is not None and (is_array(leaf) or is_df11(leaf))
+        is_changed = has or selection.moves(path, leaf) or is_placed
         hows.append((selection.stack_axes(path), has, where) if is_changed else None)
 
     def compress_or_move(path: str, leaf: Any, how: tuple[int, bool, Any]) -> Any:
@@ -349,8 +365,8 @@ def compress_leaf(
 def _plain(path: str, leaf: Any, selection: Selection, where: Any) -> Any:
     """A leaf that stays plain, where it is to be, with its stack axis in front."""
     with naming(path):
-        if where is not None and (is_array(leaf) or is_df11(leaf)):
-            leaf = jax.device_put(leaf, where)
+        if where is not None:
+            leaf = place(leaf, where, path)
         return selection.to_front(path, leaf)
 
 
@@ -460,6 +476,25 @@ def _encode(
     if form is not None:
         small = form.fit(small, name)
     return jax.tree.map(lambda array: jax.device_put(array, weights.device), small)
+
+
+def place(leaf: Any, where: Any, name: str) -> Any:
+    """`df11_jax.device_put` of one leaf.
+
+    Args:
+        leaf: the leaf; what is neither an array nor compressed stays as it is.
+        where: its sharding or device.
+        name: the name of the leaf; errors have it.
+    """
+    if not is_df11(leaf):
+        return jax.device_put(leaf, where) if is_array(leaf) else leaf
+    onto = payload_sharding(leaf.layout, leaf.ndim, where)
+    if onto is not None:
+        return jax.device_put(leaf, onto)
+    layout = divided_as(leaf.layout, leaf.ndim, where)
+    # In host memory, programs compute nothing.
+    weights = decompress(jax.device_put(leaf, jax.memory.Space.Device))
+    return compress_onto(weights, layout, where, name)
 
 
 class Whole(NamedTuple):

@@ -115,11 +115,6 @@ class Layout:
         return tuple(dim // count for dim, count in zip(self.shape, parts, strict=True))
 
     @property
-    def count_parts(self) -> int | None:
-        """The number of parts; None if the slice is not divided."""
-        return math.prod(self.parts) if self.parts else None
-
-    @property
     def view(self) -> "View":
         """How each part is seen."""
         shape = self.part_shape

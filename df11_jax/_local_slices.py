@@ -54,7 +54,7 @@ def decode_local(
         for stack, layout in zip(stacks, decoding.layouts, strict=True)
     ]
     # A launch has one index, of parts where slices are divided: others have launches of their own.
-    kinds = [(stack_shape, math.prod(parts) if parts else None) for stack_shape, parts in leading]
+    kinds = [(stack_shape, math.prod(parts)) for stack_shape, parts in leading]
     weights: dict[int, Array] = {}
     for stack_shape, count in dict.fromkeys(kinds):
         members = [i for i, kind in enumerate(kinds) if kind == (stack_shape, count)]
@@ -82,9 +82,9 @@ def _decode_parts(
     names: Sequence[str],
     index: Int32[Array, "*batch"],
     length: int,
-    count: int | None,
+    count: int,
 ) -> list[BFloat16[Array, "..."]]:
-    """Decodes slices that are divided into as many parts, or that are not divided, by one call.
+    """Decodes slices of which there are as many parts, by one call.
 
     Args:
         stacks: the five arrays of each stack.
@@ -92,15 +92,15 @@ def _decode_parts(
         names: the name of each.
         index: the indices of the slices.
         length: the number of slices in a stack.
-        count: the number of parts of a slice; None if slices are not divided.
+        count: the number of parts of a slice.
     """
-    if count is not None:
+    if count > 1:
         first = jnp.clip(index, 0, length - 1) * count
         parts = first[..., None] + jnp.arange(count, dtype=jnp.int32)
         index = jnp.where(index[..., None] == -1, -1, parts)
     ones = (1,) * index.ndim
     payloads = tuple(
-        jnp.reshape(leaf, (*ones, length * (1 if count is None else count), leaf.shape[-1]))
+        jnp.reshape(leaf, (*ones, length * count, leaf.shape[-1]))
         for stack in stacks
         for leaf in stack
     )

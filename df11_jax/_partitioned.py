@@ -12,6 +12,7 @@ that is over some axes of a mesh only, and others divide the payload, it is gath
 """
 
 import functools
+import hashlib
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from jax.experimental.custom_partitioning import (
     SdyShardingRule,
     custom_partitioning,
 )
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, BFloat16, Int32
 
@@ -46,54 +48,18 @@ def decode_divided(
     """
     if jax.sharding.get_abstract_mesh().manual_axes:
         return decode_local(decoding, index, *payloads)
-    if jax.typeof(payloads[0]).sharding.mesh.explicit_axes:
-        return _decode_explicit(decoding, index, *payloads)
-    return _decode_automatic(decoding, index, *payloads)
-
-
-def _explicit_spec(array: Array) -> tuple[Any, ...]:
-    """The explicit axes of a mesh that divide each axis of an array."""
-    spec = tuple(jax.typeof(array).sharding.spec)
-    return spec + (None,) * (array.ndim - len(spec))
-
-
-def _decode_explicit(
-    decoding: Decoding, index: Int32[Array, "*batch"], *payloads: Array
-) -> list[BFloat16[Array, "..."]]:
-    specs = [_explicit_spec(array) for array in payloads]
-    out_specs = []
-    for i, (layout, name) in enumerate(zip(decoding.layouts, decoding.names, strict=True)):
-        spec, *others = specs[_EACH * i : _EACH * (i + 1)]
-        stack_axes = len(spec) - 1 - len(layout.parts)
-        is_gathered = not decoding.whole and any(spec[:stack_axes])
-        if is_gathered or spec[-1] is not None or any(other != spec for other in others):
-            raise ValueError(
-                f"{name}: its arrays are sharded over explicit axes of a mesh by "
-                f"{PartitionSpec(*spec)}, and can be by a PartitionSpec that divides all five in "
-                f"the same way, the axes of {list(layout.shape)} and nothing else. "
-                "df11_jax.device_put divides it otherwise"
-            )
-        batch = spec[:stack_axes] if decoding.whole else (None,) * index.ndim
-        out_specs.append(PartitionSpec(*batch, *spec[stack_axes:-1]))
-    decode = jax.shard_map(
-        functools.partial(decode_local, decoding),
-        mesh=jax.typeof(payloads[0]).sharding.mesh,
-        in_specs=(PartitionSpec(), *(PartitionSpec(*spec) for spec in specs)),
-        out_specs=out_specs,
-        check_vma=False,
-    )
-    return decode(index, *payloads)
+    return _decode_in_place(decoding, index, *payloads)
 
 
 # Under jit even where the caller is not: there is nothing to partition otherwise.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _decode_automatic(decoding: Decoding, index: Array, *payloads: Array) -> list[Array]:
-    return _automatic(decoding, ())(index, *payloads)
+def _decode_in_place(decoding: Decoding, index: Array, *payloads: Array) -> list[Array]:
+    return _mappable(decoding, ())(index, *payloads)
 
 
 @functools.lru_cache(256)
-def _automatic(decoding: Decoding, mapped: tuple[tuple[bool, ...], ...]) -> Any:
-    """The decoder, which XLA partitions.
+def _mappable(decoding: Decoding, mapped: tuple[tuple[bool, ...], ...]) -> Any:
+    """The decoder, which JAX or XLA partitions.
 
     Args:
         decoding: what is to be decoded.
@@ -106,33 +72,89 @@ def _automatic(decoding: Decoding, mapped: tuple[tuple[bool, ...], ...]) -> Any:
             function = jax.vmap(function, in_axes=tuple(0 if one else None for one in are_mapped))
         return function(index, *payloads)
 
-    def partition(mesh: Mesh, arguments: Sequence[Any], results: Any) -> Any:
-        del results
+    def divide(arguments: Sequence[Any], specs: Sequence[Any]) -> list[list[PartitionSpec]]:
+        """How arguments and results are to be divided, if arguments are by these PartitionSpecs."""
         into, out = _factors(decoding, mapped, [len(array.shape) for array in arguments])
         divided = {
             factor: axes
-            for names, array in zip(into, arguments, strict=True)
-            for factor, axes in zip(names, array.sharding.spec, strict=False)
+            for names, spec in zip(into, specs, strict=True)
+            for factor, axes in zip(names, spec, strict=False)
             if _is_divisible(factor) and axes is not None
         }
+        return [
+            [PartitionSpec(*map(divided.get, names)) for names in arrays] for arrays in (into, out)
+        ]
 
-        def shardings(arrays: list[tuple[str, ...]]) -> list[NamedSharding]:
-            specs = (PartitionSpec(*map(divided.get, names)) for names in arrays)
-            return [NamedSharding(mesh, spec) for spec in specs]
+    # XLA ends the process for any exception in these two.
+    def partition(mesh: Mesh, arguments: Sequence[Any], results: Any) -> Any:
+        del results
+        specs = [getattr(array.sharding, "spec", ()) for array in arguments]
+        into, out = ([NamedSharding(mesh, s) for s in side] for side in divide(arguments, specs))
+        return mesh, decode, out, tuple(into)
 
-        return mesh, decode, shardings(out), tuple(shardings(into))
+    def infer(mesh: Mesh, arguments: Sequence[Any], results: Any) -> Any:
+        return partition(mesh, arguments, results)[2]
 
     partitioned = custom_partitioning(decode)
-    partitioned.def_partition(partition, sharding_rule=functools.partial(_rule, decoding, mapped))
-    mappable = custom_vmap(lambda *arrays: partitioned(*arrays))
+    partitioned.def_partition(
+        partition,
+        infer_sharding_from_operands=infer,
+        sharding_rule=functools.partial(_rule, decoding, mapped),
+    )
+    # JAX writes the address of a callback into the program, and nothing of what it does: programs
+    # that differ in this alone would be one to the cache of compiled programs.
+    digest = hashlib.sha256(repr((decoding, mapped)).encode()).hexdigest()
+
+    def decode_on_mesh(*arrays: Array) -> list[Array]:
+        mesh = jax.typeof(arrays[1]).sharding.mesh
+        if not mesh.explicit_axes:
+            with set_xla_metadata(df11_jax=digest):
+                return partitioned(*arrays)
+        into, out = divide(arrays, [jax.typeof(array).sharding.spec for array in arrays])
+        _check_explicit(decoding, arrays, into)
+        if not mesh.auto_axes:
+            decode_shards = jax.shard_map(
+                decode, mesh=mesh, in_specs=tuple(into), out_specs=out, check_vma=False
+            )
+            return decode_shards(*arrays)
+
+        def decode_automatic(*arrays: Array) -> tuple[Array, ...]:
+            with set_xla_metadata(df11_jax=digest):
+                return tuple(partitioned(*arrays))
+
+        shardings = tuple(NamedSharding(mesh, spec) for spec in out)
+        hide = jax.sharding.auto_axes(axes=mesh.explicit_axes, out_sharding=shardings)
+        return list(hide(decode_automatic)(*arrays))
+
+    mappable = custom_vmap(decode_on_mesh)
 
     @mappable.def_vmap
     def rule(size: int, are_mapped: Sequence[bool], *arrays: Array) -> Any:
         del size
-        results = _automatic(decoding, (*mapped, tuple(are_mapped)))(*arrays)
+        results = _mappable(decoding, (*mapped, tuple(are_mapped)))(*arrays)
         return results, [True] * len(results)
 
     return mappable
+
+
+def _check_explicit(
+    decoding: Decoding, arrays: Sequence[Array], specs: Sequence[PartitionSpec]
+) -> None:
+    """Raises ValueError unless explicit axes divide arguments by these PartitionSpecs."""
+    for k, (array, expected) in enumerate(zip(arrays, specs, strict=True)):
+        spec = jax.typeof(array).sharding.spec
+        if (*spec, *(None,) * (array.ndim - len(spec))) == tuple(expected):
+            continue
+        if not k:
+            raise ValueError(
+                f"{decoding.names[0]}: the index is sharded over explicit axes of a mesh by {spec}"
+                ", expected it whole on each device: jax.sharding.reshard(index, PartitionSpec())"
+            )
+        raise ValueError(
+            f"{decoding.names[(k - 1) // _EACH]}: its arrays are sharded over explicit axes of a "
+            f"mesh by {spec}, expected {expected}: all five alike, along axes of the tensor that "
+            "it was compressed for. df11_jax.device_put divides it otherwise"
+        )
 
 
 def _factors(
@@ -150,23 +172,26 @@ def _factors(
     def undivided(count: int) -> tuple[str, ...]:
         return tuple(itertools.islice(others, count))
 
-    levels = [sum(are_mapped[k] for are_mapped in mapped) for k in range(len(ndims))]
-    into, out = [undivided(ndims[0])], []
+    outermost = range(len(mapped))[::-1]
+    levels = [
+        tuple(f"v{level}" for level in outermost if mapped[level][k]) for k in range(len(ndims))
+    ]
+    into, out = [(*levels[0], *undivided(ndims[0] - len(levels[0])))], []
     for i, layout in enumerate(decoding.layouts):
         parts = tuple(f"p{i}_{j}" for j in range(len(layout.parts)))
-        batch = undivided(ndims[0] - levels[0])
+        batch = undivided(ndims[0] - len(levels[0]))
         for k in range(1 + _EACH * i, 1 + _EACH * (i + 1)):
-            stack_axes = ndims[k] - levels[k] - len(parts) - 1
+            stack_axes = ndims[k] - len(levels[k]) - len(parts) - 1
             stack = undivided(stack_axes)
             if decoding.whole:
                 batch = stack = tuple(f"s{i}_{j}" for j in range(stack_axes))
-            into.append((*undivided(levels[k]), *stack, *parts, *undivided(1)))
-        out.append((*undivided(len(mapped)), *batch, *parts))
+            into.append((*levels[k], *stack, *parts, *undivided(1)))
+        out.append((*(f"v{level}" for level in outermost), *batch, *parts))
     return into, out
 
 
 def _is_divisible(factor: str) -> bool:
-    return factor.startswith(("p", "s"))
+    return factor.startswith(("p", "s", "v"))
 
 
 def _rule(

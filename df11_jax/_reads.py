@@ -10,8 +10,7 @@ import jax
 import jax.extend
 from jaxtyping import Array
 
-from df11_jax import _layout
-from df11_jax._slices import Compressed, decode_stacks
+from df11_jax._slices import Compressed, check_stacks, decode_stacks
 
 # `jax.core` has it in versions before 0.10.
 get_trace_state = getattr(jax.extend.core, "get_opaque_trace_state", None) or (
@@ -54,7 +53,7 @@ def read(array: Compressed) -> Array:
     if found is not None and (isinstance(found, jax.core.Tracer) or not found.is_deleted()):
         return found
     try:
-        _layout.check_payload(array.payload, array.layout, "tensor", some_parts=True)
+        check_stacks([array], ["tensor"])
     except ValueError as error:
         error.add_note(
             "df11_jax: the arrays inside of a compressed parameter are not as they were. If the "

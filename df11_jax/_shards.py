@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 from df11_jax._array import DF11Array
 from df11_jax._host_arrays import to_host
 from df11_jax._host_codec import encode
-from df11_jax._layout import Layout
+from df11_jax._layout import Layout, make_layout
 
 
 class Shards(NamedTuple):
@@ -50,10 +50,11 @@ class Shards(NamedTuple):
         """
         if isinstance(array, jax.Array) and not array.is_fully_addressable:
             array = jax.device_put(array, sharding)
-        if isinstance(array, jax.Array) and array.sharding == sharding:
+        if isinstance(array, jax.Array) and array.sharding.is_equivalent_to(sharding, array.ndim):
             pieces = [(shard.index, shard.device, shard.data) for shard in array.addressable_shards]
         else:
             host = to_host(array)
+            parts_of(sharding, host.ndim)
             sharding.shard_shape(host.shape)  # raises ValueError where that is not whole
             indices = sharding.addressable_devices_indices_map(host.shape)
             pieces = [(index, device, host[index]) for device, index in indices.items()]
@@ -82,6 +83,8 @@ def parts_of(sharding: NamedSharding, ndim: int) -> tuple[int, ...]:
         ndim: the number of its axes.
     """
     spec = [axes if isinstance(axes, tuple) else (axes,) for axes in sharding.spec]
+    if len(spec) > ndim:
+        raise ValueError(f"{sharding.spec} has {len(spec)} axes, and the tensor {ndim}")
     spec += [(None,)] * (ndim - len(spec))
     sizes = sharding.mesh.shape
     return tuple(math.prod(sizes[name] for name in axes if name is not None) for axes in spec)
@@ -98,10 +101,17 @@ def placements(shardings: PyTree, treedef: Any) -> list[Any]:
     Raises:
         ValueError: it is a tree of another kind.
     """
-    places = jax.tree.unflatten(treedef, range(treedef.num_leaves))
-    is_leaf = lambda node: node is None  # noqa: E731
-    wide = jax.tree.broadcast(shardings, places, is_leaf=is_leaf)
-    return jax.tree.leaves(wide, is_leaf=is_leaf)
+    stays = object()  # in the place of None, which is a tree of no leaves
+    said = jax.tree.map(lambda x: stays if x is None else x, shardings, is_leaf=lambda x: x is None)
+    wide = jax.tree.broadcast(said, jax.tree.unflatten(treedef, range(treedef.num_leaves)))
+    return [None if where is stays else _on_set_mesh(where) for where in jax.tree.leaves(wide)]
+
+
+def _on_set_mesh(where: Any) -> Any:
+    """A PartitionSpec on the mesh that is set, as `jax.device_put` takes it; all else as it is."""
+    if isinstance(where, PartitionSpec) and not (mesh := jax.sharding.get_mesh()).empty:
+        return NamedSharding(mesh, where)
+    return where
 
 
 def encode_shards(tensor: Shards, name: str, layout: Layout, **options: Any) -> DF11Array:
@@ -121,7 +131,8 @@ def encode_shards(tensor: Shards, name: str, layout: Layout, **options: Any) -> 
         RuntimeError: verification failed.
     """
     stack_axes = len(tensor.shape) - len(layout.shape)
-    if layout.parts != tensor.parts[stack_axes:]:
+    is_whole = not layout.parts and math.prod(tensor.parts[stack_axes:]) == 1
+    if layout.parts != tensor.parts[stack_axes:] and not is_whole:
         raise ValueError(
             f"{name}: is sharded into {list(tensor.parts[stack_axes:])} parts by "
             f"{tensor.sharding.spec}, expected {list(layout.parts) or 'a tensor on one device'}: "
@@ -133,6 +144,8 @@ def encode_shards(tensor: Shards, name: str, layout: Layout, **options: Any) -> 
         for shard, _ in tensor.shards
     ]
     leading = tensor.shape[:stack_axes] + layout.parts
+    spec = tensor.sharding.spec[: len(leading)]
+    sharding = tensor.sharding.update(spec=PartitionSpec(*spec))
 
     def place(pieces: Sequence[np.ndarray], words: int) -> jax.Array:
         on_devices = []
@@ -142,9 +155,7 @@ def encode_shards(tensor: Shards, name: str, layout: Layout, **options: Any) -> 
             for device in devices:
                 where = SingleDeviceSharding(device, memory_kind=tensor.sharding.memory_kind)
                 on_devices.append(jax.device_put(padded, where))
-        return jax.make_array_from_single_device_arrays(
-            (*leading, words), tensor.sharding, on_devices
-        )
+        return jax.make_array_from_single_device_arrays((*leading, words), sharding, on_devices)
 
     # All parts have arrays of the same shapes, wherever they are.
     longest = np.array([[part.shape[-1] for part in payload] for payload in payloads]).max(axis=0)
@@ -152,3 +163,45 @@ def encode_shards(tensor: Shards, name: str, layout: Layout, **options: Any) -> 
         longest = multihost_utils.process_allgather(longest).max(axis=0)
     arrays = zip(*payloads, strict=True)
     return DF11Array.from_payload(map(place, arrays, longest.tolist()), layout)
+
+
+def payload_sharding(layout: Layout, ndim: int, where: Any) -> Any:
+    """The sharding or device of the five arrays of a tensor, if that divides no part.
+
+    Args:
+        layout: the layout of its slices.
+        ndim: the number of axes of the tensor, those of a stack included.
+        where: the sharding that the tensor is to have, or its device.
+
+    Returns:
+        The sharding or device; None if parts would have to be divided.
+    """
+    if not isinstance(where, NamedSharding):
+        return where
+    if not any(where.spec):
+        return where.update(spec=PartitionSpec())
+    counts = parts_of(where, ndim)[ndim - len(layout.shape) :]
+    if len(layout.parts) != len(counts):
+        return None
+    divides = any(n % m for n, m in zip(layout.parts, counts, strict=True))
+    return None if divides else where
+
+
+def divided_as(layout: Layout, ndim: int, where: NamedSharding) -> Layout:
+    """The layout that a tensor gets on a mesh.
+
+    Args:
+        layout: the layout of its slices elsewhere.
+        ndim: the number of axes of the tensor, those of a stack included.
+        where: how the tensor is to be sharded.
+
+    Raises:
+        ValueError: it cannot be divided so.
+    """
+    return make_layout(
+        layout.shape,
+        batch_axes=layout.batch_axes,
+        row_axes=layout.row_axes,
+        along_columns=layout.along_columns,
+        parts=parts_of(where, ndim)[ndim - len(layout.shape) :],
+    )

@@ -57,19 +57,19 @@ def decode_slices(
         return []
     names = tuple(names) if names is not None else tuple(f"tensor {i}" for i in range(len(arrays)))
     index = jnp.asarray(index, jnp.int32)
-    if _check_stacks(arrays, names) == 0:
+    if check_stacks(arrays, names) == 0:
         return [jnp.zeros(index.shape + array.slice_shape, jnp.bfloat16) for array in arrays]
     return _decode(arrays, names, tie(index, after))
 
 
 def decode_stacks(arrays: Sequence[Compressed], names: Sequence[str]) -> list[Array]:
     """Decodes all slices of stacks with the same axes."""
-    if _check_stacks(arrays, names) == 0:
+    if check_stacks(arrays, names) == 0:
         return [jnp.zeros(a.stack_shape + a.slice_shape, jnp.bfloat16) for a in arrays]
     return _decode(arrays, names, jnp.int32(0), whole=True)
 
 
-def _check_stacks(arrays: Sequence[Compressed], names: Sequence[str]) -> int:
+def check_stacks(arrays: Sequence[Compressed], names: Sequence[str]) -> int:
     """The number of slices, which stacks have in common.
 
     Raises:
@@ -77,8 +77,10 @@ def _check_stacks(arrays: Sequence[Compressed], names: Sequence[str]) -> int:
             one is sharded that is not divided.
     """
     lengths = []
+    # Elsewhere, an axis of a stack that is taken for one of parts would go unnoticed.
+    some_parts = bool(jax.sharding.get_abstract_mesh().manual_axes)
     for array, name in zip(arrays, names, strict=True):
-        stack = _layout.check_payload(array.payload, array.layout, name, some_parts=True)
+        stack = _layout.check_payload(array.payload, array.layout, name, some_parts=some_parts)
         if not array.layout.parts and any(_is_split(leaf) for leaf in array.payload):
             raise ValueError(
                 f"{name}: is sharded over explicit axes of a mesh, and was not compressed for "

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import UInt32
 
 from df11_jax import _layout
@@ -66,8 +67,10 @@ def fit_exponents(array: DF11Array, words: int) -> DF11Array:
     if not missing:
         return array
     if missing < 0:
-        ends = np.asarray(array.chunk_offsets)[..., -1]
-        used = _layout.round_up(int(ends.max(initial=0)), 4)
+        offsets = array.chunk_offsets
+        if not getattr(offsets, "is_fully_addressable", True):
+            offsets = multihost_utils.process_allgather(offsets, tiled=True)
+        used = _layout.round_up(int(np.asarray(offsets)[..., -1].max(initial=0)), 4)
         if used > words:
             raise ValueError(f"{used:,} words of coded exponents, and room for {words:,}")
     room = [(0, 0)] * (exponents.ndim - 1) + [(0, max(missing, 0))]

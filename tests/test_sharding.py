@@ -178,6 +178,43 @@ def test_transformations():
     assert_same_bits(jax.jit(df11_jax.decompress, in_shardings=plain.sharding)(small), plain)
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_vmap_over_an_axis_that_is_sharded(axis_type):
+    """Of stages or experts, say, each of which is on devices of its own."""
+    where = NamedSharding(make_mesh({"pipe": 2, "tp": 2}, axis_type), P("pipe", None, "tp"))
+    plain = jax.device_put(random_weights((4, D, 128)), where)
+    small = df11_jax.compress(plain, stack_axes=1)
+    by_layer = jax.jit(jax.vmap(df11_jax.decompress))
+    decoded = by_layer(small)
+    assert_same_bits(decoded, plain)
+    assert decoded.sharding.is_equivalent_to(where, 3)
+    assert not gathers_payload(by_layer, small)
+
+
+def test_meshes_of_both_types_of_axes():
+    mesh = jax.make_mesh((2, 2), ("a", "e"), axis_types=(AxisType.Auto, AxisType.Explicit))
+    where = NamedSharding(mesh, P(None, "a", "e"))
+    plain = jax.device_put(random_weights((2, D, 128)), where)
+    small = df11_jax.compress(plain, stack_axes=1)
+    decode = jax.jit(df11_jax.decompress)
+    assert_same_bits(decode(small), plain)
+    assert decode(small).sharding.is_equivalent_to(where, 3)
+    assert not gathers_payload(decode, small)
+
+
+def test_programs_of_different_layouts_differ():
+    """The cache of compiled programs knows them by their text, which has no callbacks in it."""
+    where = NamedSharding(make_mesh({"tp": 4}), P(None, "tp"))
+    rows = df11_jax.compress(jax.device_put(random_weights((D, 4 * D)), where))
+    layout = dataclasses.replace(rows.layout, along_columns=True)
+
+    def text(a):
+        text = jax.jit(lambda a: df11_jax.decompress(a)).lower(a).as_text()
+        return re.sub(r'backend_config = "\d+"', "", text)
+
+    assert text(rows) == text(rows) != text(dataclasses.replace(rows, layout=layout))
+
+
 def test_products():
     plain = sharded_params(BOTH)["up"]
     small = df11_jax.compress(plain, stack_axes=1)
@@ -245,6 +282,45 @@ def test_device_put(begin, end):
     assert again["up"].layout == placed["up"].layout
 
 
+def test_leaves_of_all_kinds_are_placed():
+    where = shardings(BOTH)["up"]
+    weights = plain_params()["up"]
+    small = df11_jax.compress(weights, stack_axes=1)
+    tree = {"plain": weights, "small": small, "step": 3, "name": "it", "none": None}
+    placed = df11_jax.compress_params(tree, shardings=where, min_size=weights.size + 1)
+    assert (placed["step"], placed["name"], placed["none"]) == (3, "it", None)
+    for key in ("plain", "small"):
+        assert placed[key].sharding.is_equivalent_to(where, 3)
+        assert_same_bits(df11_jax.decompress(placed[key]), weights)
+    # A PartitionSpec means the mesh that is set, as for jax.device_put.
+    with jax.set_mesh(where.mesh):
+        again = df11_jax.device_put(small, where.spec)
+    assert again.sharding.is_equivalent_to(where, 3)
+    like = df11_jax.compress_params({"a": placed["small"]}, like={"a": again}, shardings=where)
+    assert like["a"].sharding.is_equivalent_to(where, 3)
+    other = NamedSharding(where.mesh, P(None, ("fsdp", "tp")))
+    with pytest.raises(ValueError, match=r"a: is divided into \[2, 2\] parts, as in like"):
+        df11_jax.compress_params({"a": again}, like={"a": again}, shardings=other)
+
+
+def test_replicated_like_what_was_replicated():
+    weights, everywhere = random_weights((D, D)), NamedSharding(make_mesh({"tp": 4}), P())
+    like = jax.device_put(df11_jax.compress(weights), everywhere)
+    small = df11_jax.compress(jax.device_put(weights, everywhere), like=like)
+    assert [a.sharding for a in small.payload] == [a.sharding for a in like.payload]
+    assert_same_bits(df11_jax.decompress(small), weights)
+
+
+def test_out_of_host_memory():
+    where = NamedSharding(make_mesh({"tp": 4}), P("tp"))
+    weights = random_weights((D, D))
+    here = jax.device_put(weights, where.with_memory_kind("pinned_host"))
+    small = df11_jax.compress(here)
+    assert {a.sharding.memory_kind for a in small.payload} == {"pinned_host"}
+    moved = df11_jax.device_put(small, NamedSharding(where.mesh, P(None, "tp")))
+    assert_same_bits(df11_jax.decompress(moved), weights)
+
+
 def test_what_cannot_be_divided():
     weights = random_weights((LAYERS, D, 509))
     where = NamedSharding(make_mesh({"tp": 4}), P(None, None, "tp"))
@@ -255,6 +331,8 @@ def test_what_cannot_be_divided():
         with pytest.raises(ValueError, match="509") as caught:
             function()
         assert any("the leaf a/w" in note for note in caught.value.__notes__)
+    with pytest.raises(ValueError, match="has 3 axes, and the tensor 2"):
+        df11_jax.device_put(df11_jax.compress(weights[0]), where)
 
 
 @pytest.mark.parametrize("shape", [(LAYERS, 0, 8), (LAYERS, 8, 4), (LAYERS, 4, 8, 2), (LAYERS,)])

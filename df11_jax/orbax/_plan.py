@@ -12,8 +12,8 @@ from df11_jax import _layout
 from df11_jax._array import is_df11
 from df11_jax._decode import path_name
 from df11_jax._layout import Layout
-from df11_jax._placement import payload_sharding
 from df11_jax._select import is_candidate_dtype
+from df11_jax._shards import payload_sharding
 from df11_jax.orbax import _describe
 from df11_jax.orbax._args import DF11Restore
 from df11_jax.orbax._manifest import StoredLeaf

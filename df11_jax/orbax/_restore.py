@@ -19,8 +19,8 @@ from df11_jax._decode import decompress_params
 from df11_jax._files import crc32
 from df11_jax._flax import open_boxes
 from df11_jax._host_arrays import cpu_device, to_host
-from df11_jax._placement import divided_as, payload_sharding
 from df11_jax._select import Selection
+from df11_jax._shards import divided_as, payload_sharding
 from df11_jax._stack import fit_exponents
 from df11_jax.orbax import _leaf_arrays, _plan, _shardings, _stored
 from df11_jax.orbax._args import DF11Restore
@@ -213,7 +213,8 @@ def _convert_and_place(
             layout = divided_as(plan.leaf.layout, value.ndim, where)
             return compress_onto(value, layout, where, path)
     if is_df11(plan.target):
-        small = _fit(compress_as(value, plan.target.layout, path), plan.target)
+        with jax.default_device(cpu_device()):  # no device gets what it is not to have
+            small = _fit(compress_as(value, plan.target.layout, path), plan.target)
         return jax.tree.map(lambda a, like: _place(a, _sharding(like)), small, plan.target)
     if where is None and plan.leaf.shardings[0]:
         stored = _shardings.from_text(plan.leaf.shardings[0], plan.leaf.shape)
