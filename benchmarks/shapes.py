@@ -9,7 +9,6 @@ from stack_shapes import compressed_stack
 
 from df11_jax.models import Config, Params, _experts, _programs, _sharding, tables
 from df11_jax.models._devices import ParamDevices
-from df11_jax.models._layer_types import has_stacks
 from df11_jax.models._leaf_builders import count_stack_axes, is_candidate_leaf
 from df11_jax.models._parallel import on_one_device
 from df11_jax.models._transformer import block_shapes
@@ -22,7 +21,7 @@ def block_nbytes(config: Config, devices: int = 1) -> int:
     """
     shard = _sharding.shard_config(config, devices)
     blocks = block_shapes(shard)
-    each = blocks.values() if has_stacks(config) else [blocks]
+    each = blocks.values() if config.layers_differ else [blocks]
     others = (_experts.take_experts(block)[0] for block in each)
     nbytes = max(sum(2 * leaf.size for leaf in jax.tree.leaves(block)) for block in others)
     if config.experts.count:

@@ -12,7 +12,6 @@ from df11_jax._files.folder import CONFIG
 from df11_jax.bench.device import free_host_bytes
 from df11_jax.checkpoints import TensorSource, open_checkpoint
 from df11_jax.models import Config, RandomSource, read_config
-from df11_jax.models._layer_types import has_stacks
 from df11_jax.models.estimate import estimate_weights
 
 LLAMA_3_1_8B: Mapping[str, Any] = {
@@ -102,7 +101,7 @@ def _random_model(file: str | None) -> ComparedModel:
 def _check_is_comparable(config: Config) -> None:
     """Raises ValueError for a model that is not decompressed block by block, all of them alike."""
     what = "is a mixture of experts, of which a step decompresses those that tokens choose"
-    if config.experts.count or has_stacks(config):
+    if config.experts.count or config.layers_differ:
         what = what if config.experts.count else "has layers of several shapes"
         raise ValueError(
             f"a {config.family} transformer {what}: such cannot be compared. See df11-jax generate "

@@ -212,6 +212,11 @@ class Config:
     per_layer: PerLayer | None = None
 
     @property
+    def layers_differ(self) -> bool:
+        """Whether layers have different parameters, so that those of each type are a stack."""
+        return bool(self.delta_rule or self.full or self.shared_layers)
+
+    @property
     def may_fuse(self) -> bool:
         """Whether products with compressed weights may be fused, where `df11_jax.dot` can."""
         return not self.exact and self.axis is None and self.dtype == jnp.bfloat16

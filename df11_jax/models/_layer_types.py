@@ -39,14 +39,9 @@ def type_config(config: Config, type_: LayerType) -> Config:
     return config
 
 
-def has_stacks(config: Config) -> bool:
-    """Whether layers have different parameters, so that those of each type are a stack."""
-    return bool(config.delta_rule or config.full or config.shared_layers)
-
-
 def count_stack(path: Sequence[str], config: Config) -> int:
     """The number of layers in the stack that the leaf at a path, below "layers", belongs to."""
-    if not has_stacks(config):
+    if not config.layers_differ:
         return config.layers
     return sum(type_ == path[1] for type_ in layer_types(config))
 

@@ -43,7 +43,6 @@ from df11_jax.models._layer_types import (
     LayerType,
     Number,
     fold_runs,
-    has_stacks,
     layer_types,
     type_config,
 )
@@ -222,7 +221,7 @@ def _count_layers(params: Params, config: Config) -> tuple[int, int]:
         ValueError: the configuration says another number of layers, or layers are in host memory
             that cannot be there.
     """
-    if has_stacks(config):
+    if config.layers_differ:
         if "host_layers" in params:
             raise ValueError(
                 f"params have host_layers, which are not supported for a {config.family} "
@@ -275,7 +274,7 @@ def _scan_layers(
     Returns:
         The activations after the last block, and the cache with the slots of these layers filled.
     """
-    types, stacked = layer_types(config), has_stacks(config)
+    types, stacked = layer_types(config), config.layers_differ
     rows = math.prod(carry[0].shape[:-1])
 
     # Where no product can be fused, because there are many rows or because of the GPUs that are
@@ -350,4 +349,4 @@ def block_shapes(config: Config) -> Params:
 
     types = dict.fromkeys(layer_types(config))
     shapes: Params = {type_: jax.eval_shape(functools.partial(init, type_)) for type_ in types}
-    return shapes if has_stacks(config) else next(iter(shapes.values()))
+    return shapes if config.layers_differ else next(iter(shapes.values()))

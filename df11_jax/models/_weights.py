@@ -16,7 +16,7 @@ from df11_jax.checkpoints.detect import find_quantization
 from df11_jax.models import _transformer
 from df11_jax.models._config import Config
 from df11_jax.models._experts import EXPERTS
-from df11_jax.models._layer_types import LayerType, has_stacks, layer_types
+from df11_jax.models._layer_types import LayerType, layer_types
 from df11_jax.models._sharding import TABLES, is_wide
 
 # The last part of a parameter's path, and what Hugging Face calls it.
@@ -135,7 +135,7 @@ def list_places(
     places: dict[str, Places] = {
         f"{prefix}embed_tokens.weight": (TensorPlace(("embed_tokens",), None, table),)
     }
-    blocks, stacked = _block_places(config, fused_experts), has_stacks(config)
+    blocks, stacked = _block_places(config, fused_experts), config.layers_differ
     before: Counter[LayerType] = Counter()
     projections: list[TensorPlace] = []
     for layer, type_ in enumerate(layer_types(config)):
@@ -163,7 +163,7 @@ def list_places(
 
 def _block_places(config: Config, fused_experts: bool) -> dict[LayerType, dict[str, Places]]:
     """The places of the tensors of the first block of each type, by their names within it."""
-    shapes, stacked = _transformer.block_shapes(config), has_stacks(config)
+    shapes, stacked = _transformer.block_shapes(config), config.layers_differ
 
     def of(type_: LayerType) -> dict[str, Places]:
         ours = {}

@@ -21,7 +21,6 @@ from df11_jax.models._config import Config
 from df11_jax.models._layer_types import (
     LayerType,
     count_stack,
-    has_stacks,
     layer_types,
     type_config,
 )
@@ -245,7 +244,7 @@ def _in_block(config: Config, type_: LayerType, batch: int, seq: int, slots: int
     sizes = {
         path: 2 * math.prod(shape[1:])
         for path, shape in _leaves(config)
-        if path[1] == type_ or not has_stacks(config)
+        if path[1] == type_ or not config.layers_differ
     }
     block = sum(sizes.values())
     if c.experts.count:
