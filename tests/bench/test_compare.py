@@ -140,16 +140,14 @@ TASK = one_way.Task(None, (), 8, 4, None, NAMES, longest=False, progress=False)
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupt_loses_no_row_and_leaves_no_process(folder, number):
-    command = [sys.executable, "-P", "-c", "from df11_jax.cli import main; main()", "compare"]
-    command += [folder / "config.json", "--prompt-length", "8", "--tokens", "4", "--json"]
+    # A job in the background ignores it, and so would what it starts.
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    program += "from df11_jax.cli import main; main()"
+    command = [sys.executable, "-P", "-c", program, "compare", folder / "config.json", "--json"]
+    command += ["--prompt-length", "8", "--tokens", "4"]
     command += [option for batch in range(1, 60) for option in ("--batch", str(batch))]
     with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        # A job in the background ignores it, and so would what it starts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
         lines = []
         for line in process.stdout:
