@@ -264,8 +264,8 @@ def _read_config_alone(path: Path, fields: Mapping[str, Any]) -> Model:
         config = read_config(fields, str(path))
     except UnsupportedModelError as error:
         raise ValueError(f"{error}. With its weights, their headers tell what they take") from None
-    text = fields.get("text_config", fields)
-    said = [part.get(key) for part in (fields, text) for key in ("dtype", "torch_dtype")]
+    parts = [part for part in (fields, fields.get("text_config")) if isinstance(part, Mapping)]
+    said = [part.get(key) for part in parts for key in ("dtype", "torch_dtype")]
     wide = tuple(name for name in ("float16", "float32") if name in said)
     return _known_model(path, "config", config, wide)
 
