@@ -13,6 +13,7 @@ from jaxtyping import BFloat16
 
 from df11_jax._array import is_df11
 from df11_jax._bits import first_difference
+from df11_jax._files.safetensors import dtype_name
 from df11_jax._files.source import TensorInfo, TensorSource, unchanged
 from df11_jax._host_arrays import BFLOAT16, cpu_device
 from df11_jax._host_codec import available_threads
@@ -163,7 +164,8 @@ def find_saved(
                 "model that they were made of"
             )
         if info.numpy_dtype != place.dtype:
-            raise ValueError(f"{name}: expected {place.dtype}, got {info.dtype}")
+            expected = dtype_name(name, place.dtype)
+            raise ValueError(f"{name}: expected {expected}, got {info.dtype}")
     return places
 
 
