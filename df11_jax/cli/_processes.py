@@ -64,7 +64,7 @@ def join_processes(
             heartbeat_timeout_seconds=_TIMEOUT,
             shutdown_timeout_seconds=_TIMEOUT,
         )
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # of JAX, or of the client of Kubernetes
         raise RuntimeError(
             f"JAX could not join the other processes ({error}). Give --coordinator HOST:PORT, "
             "--process-id and --num-processes; or --num-processes 1 to run alone"

@@ -276,7 +276,7 @@ def _slices(
     """The slices of its leaf that a tensor fills on devices of this process, and their places.
 
     Matrices are contiguous. The axes of kernels and convolutions are reversed. What other processes
-    have is not touched, and so not read if the tensor is a mapped file.
+    have is not touched.
     """
 
     def cast(part: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:

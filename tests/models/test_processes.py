@@ -2,7 +2,6 @@
 
 import collections
 import json
-import signal
 import zlib
 
 import families
@@ -33,18 +32,20 @@ START = """
 import sys
 import jax
 
-port, count, process, path = *map(int, sys.argv[1:4]), sys.argv[4]
+port, count, process, timeout, path = *map(int, sys.argv[1:5]), sys.argv[5]
 jax.distributed.initialize(
-    f"localhost:{port}", count, process, heartbeat_timeout_seconds=10, shutdown_timeout_seconds=10)
-from df11_jax import models
+    f"localhost:{port}", count, process,
+    heartbeat_timeout_seconds=timeout, shutdown_timeout_seconds=timeout)
+from df11_jax import checkpoints, models
 import test_processes
 """
 
 
-def start(program, path, count, devices):
+def start(program, path, count, devices, timeout=300):
     port = find_port()
     return [
-        start_python(START + program, port, count, i, path, devices=devices) for i in range(count)
+        start_python(START + program, port, count, i, timeout, path, devices=devices)
+        for i in range(count)
     ]
 
 
@@ -142,6 +143,9 @@ for options in ({"compress": process == 0}, {"devices": 2}, {"devices": other}):
         models.load_params(source, config, **options)
     except ValueError as error:
         print(error)
+divided = models.load(path + "/saved")
+placed = models.place_params(checkpoints.load(path + "/saved"), divided.config, everywhere)
+assert test_processes.describe(placed) == test_processes.describe(divided.params)
 alone = models.load_params(source, config, devices=here)
 assert models.find_mesh(alone).size == 2
 assert models.generate(alone, [[1, 2]], config, tokens=2)
@@ -152,22 +156,28 @@ assert models.generate(alone, [[1, 2]], config, tokens=2)
         assert f"devices are those of processes [{1 - i}], expected devices of all 2" in output
 
 
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_process_ends_the_others(one, killed):
+@pytest.mark.parametrize(
+    ("dying", "end"),
+    [
+        (0, "os.kill(os.getpid(), signal.SIGKILL)"),
+        (1, "os.kill(os.getpid(), signal.SIGKILL)"),
+        (1, "raise ValueError('damaged')"),
+    ],
+)
+def test_a_process_that_dies_ends_the_others(one, dying, end):
     program = f"""
 import os, signal
 
 def die(rows):
-    if process == {killed}:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if process == {dying}:
+        {end}
 
 model = models.load(path + "/plain")
 model.generate(["It is"], tokens=400, callback=die)
 print("complete")
 """
-    processes = start(program, one[0], 2, 2)
+    processes = start(program, one[0], 2, 2, timeout=10)
     outputs = [process.communicate(timeout=300) for process in processes]
-    assert processes[killed].returncode == -signal.SIGKILL
-    assert processes[1 - killed].returncode not in (0, -signal.SIGKILL)
-    output, error = outputs[1 - killed]
+    assert all(process.returncode for process in processes)
+    output, error = outputs[1 - dying]
     assert "complete" not in output and "another task died" in error
