@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -127,11 +127,8 @@ class StackBuilder:
         for i, row in enumerate(exponents):
             self._exponents[start + i] = row
 
-    def build(self, device: jax.Device | jax.sharding.Sharding | None = None) -> DF11Array:
-        """The stack. This empties the builder.
-
-        Args:
-            device: a device or sharding for `jax.device_put`; None for the default device.
+    def longest(self) -> int:
+        """The words of the longest array of exponents.
 
         Raises:
             ValueError: a slice is missing.
@@ -139,22 +136,39 @@ class StackBuilder:
         rows = [row for row in self._exponents if row is not None]
         if len(rows) < len(self._exponents):
             raise ValueError(f"the stack has {len(rows)} of {len(self._exponents)} slices")
+        return max(map(len, rows), default=0)
+
+    def build(
+        self,
+        put: Callable[[UInt32[np.ndarray, "..."]], jax.Array] = jax.device_put,
+        words: int | None = None,
+    ) -> DF11Array:
+        """The stack. This empties the builder.
+
+        Args:
+            put: a function that puts an array onto its device or devices.
+            words: the length of the arrays of exponents; None for the longest that there is.
+
+        Raises:
+            ValueError: a slice is missing.
+        """
+        words = max(self.longest(), words or 0)
+        rows = [row for row in self._exponents if row is not None]
         self._exponents.clear()
-        exponents = empty_aligned((len(rows), max(map(len, rows), default=0)), np.uint32)
+        exponents = empty_aligned((len(rows), words), np.uint32)
         for place in reversed(exponents):
             row = rows.pop()
             _copy(place[: len(row)], row)
             place[len(row) :] = 0
 
-        def put(array: UInt32[np.ndarray, "slices words"]) -> jax.Array:
-            return jax.device_put(array.reshape(*self._stack_shape, array.shape[-1]), device)
+        def put_stack(array: UInt32[np.ndarray, "slices words"]) -> jax.Array:
+            return put(array.reshape(*self._stack_shape, array.shape[-1]))
 
         # One by one, and each freed: a device that is not the host gets copies.
-        sign_mantissa = put(self._others.pop()).block_until_ready()
-        header, codebook, chunk_offsets = map(put, self._others)
-        return DF11Array(
-            header, codebook, chunk_offsets, put(exponents), sign_mantissa, layout=self._layout
-        )
+        sign_mantissa = put_stack(self._others.pop()).block_until_ready()
+        header, codebook, chunk_offsets = map(put_stack, self._others)
+        payload = (header, codebook, chunk_offsets, put_stack(exponents), sign_mantissa)
+        return DF11Array.from_payload(payload, self._layout)
 
 
 def _copy(

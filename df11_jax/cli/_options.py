@@ -30,6 +30,16 @@ def prompt_option(**attributes: Any) -> Decorator:
     return click.option("--prompt", callback=_not_empty, help="Text to continue.", **attributes)
 
 
+def devices_option(**attributes: Any) -> Decorator:
+    """`--devices`, with further attributes of the option."""
+    return click.option(
+        "--devices",
+        type=COUNT,
+        help="Number of devices that the model is divided over.",
+        **attributes,
+    )
+
+
 def memory_option(otherwise: str) -> Decorator:
     """`--memory`, in bytes.
 
@@ -111,11 +121,4 @@ seed_option = click.option(
     default=0,
     show_default=True,
     help="Seed of the random numbers.",
-)
-devices_option = click.option(
-    "--devices",
-    type=COUNT,
-    default=1,
-    show_default=True,
-    help="Number of devices that the model is divided over.",
 )

@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # it needs Flax
     help="Tokens of each sequence, read and generated. [default: 8192, or what the model allows]",
 )
 @click.option("--batch", type=COUNT, default=1, show_default=True, help="Number of sequences.")
-@devices_option
+@devices_option(default=1, show_default=True)
 @json_option
 def fit(
     model: Path, memory: int | None, context: int | None, batch: int, devices: int, as_json: bool

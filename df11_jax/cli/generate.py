@@ -22,6 +22,7 @@ from df11_jax.cli._options import (
     seed_option,
 )
 from df11_jax.cli._output import show_progress
+from df11_jax.cli._processes import join_processes, processes_options
 from df11_jax.cli._require import require
 
 if TYPE_CHECKING:  # it needs Flax
@@ -74,7 +75,8 @@ def _hub_directory(context: click.Context, argument: click.Parameter, path: Path
     help="Decompress before multiplying, for the bits of plain weights on GPUs that can fuse both.",
 )
 @click.option("--cast", is_flag=True, help="Round float32 and float16 weights to bfloat16.")
-@devices_option
+@devices_option(show_default="1, or all of several processes")
+@processes_options
 def generate(
     model: Path,
     prompt: str,
@@ -86,16 +88,21 @@ def generate(
     plain: bool,
     exact: bool,
     cast: bool,
-    devices: int,
+    devices: int | None,
+    coordinator: str | None,
+    process_id: int | None,
+    num_processes: int | None,
 ) -> None:
     """Generate text from the Hugging Face directory MODEL, with compressed weights.
 
     For Llama, Qwen, Mistral, Phi, GLM, Gemma 3 and their like. The text goes to the standard
-    output; what it took in time and memory, to the standard error.
+    output; what it took in time and memory, to the standard error. If several processes run this
+    together, the model is divided over the devices of all of them, and the first one prints.
     """
     if temperature == 0 and (top_k is not None or top_p is not None):
         raise click.UsageError("--top-k and --top-p say what to draw from: give a --temperature")
     require("models", "flax", "tokenizers")
+    prints = join_processes(coordinator, process_id, num_processes)
     from df11_jax import models
     from df11_jax.models.prompts import check_prompts, encode
 
@@ -111,7 +118,7 @@ def generate(
         config,
         compress=not plain,
         cast=cast,
-        progress=show_progress(),
+        progress=prints and show_progress(),
         devices=devices,
     )
     # In advance, so that it is not timed.
@@ -135,17 +142,20 @@ def generate(
         bar.update("the text", min(_EVERY, left))
 
     # On a terminal, the text shows that something happens.
-    is_wanted = show_progress() and not sys.stdout.isatty()
+    is_wanted = prints and show_progress() and not sys.stdout.isatty()
     with ProgressBar("generate", tokens, unit="tokens", show=is_wanted) as bar:
         (completion,) = models.TextModel(params, config, tokenizer, stop).generate(
             [prompt], tokens=tokens, sampling=sampling, seed=seed, every=_EVERY, callback=show
         )
     times.append(time.perf_counter())
     click.echo()
+    mesh, memory = models.find_mesh(params), models.measure_memory(params, programs)
+    if not prints:
+        return
     say("\n" + _describe_speed(completion, times))
     if not plain:
         say(_describe_products(programs.fused))
-    say(_describe_memory(models.measure_memory(params, programs), plain, devices))
+    say(_describe_memory(memory, plain, mesh.size if mesh else 1))
 
 
 def _shown(text: str) -> str:

@@ -6,11 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Shaped
 
-from df11_jax._array import is_df11
+from df11_jax._array import DF11Array, is_df11
 from df11_jax._decode import path_name
 from df11_jax.models._config import Config
 from df11_jax.models._experts import EXPERTS
+from df11_jax.models._processes import put_shards, spans_processes
 from df11_jax.models._sharding import (
     AXIS,
     DeviceOrSharding,
@@ -28,6 +30,7 @@ class ParamDevices:
 
     Attributes:
         count: the number of devices.
+        local: which of them are devices of this process.
     """
 
     def __init__(self, config: Config, devices: Devices | None) -> None:
@@ -35,15 +38,19 @@ class ParamDevices:
 
         Args:
             config: the configuration of the transformer.
-            devices: the devices to divide it over, or their number, for devices of this host; None
-                for the default device alone.
+            devices: the devices to divide it over, or their number; None for the default device
+                alone, or if there are several processes, for all devices of all of them.
 
         Raises:
-            ValueError: there are not as many devices, some are named twice, or the transformer
-                cannot be divided among them.
+            ValueError: there are not as many devices, some are named twice, they are those of some
+                of several processes, or the transformer cannot be divided among them.
         """
         self._devices = _find_devices(devices)
         self.count = len(self._devices) or 1
+        here = jax.process_index() if jax.process_count() > 1 else None
+        self.local = [
+            i for i, device in enumerate(self._devices) if here in (None, device.process_index)
+        ] or [0]
         shard_config(config, self.count)
         self._mesh = Mesh(np.array(self._devices), (AXIS,)) if self.count > 1 else None
 
@@ -53,6 +60,28 @@ class ParamDevices:
             return self._devices[0] if self._devices else None
         return NamedSharding(self._mesh, partition_spec(path))
 
+    def part_shape(self, path: Sequence[str], shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what this process has of the leaf at a path: slices of its own devices."""
+        if not partition_spec(path):
+            return shape
+        return (shape[0] // self.count * len(self.local), *shape[1:])
+
+    def part(
+        self, path: Sequence[str], array: Shaped[np.ndarray, "..."]
+    ) -> Shaped[np.ndarray, "..."]:
+        """What this process has of the leaf at a path."""
+        if not partition_spec(path) or len(self.local) == self.count:
+            return array
+        shards = np.split(array, self.count)
+        return np.concatenate([shards[i] for i in self.local])
+
+    def put(self, path: Sequence[str], leaf: Array | DF11Array) -> Array | DF11Array:
+        """Puts the leaf at a path, all of which this process has, onto its devices."""
+        where = self.of(path)
+        if not spans_processes(where):
+            return jax.device_put(leaf, where)
+        return jax.tree.map(lambda x: put_shards(self.part(path, np.asarray(x)), where), leaf)
+
 
 def place_params(params: Params, config: Config, devices: Devices) -> Params:
     """Puts divided parameters onto devices, such as those that were saved and loaded again.
@@ -60,7 +89,8 @@ def place_params(params: Params, config: Config, devices: Devices) -> Params:
     Args:
         params: parameters that `load_params` divided for as many devices, wherever they are now.
         config: the configuration of the transformer.
-        devices: the devices to put them onto, or their number, for devices of this host.
+        devices: the devices to put them onto, or their number; if they are those of several
+            processes, each process has all of the parameters, and puts its part.
 
     Returns:
         Parameters for `generate`.
@@ -79,7 +109,7 @@ def place_params(params: Params, config: Config, devices: Devices) -> Params:
                 f"{'/'.join(path)}: has {leaf.shape[0]} slices, expected {expected} for "
                 f"{target.count} devices: load_params divides parameters when it loads them"
             )
-        return jax.device_put(leaf, target.of(path))
+        return target.put(path, leaf)
 
     return jax.tree.map_with_path(put, params, is_leaf=is_df11)
 
@@ -108,6 +138,14 @@ def find_mesh(params: Params) -> Mesh | None:
 
 def _find_devices(devices: Devices | None) -> list[jax.Device]:
     """The devices; none for the default device."""
+    processes = jax.process_count()
+    if processes > 1 and (devices is None or isinstance(devices, int)):
+        if devices not in (None, jax.device_count()):
+            raise ValueError(
+                f"devices is {devices}, expected {jax.device_count()}, which is how many the "
+                f"{processes} processes have, or a list of jax.local_devices()"
+            )
+        return jax.devices()
     if devices is None or devices == 1:
         return []
     if isinstance(devices, int):
@@ -121,6 +159,12 @@ def _find_devices(devices: Devices | None) -> list[jax.Device]:
         return here[:devices]
     if not devices or len(set(devices)) < len(devices):
         raise ValueError(f"devices is {devices}, expected one device or several different ones")
+    owners = {device.process_index for device in devices}
+    if processes > 1 and owners != {jax.process_index()} and len(owners) < processes:
+        raise ValueError(
+            f"devices are those of processes {sorted(owners)}, expected devices of all {processes} "
+            f"processes, or of process {jax.process_index()} alone"
+        )
     return list(devices)
 
 

@@ -1,5 +1,6 @@
 """Builders of leaves, which are filled tensor by tensor on the host, then moved to the device."""
 
+import functools
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from typing import Protocol
@@ -17,6 +18,7 @@ from df11_jax._layout import Layout, make_layout
 from df11_jax._select import is_candidate, is_worth_keeping
 from df11_jax._stack import StackBuilder
 from df11_jax.models._experts import EXPERTS, ROUTERS
+from df11_jax.models._processes import find_longest, put_shards
 from df11_jax.models._sharding import TABLES, DeviceOrSharding
 
 _BAND = 64  # rows that are transposed at a time: two cache lines of each row of the result
@@ -48,7 +50,7 @@ def slice_layout(path: Sequence[str], shape: tuple[int, ...]) -> Layout:
 
 
 class LeafBuilder(Protocol):
-    """A builder of a leaf."""
+    """A builder of a leaf, or of what this process has of it."""
 
     def put(self, start: int, slices: BFloat16[np.ndarray, "slices ..."], name: str) -> None:
         """Adds slices `start, start + 1, ...`, counted over all axes of the stack.
@@ -60,7 +62,10 @@ class LeafBuilder(Protocol):
         """
 
     def build(self, where: DeviceOrSharding) -> Array | DF11Array:
-        """The leaf, on its devices; the builder is of no use afterwards."""
+        """The leaf, on its devices; the builder is of no use afterwards.
+
+        All processes of these devices have to call this.
+        """
 
 
 class PlainLeafBuilder:
@@ -78,7 +83,7 @@ class PlainLeafBuilder:
         """The leaf, on its devices."""
         array = self._array
         del self._array
-        return jax.device_put(array, where)
+        return put_shards(array, where)
 
 
 class CompressedLeafBuilder:
@@ -99,7 +104,9 @@ class CompressedLeafBuilder:
 
     def build(self, where: DeviceOrSharding) -> Array | DF11Array:
         """The leaf, on its devices."""
-        array = self._builder.build(where)
+        words = find_longest(self._builder.longest(), where)
+        array = self._builder.build(functools.partial(put_shards, where=where), words)
+        # By the sizes of the whole leaf, so that all processes decide alike.
         if is_worth_keeping(array.compressed_nbytes, array.nbytes):
             return array
         if isinstance(where, NamedSharding):

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import BFloat16
+from jaxtyping import BFloat16, Shaped
 
 from df11_jax._array import is_df11
 from df11_jax._bits import first_difference
@@ -33,6 +32,7 @@ from df11_jax.models._leaf_builders import (
     slice_layout,
     transpose,
 )
+from df11_jax.models._processes import check_same
 from df11_jax.models._sharding import shard_shape, split_tensor, table_shape
 from df11_jax.models._transformer import Params
 from df11_jax.models._weights import (
@@ -73,8 +73,9 @@ def load_params(
         verify: decode each tensor and compare it bit by bit before going on.
         progress: show a progress bar, in bytes.
         threads: the number of threads; None for all that this process may run on.
-        devices: the devices to divide them over, or their number, for devices of this host; None
-            for the default device alone.
+        devices: the devices to divide them over, or their number; None for the default device
+            alone, or if there are several processes, for all devices of all of them. Each process
+            has to call this, and reads, compresses and holds what its own devices need.
 
     Returns:
         Parameters for `generate`, and if they are on a single device, for `forward`.
@@ -82,10 +83,12 @@ def load_params(
     Raises:
         ValueError: a tensor is missing, not known, not bfloat16, or of another shape than it
             should have; a tied head is not the embedding; there are not as many devices, or the
-            transformer cannot be divided among them. The message names the tensor.
+            transformer cannot be divided among them; or processes load different models. The
+            message names the tensor.
         RuntimeError: the verification of a tensor, which the message names, failed.
     """
     target = ParamDevices(config, devices)
+    check_same((list(source.tensors.items()), config, compress, cast), target.of(("embed_tokens",)))
     if saved := find_saved(source.tensors, config, target.count):
         return _load_saved(source, saved, target, compress, verify, progress, threads)
     places = find_places(source.tensors, config)
@@ -100,7 +103,7 @@ def load_params(
     all_places = [place for parts in places.values() for place in parts]
     builders = {
         place.path: _make_builder(
-            place, _leaf_shape(place, config, target.count), compress, verify, threads
+            place, _leaf_shape(place, config, target.count), target, compress, verify, threads
         )
         for place in {place.path: place for place in all_places}.values()
     }
@@ -114,12 +117,12 @@ def load_params(
         ThreadPoolExecutor(threads) as pool,
     ):
         for name in (name for name in source.tensors if name in places):
-            tensor = source.read(name).astype(places[name][0].dtype, copy=False)
+            tensor = source.read(name)
             for place, rows in zip(places[name], split_rows(tensor, places[name]), strict=True):
-                for start, slices in _slices(place, rows, pool, config, target.count):
+                for start, slices in _slices(place, rows, pool, config, target):
                     builders[place.path].put(start, slices, name)
                 to_come[place.path] -= 1
-            bar.update(name, tensor.nbytes)
+            bar.update(name, 2 * tensor.size)
             del tensor, rows, slices
             for path in {place.path for place in places[name]}:
                 if not to_come[path]:
@@ -184,30 +187,36 @@ def _load_saved(
     with unchanged(source), ProgressBar("load", total, show=progress) as bar:
         for name, info in source.tensors.items():
             place = places[name]
-            where, shape = target.of(place.path), tuple(info.shape)
+            shape = tuple(info.shape)
             leaf: Any = None
             if compress and info.stored_nbytes < info.nbytes:
                 # What is to be divided must not come to one device as a whole.
-                first = None if where is None else cpu_device()
+                first = None if target.of(place.path) is None else cpu_device()
                 leaf = load_leaf(source, name, first, verify=verify)
             if is_df11(leaf) and leaf.layout == slice_layout(place.path, shape):
-                leaf = leaf if where is None else jax.device_put(leaf, where)
+                leaf = leaf if first is None else target.put(place.path, leaf)
             else:
-                builder = _make_builder(place, shape, compress, verify, threads)
-                slices = source.read(name).reshape(-1, *shape[count_stack_axes(place.path) :])
-                builder.put(0, slices, name)
-                leaf = builder.build(where)
+                builder = _make_builder(place, shape, target, compress, verify, threads)
+                part = target.part(place.path, source.read(name))
+                builder.put(0, part.reshape(-1, *shape[count_stack_axes(place.path) :]), name)
+                leaf = builder.build(target.of(place.path))
             params[place.path] = leaf
             bar.update(name, info.nbytes)
     return nest(params)
 
 
 def _make_builder(
-    place: TensorPlace, shape: tuple[int, ...], compress: bool, verify: bool, threads: int | None
+    place: TensorPlace,
+    shape: tuple[int, ...],
+    target: ParamDevices,
+    compress: bool,
+    verify: bool,
+    threads: int | None,
 ) -> LeafBuilder:
+    part = target.part_shape(place.path, shape)
     if compress and is_candidate_leaf(place.path, shape):
-        return CompressedLeafBuilder(place.path, shape, verify, threads)
-    return PlainLeafBuilder(shape, place.dtype)
+        return CompressedLeafBuilder(place.path, part, verify, threads)
+    return PlainLeafBuilder(part, place.dtype)
 
 
 def _check_tensors(
@@ -261,22 +270,35 @@ def _leaf_shape(place: TensorPlace, config: Config, devices: int) -> tuple[int, 
 
 def _slices(
     place: TensorPlace,
-    tensor: BFloat16[np.ndarray, "..."],
+    tensor: Shaped[np.ndarray, "..."],
     pool: Executor,
     config: Config,
-    devices: int,
+    target: ParamDevices,
 ) -> Iterator[tuple[int, BFloat16[np.ndarray, "slices ..."]]]:
-    """The slices of its leaf that a tensor fills, and where each begins.
+    """The slices of its leaf that a tensor fills on devices of this process, and their places.
 
-    Matrices are contiguous. The axes of kernels and convolutions are reversed.
+    Matrices are contiguous. The axes of kernels and convolutions are reversed. What other processes
+    have is not touched.
     """
+
+    def cast(part: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+        return part.astype(place.dtype, copy=False)
+
     if place.is_table:
-        yield from _groups(tensor, table_shape(config, devices, place.path[0])[0])
+        count = table_shape(config, target.count, place.path[0])[0] // target.count
+        rows = count * tables.ROWS
+        for at, device in enumerate(target.local):
+            part = cast(tensor[device * rows : (device + 1) * rows])
+            for start, groups in _groups(part, count):
+                yield at * count + start, groups
     elif place.layer is None:
-        yield 0, tensor
+        yield 0, cast(tensor)
     else:
         layers = count_stack(place.path, config)
-        for i, shard in enumerate(split_tensor(tensor, place.path, config, devices)):
+        shards = split_tensor(tensor, place.path, config, target.count)
+        if len(shards) > 1:
+            shards = [shards[device] for device in target.local]
+        for i, shard in enumerate(map(cast, shards)):
             shard = transpose(shard, pool) if place.is_kernel else shard.T
             at = i * layers + place.layer
             if place.expert is not None:

@@ -180,8 +180,9 @@ def load(
         verify: decode each tensor and compare it bit by bit before going on.
         progress: show a progress bar, in bytes.
         threads: the number of threads; None for all that this process may run on.
-        devices: the devices to divide the model over, or their number, for devices of this host;
-            None for the default device alone.
+        devices: the devices to divide the model over, or their number; None for the default device
+            alone, or if there are several processes, for all devices of all of them. Each process
+            has to call this, and reads, compresses and holds what its own devices need.
 
     Returns:
         The model, ready to generate.

@@ -26,13 +26,17 @@ def load(family, compress=True):
 
 
 def run(params, config, batch=3, sampling=GREEDY):
-    """The states after the prompts and after some tokens, and these tokens."""
+    """The states after the prompts and after some tokens, and these tokens.
+
+    The first one is on the host; None if it is spread over several processes.
+    """
     mesh = models.find_mesh(params)
     prompts = families.prompts(batch)
     lengths = np.arange(24, 24 - batch, -1, dtype=np.int32)
     keys = jax.random.split(jax.random.key(0), batch)
     state = models.prefill(params, prompts, lengths, sampling, keys, NONE, 40, config, mesh)
-    first = jax.tree.map(np.asarray, state)  # the state itself is used up
+    is_here = all(leaf.is_fully_addressable for leaf in jax.tree.leaves(state))
+    first = jax.tree.map(np.asarray, state) if is_here else None  # the state itself is used up
     return first, models.decode(params, state, 10, sampling, keys, NONE, 12, config, mesh)
 
 

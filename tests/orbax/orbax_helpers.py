@@ -1,11 +1,8 @@
-"""Parameters to save, comparisons, and Python in processes of their own."""
+"""Parameters to save, and comparisons."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from payloads import assert_same_bits, random_weights
+from processes import finish as finish
+from processes import run_python as run_python
+from processes import start_python as start_python
 
 import df11_jax
 from df11_jax._array import DF11Array, is_df11
 from df11_jax.orbax import DF11CheckpointHandler, DF11Restore, DF11Save
-
-TESTS = pathlib.Path(__file__).resolve().parents[1]
 
 
 def plain_params() -> dict[str, Any]:
@@ -92,39 +90,3 @@ def edit_metadata(path: pathlib.Path, change: Callable[[Any], None]) -> None:
 
 def compressed_leaves(tree: Any) -> list[DF11Array]:
     return [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_df11) if is_df11(leaf)]
-
-
-def start_python(
-    program: str, *arguments: Any, devices: int = 1, **options: Any
-) -> "subprocess.Popen[str]":
-    """Runs a program that finds the same df11_jax, and the modules of the tests."""
-    folders = (TESTS, TESTS / "orbax", os.environ["PYTHONPATH"])
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, folders)),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-    }
-    return subprocess.Popen(
-        [sys.executable, "-P", "-c", program, *map(str, arguments)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
-
-
-def finish(processes: Sequence["subprocess.Popen[str]"], timeout: float = 600) -> list[str]:
-    """What the processes print; all of them are to succeed."""
-    try:
-        outputs = [process.communicate(timeout=timeout) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, (_, errors) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, errors
-    return [output for output, _ in outputs]
-
-
-def run_python(program: str, *arguments: Any, devices: int = 1) -> str:
-    return finish([start_python(program, *arguments, devices=devices)])[0]

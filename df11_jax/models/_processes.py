@@ -1,0 +1,68 @@
+"""Leaves over the devices of several processes, each of which has the shards of its own devices.
+
+All processes load the same leaves in the same order: what they agree on for each, they exchange one
+after the other.
+"""
+
+import zlib
+from typing import Any, TypeGuard
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Shaped
+
+from df11_jax.models._sharding import DeviceOrSharding
+
+
+def spans_processes(where: DeviceOrSharding) -> TypeGuard[NamedSharding]:
+    """Whether an array there is on devices of other processes, too."""
+    return isinstance(where, NamedSharding) and not where.is_fully_addressable
+
+
+def put_shards(array: Shaped[np.ndarray, "..."], where: DeviceOrSharding) -> Array:
+    """Puts what this process has of an array onto its devices.
+
+    Args:
+        array: the shards of this process's devices, one after the other along the first axis; all
+            of the array if it is replicated.
+        where: the device or sharding of the whole array.
+    """
+    if not spans_processes(where):
+        return jax.device_put(array, where)
+    assert isinstance(where.mesh, Mesh)
+    here = [d for d in where.mesh.devices.flat if d.process_index == jax.process_index()]
+    shards, shape = [array] * len(here), array.shape
+    if any(where.spec):
+        shards = np.split(array, len(here))
+        shape = (len(shards[0]) * where.mesh.size, *shape[1:])
+    on_devices = [jax.device_put(*pair) for pair in zip(shards, here, strict=True)]
+    return jax.make_array_from_single_device_arrays(shape, where, on_devices)
+
+
+def find_longest(words: int, where: DeviceOrSharding) -> int:
+    """The largest of the numbers that the processes of an array have."""
+    if not spans_processes(where):
+        return words
+    return int(multihost_utils.process_allgather(np.uint32(words)).max())
+
+
+def check_same(what: Any, where: DeviceOrSharding) -> None:
+    """Checks that all processes are about to load the same; otherwise they would wait for ever.
+
+    Args:
+        what: that which has to be the same, with a `repr` that tells.
+        where: the device or sharding of what they load.
+
+    Raises:
+        ValueError: something differs.
+    """
+    if not spans_processes(where):
+        return
+    digests = multihost_utils.process_allgather(np.uint32(zlib.crc32(repr(what).encode())))
+    if other := np.flatnonzero(digests != digests[0]).tolist():
+        raise ValueError(
+            f"processes {other} load another model, or with other arguments, than process 0: all "
+            "need the same files and the same arguments"
+        )
