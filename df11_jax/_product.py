@@ -235,8 +235,14 @@ def _choose(call: _Call, x: Array, index: Array, *payloads: Array) -> list[Array
 
 def _fused(call: _Call, x: Array, index: Array, *payloads: Array) -> list[Array]:
     views = [layout.view for layout in call.layouts]
-    out = [jax.ShapeDtypeStruct((x.shape[0], view.n), call.out_dtype) for view in views]
-    out.append(jax.ShapeDtypeStruct((workspace_words(views, x.shape[0]),), jnp.uint32))
+    words = workspace_words(views, x.shape[0])
+
+    # Not only shapes: in a shard_map, the types also say along which axes results differ.
+    def types(*arrays: Array) -> list[Array]:
+        results = _decode_first(call, *arrays)
+        return [*results, jnp.broadcast_to(results[0][0, 0].astype(jnp.uint32), words)]
+
+    out = jax.eval_shape(types, x, index, *payloads)
     names = "\n".join(f"matrix {i}" for i in range(len(views)))
     headers = np.concatenate([_layout.pack_header(layout) for layout in call.layouts])
     fused = jax.ffi.ffi_call(_ffi.PRODUCT_TARGET, out)

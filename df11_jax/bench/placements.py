@@ -60,9 +60,9 @@ class PlacedWeights(NamedTuple):
         return {name: place_part(name, part) for name, part in self.params.items()}
 
 
-def _put(x: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+def _put(x: np.ndarray | jax.Array, where: jax.sharding.Sharding) -> jax.Array:
     """An array on a device, or in the host memory that it can read."""
-    is_repeated = x.ndim and len(x) > 1 and x.strides[0] == 0
+    is_repeated = isinstance(x, np.ndarray) and x.ndim and len(x) > 1 and x.strides[0] == 0
     if not is_repeated or where.memory_kind == "pinned_host":
         return jax.device_put(x, where)
     # What all layers have is sent once.
