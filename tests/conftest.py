@@ -38,3 +38,18 @@ def pytest_configure() -> None:
     # Tests that start `python -P -c` get the package that is tested here.
     folders = (str(_package_folder().parent), os.environ.get("PYTHONPATH", ""))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs():
+    """Drops what jax has compiled before it is too much.
+
+    Each program is in several mappings of memory, of which Linux gives a process 65,530 by default:
+    where there is none left, XLA ends the process.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 10_000:
+        import jax
+
+        jax.clear_caches()
