@@ -1,6 +1,7 @@
 """Weights, their payloads and comparisons, for several tests."""
 
 import dataclasses
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,8 @@ def from_payload(payload: Any, slice_shape: tuple[int, ...], **cut: Any) -> DF11
 def count_decodes(function: Callable[..., Any], *args: Any) -> int:
     """How many slices of tensors the CPU handler decodes during a call."""
     jax.block_until_ready(args)
-    before = _cpu_library.decode_count()
+    before = -1
+    while before != (before := _cpu_library.decode_count()):
+        time.sleep(0.05)  # what others have started, and did not wait for, may still run
     jax.block_until_ready(function(*args))
     return _cpu_library.decode_count() - before
