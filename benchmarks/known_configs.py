@@ -322,6 +322,13 @@ KNOWN: dict[str, dict[str, Any]] = {
         "num_attention_heads": 64,
         "num_hidden_layers": 80,
     },
+    "Llama-3.1-405B": _LLAMA_3_1_8B
+    | {
+        "hidden_size": 16384,
+        "intermediate_size": 53248,
+        "num_attention_heads": 128,
+        "num_hidden_layers": 126,
+    },
     "Llama-3.2-1B": _LLAMA_3_1_8B
     | _LLAMA_3_2
     | {
