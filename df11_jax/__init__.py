@@ -7,7 +7,8 @@ bit for bit inside jitted programs, one transformer block at a time.
 from importlib.metadata import version as _version
 
 from df11_jax._array import DF11Array, DF11Slice
-from df11_jax._compress import compress, compress_params
+from df11_jax._compress import compress_params
+from df11_jax._compress_tensor import compress
 from df11_jax._decode import EXPORT_SAFETY_CHECKS, after, decompress, decompress_params
 from df11_jax._flax import register_with_flax as _register_with_flax
 from df11_jax._placement import device_put

@@ -1,105 +1,25 @@
-"""Compression on the host, of one tensor or of a pytree leaf by leaf."""
+"""Compression of pytrees, leaf by leaf."""
 
-import contextlib
-import functools
 import re
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, SingleDeviceSharding
-from jaxtyping import Array, BFloat16, PyTree
+from jaxtyping import PyTree
 
-from df11_jax._array import DF11Array, is_df11
-from df11_jax._decode import decompress, path_name
+from df11_jax._array import is_df11
+from df11_jax._compress_tensor import as_weights, compress_tensor, encode_tensor
+from df11_jax._decode import path_name
 from df11_jax._flax import open_boxes
-from df11_jax._host_arrays import BFLOAT16, to_host
-from df11_jax._host_codec import encode
 from df11_jax._identity import identity
-from df11_jax._layout import Layout, make_layout
-from df11_jax._leaves import as_array, is_array, no_pytree, plain_shape
-from df11_jax._like import Form, check_is_like, forms_of
+from df11_jax._leaves import as_array, is_array, naming, no_pytree, plain_shape
+from df11_jax._like import Form, forms_of
+from df11_jax._placement import place
 from df11_jax._progress import ProgressBar
-from df11_jax._select import MIN_SIZE, Selection, is_castable, is_worth_keeping
-from df11_jax._shards import (
-    Shards,
-    divided_as,
-    encode_shards,
-    payload_sharding,
-    placements,
-)
+from df11_jax._select import MIN_SIZE, Selection, is_worth_keeping
+from df11_jax._shards import payload_sharding, placements
 from df11_jax._stack import fit_exponents
-
-
-def compress(
-    array: BFloat16[Array, "..."] | BFloat16[np.ndarray, "..."],
-    *,
-    like: DF11Array | None = None,
-    stack_axes: int = 0,
-    batch_axes: int = 0,
-    row_axes: int | None = None,
-    along_columns: bool = False,
-    verify: bool = True,
-    threads: int | None = None,
-) -> DF11Array:
-    """Compresses one bfloat16 tensor, on the host.
-
-    A contiguous numpy array, or JAX array on the CPU, is read without a copy. An array on a mesh
-    (with a `NamedSharding`) is compressed shard by shard, and each device keeps its share: the
-    result is sharded by the same PartitionSpec.
-
-    Args:
-        array: a bfloat16 array of any shape, with at most 8 dimensions besides its stack axes.
-        like: a compressed tensor, or one of shapes, whose five arrays those of the result are to
-            be like, so that what is compiled for it takes the result. It says how the tensor is
-            compressed, in place of the next four arguments; `array` says where the result is.
-        stack_axes: the number of leading axes that are a stack (of layers, say). Each slice along
-            them gets a codebook of its own, and can be decompressed alone.
-        batch_axes: the number of the next axes that count matrices: a slice `[heads, d, head_dim]`
-            with one of them is `heads` matrices.
-        row_axes: the number of axes after these that are the rows of a matrix, for products with
-            the compressed weights; the others are its columns. None for all axes but the last.
-        along_columns: whether pairs of weights are coded along the columns, for products with the
-            transpose (`h @ E.T` with `E [vocab, d]`), instead of along the rows (`x @ W`).
-        verify: decode the result, and compare it with `array` bit by bit.
-        threads: the number of threads; None for all that this process may run on.
-
-    Returns:
-        The compressed tensor, where `array` is; on the default device if that is a numpy array.
-        `decompress` of it is `array`, bit for bit.
-
-    Raises:
-        TypeError: `array` is traced, or not bfloat16; `like` is not compressed.
-        ValueError: `array` has more than 8 dimensions besides its stack axes, or fewer dimensions
-            than `stack_axes`; it is on several devices and no mesh; it is of another shape than
-            `like`, is sharded otherwise, or does not fit into its arrays; or there is another
-            argument for what `like` says.
-        RuntimeError: verification failed, which means broken hardware or a bug.
-    """
-    if like is not None:
-        if not is_df11(like):
-            raise TypeError(f"like: expected a DF11Array, got {type(like).__name__}")
-        if stack_axes or batch_axes or row_axes is not None or along_columns:
-            raise ValueError(
-                "like says how the tensor is compressed: leave out stack_axes, batch_axes, "
-                "row_axes and along_columns"
-            )
-        weights = _as_weights(array, "array", cast=False)
-        check_is_like("array", as_array(array), like, cast=False)
-        form = Form.of(like)
-        return _encode(weights, "array", form.layout, form, verify=verify, threads=threads)
-    return _compress(
-        array,
-        "array",
-        stack_axes,
-        verify,
-        threads,
-        batch_axes=batch_axes,
-        row_axes=row_axes,
-        along_columns=along_columns,
-    )
 
 
 def compress_params(
@@ -240,8 +160,10 @@ def compress_params(
                             f"which {where.spec} does not fit: leave out like or shardings"
                         )
                     return jax.device_put(form.fit(leaf, path), onto)
-                weights = _as_weights(leaf, path, cast, where=where)
-                return _encode(weights, path, form.layout, form, verify=verify, threads=threads)
+                weights = as_weights(leaf, path, cast, where=where)
+                return encode_tensor(
+                    weights, path, form.layout, form, verify=verify, threads=threads
+                )
 
         forms = forms_of(named, treedef, like, cast=cast)
         ways = [
@@ -347,7 +269,7 @@ def compress_leaf(
         threads: see `compress_params`.
     """
     with naming(path):
-        small = _compress(
+        small = compress_tensor(
             leaf,
             path,
             selection.stack_axes(path),
@@ -368,16 +290,6 @@ def _plain(path: str, leaf: Any, selection: Selection, where: Any) -> Any:
         if where is not None:
             leaf = place(leaf, where, path)
         return selection.to_front(path, leaf)
-
-
-@contextlib.contextmanager
-def naming(path: str, doing: str = "compressing") -> Iterator[None]:
-    """Errors name the leaf: what numpy and jax raise (for deleted arrays, say) does not."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"df11_jax: while {doing} the leaf {path}")
-        raise
 
 
 def align_layers(paths: Sequence[str], leaves: list[Any]) -> None:
@@ -416,154 +328,3 @@ def align_layers(paths: Sequence[str], leaves: list[Any]) -> None:
         fitted = fit_exponents(leaves[members[0]], longest[find(own)])
         for i in members:
             leaves[i] = fitted
-
-
-def _compress(
-    array: Any,
-    name: str,
-    stack_axes: int,
-    verify: bool,
-    threads: int | None,
-    *,
-    cast: bool = False,
-    axis: int = 0,
-    where: Any = None,
-    **matrix: Any,
-) -> DF11Array:
-    weights = _as_weights(array, name, cast, axis, where)
-    if isinstance(weights, Shards):
-        shape, parts = weights.shape, weights.parts[stack_axes:]
-    else:
-        shape, parts = weights.array.shape, ()
-    if not 0 <= stack_axes <= len(shape):
-        raise ValueError(
-            f"{name}: cannot take {stack_axes} stack axes from an array of shape {shape}"
-        )
-    try:
-        layout = make_layout(shape[stack_axes:], parts=parts, **matrix)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    return _encode(weights, name, layout, verify=verify, threads=threads)
-
-
-def compress_as(array: Any, layout: Layout, name: str) -> DF11Array:
-    """Compresses a tensor as another one was: with the same layout.
-
-    Args:
-        array: a bfloat16 array; its axes before those of the layout are a stack.
-        layout: the layout of its slices.
-        name: the name of the tensor; errors have it.
-    """
-    return compress_onto(array, layout, None, name)
-
-
-def compress_onto(array: Any, layout: Layout, where: Any, name: str) -> DF11Array:
-    """`compress_as` onto a device or a sharding."""
-    return _encode(_as_weights(array, name, cast=False, where=where), name, layout)
-
-
-def _encode(
-    weights: "Whole | Shards",
-    name: str,
-    layout: Layout,
-    form: Form | None = None,
-    **options: Any,
-) -> DF11Array:
-    if isinstance(weights, Shards):
-        small = encode_shards(weights, name, layout, **options)
-        return small if form is None else form.fit(small, name)
-    small = DF11Array.from_payload(encode(weights.array, name, layout, **options), layout)
-    if form is not None:
-        small = form.fit(small, name)
-    return jax.tree.map(lambda array: jax.device_put(array, weights.device), small)
-
-
-def place(leaf: Any, where: Any, name: str) -> Any:
-    """`df11_jax.device_put` of one leaf.
-
-    Args:
-        leaf: the leaf; what is neither an array nor compressed stays as it is.
-        where: its sharding or device.
-        name: the name of the leaf; errors have it.
-    """
-    if not is_df11(leaf):
-        return jax.device_put(leaf, where) if is_array(leaf) else leaf
-    onto = payload_sharding(leaf.layout, leaf.ndim, where)
-    if onto is not None:
-        return jax.device_put(leaf, onto)
-    layout = divided_as(leaf.layout, leaf.ndim, where)
-    # In host memory, programs compute nothing.
-    weights = decompress(jax.device_put(leaf, jax.memory.Space.Device))
-    return compress_onto(weights, layout, where, name)
-
-
-class Whole(NamedTuple):
-    """A tensor on the host.
-
-    Attributes:
-        array: the weights, in bfloat16 and contiguous.
-        device: where the compressed tensor is to be; None for the default device.
-    """
-
-    array: np.ndarray
-    device: jax.Device | jax.sharding.Sharding | None
-
-
-def _as_weights(
-    array: Any, name: str, cast: bool, axis: int = 0, where: Any = None
-) -> Whole | Shards:
-    """A tensor to be encoded, in bfloat16.
-
-    Args:
-        array: the array, or what stands for one.
-        name: the name of the tensor; errors have it.
-        cast: whether to round float32 and float16.
-        axis: the axis to bring to the front.
-        where: where the compressed tensor is to be; None for where the array is.
-    """
-    array = as_array(array)
-    if isinstance(array, jax.core.Tracer):
-        raise TypeError(
-            f"{name}: compression runs on the host and needs a concrete array, got a traced one "
-            f"({array.aval}). Compress outside of jit, and pass the DF11Array in"
-        )
-    if isinstance(array, DF11Array):
-        raise TypeError(f"{name}: is compressed already ({array!r})")
-    to_weights = functools.partial(_to_weights, like=array, name=name, cast=cast, axis=axis)
-    if where is None and isinstance(array, jax.Array):
-        where = array.sharding
-        is_default = not array.committed and array.devices() == _default_device()
-        if isinstance(where, SingleDeviceSharding):
-            (device,) = array.devices()
-            where = None if is_default else device
-    if isinstance(where, NamedSharding):
-        return Shards.of(array, where, axis, to_weights)
-    if isinstance(where, jax.sharding.Sharding) and len(where.device_set) > 1:
-        raise ValueError(
-            f"{name}: expected a NamedSharding, got {type(where).__name__}: bring it onto a mesh "
-            "first, jax.device_put(array, NamedSharding(mesh, PartitionSpec(...)))"
-        )
-    return Whole(to_weights(to_host(array)), where)
-
-
-def _to_weights(weights: np.ndarray, like: Any, name: str, cast: bool, axis: int) -> np.ndarray:
-    """Contiguous bfloat16 weights, of an array (or one shard of it) on the host."""
-    if axis:
-        weights = np.moveaxis(weights, axis, 0)
-    if cast and is_castable(weights.dtype):
-        weights = weights.astype(BFLOAT16, order="C")
-    if weights.dtype != BFLOAT16:
-        if not hasattr(like, "dtype"):
-            raise TypeError(
-                f"{name}: expected a bfloat16 array, got {type(like).__name__}. "
-                "compress_params takes pytrees of arrays"
-            )
-        raise TypeError(
-            f"{name}: expected bfloat16, got {weights.dtype}. "
-            "Cast it first, if rounding is acceptable: array.astype(jax.numpy.bfloat16)"
-        )
-    return np.ascontiguousarray(weights).reshape(weights.shape)
-
-
-def _default_device() -> set[jax.Device]:
-    return jnp.zeros(()).devices()

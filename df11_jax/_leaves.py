@@ -1,6 +1,8 @@
 """Leaves of the pytrees that users pass: which are arrays, and what to say if they are not."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -41,6 +43,16 @@ def is_foreign(leaf: Any) -> bool:
 def plain_shape(leaf: Any) -> tuple[int, ...] | None:
     """The shape of an array; None for any other leaf."""
     return tuple(leaf.shape) if is_array(leaf) else None
+
+
+@contextlib.contextmanager
+def naming(path: str, doing: str = "compressing") -> Iterator[None]:
+    """Errors name the leaf: what numpy and jax raise (for deleted arrays, say) does not."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"df11_jax: while {doing} the leaf {path}")
+        raise
 
 
 def no_pytree(caller: str, found: Any) -> TypeError:

@@ -1,12 +1,15 @@
 """`device_put` of trees with compressed leaves, which are divided as their shards are."""
 
+from typing import Any
+
 import jax
 from jaxtyping import PyTree
 
 from df11_jax._array import is_df11
-from df11_jax._compress import naming, place
-from df11_jax._decode import path_name
-from df11_jax._shards import placements
+from df11_jax._compress_tensor import compress_as
+from df11_jax._decode import decompress, path_name
+from df11_jax._leaves import is_array, naming
+from df11_jax._shards import divided_as, payload_sharding, placements
 
 
 def device_put(params: PyTree, shardings: PyTree) -> PyTree:
@@ -36,3 +39,22 @@ def device_put(params: PyTree, shardings: PyTree) -> PyTree:
         with naming(name, "placing"):
             placed.append(leaf if where is None else place(leaf, where, name))
     return jax.tree.unflatten(treedef, placed)
+
+
+def place(leaf: Any, where: Any, name: str) -> Any:
+    """`df11_jax.device_put` of one leaf.
+
+    Args:
+        leaf: the leaf; what is neither an array nor compressed stays as it is.
+        where: its sharding or device.
+        name: the name of the leaf; errors have it.
+    """
+    if not is_df11(leaf):
+        return jax.device_put(leaf, where) if is_array(leaf) else leaf
+    onto = payload_sharding(leaf.layout, leaf.ndim, where)
+    if onto is not None:
+        return jax.device_put(leaf, onto)
+    layout = divided_as(leaf.layout, leaf.ndim, where)
+    # In host memory, programs compute nothing.
+    weights = decompress(jax.device_put(leaf, jax.memory.Space.Device))
+    return compress_as(weights, layout, name, where)

@@ -54,8 +54,9 @@ class Shards(NamedTuple):
             pieces = [(shard.index, shard.device, shard.data) for shard in array.addressable_shards]
         else:
             host = to_host(array)
+            # These raise ValueError: for more axes than there are, and where parts are uneven.
             parts_of(sharding, host.ndim)
-            sharding.shard_shape(host.shape)  # raises ValueError where that is not whole
+            sharding.shard_shape(host.shape)
             indices = sharding.addressable_devices_indices_map(host.shape)
             pieces = [(index, device, host[index]) for device, index in indices.items()]
         shards: dict[Any, tuple[Any, list[jax.Device]]] = {}

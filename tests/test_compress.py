@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from payloads import assert_same_bits, random_weights
 
 import df11_jax
-from df11_jax import _compress, _cpu_library
+from df11_jax import _compress_tensor, _cpu_library
 from df11_jax._layout import make_layout, pack_header
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -150,9 +150,9 @@ class TestInputs:
 
     def test_reads_where_it_lies(self):
         array = jnp.asarray(normal(300, 64))
-        weights, _ = _compress._as_weights(array, "array", cast=False)
+        weights, _ = _compress_tensor.as_weights(array, "array", cast=False)
         assert weights.ctypes.data == array.unsafe_buffer_pointer()
-        weights, _ = _compress._as_weights(np.asarray(array), "array", cast=False)
+        weights, _ = _compress_tensor.as_weights(np.asarray(array), "array", cast=False)
         assert weights.ctypes.data == array.unsafe_buffer_pointer()
 
     def test_placement(self):

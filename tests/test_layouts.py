@@ -10,7 +10,7 @@ from payloads import assert_same_bits, count_decodes, random_weights
 
 import df11_jax
 from df11_jax import _host_codec, _layout
-from df11_jax._compress import compress_as
+from df11_jax._compress_tensor import compress_as
 from df11_jax._layout import make_layout
 from df11_jax._slices import decode_slices
 

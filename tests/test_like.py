@@ -9,7 +9,7 @@ import pytest
 from payloads import assert_same_bits, random_weights
 
 from df11_jax import DF11Array, compress, compress_params, decompress
-from df11_jax._compress import compress_as
+from df11_jax._compress_tensor import compress_as
 from df11_jax._layout import PAYLOAD, make_layout
 from df11_jax._stack import fit_exponents
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Bool
 
 from df11_jax._array import DF11Array
-from df11_jax._compress import compress
+from df11_jax._compress_tensor import compress
 from df11_jax._slices import decode_slices
 
 SIGMA = 0.02

@@ -7,9 +7,10 @@ import numpy as np
 from jaxtyping import Array
 
 from df11_jax._array import DF11Array, is_df11
-from df11_jax._compress import compress_leaf, place
+from df11_jax._compress import compress_leaf
 from df11_jax._files.source import Source, TensorSource
 from df11_jax._host_arrays import cpu_device
+from df11_jax._placement import place
 from df11_jax._select import Selection
 from df11_jax.checkpoints._native_format import to_device
 

@@ -14,7 +14,8 @@ from jaxtyping import PyTree
 from df11_jax import _layout
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._brief import brief
-from df11_jax._compress import align_layers, compress_as, compress_leaves, compress_onto
+from df11_jax._compress import align_layers, compress_leaves
+from df11_jax._compress_tensor import compress_as
 from df11_jax._decode import decompress_params
 from df11_jax._files import crc32
 from df11_jax._flax import open_boxes
@@ -211,7 +212,7 @@ def _convert_and_place(
             value = to_host(decompress_params({path: value})[path])
         if isinstance(where, NamedSharding) and plan.leaf.layout and not is_df11(plan.target):
             layout = divided_as(plan.leaf.layout, value.ndim, where)
-            return compress_onto(value, layout, where, path)
+            return compress_as(value, layout, path, where)
     if is_df11(plan.target):
         with jax.default_device(cpu_device()):  # no device gets what it is not to have
             small = _fit(compress_as(value, plan.target.layout, path), plan.target)
