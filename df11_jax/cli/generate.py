@@ -76,6 +76,13 @@ def _hub_directory(context: click.Context, argument: click.Parameter, path: Path
 )
 @click.option("--cast", is_flag=True, help="Round float32 and float16 weights to bfloat16.")
 @devices_option(show_default="1, or all of several processes")
+@click.option(
+    "--stages",
+    type=COUNT,
+    default=1,
+    show_default=True,
+    help="Number of stages that layers and devices are divided into, such as one for each host.",
+)
 @processes_options
 def generate(
     model: Path,
@@ -89,6 +96,7 @@ def generate(
     exact: bool,
     cast: bool,
     devices: int | None,
+    stages: int,
     coordinator: str | None,
     process_id: int | None,
     num_processes: int | None,
@@ -120,6 +128,7 @@ def generate(
         cast=cast,
         progress=prints and show_progress(),
         devices=devices,
+        stages=stages,
     )
     # In advance, so that it is not timed.
     programs = models.compile_programs(

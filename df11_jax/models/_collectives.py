@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float, Int
+from jaxtyping import Array, BFloat16, Bool, Float, Int
 
 from df11_jax.models import tables
+from df11_jax.models._sharding import ALL_AXES
 from df11_jax.models.tables import Table
 
 
@@ -42,13 +43,21 @@ def look_up(
     if axis is None:
         return tables.look_up(table, tokens)
     groups, rows, _ = table.shape
-    local = tokens - jax.lax.axis_index(axis) * (groups * rows)
+    local = tokens - jax.lax.axis_index(ALL_AXES) * (groups * rows)
     is_here = (local >= 0) & (local < groups * rows)
     found = tables.look_up(table, jnp.where(is_here, local, 0))
+    return spread(found, is_here[..., None], ALL_AXES)
+
+
+def spread(
+    x: Float[Array, "*batch"], is_here: Bool[Array, "*batch"], axes: str | tuple[str, ...]
+) -> Float[Array, "*batch"]:
+    """Gives all devices along some axes what one of them has of each element, bit for bit."""
     # As integers: the sum of zeros and a negative zero would be a positive one.
-    bits = jax.lax.bitcast_convert_type(found, jnp.uint16).astype(jnp.uint32)
-    bits = jax.lax.psum(jnp.where(is_here[..., None], bits, 0), axis)
-    return jax.lax.bitcast_convert_type(bits.astype(jnp.uint16), found.dtype)
+    width = 8 * x.dtype.itemsize
+    bits = jax.lax.bitcast_convert_type(x, f"uint{width}").astype(jnp.uint32)
+    bits = jax.lax.psum(jnp.where(is_here, bits, 0), axes)
+    return jax.lax.bitcast_convert_type(bits.astype(f"uint{width}"), x.dtype)
 
 
 def project(
@@ -58,4 +67,4 @@ def project(
     logits = tables.project(table, x)
     if axis is None:
         return logits
-    return jax.lax.all_gather(logits, axis, axis=logits.ndim - 1, tiled=True)
+    return jax.lax.all_gather(logits, ALL_AXES, axis=logits.ndim - 1, tiled=True)

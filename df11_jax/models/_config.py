@@ -156,6 +156,7 @@ class Config:
             decompressed first. Otherwise a GPU may fuse the two; see `df11_jax.dot`.
         axis: the axis of a mesh of devices, if this is the shard that each of them computes in one
             program for all; None otherwise.
+        stages: the number of stages, of which this is one if there is more than one.
         output_gate: the outputs of attention are multiplied by the sigmoid of gates, which are
             projected together with the queries.
         value_norm: values are normed, without a scale.
@@ -200,6 +201,7 @@ class Config:
     dtype: Any = jnp.bfloat16
     exact: bool = False
     axis: str | None = None
+    stages: int = 1
     output_gate: bool = False
     value_norm: bool = False
     keys_are_values: bool = False

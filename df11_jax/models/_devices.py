@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
 from df11_jax._array import DF11Array, is_df11
@@ -14,7 +14,9 @@ from df11_jax.models._config import Config
 from df11_jax.models._experts import EXPERTS
 from df11_jax.models._processes import put_shards, spans_processes
 from df11_jax.models._sharding import (
+    ALL_AXES,
     AXIS,
+    STAGES,
     DeviceOrSharding,
     leaf_length,
     partition_spec,
@@ -30,16 +32,18 @@ class ParamDevices:
 
     Attributes:
         count: the number of devices.
+        stages: the number of stages that these are divided into.
         local: which of them are devices of this process.
     """
 
-    def __init__(self, config: Config, devices: Devices | None) -> None:
+    def __init__(self, config: Config, devices: Devices | None, stages: int = 1) -> None:
         """Finds the devices.
 
         Args:
             config: the configuration of the transformer.
             devices: the devices to divide it over, or their number; None for the default device
                 alone, or if there are several processes, for all devices of all of them.
+            stages: the number of stages that layers and devices are divided into.
 
         Raises:
             ValueError: there are not as many devices, some are named twice, they are those of some
@@ -47,12 +51,15 @@ class ParamDevices:
         """
         self._devices = _find_devices(devices)
         self.count = len(self._devices) or 1
+        self.stages = stages
         here = jax.process_index() if jax.process_count() > 1 else None
         self.local = [
             i for i, device in enumerate(self._devices) if here in (None, device.process_index)
         ] or [0]
-        shard_config(config, self.count)
-        self._mesh = Mesh(np.array(self._devices), (AXIS,)) if self.count > 1 else None
+        shard_config(config, self.count, stages)
+        self._mesh = None
+        if self.count > 1:
+            self._mesh = Mesh(np.array(self._devices).reshape(stages, -1), (STAGES, AXIS))
 
     def of(self, path: Sequence[str]) -> DeviceOrSharding:
         """Where `jax.device_put` puts the leaf at a path."""
@@ -60,20 +67,37 @@ class ParamDevices:
             return self._devices[0] if self._devices else None
         return NamedSharding(self._mesh, partition_spec(path))
 
+    @property
+    def local_stages(self) -> list[int]:
+        """The stages of which this process has devices."""
+        return sorted({device * self.stages // self.count for device in self.local})
+
+    def parts(self, path: Sequence[str]) -> tuple[int, list[int]]:
+        """The number of parts of the leaf at a path, and which of them this process has."""
+        spec = partition_spec(path)
+        if spec == PartitionSpec(STAGES):
+            return self.stages, self.local_stages
+        if not spec:
+            return 1, [0]
+        size = self.count // self.stages
+        return self.count, sorted(i % size * self.stages + i // size for i in self.local)
+
     def part_shape(self, path: Sequence[str], shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of what this process has of the leaf at a path: slices of its own devices."""
         if not partition_spec(path):
             return shape
-        return (shape[0] // self.count * len(self.local), *shape[1:])
+        count, here = self.parts(path)
+        return (shape[0] // count * len(here), *shape[1:])
 
     def part(
         self, path: Sequence[str], array: Shaped[np.ndarray, "..."]
     ) -> Shaped[np.ndarray, "..."]:
         """What this process has of the leaf at a path."""
-        if not partition_spec(path) or len(self.local) == self.count:
+        count, here = self.parts(path)
+        if len(here) == count:
             return array
-        shards = np.split(array, self.count)
-        return np.concatenate([shards[i] for i in self.local])
+        shards = np.split(array, count)
+        return np.concatenate([shards[i] for i in here])
 
     def put(self, path: Sequence[str], leaf: Array | DF11Array) -> Array | DF11Array:
         """Puts the leaf at a path, all of which this process has, onto its devices."""
@@ -83,7 +107,7 @@ class ParamDevices:
         return jax.tree.map(lambda x: put_shards(self.part(path, np.asarray(x)), where), leaf)
 
 
-def place_params(params: Params, config: Config, devices: Devices) -> Params:
+def place_params(params: Params, config: Config, devices: Devices, *, stages: int = 1) -> Params:
     """Puts divided parameters onto devices, such as those that were saved and loaded again.
 
     Args:
@@ -91,6 +115,7 @@ def place_params(params: Params, config: Config, devices: Devices) -> Params:
         config: the configuration of the transformer.
         devices: the devices to put them onto, or their number; if they are those of several
             processes, each process has all of the parameters, and puts its part.
+        stages: the number of stages that they were divided into.
 
     Returns:
         Parameters for `generate`.
@@ -99,11 +124,11 @@ def place_params(params: Params, config: Config, devices: Devices) -> Params:
         ValueError: the parameters were not divided for as many devices, there are not as many, or
             the transformer cannot be divided among them.
     """
-    target = ParamDevices(config, devices)
+    target = ParamDevices(config, devices, stages)
 
     def put(keys: Any, leaf: Any) -> Any:
         path = path_name(keys).split("/")
-        expected = leaf_length(path, config, target.count)
+        expected = leaf_length(path, config, target.count, stages)
         if leaf.shape[0] != expected:
             raise ValueError(
                 f"{'/'.join(path)}: has {leaf.shape[0]} slices, expected {expected} for "
@@ -125,10 +150,10 @@ def find_mesh(params: Params) -> Mesh | None:
     """
     sharding = getattr(jax.tree.leaves(params["embed_tokens"])[0], "sharding", None)
     mesh: Mesh | None = None
-    if isinstance(sharding, NamedSharding) and sharding.spec[:1] == (AXIS,):
+    if isinstance(sharding, NamedSharding) and sharding.spec[:1] == (ALL_AXES,):
         assert isinstance(sharding.mesh, Mesh)
         mesh = sharding.mesh
-    count, shards = mesh.size if mesh else 1, _count_shards(params)
+    count, shards = mesh.shape[AXIS] if mesh else 1, _count_shards(params)
     if shards != count:
         raise ValueError(
             f"params are divided for {shards} devices, but on {count}: see models.place_params"

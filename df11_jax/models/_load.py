@@ -58,6 +58,7 @@ def load_params(
     progress: bool = False,
     threads: int | None = None,
     devices: Devices | None = None,
+    stages: int = 1,
 ) -> Params:
     """Loads the parameters of a transformer.
 
@@ -76,6 +77,8 @@ def load_params(
         devices: the devices to divide them over, or their number; None for the default device
             alone, or if there are several processes, for all devices of all of them. Each process
             has to call this, and reads, compresses and holds what its own devices need.
+        stages: the number of stages that layers and devices are divided into, a pipeline; each
+            stage is divided over its devices, which are neighbours in the list of all.
 
     Returns:
         Parameters for `generate`, and if they are on a single device, for `forward`.
@@ -87,9 +90,10 @@ def load_params(
             message names the tensor.
         RuntimeError: the verification of a tensor, which the message names, failed.
     """
-    target = ParamDevices(config, devices)
-    check_same((list(source.tensors.items()), config, compress, cast), target.of(("embed_tokens",)))
-    if saved := find_saved(source.tensors, config, target.count):
+    target = ParamDevices(config, devices, stages)
+    same = list(source.tensors.items()), config, compress, cast, stages
+    check_same(same, target.of(("embed_tokens",)))
+    if saved := find_saved(source.tensors, config, target.count, stages):
         return _load_saved(source, saved, target, compress, verify, progress, threads)
     places = find_places(source.tensors, config)
     if parts := left_out_parts(source.tensors):
@@ -103,7 +107,12 @@ def load_params(
     all_places = [place for parts in places.values() for place in parts]
     builders = {
         place.path: _make_builder(
-            place, _leaf_shape(place, config, target.count), target, compress, verify, threads
+            place,
+            _leaf_shape(place, config, target.count, stages),
+            target,
+            compress,
+            verify,
+            threads,
         )
         for place in {place.path: place for place in all_places}.values()
     }
@@ -117,13 +126,16 @@ def load_params(
         ThreadPoolExecutor(threads) as pool,
     ):
         for name in (name for name in source.tensors if name in places):
-            tensor = source.read(name)
-            for place, rows in zip(places[name], split_rows(tensor, places[name]), strict=True):
-                for start, slices in _slices(place, rows, pool, config, target):
-                    builders[place.path].put(start, slices, name)
-                to_come[place.path] -= 1
-            bar.update(name, 2 * tensor.size)
-            del tensor, rows, slices
+            # Layers of other processes' stages are not read.
+            if any(_is_here(place, config, target) for place in places[name]):
+                tensor = source.read(name)
+                for place, rows in zip(places[name], split_rows(tensor, places[name]), strict=True):
+                    for start, slices in _slices(place, rows, pool, config, target):
+                        builders[place.path].put(start, slices, name)
+                        del slices
+                del tensor, rows
+            to_come.subtract(place.path for place in places[name])
+            bar.update(name, 2 * math.prod(source.tensors[name].shape))
             for path in {place.path for place in places[name]}:
                 if not to_come[path]:
                     # At once, so that the memory of a builder is freed before other leaves are
@@ -133,7 +145,7 @@ def load_params(
 
 
 def find_saved(
-    tensors: Mapping[str, TensorInfo], config: Config, devices: int
+    tensors: Mapping[str, TensorInfo], config: Config, devices: int, stages: int = 1
 ) -> dict[str, TensorPlace]:
     """The leaves of parameters that were saved as `load_params` had returned them.
 
@@ -141,6 +153,7 @@ def find_saved(
         tensors: the tensors of the checkpoint.
         config: the configuration of the transformer.
         devices: the number of devices that they are to be divided over.
+        stages: the number of stages that these are divided into.
 
     Returns:
         A place in each leaf, by its name; none if these are tensors under Hugging Face's names.
@@ -158,7 +171,7 @@ def find_saved(
         what = "is missing" if name in places else "has no place in the model"
         raise ValueError(f"{name}: {what} (a {config.family} transformer, by its config.json)")
     for name, place in places.items():
-        shape, info = _leaf_shape(place, config, devices), tensors[name]
+        shape, info = _leaf_shape(place, config, devices, stages), tensors[name]
         if tuple(info.shape) != shape:
             raise ValueError(
                 f"{name}: expected shape {list(shape)} for {devices} "
@@ -258,14 +271,22 @@ def _check_tied_head(
         )
 
 
-def _leaf_shape(place: TensorPlace, config: Config, devices: int) -> tuple[int, ...]:
+def _leaf_shape(place: TensorPlace, config: Config, devices: int, stages: int) -> tuple[int, ...]:
     if place.is_table:
         return table_shape(config, devices, place.path[0])
     if place.layer is None:
         return place.shape
-    shards, shape = shard_shape(place.shape, place.path, config, devices)
+    shards, shape = shard_shape(place.shape, place.path, config, devices // stages)
     experts = () if place.expert is None else (config.experts.count,)
     return (shards * count_stack(place.path, config), *experts, *shape[::-1])
+
+
+def _is_here(place: TensorPlace, config: Config, target: ParamDevices) -> bool:
+    """Whether this process has devices of the stage that a tensor belongs to."""
+    if place.layer is None:
+        return True
+    stage = place.layer * target.stages // count_stack(place.path, config)
+    return stage in target.local_stages
 
 
 def _slices(
@@ -287,20 +308,23 @@ def _slices(
     if place.is_table:
         count = table_shape(config, target.count, place.path[0])[0] // target.count
         rows = count * tables.ROWS
-        for at, device in enumerate(target.local):
-            part = cast(tensor[device * rows : (device + 1) * rows])
+        for at, number in enumerate(target.parts(place.path)[1]):
+            part = cast(tensor[number * rows : (number + 1) * rows])
             for start, groups in _groups(part, count):
                 yield at * count + start, groups
     elif place.layer is None:
         yield 0, cast(tensor)
     else:
-        layers = count_stack(place.path, config)
-        shards = split_tensor(tensor, place.path, config, target.count)
-        if len(shards) > 1:
-            shards = [shards[device] for device in target.local]
-        for i, shard in enumerate(map(cast, shards)):
+        layers = count_stack(place.path, config) // target.stages
+        stage, layer = divmod(place.layer, layers)
+        shards = split_tensor(tensor, place.path, config, target.count // target.stages)
+        for i, part in enumerate(target.parts(place.path)[1]):
+            number, stage_of_part = divmod(part, target.stages)
+            if stage_of_part != stage:
+                continue
+            shard = cast(shards[number])
             shard = transpose(shard, pool) if place.is_kernel else shard.T
-            at = i * layers + place.layer
+            at = i * layers + layer
             if place.expert is not None:
                 at = at * config.experts.count + place.expert
             yield at, shard[None]

@@ -13,7 +13,7 @@ from df11_jax._decode import path_name
 from df11_jax.models import _cache
 from df11_jax.models._cache import Cache
 from df11_jax.models._config import Config
-from df11_jax.models._sharding import AXIS, partition_spec
+from df11_jax.models._sharding import AXIS, STAGES, partition_spec
 from df11_jax.models._transformer import Params
 
 
@@ -54,10 +54,13 @@ def on_each_device(
 
 
 def cache_specs(config: Config) -> Cache:
-    """The sharding of a cache: keys, values and states are divided by the heads of each device."""
+    """The sharding of a cache: keys, values and states are divided by the heads of each device.
+
+    Their layers are divided over the stages.
+    """
     cache = jax.eval_shape(lambda: _cache.init_cache(config, 1, 1))
     # The last inputs of convolutions have the channels of all heads along their last axis.
-    specs = {5: P(None, None, AXIS), 4: P(None, None, None, AXIS)}
+    specs = {5: P(STAGES, None, AXIS), 4: P(STAGES, None, None, AXIS)}
     return jax.tree.map(lambda leaf: specs.get(leaf.ndim, P()), cache)
 
 

@@ -4,6 +4,7 @@ All processes load the same leaves in the same order: what they agree on for eac
 after the other.
 """
 
+import math
 import zlib
 from typing import Any, TypeGuard
 
@@ -25,20 +26,28 @@ def put_shards(array: Shaped[np.ndarray, "..."], where: DeviceOrSharding) -> Arr
     """Puts what this process has of an array onto its devices.
 
     Args:
-        array: the shards of this process's devices, one after the other along the first axis; all
-            of the array if it is replicated.
+        array: the different shards of this process's devices, one after the other along the first
+            axis, the only one that is divided.
         where: the device or sharding of the whole array.
     """
     if not spans_processes(where):
         return jax.device_put(array, where)
     assert isinstance(where.mesh, Mesh)
-    here = [d for d in where.mesh.devices.flat if d.process_index == jax.process_index()]
-    shards, shape = [array] * len(here), array.shape
-    if any(where.spec):
-        shards = np.split(array, len(here))
-        shape = (len(shards[0]) * where.mesh.size, *shape[1:])
-    on_devices = [jax.device_put(*pair) for pair in zip(shards, here, strict=True)]
-    return jax.make_array_from_single_device_arrays(shape, where, on_devices)
+    axes = where.spec[0] if where.spec else ()
+    axes = (axes,) if isinstance(axes, str) else axes
+    if not axes:
+        here = where.addressable_devices
+        shards = [jax.device_put(array, device) for device in here]
+        return jax.make_array_from_single_device_arrays(array.shape, where, shards)
+    count = math.prod(where.mesh.shape[axis] for axis in axes)
+    # Any length that can be divided tells who has which part.
+    starts = where.addressable_devices_indices_map((count,))
+    numbers = {device: index[0].start or 0 for device, index in starts.items()}
+    here = sorted(set(numbers.values()))
+    parts = dict(zip(here, np.split(array, len(here)), strict=True))
+    shape = (len(array) // len(here) * count, *array.shape[1:])
+    shards = [jax.device_put(parts[number], device) for device, number in numbers.items()]
+    return jax.make_array_from_single_device_arrays(shape, where, shards)
 
 
 def find_longest(words: int, where: DeviceOrSharding) -> int:

@@ -19,9 +19,10 @@ from df11_jax.models import _cache, _transformer
 from df11_jax.models._cache import Cache
 from df11_jax.models._config import Config
 from df11_jax.models._devices import find_mesh
+from df11_jax.models._layers import rms_norm
 from df11_jax.models._parallel import cache_specs, on_each_device, on_one_device
 from df11_jax.models._sampling import Sampling, choose
-from df11_jax.models._sharding import shard_config
+from df11_jax.models._sharding import STAGES, shard_config
 from df11_jax.models._transformer import Params
 from df11_jax.models.prompts import cache_length, padded_length
 
@@ -84,7 +85,7 @@ def prefill(
         ValueError: the prompts are longer than the cache.
     """
     if mesh is not None:
-        shard = shard_config(config, mesh.size)
+        shard = shard_config(config, mesh.size, mesh.shape[STAGES])
         run = functools.partial(prefill, length=length, config=shard)
         everywhere = on_each_device(run, mesh, params, (P(),) * 5, _state_specs(config))
         return everywhere(params, prompts, lengths, sampling, keys, stop)
@@ -102,20 +103,17 @@ def prefill(
         # it reads again come out as before.
         return jnp.maximum(seq - (pieces - i) * size, 0)
 
-    def read(i: Array, state: tuple[Array, Cache]) -> tuple[Array, Cache]:
-        _, cache = state
+    def piece(i: Array) -> _transformer.Piece:
         start = begin(i)
         tokens, places = (
             jax.lax.dynamic_slice_in_dim(array, start, size, axis=1)
             for array in (prompts, positions)
         )
-        keep = begin(i + 1) - start
-        x, cache = _transformer.forward(params, tokens, places, start, cache, config, keep)
-        return x[:, -1], cache
+        return tokens, places, start, begin(i + 1) - start
 
-    last = jnp.zeros((batch, config.dim), config.dtype)
     cache = _cache.init_cache(config, batch, length)
-    last, cache = jax.lax.fori_loop(0, pieces, read, (last, cache))
+    x, cache = _transformer.forward_pieces(params, piece, pieces, cache, config)
+    last = rms_norm(x[:, -1], params["norm"], config)
     return _next(params, last, lengths, jnp.int32(seq), cache, sampling, keys, stop, config)
 
 
@@ -149,7 +147,7 @@ def decode(
         The state, and the tokens chosen, `NO_TOKEN` after a row's stop token and after `steps`.
     """
     if mesh is not None:
-        shard = shard_config(config, mesh.size)
+        shard = shard_config(config, mesh.size, mesh.shape[STAGES])
         run, specs = functools.partial(decode, room=room, config=shard), _state_specs(config)
         everywhere = on_each_device(run, mesh, params, (specs, *(P(),) * 4), (specs, P()))
         return everywhere(params, state, steps, sampling, keys, stop)

@@ -1,4 +1,4 @@
-"""Tensor parallelism: which tensors of a transformer are sharded, and along which axis.
+"""Which tensors of a transformer are sharded, and along which axis.
 
 Attention and the delta rule are divided by heads, the MLP and each expert by its hidden units,
 embeddings and output head by groups of rows. If there are fewer key-value heads than devices,
@@ -7,6 +7,10 @@ are added after a sum over the devices, are replicated. A tensor of the blocks t
 becomes a stack [devices * layers, ...] in which the slices of the first device come first. Sharded
 along this axis, it is a stack [layers, ...] on each device, which can decompress the slices by
 itself.
+
+Layers can also be divided into stages, one after the other, each of which has some of the devices:
+a pipeline, with tensor parallelism within each stage. Stacks are the same then, but sharded further:
+each device has the slices of its stage's layers, of what would be replicated, too.
 """
 
 import dataclasses
@@ -21,10 +25,12 @@ from jaxtyping import Shaped
 
 from df11_jax.models import tables
 from df11_jax.models._config import Config
-from df11_jax.models._layer_types import count_stack
+from df11_jax.models._layer_types import count_stack, layer_types
 
-# The name of the axis of a mesh.
-AXIS = "model"
+# The names of the axes of a mesh: stages, and the devices of each.
+STAGES, AXIS = "stage", "model"
+# The order in which a stack is divided, so that it is the same stack for any number of stages.
+ALL_AXES = AXIS, STAGES
 
 # Where `jax.device_put` puts an array; None for the default device.
 DeviceOrSharding: TypeAlias = jax.Device | jax.sharding.Sharding | None
@@ -38,19 +44,24 @@ TABLES = frozenset({"embed_tokens", "lm_head", "embed_tokens_per_layer"})
 _WIDE = frozenset({"A_log", "dt_bias"})
 
 
-def shard_config(config: Config, devices: int) -> Config:
+def shard_config(config: Config, devices: int, stages: int = 1) -> Config:
     """The configuration of the part of a transformer that one of several devices computes.
 
     Args:
         config: the configuration of the whole transformer.
         devices: the number of devices.
+        stages: the number of stages that they are divided into.
 
     Returns:
         The configuration of a shard; for one device, `config` itself.
 
     Raises:
-        ValueError: heads or hidden units cannot be divided by the number of devices.
+        ValueError: layers cannot be divided into as many stages, or heads or hidden units by the
+            number of devices of each.
     """
+    if devices % stages:
+        raise ValueError(f"{devices} devices cannot be divided into {stages} stages")
+    config, devices = _stage_config(config, stages), devices // stages
     if devices == 1:
         return config
     heads, full, rule, experts = config.heads, config.full, config.delta_rule, config.experts
@@ -97,9 +108,39 @@ def shard_config(config: Config, devices: int) -> Config:
     )
 
 
+def _stage_config(config: Config, stages: int) -> Config:
+    """The configuration of one of several stages, which have layers of the same types."""
+    if stages == 1:
+        return config
+
+    def can_divide(stages: int) -> bool:
+        types = layer_types(config)
+        return not config.layers % stages and types == types[: config.layers // stages] * stages
+
+    if config.per_layer or config.shared_layers or not can_divide(stages):
+        possible = [str(n) for n in range(1, config.layers + 1) if can_divide(n)]
+        if config.per_layer or config.shared_layers:
+            possible = ["1"]
+        raise ValueError(
+            f"the {config.layers} layers of a {config.family} transformer cannot be divided into "
+            f"{stages} stages with layers of the same types: expected {' or '.join(possible)}"
+        )
+    layers, rule = config.layers // stages, config.delta_rule
+    return dataclasses.replace(
+        config,
+        layers=layers,
+        sliding=config.sliding[:layers],
+        delta_rule=rule and dataclasses.replace(rule, layers=rule.layers[:layers]),
+        axis=AXIS,
+        stages=stages,
+    )
+
+
 def partition_spec(path: Sequence[str]) -> PartitionSpec:
     """The sharding of the leaf at a path: along its first axis, or replicated."""
-    return PartitionSpec(AXIS) if _is_sharded(path) else PartitionSpec()
+    if _is_sharded(path):
+        return PartitionSpec(ALL_AXES)
+    return PartitionSpec(STAGES) if path[0] == "layers" else PartitionSpec()
 
 
 def is_wide(path: Sequence[str]) -> bool:
@@ -117,13 +158,13 @@ def table_shape(config: Config, devices: int, name: str = "embed_tokens") -> tup
     return -(-groups // devices) * devices, rows, dim
 
 
-def leaf_length(path: Sequence[str], config: Config, devices: int) -> int:
+def leaf_length(path: Sequence[str], config: Config, devices: int, stages: int = 1) -> int:
     """Length of the first axis of the leaf at a path."""
     if path[0] in TABLES:
         return table_shape(config, devices, path[0])[0]
     if path[0] != "layers":
         return config.per_layer.dim if config.per_layer and path[0] != "norm" else config.dim
-    return count_stack(path, config) * (devices if _is_sharded(path) else 1)
+    return count_stack(path, config) * (devices // stages if _is_sharded(path) else 1)
 
 
 def shard_shape(
@@ -135,7 +176,7 @@ def shard_shape(
         shape: the shape of the tensor in a checkpoint, [out, in] or [out].
         path: the path of its leaf.
         config: the configuration of the whole transformer.
-        devices: the number of devices.
+        devices: the number of devices; of each stage, if there are some.
     """
     axis = _axis(path)
     if axis is None:

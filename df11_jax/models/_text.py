@@ -163,6 +163,7 @@ def load(
     progress: bool = False,
     threads: int | None = None,
     devices: Devices | None = None,
+    stages: int = 1,
 ) -> TextModel:
     """Loads a model from a Hugging Face directory.
 
@@ -183,6 +184,8 @@ def load(
         devices: the devices to divide the model over, or their number; None for the default device
             alone, or if there are several processes, for all devices of all of them. Each process
             has to call this, and reads, compresses and holds what its own devices need.
+        stages: the number of stages that layers and devices are divided into, a pipeline; each
+            stage is divided over its devices, which are neighbours in the list of all.
 
     Returns:
         The model, ready to generate.
@@ -206,6 +209,7 @@ def load(
         progress=progress,
         threads=threads,
         devices=devices,
+        stages=stages,
     )
     return TextModel(params, config, tokenizer, stop)
 

@@ -32,7 +32,15 @@ from df11_jax._array import DF11Array
 from df11_jax._product import can_fuse
 from df11_jax._scan import scan_range, stack_length
 from df11_jax._slices import tie
-from df11_jax.models import _attention, _cache, _collectives, _experts, _per_layer, _rope
+from df11_jax.models import (
+    _attention,
+    _cache,
+    _collectives,
+    _experts,
+    _per_layer,
+    _pipeline,
+    _rope,
+)
 from df11_jax.models._attention import softcap
 from df11_jax.models._cache import Cache, Inputs, Slots
 from df11_jax.models._config import Config
@@ -50,6 +58,8 @@ from df11_jax.models._layers import RMSNorm, activate, multiply, rms_norm
 from df11_jax.models._per_layer import PerLayerInputs, TokenInputs
 
 Params = dict[str, Any]
+# Tokens, their positions, the slot of the first of them, and how many of them sliding layers keep.
+Piece = tuple[Int[Array, "batch seq"], Int[Array, "batch seq"], Array | int, Array | int]
 
 
 class Attention(nn.Module):
@@ -194,15 +204,69 @@ def forward(
     Raises:
         ValueError: the parameters do not have as many layers as the configuration says.
     """
+    keep = tokens.shape[1] if keep is None else keep
+    x, cache = forward_pieces(params, lambda _: (tokens, positions, slot, keep), 1, cache, config)
+    return rms_norm(x, params["norm"], config), cache
+
+
+def forward_pieces(
+    params: Params,
+    piece: Callable[[Int[Array, ""]], Piece],
+    count: int,
+    cache: Cache,
+    config: Config,
+) -> tuple[Float[Array, "batch seq dim"], Cache]:
+    """Computes the output of the last block for tokens that come in pieces, one after the other.
+
+    Args:
+        params: parameters from `load_params`; each leaf is plain or compressed.
+        piece: `piece(i)` is a piece: what `forward` wants to know of it. All have the same shapes.
+        count: the number of pieces, static.
+        cache: the cache from `init_cache` or an earlier call.
+        config: the configuration of the transformer.
+
+    Returns:
+        The output for the last piece, which is not normed, and the cache.
+
+    Raises:
+        ValueError: the parameters do not have as many layers as the configuration says.
+    """
+
+    def embed(i: Int[Array, ""]) -> Array:
+        return _embed(params, piece(i)[0], config)
+
+    def run(i: Int[Array, ""], x: Array, cache: Cache) -> tuple[Array, Cache]:
+        return _run_blocks(params, x, *piece(i), cache, config)
+
+    return _pipeline.run_pieces(embed, run, count, cache, config.stages)
+
+
+def _embed(
+    params: Params, tokens: Int[Array, "batch seq"], config: Config
+) -> Float[Array, "batch seq dim"]:
+    """The activations that go into the first block."""
+    x = _collectives.look_up(params["embed_tokens"], tokens, config.axis).astype(config.dtype)
+    if config.embedding_scale != 1:
+        # Rounded, as when the models were trained: 55.5 for the square root of 3072.
+        x = x * jnp.asarray(config.embedding_scale, config.dtype)
+    return x
+
+
+def _run_blocks(
+    params: Params,
+    x: Float[Array, "batch seq dim"],
+    tokens: Int[Array, "batch seq"],
+    positions: Int[Array, "batch seq"],
+    slot: Int[Array, ""] | int,
+    keep: Int[Array, ""] | int,
+    cache: Cache,
+    config: Config,
+) -> tuple[Float[Array, "batch seq dim"], Cache]:
+    """Applies the blocks that are here to the activations of some tokens; see `forward`."""
     c = config
     on_device, in_host_memory = _count_layers(params, c)
     positions, slot = jnp.asarray(positions, jnp.int32), jnp.asarray(slot, jnp.int32)
-    keep = jnp.asarray(tokens.shape[1] if keep is None else keep, jnp.int32)
-    cache, inputs = _cache.take_slots(cache, positions, slot, keep, c)
-    x = _collectives.look_up(params["embed_tokens"], tokens, c.axis).astype(c.dtype)
-    if c.embedding_scale != 1:
-        # Rounded, as when the models were trained: 55.5 for the square root of 3072.
-        x = x * jnp.asarray(c.embedding_scale, c.dtype)
+    cache, inputs = _cache.take_slots(cache, positions, slot, jnp.asarray(keep, jnp.int32), c)
     per_layer = _per_layer.look_up(params, tokens, x, c) if c.per_layer else None
     carry = x, cache
     carry = _scan_layers(params["layers"], carry, inputs, c, range(on_device), per_layer)
@@ -211,7 +275,7 @@ def forward(
         layers = range(on_device, c.layers)
         carry = _scan_layers(params["host_layers"], carry, inputs, c, layers, None, fetch)
     x, cache = carry
-    return rms_norm(x, params["norm"], c), _cache.without_recent(cache)
+    return x, _cache.without_recent(cache)
 
 
 def _count_layers(params: Params, config: Config) -> tuple[int, int]:

@@ -80,6 +80,26 @@ def load_and_compute(path):
     return describe(drawn), describe(saved), compute(drawn, models.read_config(MIXED))
 
 
+class CountingSource(families.NoisySource):
+    """One that says what was read of it."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.names = []
+
+    def read(self, name):
+        self.names.append(name)
+        return super().read(name)
+
+
+def load_stages():
+    """A model in two stages, what there is of it here, and what was read for it."""
+    config = models.read_config(WIDE)
+    source = CountingSource(config)
+    params = models.load_params(source, config, devices=4, stages=2)
+    return describe(params), compute(params, config), source.names
+
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """A folder with models, and what a single process computes with them."""
@@ -130,6 +150,20 @@ def test_four_processes_load_what_one_does(one):
     statement = "[*map(test_processes.describe, test_processes.load_all(path))]"
     for parts, whole in zip(zip(*collect(one, 4, 1, statement), strict=True), one[1], strict=False):
         assert_same_shards(parts, whole)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_stages_of_processes(one, count):
+    whole, expected, names = load_stages()
+    results = collect(one, count, 4 // count, "test_processes.load_stages()")
+    parts, computed, read = zip(*results, strict=True)
+    assert_same_shards(parts, whole)
+    for i, here in enumerate(computed):
+        assert here["tokens"] == expected["tokens"]
+        np.testing.assert_allclose(here["logits"], expected["logits"], atol=1e-5)
+        # Nobody reads the other stage's layer.
+        other = f"layers.{1 - i * 2 // count}."
+        assert read[i] == [name for name in names if other not in name]
 
 
 def test_what_processes_have_to_agree_on(one):
