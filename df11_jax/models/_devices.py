@@ -14,7 +14,6 @@ from df11_jax.models._config import Config
 from df11_jax.models._experts import EXPERTS
 from df11_jax.models._processes import put_shards, spans_processes
 from df11_jax.models._sharding import (
-    ALL_AXES,
     AXIS,
     STAGES,
     DeviceOrSharding,
@@ -150,7 +149,7 @@ def find_mesh(params: Params) -> Mesh | None:
     """
     sharding = getattr(jax.tree.leaves(params["embed_tokens"])[0], "sharding", None)
     mesh: Mesh | None = None
-    if isinstance(sharding, NamedSharding) and sharding.spec[:1] == (ALL_AXES,):
+    if isinstance(sharding, NamedSharding) and any(sharding.spec[:1]):
         assert isinstance(sharding.mesh, Mesh)
         mesh = sharding.mesh
     count, shards = mesh.shape[AXIS] if mesh else 1, _count_shards(params)

@@ -113,7 +113,7 @@ class CompressedLeafBuilder:
             # Otherwise each device would gather and decompress all of it.
             spec = where.spec
             here = jax.shard_map(decompress, mesh=where.mesh, in_specs=spec, out_specs=spec)
-            return jax.jit(here)(array)
+            return jax.jit(here, out_shardings=where)(array)
         return decompress(array)
 
 

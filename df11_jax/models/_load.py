@@ -309,8 +309,8 @@ def _slices(
         count = table_shape(config, target.count, place.path[0])[0] // target.count
         rows = count * tables.ROWS
         for at, number in enumerate(target.parts(place.path)[1]):
-            part = cast(tensor[number * rows : (number + 1) * rows])
-            for start, groups in _groups(part, count):
+            table = cast(tensor[number * rows : (number + 1) * rows])
+            for start, groups in _groups(table, count):
                 yield at * count + start, groups
     elif place.layer is None:
         yield 0, cast(tensor)

@@ -36,13 +36,12 @@ def put_shards(array: Shaped[np.ndarray, "..."], where: DeviceOrSharding) -> Arr
     axes = where.spec[0] if where.spec else ()
     axes = (axes,) if isinstance(axes, str) else axes
     if not axes:
-        here = where.addressable_devices
-        shards = [jax.device_put(array, device) for device in here]
+        shards = [jax.device_put(array, device) for device in where.addressable_devices]
         return jax.make_array_from_single_device_arrays(array.shape, where, shards)
     count = math.prod(where.mesh.shape[axis] for axis in axes)
     # Any length that can be divided tells who has which part.
     starts = where.addressable_devices_indices_map((count,))
-    numbers = {device: index[0].start or 0 for device, index in starts.items()}
+    numbers = {device: index[0].start or 0 for device, index in starts.items() if index}
     here = sorted(set(numbers.values()))
     parts = dict(zip(here, np.split(array, len(here)), strict=True))
     shape = (len(array) // len(here) * count, *array.shape[1:])

@@ -9,8 +9,8 @@ along this axis, it is a stack [layers, ...] on each device, which can decompres
 itself.
 
 Layers can also be divided into stages, one after the other, each of which has some of the devices:
-a pipeline, with tensor parallelism within each stage. Stacks are the same then, but sharded further:
-each device has the slices of its stage's layers, of what would be replicated, too.
+a pipeline, with tensor parallelism within each stage. Stacks are the same then, but sharded
+further: each device has its slices of its stage's layers, of what would be replicated, too.
 """
 
 import dataclasses
