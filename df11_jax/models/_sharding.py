@@ -59,7 +59,7 @@ def shard_config(config: Config, devices: int, stages: int = 1) -> Config:
         ValueError: layers cannot be divided into as many stages, or heads or hidden units by the
             number of devices of each.
     """
-    if devices % stages:
+    if stages < 1 or devices % stages:
         raise ValueError(f"{devices} devices cannot be divided into {stages} stages")
     config, devices = _stage_config(config, stages), devices // stages
     if devices == 1:

@@ -84,6 +84,7 @@ def test_saved_parameters_fit_any_number_of_stages(tmp_path):
     ("change", "devices", "stages", "message"),
     [
         ({}, 4, 3, "4 devices cannot be divided into 3 stages"),
+        ({}, 4, 0, "4 devices cannot be divided into 0 stages"),
         ({"num_hidden_layers": 3}, 2, 2, "the 3 layers .* into 2 stages .*: expected 1 or 3"),
     ],
 )
