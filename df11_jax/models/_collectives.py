@@ -37,10 +37,10 @@ def sum_up(terms: Float[Array, "*batch"], axis: str | None) -> Float[Array, "*ba
 
 
 def look_up(
-    table: Table, tokens: Int[Array, "*batch"], axis: str | None
+    table: Table, tokens: Int[Array, "*batch"], divided: bool
 ) -> BFloat16[Array, "*batch dim"]:
-    """`tables.look_up` in a table whose groups of rows are divided over the devices."""
-    if axis is None:
+    """`tables.look_up` in a table whose groups of rows may be divided over all devices."""
+    if not divided:
         return tables.look_up(table, tokens)
     groups, rows, _ = table.shape
     local = tokens - jax.lax.axis_index(ALL_AXES) * (groups * rows)
@@ -61,10 +61,10 @@ def spread(
 
 
 def project(
-    table: Table, x: Float[Array, "*batch dim"], axis: str | None
+    table: Table, x: Float[Array, "*batch dim"], divided: bool
 ) -> Float[Array, "*batch rows_of_all"]:
-    """`tables.project` with a table whose groups of rows are divided over the devices."""
+    """`tables.project` with a table whose groups of rows may be divided over all devices."""
     logits = tables.project(table, x)
-    if axis is None:
+    if not divided:
         return logits
     return jax.lax.all_gather(logits, ALL_AXES, axis=logits.ndim - 1, tiled=True)

@@ -219,6 +219,11 @@ class Config:
         return bool(self.delta_rule or self.full or self.shared_layers)
 
     @property
+    def is_divided(self) -> bool:
+        """Whether this is the shard that each of several devices computes."""
+        return self.axis is not None
+
+    @property
     def may_fuse(self) -> bool:
         """Whether products with compressed weights may be fused, where `df11_jax.dot` can."""
-        return not self.exact and self.axis is None and self.dtype == jnp.bfloat16
+        return not self.exact and not self.is_divided and self.dtype == jnp.bfloat16

@@ -14,6 +14,7 @@ from df11_jax.models._config import Config
 from df11_jax.models._experts import EXPERTS
 from df11_jax.models._processes import put_shards, spans_processes
 from df11_jax.models._sharding import (
+    ALL_AXES,
     AXIS,
     STAGES,
     DeviceOrSharding,
@@ -114,7 +115,7 @@ def place_params(params: Params, config: Config, devices: Devices, *, stages: in
         config: the configuration of the transformer.
         devices: the devices to put them onto, or their number; if they are those of several
             processes, each process has all of the parameters, and puts its part.
-        stages: the number of stages that they were divided into.
+        stages: the number of stages to divide layers and devices into, whatever it was before.
 
     Returns:
         Parameters for `generate`.
@@ -149,7 +150,7 @@ def find_mesh(params: Params) -> Mesh | None:
     """
     sharding = getattr(jax.tree.leaves(params["embed_tokens"])[0], "sharding", None)
     mesh: Mesh | None = None
-    if isinstance(sharding, NamedSharding) and any(sharding.spec[:1]):
+    if isinstance(sharding, NamedSharding) and sharding.spec[:1] == (ALL_AXES,):
         assert isinstance(sharding.mesh, Mesh)
         mesh = sharding.mesh
     count, shards = mesh.shape[AXIS] if mesh else 1, _count_shards(params)

@@ -53,7 +53,8 @@ def look_up(
     """What the layers get of some tokens, of which the first layer gets `embeddings`."""
     c = config
     assert c.per_layer is not None
-    rows = _collectives.look_up(params["embed_tokens_per_layer"], tokens, c.axis).astype(c.dtype)
+    rows = _collectives.look_up(params["embed_tokens_per_layer"], tokens, c.is_divided)
+    rows = rows.astype(c.dtype)
     rows = rows * jnp.asarray(math.sqrt(c.per_layer.dim), c.dtype)
     rows = rows.reshape(*tokens.shape, c.layers, c.per_layer.dim)
     return PerLayerInputs(embeddings, rows, params["per_layer_projection_norm"])

@@ -39,15 +39,15 @@ def run_pieces(
     Returns:
         What comes out of the last block for the last piece, on all devices, and the cache.
     """
-    first = embed(jnp.int32(0))
+    zero = jnp.int32(0)
     if stages == 1:
-        if count == 1:
-            return run(jnp.int32(0), first, cache)
 
         def step(i: Array, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:
             return run(i, embed(i), carry[1])
 
-        return jax.lax.fori_loop(0, count, step, (jnp.zeros_like(first), cache))
+        shape = jax.eval_shape(embed, zero)
+        carry = jnp.zeros(shape.shape, shape.dtype), cache
+        return jax.lax.fori_loop(0, count, step, carry) if count > 1 else step(zero, carry)
     stage = jax.lax.axis_index(STAGES)
     following = [(i, (i + 1) % stages) for i in range(stages)]
 
@@ -63,6 +63,6 @@ def run_pieces(
             x = jnp.where(begins, embed(jnp.minimum(i + 1, count - 1)), x)
         return x, cache
 
-    x, cache = jax.lax.fori_loop(0, count + stages - 1, work, (first, cache))
+    x, cache = jax.lax.fori_loop(0, count + stages - 1, work, (embed(zero), cache))
     # The last stage has sent it to the first.
     return _collectives.spread(x, stage == 0, STAGES), cache

@@ -4,14 +4,13 @@ All processes load the same leaves in the same order: what they agree on for eac
 after the other.
 """
 
-import math
 import zlib
 from typing import Any, TypeGuard
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Shaped
 
 from df11_jax.models._sharding import DeviceOrSharding
@@ -32,21 +31,7 @@ def put_shards(array: Shaped[np.ndarray, "..."], where: DeviceOrSharding) -> Arr
     """
     if not spans_processes(where):
         return jax.device_put(array, where)
-    assert isinstance(where.mesh, Mesh)
-    axes = where.spec[0] if where.spec else ()
-    axes = (axes,) if isinstance(axes, str) else axes
-    if not axes:
-        shards = [jax.device_put(array, device) for device in where.addressable_devices]
-        return jax.make_array_from_single_device_arrays(array.shape, where, shards)
-    count = math.prod(where.mesh.shape[axis] for axis in axes)
-    # Any length that can be divided tells who has which part.
-    starts = where.addressable_devices_indices_map((count,))
-    numbers = {device: index[0].start or 0 for device, index in starts.items() if index}
-    here = sorted(set(numbers.values()))
-    parts = dict(zip(here, np.split(array, len(here)), strict=True))
-    shape = (len(array) // len(here) * count, *array.shape[1:])
-    shards = [jax.device_put(parts[number], device) for device, number in numbers.items()]
-    return jax.make_array_from_single_device_arrays(shape, where, shards)
+    return jax.make_array_from_process_local_data(where, array)
 
 
 def find_longest(words: int, where: DeviceOrSharding) -> int:

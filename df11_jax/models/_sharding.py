@@ -113,17 +113,15 @@ def _stage_config(config: Config, stages: int) -> Config:
     if stages == 1:
         return config
 
-    def can_divide(stages: int) -> bool:
-        types = layer_types(config)
-        return not config.layers % stages and types == types[: config.layers // stages] * stages
-
-    if config.per_layer or config.shared_layers or not can_divide(stages):
-        possible = [str(n) for n in range(1, config.layers + 1) if can_divide(n)]
-        if config.per_layer or config.shared_layers:
-            possible = ["1"]
+    types = layer_types(config)
+    # Embeddings for layers, and keys of other layers, are those of layers by their numbers.
+    most = 1 if config.per_layer or config.shared_layers else config.layers
+    possible = [n for n in range(1, most + 1) if types[: config.layers // n] * n == types]
+    if stages not in possible:
+        numbers = " or ".join(map(str, possible))
         raise ValueError(
             f"the {config.layers} layers of a {config.family} transformer cannot be divided into "
-            f"{stages} stages with layers of the same types: expected {' or '.join(possible)}"
+            f"{stages} stages with layers of the same types: expected {numbers}"
         )
     layers, rule = config.layers // stages, config.delta_rule
     return dataclasses.replace(

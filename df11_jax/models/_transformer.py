@@ -245,7 +245,8 @@ def _embed(
     params: Params, tokens: Int[Array, "batch seq"], config: Config
 ) -> Float[Array, "batch seq dim"]:
     """The activations that go into the first block."""
-    x = _collectives.look_up(params["embed_tokens"], tokens, config.axis).astype(config.dtype)
+    x = _collectives.look_up(params["embed_tokens"], tokens, config.is_divided)
+    x = x.astype(config.dtype)
     if config.embedding_scale != 1:
         # Rounded, as when the models were trained: 55.5 for the square root of 3072.
         x = x * jnp.asarray(config.embedding_scale, config.dtype)
@@ -392,7 +393,7 @@ def project(
         Logits in float32.
     """
     table = params["embed_tokens"] if config.tied else params["lm_head"]
-    logits = _collectives.project(table, x, config.axis)[..., : config.vocab]
+    logits = _collectives.project(table, x, config.is_divided)[..., : config.vocab]
     return softcap(logits, config.logit_softcap)
 
 

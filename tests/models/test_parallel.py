@@ -146,7 +146,7 @@ def test_negative_zeros_and_nans_of_an_embedding_arrive():
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2])[None], ("stage", "model"))
     divided, whole = _sharding.partition_spec(("embed_tokens",)), jax.sharding.PartitionSpec()
     for stack in (df11_jax.compress(table, stack_axes=1), jnp.asarray(table)):
-        look_up = functools.partial(_collectives.look_up, axis="model")
+        look_up = functools.partial(_collectives.look_up, divided=True)
         specs = {"in_specs": (divided, whole), "out_specs": whole, "check_vma": False}
         rows = jax.shard_map(look_up, mesh=mesh, **specs)
         assert_same_bits(jax.jit(rows)(stack, tokens), table.reshape(-1, 64)[tokens])
