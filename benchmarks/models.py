@@ -1,20 +1,25 @@
-"""How fast does df11_jax.models load a model, and what does it take on host and device?
+"""How fast does df11_jax.models load a model, and what does it take on hosts and devices?
 
     pip install ".[benchmark,models]"
     python benchmarks/models.py loading
+    python benchmarks/models.py hosts
     python benchmarks/models.py memory
 
 Each prints what it measured; nothing is asserted here.
 """
 
+import contextlib
 import json
 import os
 import pathlib
+import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 
 import click
 from known_configs import KNOWN
@@ -39,18 +44,9 @@ def loading(cores: int, threads: int | None, repeats: int) -> None:
     CPU time is told in times of a copy of all weights, to memory that was touched before. With many
     threads, what the thread that reads takes is nearly all that is not shared among them.
     """
-    from safetensors.numpy import save_file
-
-    from df11_jax import models
-
     with tempfile.TemporaryDirectory() as folder:
-        config = models.read_config(LLAMA_3_2_1B)
-        source = models.RandomSource(config)
-        tensors = {name: source.read(name) for name in source.tensors}
-        largest = max(tensor.nbytes for tensor in tensors.values())
         path = pathlib.Path(folder) / "model.safetensors"
-        save_file(tensors, path)
-        del tensors
+        _, largest = _save_model(path)
         for how in ("compress", "unverified", "plain"):
             runs = []
             for _ in range(repeats):
@@ -87,28 +83,19 @@ def load_one(path: pathlib.Path, how: str, cores: int, threads: int) -> None:
     config = models.read_config(LLAMA_3_2_1B)
     source = checkpoints.open_checkpoint(path)
     jax.numpy.zeros(1).block_until_ready()
-    before, peak, done = _anonymous_memory(), [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.01):
-            peak[0] = max(peak[0], _anonymous_memory())
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    start, cpu, reader = time.perf_counter(), os.times(), time.thread_time()
-    params = models.load_params(
-        source, config, compress=how != "plain", verify=how != "unverified", threads=threads
-    )
-    jax.block_until_ready(params)
-    seconds, used = time.perf_counter() - start, os.times()
-    reader = time.thread_time() - reader
-    done.set()
-    watcher.join()
+    with _peak_memory() as peak:
+        start, cpu, reader = time.perf_counter(), os.times(), time.thread_time()
+        params = models.load_params(
+            source, config, compress=how != "plain", verify=how != "unverified", threads=threads
+        )
+        jax.block_until_ready(params)
+        seconds, used = time.perf_counter() - start, os.times()
+        reader = time.thread_time() - reader
     report = size_report(params)
     figures = {
         "rate": report.nbytes_before / seconds,
         "nbytes": report.nbytes,
-        "peak": peak[0] - before,
+        "peak": peak[0],
         "user": used.user - cpu.user,
         "sys": used.system - cpu.system,
         "reader": reader,
@@ -128,6 +115,83 @@ def _copy_seconds(nbytes: int) -> float:
     for _ in range(4):
         np.copyto(target, source)
     return (time.thread_time() - start) * nbytes / (4 * part)
+
+
+@commands.command()
+@click.option("--devices", default=4, show_default=True, help="Of all processes.")
+def hosts(devices: int) -> None:
+    """Bytes that each of several processes reads, and memory of its host.
+
+    With random weights of Llama-3.2-1B's shapes. Each process has a file of its own, as each host
+    may have, of which the operating system has nothing in memory.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "0.safetensors"
+        total, largest = _save_model(path)
+        print(f"model: {total / GIGA:.2f} GB, largest tensor: {largest / GIGA:.2f} GB")
+        for count, stages in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)):
+            with socket.socket() as free:
+                free.bind(("localhost", 0))
+                port = free.getsockname()[1]
+            processes = []
+            for index in range(count):
+                own = path.with_stem(str(index))
+                if not own.exists():
+                    shutil.copyfile(path, own)
+                numbers = (port, count, index, devices // count, stages)
+                command = [sys.executable, __file__, "load-part", str(own), *map(str, numbers)]
+                processes.append(subprocess.Popen(command, stdout=subprocess.PIPE))
+            for index, process in enumerate(processes):
+                part = json.loads(process.communicate()[0].splitlines()[-1])  # gloo prints, too
+                print(
+                    f"{devices} devices, {stages} stages, process {index} of {count}: reads "
+                    f"{part['read'] / total:.0%}, has {part['nbytes'] / GIGA:.2f} GB, on the way "
+                    f"at most {(part['peak'] - part['nbytes']) / GIGA:.2f} GB more"
+                )
+
+
+@commands.command(hidden=True)
+@click.argument("path", type=click.Path(path_type=pathlib.Path))
+@click.argument("port", type=int)
+@click.argument("count", type=int)
+@click.argument("index", type=int)
+@click.argument("devices", type=int)
+@click.argument("stages", type=int)
+def load_part(
+    path: pathlib.Path, port: int, count: int, index: int, devices: int, stages: int
+) -> None:
+    """One process of `hosts`."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_NUM_CPU_DEVICES"] = str(devices)
+    import jax
+
+    from df11_jax import checkpoints, models
+
+    jax.distributed.initialize(f"localhost:{port}", count, index)
+    jax.local_devices()
+    config = models.read_config(LLAMA_3_2_1B)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    source, read = checkpoints.open_checkpoint(path), _bytes_read()
+    with _peak_memory() as peak:
+        params = models.load_params(source, config, devices=jax.devices(), stages=stages)
+        jax.block_until_ready(params)
+    here = (x.addressable_shards for x in jax.tree.leaves(params))
+    nbytes = sum(shard.data.nbytes for shards in here for shard in shards)
+    print(json.dumps({"read": _bytes_read() - read, "nbytes": nbytes, "peak": peak[0]}))
+
+
+def _save_model(path: pathlib.Path) -> tuple[int, int]:
+    """Saves a model; returns the bytes of all tensors, and of the largest."""
+    from safetensors.numpy import save_file
+
+    from df11_jax import models
+
+    source = models.RandomSource(models.read_config(LLAMA_3_2_1B))
+    save_file({name: source.read(name) for name in source.tensors}, path)
+    sizes = [info.nbytes for info in source.tensors.values()]
+    return sum(sizes), max(sizes)
 
 
 @commands.command()
@@ -156,6 +220,30 @@ def memory(batch: int, length: int) -> None:
         print(
             f"{'compressed' if compress else 'plain':10}  peak {sizes.peak / GIGA:.3f} GB: {parts}"
         )
+
+
+@contextlib.contextmanager
+def _peak_memory() -> Iterator[list[int]]:
+    """Watches memory; afterwards, the list has the most that there was more than at the start."""
+    before, peak, done = _anonymous_memory(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            peak[0] = max(peak[0], _anonymous_memory() - before)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _bytes_read() -> int:
+    """Bytes that this process had the system read from disks."""
+    with open("/proc/self/io") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("read_bytes"))
 
 
 def _anonymous_memory() -> int:
