@@ -54,6 +54,7 @@ def param_shapes(
     compress: bool,
     sharding: jax.sharding.Sharding | None = None,
     devices: Sequence[jax.Device] = (),
+    stages: int = 1,
 ) -> Params:
     """Shapes of what `load_params` returns, with exponents as normal weights have them.
 
@@ -62,9 +63,10 @@ def param_shapes(
         compress: False for plain parameters.
         sharding: the sharding of all leaves, if there are not several devices.
         devices: the devices that they are divided over, if there are several.
+        stages: the number of stages that these are divided into.
     """
-    target = ParamDevices(config, devices or None)
-    shard = _sharding.shard_config(config, target.count)
+    target = ParamDevices(config, devices or None, stages)
+    shard = _sharding.shard_config(config, target.count // stages)
 
     def leaf(path, shape):
         def array(shape, dtype):
@@ -78,7 +80,7 @@ def param_shapes(
 
     def stack(keys, x):
         path = ("layers", *(key.key for key in keys))
-        return leaf(path, (_sharding.leaf_length(path, config, target.count), *x.shape))
+        return leaf(path, (_sharding.leaf_length(path, config, target.count, stages), *x.shape))
 
     def table(name):
         return leaf((name,), _sharding.table_shape(config, target.count, name))

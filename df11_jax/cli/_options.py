@@ -40,6 +40,17 @@ def devices_option(**attributes: Any) -> Decorator:
     )
 
 
+def stages_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--stages`."""
+    return click.option(
+        "--stages",
+        type=COUNT,
+        default=1,
+        show_default=True,
+        help="Number of stages that layers and devices are divided into, such as one a host.",
+    )(command)
+
+
 def memory_option(otherwise: str) -> Decorator:
     """`--memory`, in bytes.
 

@@ -17,6 +17,7 @@ from df11_jax.cli._options import (
     examples,
     json_option,
     memory_option,
+    stages_option,
 )
 from df11_jax.cli._output import make_table, open_console, print_json
 from df11_jax.cli._require import require
@@ -42,9 +43,16 @@ if TYPE_CHECKING:  # it needs Flax
 )
 @click.option("--batch", type=COUNT, default=1, show_default=True, help="Number of sequences.")
 @devices_option(default=1, show_default=True)
+@stages_option
 @json_option
 def fit(
-    model: Path, memory: int | None, context: int | None, batch: int, devices: int, as_json: bool
+    model: Path,
+    memory: int | None,
+    context: int | None,
+    batch: int,
+    devices: int,
+    stages: int,
+    as_json: bool,
 ) -> None:
     """Say whether a model fits in memory, plain and compressed, without its weights or a GPU.
 
@@ -63,7 +71,9 @@ def fit(
 
     weights = read_model(model)
     budget = read_budget(memory)
-    answer = fit_model(weights, budget, batch=batch, context=context, devices=devices)
+    answer = fit_model(
+        weights, budget, batch=batch, context=context, devices=devices, stages=stages
+    )
     if as_json:
         print_json(answer.as_json())
     else:
@@ -120,7 +130,8 @@ def _notes(answer: "Fit") -> list[str]:
             if model.config
             else "divided evenly"
         )
-        notes.append(f"For each of {answer.devices} devices, with the model {divided}.")
+        stages = f" in {answer.stages} stages" if answer.stages > 1 else ""
+        notes.append(f"For each of {answer.devices} devices{stages}, with the model {divided}.")
     return notes
 
 

@@ -20,6 +20,7 @@ from df11_jax.cli._options import (
     examples,
     prompt_option,
     seed_option,
+    stages_option,
 )
 from df11_jax.cli._output import show_progress
 from df11_jax.cli._processes import join_processes, processes_options
@@ -76,13 +77,7 @@ def _hub_directory(context: click.Context, argument: click.Parameter, path: Path
 )
 @click.option("--cast", is_flag=True, help="Round float32 and float16 weights to bfloat16.")
 @devices_option(show_default="1, or all of several processes")
-@click.option(
-    "--stages",
-    type=COUNT,
-    default=1,
-    show_default=True,
-    help="Number of stages that layers and devices are divided into, such as one for each host.",
-)
+@stages_option
 @processes_options
 def generate(
     model: Path,

@@ -79,7 +79,13 @@ class Temporary(NamedTuple):
 
 
 def estimate_memory(
-    config: Config, *, batch: int, context: int, compress: bool = True, devices: int = 1
+    config: Config,
+    *,
+    batch: int,
+    context: int,
+    compress: bool = True,
+    devices: int = 1,
+    stages: int = 1,
 ) -> Memory:
     """Estimates the result of `measure_memory`, without compiling anything.
 
@@ -94,6 +100,7 @@ def estimate_memory(
         context: the number of tokens of each sequence in the cache, read or generated.
         compress: False for plain weights.
         devices: the number of devices that the model is divided over.
+        stages: the number of stages that layers and devices are divided into.
 
     Returns:
         Bytes on each device.
@@ -102,33 +109,38 @@ def estimate_memory(
         ValueError: the context is longer than the model allows, a number is less than 1, or the
             model cannot be divided among the devices.
     """
-    check_sizes(config, batch, context, devices)
-    weights = estimate_weights(config, devices)
+    check_sizes(config, batch, context, devices, stages)
+    weights = estimate_weights(config, devices, stages)
+    divided = {"devices": devices, "stages": stages}
     return Memory(
         weights=weights.compressed if compress else weights.plain,
         plain_weights=weights.plain,
-        cache=cache_nbytes(config, batch, context, devices),
-        prefill=estimate_temporary(config, batch, context, devices=devices).nbytes,
-        decode=estimate_temporary(config, batch, context, prompt=1, devices=devices).nbytes,
+        cache=cache_nbytes(config, batch, context, **divided),
+        prefill=estimate_temporary(config, batch, context, **divided).nbytes,
+        decode=estimate_temporary(config, batch, context, prompt=1, **divided).nbytes,
     )
 
 
-def check_sizes(config: Config, batch: int, context: int, devices: int = 1) -> None:
+def check_sizes(
+    config: Config, batch: int, context: int, devices: int = 1, stages: int = 1
+) -> None:
     """Raises ValueError if the model cannot run with these sizes."""
-    for name, value in (("batch", batch), ("context", context), ("devices", devices)):
+    sizes = {"batch": batch, "context": context, "devices": devices, "stages": stages}
+    for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1")
     if context > config.max_length:
         raise ValueError(
             f"context is {context}, but the model was made for {config.max_length} positions"
         )
-    shard_config(config, devices)
+    shard_config(config, devices, stages)
 
 
 @functools.lru_cache(maxsize=8)
-def estimate_weights(config: Config, devices: int = 1) -> WeightBytes:
+def estimate_weights(config: Config, devices: int = 1, stages: int = 1) -> WeightBytes:
     """The bytes on each device of the parameters that `load_params` returns."""
-    leaves, tables_ = _leaves(shard_config(config, devices)), _table_shards(config, devices)
+    leaves = _leaves(shard_config(config, devices, stages))
+    tables_ = _table_shards(config, devices)
     return sum_weights(
         [_plain_bytes(2 * size) for size in _vectors(config)]
         + [
@@ -164,22 +176,31 @@ def count_parameters(config: Config) -> int:
     return in_layers + sum(_vectors(config)) + in_tables
 
 
-def shard_weights(config: Config, weights: WeightBytes, devices: int) -> WeightBytes:
+def shard_weights(
+    config: Config, weights: WeightBytes, devices: int, stages: int = 1
+) -> WeightBytes:
     """The bytes on each device of known weights, in proportion to the estimated plain weights."""
-    shard, whole = estimate_weights(config, devices).plain, estimate_weights(config).plain
+    shard, whole = estimate_weights(config, devices, stages).plain, estimate_weights(config).plain
     return WeightBytes(*(-(-nbytes * shard // whole) for nbytes in weights))
 
 
-def cache_nbytes(config: Config, batch: int, context: int, devices: int = 1) -> int:
+def cache_nbytes(
+    config: Config, batch: int, context: int, devices: int = 1, stages: int = 1
+) -> int:
     """Bytes of keys, values and positions on each device."""
-    shard, slots = shard_config(config, devices), cache_length(context, 1)
+    shard, slots = shard_config(config, devices, stages), cache_length(context, 1)
     return _cache.count_bytes(
         jax.eval_shape(functools.partial(_cache.init_cache, shard, batch, slots))
     )
 
 
 def estimate_temporary(
-    config: Config, batch: int, context: int, prompt: int | None = None, devices: int = 1
+    config: Config,
+    batch: int,
+    context: int,
+    prompt: int | None = None,
+    devices: int = 1,
+    stages: int = 1,
 ) -> Temporary:
     """The memory of a program beside weights and cache, as XLA plans it for a GPU.
 
@@ -190,8 +211,9 @@ def estimate_temporary(
         prompt: the most tokens of a sequence that are read at once; None for as many as `prefill`
             reads.
         devices: the number of devices that the model is divided over.
+        stages: the number of stages that layers and devices are divided into.
     """
-    c, width = shard_config(config, devices), np.dtype(config.dtype).itemsize
+    c, width = shard_config(config, devices, stages), np.dtype(config.dtype).itemsize
     slots = cache_length(context, 1)
     seq = min(slots if prompt is None else prompt, max(1, _programs.PIECE_TOKENS // batch))
     in_blocks = [

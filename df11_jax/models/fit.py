@@ -102,6 +102,7 @@ class Fit:
         model: the model that was asked about.
         budget: the memory of each device.
         devices: the number of devices.
+        stages: the number of stages that layers and devices are divided into.
         batch, context: the sizes that were asked for.
         temporary: the parts of temporary memory; None if only the weights are known.
         plain, compressed: the needs of each device.
@@ -110,6 +111,7 @@ class Fit:
     model: Model
     budget: Budget
     devices: int
+    stages: int
     batch: int
     context: int
     temporary: estimate.Temporary | None
@@ -131,6 +133,7 @@ class Fit:
             **self.budget._asdict(),
             "usable": self.budget.usable,
             "devices": self.devices,
+            "stages": self.stages,
             "batch": self.batch,
             "context": self.context,
             "temporary": self.temporary._asdict() if self.temporary else None,
@@ -140,7 +143,13 @@ class Fit:
 
 
 def fit(
-    model: Model, budget: Budget, *, batch: int = 1, context: int | None = None, devices: int = 1
+    model: Model,
+    budget: Budget,
+    *,
+    batch: int = 1,
+    context: int | None = None,
+    devices: int = 1,
+    stages: int = 1,
 ) -> Fit:
     """Finds out whether a model fits.
 
@@ -151,37 +160,42 @@ def fit(
         context: the number of tokens of each; None for 8,192, or as many as the model allows.
         devices: the number of devices that the model is divided over. The weights of a model that
             `df11_jax.models` cannot run are divided evenly.
+        stages: the number of stages that layers and devices are divided into.
 
     Raises:
         ValueError: the model does not allow such a context, or cannot be divided among as many
-            devices; or a number is less than 1.
+            devices and stages; or a number is less than 1.
     """
     config = model.config
     if context is None:
         context = min(8192, config.max_length) if config else 8192
     if config:
-        estimate.check_sizes(config, batch, context, devices)
-    temporary = (
-        estimate.estimate_temporary(config, batch, context, devices=devices) if config else None
-    )
+        estimate.check_sizes(config, batch, context, devices, stages)
+    divided = {"devices": devices, "stages": stages}
+    temporary = estimate.estimate_temporary(config, batch, context, **divided) if config else None
     needs = [
-        _need(model, budget, batch, context, devices, compressed) for compressed in (False, True)
+        _need(model, budget, batch, context, divided, compressed) for compressed in (False, True)
     ]
-    return Fit(model, budget, devices, batch, context, temporary, *needs)
+    return Fit(model, budget, devices, stages, batch, context, temporary, *needs)
 
 
 def _need(
-    model: Model, budget: Budget, batch: int, context: int, devices: int, compressed: bool
+    model: Model,
+    budget: Budget,
+    batch: int,
+    context: int,
+    divided: Mapping[str, int],
+    compressed: bool,
 ) -> Need:
-    config, w = model.config, _shard_weights(model, devices)
+    config, w = model.config, _shard_weights(model, **divided)
     least, expected, most = (w.least, w.compressed, w.most) if compressed else (w.plain,) * 3
 
     def beside(batch: int, context: int) -> tuple[int, int]:
         """Cache and temporary memory."""
         if config is None:
             return 0, 0
-        cache = estimate.cache_nbytes(config, batch, context, devices)
-        return cache, estimate.estimate_temporary(config, batch, context, devices=devices).nbytes
+        cache = estimate.cache_nbytes(config, batch, context, **divided)
+        return cache, estimate.estimate_temporary(config, batch, context, **divided).nbytes
 
     def fits(batch: int, context: int) -> bool:
         return expected + sum(beside(batch, context)) <= budget.usable
@@ -203,10 +217,10 @@ def _need(
     )
 
 
-def _shard_weights(model: Model, devices: int) -> estimate.WeightBytes:
+def _shard_weights(model: Model, devices: int, stages: int) -> estimate.WeightBytes:
     if model.config is None:
         return estimate.WeightBytes(*(-(-nbytes // devices) for nbytes in model.weights))
-    return estimate.shard_weights(model.config, model.weights, devices)
+    return estimate.shard_weights(model.config, model.weights, devices, stages)
 
 
 def longest_context(config: Config, fits: Callable[[int], bool]) -> int:

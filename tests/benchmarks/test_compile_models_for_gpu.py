@@ -2,6 +2,9 @@
 
 import pytest
 from gpu_compiler import needs_gpu_compiler, run_script
+from known_configs import KNOWN
+
+from df11_jax import models
 
 pytestmark = needs_gpu_compiler
 
@@ -82,13 +85,28 @@ def test_devices_exchange_activations_and_no_weights(pairs):
             if program["devices"] == 1:
                 assert program["moved"] == []
             else:
-                # Sums after attention and MLP, embeddings, and logits.
-                dim = 8192 if program["model"] == "Llama-3.1-70B" else 4096
+                # Sums after attention and MLP, embeddings, and logits; what goes from stage to
+                # stage, and what comes out of the last.
+                dim = models.read_config(KNOWN[program["model"]]).dim
                 vocab = -(-128_256 // (128 * program["devices"])) * 128 * program["devices"]
                 batch = program["batch"]
                 logits = f"{batch},{vocab}" if batch > 1 else str(vocab)
                 sums = [f"f32[{batch},1,{dim}]", f"u32[{batch},1,{dim}]"]
-                assert program["moved"] == sorted([f"f32[{logits}]", *sums])
+                passed = [f"bf16[{batch},1,{dim}]"] if program["stages"] > 1 else []
+                assert program["moved"] == sorted([f"f32[{logits}]", *sums, *passed])
+
+
+def test_stages_keep_sums_of_blocks_within_hosts(pairs):
+    sent = {
+        (program["devices"], program["stages"]): program["sent"]
+        for pair in pairs
+        for program in pair
+        if program["model"] == "Llama-3.1-405B"
+    }
+    # Two sums for each of 126 blocks, in float32, and much less besides.
+    sums = 2 * 126 * 4 * 16_384
+    assert 2 * 7 / 8 * sums < sent[8, 1] < 2 * sums
+    assert sent[8, 2] < sums / 10
 
 
 def test_matrix_products_are_the_same_as_with_plain_weights(pairs):

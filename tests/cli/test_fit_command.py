@@ -106,6 +106,8 @@ def test_devices(tmp_path):
     # Half of them, and all norms.
     norms = 2 * (2 * 80 + 1) * 8192
     assert each["plain"]["weights"] == (2 * 70_553_706_496 + norms) // 2
+    output = run(path, "--memory", "80GiB", "--devices", 4, "--stages", 2)
+    assert "each of 4 devices in 2 stages" in output
     output = run(path, "--memory", "80GiB", "--devices", 3, status=WRONG)
     assert "cannot be divided among 3 devices: expected 1 or 2 or 4 or 8" in output
 

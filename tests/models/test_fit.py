@@ -198,6 +198,23 @@ def test_totals_of_several_devices_are_those_of_xlas_plans(
     assert plan <= memory.peak <= 1.02 * plan
 
 
+# With stages.
+PLANS_OF_STAGES = [
+    ("Llama-3.1-405B", 8, 2, 1671),
+    ("Llama-3.1-70B", 4, 2, 911),
+    ("Llama-3.1-70B", 8, 2, 515),
+]
+
+
+@pytest.mark.parametrize(("name", "devices", "stages", "megabytes"), PLANS_OF_STAGES)
+def test_totals_with_stages_are_those_of_xlas_plans(name, devices, stages, megabytes):
+    config = models.read_config(KNOWN[name])
+    divided = {"devices": devices, "stages": stages}
+    memory = models.estimate_memory(config, batch=1, context=2048, **divided)
+    plan = memory.weights + memory.cache + 1e6 * megabytes
+    assert plan <= memory.peak <= 1.02 * plan
+
+
 @pytest.mark.parametrize(("name", "devices"), [("Llama-3.1-70B", 8), ("gemma-3-27b", 4)])
 def test_weights_and_cache_of_each_device_are_those_of_the_shapes(name, devices):
     config = models.read_config(KNOWN[name])
@@ -240,6 +257,9 @@ def test_largest_that_fits():
         ({"context": 0}, "context is 0"),
         ({"devices": 0}, "devices is 0"),
         ({"devices": 3}, "8 key-value heads .* among 3 devices: expected 1 or 2 or 4 or 8"),
+        ({"stages": 0}, "stages is 0"),
+        ({"devices": 3, "stages": 2}, "3 devices cannot be divided into 2 stages"),
+        ({"devices": 3, "stages": 3}, "32 layers .* into 3 stages"),
         ({"context": 131_073}, "made for 131072 positions"),
     ],
 )
