@@ -23,10 +23,10 @@ import jax
 import orbax.checkpoint as ocp
 import with_tunix as tunix_models
 from flax import nnx
+from tunix.sft.checkpoint_manager import CheckpointManager
 
 import df11_jax.nnx
-import df11_jax.orbax  # noqa: F401  # from now on, v1 has a handler for compressed weights
-from tunix.sft.checkpoint_manager import CheckpointManager
+import df11_jax.orbax  # from now on, v1 has a handler for compressed weights
 
 
 def make(seed, spread):
