@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from df11_jax import _host_codec, _layout
@@ -130,6 +131,51 @@ class NativeCheckpoint(FolderSource):
             _host_codec.verify(payload, layout, self._where(name))
         arrays = [jnp.asarray(to_device(array)) for array in payload]
         return DF11Array.from_payload(arrays, layout)
+
+    def layout(self, name: str) -> Layout | None:
+        """The layout of the slices of a leaf; None if it is stored plain."""
+        return self._layouts.get(name)
+
+    def view(self, name: str) -> DF11Array | np.ndarray:
+        """One leaf as it is stored, in arrays of the mapped files."""
+        if name not in self._layouts:
+            return self._array(name)
+        return DF11Array.from_payload(self._payload(name, verify=False), self._layouts[name])
+
+    def load_shards(
+        self, name: str, where: NamedSharding, *, verify: bool = True
+    ) -> DF11Array | Array:
+        """One leaf as it is stored, of which each device gets its shard.
+
+        Args:
+            name: the path of the leaf.
+            where: its sharding, along axes of the stack if it is compressed.
+            verify: whether to check the chunks of a compressed leaf, too: those that this process
+                reads, so that it does not touch the others. That they are those that were saved,
+                only their digest tells, which is checked if all devices are of this process.
+
+        Raises:
+            ValueError: the leaf is corrupt.
+        """
+        layout = self._layouts.get(name)
+        if layout is None:
+            parts = [self._array(name)]
+        else:
+            parts = self._payload(name, verify=verify and where.is_fully_addressable)
+        shards = []
+        for device, index in where.addressable_devices_indices_map(parts[0].shape).items():
+            assert index is not None, "these are its devices"
+            at = index if layout is None else index[:-1]  # arrays have words of different numbers
+            # Copies: on a CPU, jax might take the mapped file for the array's memory.
+            shard = [np.array(part[at]) for part in parts]
+            if layout is not None and verify:
+                _host_codec.verify(shard, layout, f"{self._where(name)}: the shard of {device}")
+            shards.append([jax.device_put(part, device) for part in shard])
+        arrays = [
+            jax.make_array_from_single_device_arrays(part.shape, where, list(pieces))
+            for part, pieces in zip(parts, zip(*shards, strict=True), strict=True)
+        ]
+        return arrays[0] if layout is None else DF11Array.from_payload(arrays, layout)
 
     def arrangement(self) -> Arrangement:
         """The files of the tensors, with the strings that they had before compression."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from df11_jax._array import DF11Array
@@ -14,6 +15,7 @@ from df11_jax._files.folder import CONFIG
 from df11_jax._files.safetensors import DTYPE_NAMES
 from df11_jax._files.source import TensorInfo, changed_files, source_changed
 from df11_jax._host_codec import decode
+from df11_jax._layout import Layout
 from df11_jax.checkpoints._native_format import to_device
 from df11_jax.orbax.items import LeafReader, StoredLeaf
 
@@ -51,6 +53,20 @@ class OrbaxCheckpoint:
     def load(self, name: str, *, verify: bool = True) -> DF11Array | Array | np.ndarray:
         """One leaf as it is stored, on the default device; always verified."""
         return jax.tree.map(to_device, self._reader.read(name))
+
+    def layout(self, name: str) -> Layout | None:
+        """The layout of the slices of a leaf; None if it is stored plain."""
+        return self._reader.leaves[name].layout
+
+    def view(self, name: str) -> DF11Array | np.ndarray:
+        """One leaf as it is stored, which is read as a whole; always verified."""
+        return jax.tree.map(np.asarray, self._reader.read(name))
+
+    def load_shards(
+        self, name: str, where: NamedSharding, *, verify: bool = True
+    ) -> DF11Array | Array:
+        """One leaf as it is stored, of which each process reads its shards; always verified."""
+        return self._reader.read_onto(name, where)
 
     def model_config(self) -> dict[str, Any]:
         """The content of the model's config.json, if somebody has put one into the folder."""

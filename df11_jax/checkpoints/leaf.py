@@ -4,12 +4,14 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._compress import compress_leaf
 from df11_jax._files.source import Source, TensorSource
 from df11_jax._host_arrays import cpu_device
+from df11_jax._layout import Layout
 from df11_jax._placement import place
 from df11_jax._select import Selection
 from df11_jax.checkpoints._native_format import to_device
@@ -25,6 +27,36 @@ class LeafSource(Protocol):
         Args:
             name: the name of the leaf.
             verify: whether to check all of it, other than what it takes to read it.
+
+        Raises:
+            ValueError: the leaf is corrupt.
+        """
+
+    def layout(self, name: str) -> Layout | None:
+        """The layout of the slices of a leaf; None if it is stored plain."""
+
+    def view(self, name: str) -> DF11Array | np.ndarray:
+        """One leaf as it is stored, in arrays on the host that are not to be written to.
+
+        They may be those of mapped files, of which no more is read than is touched. What is damaged
+        is found when it is decoded.
+
+        Raises:
+            ValueError: the leaf is corrupt.
+        """
+
+    def load_shards(
+        self, name: str, where: NamedSharding, *, verify: bool = True
+    ) -> DF11Array | Array:
+        """One leaf as it is stored, on several devices, each of which gets its shard only.
+
+        If these are those of several processes, each has to call this for the same leaves in the
+        same order.
+
+        Args:
+            name: the name of the leaf.
+            where: its sharding, along axes of the stack if it is compressed.
+            verify: see `load`.
 
         Raises:
             ValueError: the leaf is corrupt.

@@ -79,6 +79,29 @@ def read_leaf(stored: StoredItem, leaf: StoredLeaf) -> Any:
     return values[0]
 
 
+def read_leaf_onto(stored: StoredItem, leaf: StoredLeaf, where: NamedSharding) -> Any:
+    """Reads one leaf onto devices, in the form in which it is stored, and verifies it.
+
+    Args:
+        stored: the checkpoint.
+        leaf: one of its leaves.
+        where: the sharding of each of its arrays; if it is over several processes, each of them
+            reads its shards, and all have to call this.
+
+    Raises:
+        ValueError: its checksum is wrong, or it is not what the manifest says.
+    """
+    shapes = [
+        jax.ShapeDtypeStruct(array.shape, dtype_of(array.dtype), sharding=where)
+        for array in leaf.parts
+    ]
+    target = _leaf_arrays.join(shapes, leaf) if leaf.is_compressed else shapes[0]
+    plan = LeafPlan(leaf, target, Conversion.NONE)
+    values = _read(stored, [plan])
+    _verify(stored, [plan], values)
+    return _convert_and_place(plan, values[0], Selection(), {})
+
+
 def _read(stored: StoredItem, batch: Sequence[LeafPlan]) -> list[Any]:
     """Reads leaves in the form in which they are stored, onto the host if that is possible."""
     wanted: dict[Keys, ocp.RestoreArgs] = {}

@@ -5,6 +5,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
 from df11_jax._files.file_stats import file_stats
@@ -18,7 +19,7 @@ __all__ = ["LeafReader", "StoredLeaf", "save_item"]
 
 
 class LeafReader:
-    """A stored item that this process reads alone, leaf by leaf.
+    """A stored item that is read leaf by leaf.
 
     Attributes:
         leaves: the descriptions of all leaves by path.
@@ -46,12 +47,26 @@ class LeafReader:
             self.leaves[leaf.path] = leaf
 
     def read(self, path: str) -> Any:
-        """One leaf in the form in which it is stored, verified, on the host.
+        """One leaf in the form in which it is stored, verified, on the host of this process alone.
 
         Raises:
             ValueError: its checksum is wrong, or it is not what the manifest says.
         """
         return _restore.read_leaf(self._item, self.leaves[path])
+
+    def read_onto(self, path: str, where: NamedSharding) -> Any:
+        """One leaf in the form in which it is stored, verified, of which each device has its shard.
+
+        Several processes, if these are their devices, have to call this together.
+
+        Args:
+            path: the path of the leaf.
+            where: the sharding of each of its arrays.
+
+        Raises:
+            ValueError: its checksum is wrong, or it is not what the manifest says.
+        """
+        return _restore.read_leaf_onto(self._item, self.leaves[path], where)
 
     def fingerprint(self) -> dict[str, str]:
         """The size and the time of modification of each file: other ones if any file was changed.
