@@ -173,7 +173,8 @@ def load(
     Args:
         path: the path of a directory with `config.json`, `tokenizer.json` and weights, which are
             plain, native, or published as DFloat11; or the parameters that this function returned,
-            as `checkpoints.save` wrote them.
+            as `checkpoints.save` or Orbax wrote them, for as many devices or for others: see
+            `load_params`.
         compress: False for plain bfloat16 weights.
         exact: decompress a block before it is computed, which gives the bits of plain weights, on
             GPUs that could fuse that with the products as well; see `Config`.
@@ -229,8 +230,7 @@ def read_directory(
         FileNotFoundError: a file is missing.
         ImportError: tokenizers is not installed.
         UnsupportedModelError: another architecture, or a variant that is not implemented.
-        ValueError: a file is damaged, or was replaced while others were opened; or it is no
-            checkpoint of safetensors files.
+        ValueError: a file is damaged, or was replaced while others were opened.
     """
     try:
         import tokenizers
@@ -240,12 +240,7 @@ def read_directory(
         ) from None
 
     source = open_checkpoint(model) if isinstance(model, (str, os.PathLike)) else model
-    if not isinstance(source, FolderSource):
-        raise ValueError(
-            f"{source.path}: is an Orbax checkpoint; expected the directory of a model, with "
-            f"safetensors files, {CONFIG} and tokenizer.json"
-        )
-    folder = source.folder
+    folder = source.folder if isinstance(source, FolderSource) else Folder(source.path)
     if is_adapter(folder):
         base = brief(folder.json(ADAPTER_CONFIG).get("base_model_name_or_path"))
         raise ValueError(
