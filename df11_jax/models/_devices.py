@@ -132,7 +132,7 @@ def place_params(params: Params, config: Config, devices: Devices, *, stages: in
         if leaf.shape[0] != expected:
             raise ValueError(
                 f"{'/'.join(path)}: has {leaf.shape[0]} slices, expected {expected} for "
-                f"{target.count} devices: load_params divides parameters when it loads them"
+                f"{target.count} devices: load_params divides them, also those that were saved"
             )
         return target.put(path, leaf)
 

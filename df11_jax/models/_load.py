@@ -3,22 +3,19 @@
 import collections
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from jaxtyping import BFloat16, Shaped
 
-from df11_jax._array import is_df11
 from df11_jax._bits import first_difference
-from df11_jax._files.safetensors import dtype_name
 from df11_jax._files.source import TensorInfo, TensorSource, unchanged
-from df11_jax._host_arrays import BFLOAT16, cpu_device
+from df11_jax._host_arrays import BFLOAT16
 from df11_jax._host_codec import available_threads
 from df11_jax._progress import ProgressBar
 from df11_jax._select import is_candidate_dtype, is_castable
-from df11_jax.checkpoints.leaf import load_leaf
 from df11_jax.models import tables
 from df11_jax.models._config import Config
 from df11_jax.models._devices import Devices, ParamDevices
@@ -27,21 +24,20 @@ from df11_jax.models._leaf_builders import (
     CompressedLeafBuilder,
     LeafBuilder,
     PlainLeafBuilder,
-    count_stack_axes,
     is_candidate_leaf,
-    slice_layout,
     transpose,
 )
 from df11_jax.models._processes import check_same
-from df11_jax.models._sharding import shard_shape, split_tensor, table_shape
+from df11_jax.models._saved import SavedTensors, find_saved
+from df11_jax.models._sharding import split_tensor, table_shape
 from df11_jax.models._transformer import Params
 from df11_jax.models._weights import (
     Places,
     TensorPlace,
     find_places,
     find_tied_head,
+    leaf_shape,
     left_out_parts,
-    list_places,
     nest,
     split_rows,
     tensor_shape,
@@ -63,11 +59,15 @@ def load_params(
     """Loads the parameters of a transformer.
 
     Tensors are read and compressed one by one, so that beside the result the host needs memory for
-    a few of them only.
+    a few of them only. Parameters that were saved compressed stay as they are where their slices
+    are those of the devices: all of them, if the devices of each stage are as many as before, on
+    however many hosts. Other leaves are decompressed and compressed again, tensor by tensor, about
+    which there is a warning. Of a checkpoint of Orbax, each process then has one compressed leaf
+    after the other in host memory, as a whole.
 
     Args:
         source: the source of the tensors, under Hugging Face's names; or of such parameters, as
-            `checkpoints.save` wrote them.
+            `checkpoints.save` or Orbax wrote them, for as many devices or for others.
         config: the configuration of the transformer.
         compress: False for plain bfloat16 parameters.
         cast: round float32 and float16 tensors to bfloat16, which is not lossless.
@@ -93,38 +93,58 @@ def load_params(
     target = ParamDevices(config, devices, stages)
     same = list(source.tensors.items()), config, compress, cast, stages
     check_same(same, target.of(("embed_tokens",)))
-    if saved := find_saved(source.tensors, config, target.count, stages):
-        return _load_saved(source, saved, target, compress, verify, progress, threads)
+    tensors, fitting = source, []
+    if devices_before := find_saved(source.tensors, config):
+        tensors = saved = SavedTensors(source, config, devices_before, target, compress)
+        places, fitting = saved.places, list(saved.fitting)
+    else:
+        places = _find_places(source, config, cast)
+    total = sum(_nbytes(parts) for parts in places.values())
+    total += sum(source.tensors[name].nbytes for name in fitting)
+    params: dict[tuple[str, ...], Any] = {}
+    with unchanged(source), ProgressBar("load", total, show=progress) as bar:
+        for name in fitting:
+            params[tuple(name.split("/"))] = saved.load(name, verify)
+            bar.update(name, source.tensors[name].nbytes)
+
+        def build(place: TensorPlace) -> LeafBuilder:
+            return _make_builder(place, config, target, compress, verify, threads)
+
+        params |= _load_tensors(tensors, places, config, target, build, bar, threads)
+    return nest(params)
+
+
+def _find_places(source: TensorSource, config: Config, cast: bool) -> dict[str, Places]:
+    """The places of a checkpoint's tensors, each of which is what its place needs."""
     places = find_places(source.tensors, config)
     if parts := left_out_parts(source.tensors):
         warnings.warn(
             f"the checkpoint has parts that text generation does not need, which are left out: "
             f"{', '.join(parts)}",
-            stacklevel=2,
+            stacklevel=3,
         )
     _check_tensors(source, places, config, cast)
+    return places
 
+
+def _load_tensors(
+    source: TensorSource,
+    places: Mapping[str, Places],
+    config: Config,
+    target: ParamDevices,
+    make_builder: Callable[[TensorPlace], LeafBuilder],
+    bar: ProgressBar,
+    threads: int | None,
+) -> dict[tuple[str, ...], Any]:
+    """The leaves that tensors fill, by path."""
     all_places = [place for parts in places.values() for place in parts]
     builders = {
-        place.path: _make_builder(
-            place,
-            _leaf_shape(place, config, target.count, stages),
-            target,
-            compress,
-            verify,
-            threads,
-        )
-        for place in {place.path: place for place in all_places}.values()
+        path: make_builder(place)
+        for path, place in {place.path: place for place in all_places}.items()
     }
-    threads = threads or available_threads()
     to_come = collections.Counter(place.path for place in all_places)
-    total = sum(2 * math.prod(place.shape) for place in all_places)
     params: dict[tuple[str, ...], Any] = {}
-    with (
-        unchanged(source),
-        ProgressBar("load", total, show=progress) as bar,
-        ThreadPoolExecutor(threads) as pool,
-    ):
+    with ThreadPoolExecutor(threads or available_threads()) as pool:
         for name in (name for name in source.tensors if name in places):
             # Layers of other processes' stages are not read.
             if any(_is_here(place, config, target) for place in places[name]):
@@ -135,97 +155,28 @@ def load_params(
                         del slices
                 del tensor, rows
             to_come.subtract(place.path for place in places[name])
-            bar.update(name, 2 * math.prod(source.tensors[name].shape))
+            bar.update(name, _nbytes(places[name]))
             for path in {place.path for place in places[name]}:
                 if not to_come[path]:
                     # At once, so that the memory of a builder is freed before other leaves are
                     # filled.
                     params[path] = builders.pop(path).build(target.of(path))
-    return nest(params)
+    return params
 
 
-def find_saved(
-    tensors: Mapping[str, TensorInfo], config: Config, devices: int, stages: int = 1
-) -> dict[str, TensorPlace]:
-    """The leaves of parameters that were saved as `load_params` had returned them.
-
-    Args:
-        tensors: the tensors of the checkpoint.
-        config: the configuration of the transformer.
-        devices: the number of devices that they are to be divided over.
-        stages: the number of stages that these are divided into.
-
-    Returns:
-        A place in each leaf, by its name; none if these are tensors under Hugging Face's names.
-
-    Raises:
-        ValueError: a leaf is missing, not known, not bfloat16, or of another shape than it should
-            have.
-    """
-    places = {
-        "/".join(place.path): place for parts in list_places(config).values() for place in parts
-    }
-    if "embed_tokens" not in tensors:
-        return {}
-    for name in sorted(places.keys() ^ tensors.keys()):
-        what = "is missing" if name in places else "has no place in the model"
-        raise ValueError(f"{name}: {what} (a {config.family} transformer, by its config.json)")
-    for name, place in places.items():
-        shape, info = _leaf_shape(place, config, devices, stages), tensors[name]
-        if tuple(info.shape) != shape:
-            raise ValueError(
-                f"{name}: expected shape {list(shape)} for {devices} "
-                f"{'devices' if devices > 1 else 'device'}, got {list(info.shape)}. Saved "
-                "parameters stay divided as they are: load them onto as many devices, or load the "
-                "model that they were made of"
-            )
-        if info.numpy_dtype != place.dtype:
-            expected = dtype_name(name, place.dtype)
-            raise ValueError(f"{name}: expected {expected}, got {info.dtype}")
-    return places
-
-
-def _load_saved(
-    source: TensorSource,
-    places: Mapping[str, TensorPlace],
-    target: ParamDevices,
-    compress: bool,
-    verify: bool,
-    progress: bool,
-    threads: int | None,
-) -> Params:
-    """Loads such leaves; those that are stored as they are to be are not decoded."""
-    params: dict[tuple[str, ...], Any] = {}
-    total = sum(info.nbytes for info in source.tensors.values())
-    with unchanged(source), ProgressBar("load", total, show=progress) as bar:
-        for name, info in source.tensors.items():
-            place = places[name]
-            shape = tuple(info.shape)
-            leaf: Any = None
-            if compress and info.stored_nbytes < info.nbytes:
-                # What is to be divided must not come to one device as a whole.
-                first = None if target.of(place.path) is None else cpu_device()
-                leaf = load_leaf(source, name, first, verify=verify)
-            if is_df11(leaf) and leaf.layout == slice_layout(place.path, shape):
-                leaf = leaf if first is None else target.put(place.path, leaf)
-            else:
-                builder = _make_builder(place, shape, target, compress, verify, threads)
-                part = target.part(place.path, source.read(name))
-                builder.put(0, part.reshape(-1, *shape[count_stack_axes(place.path) :]), name)
-                leaf = builder.build(target.of(place.path))
-            params[place.path] = leaf
-            bar.update(name, info.nbytes)
-    return nest(params)
+def _nbytes(places: Places) -> int:
+    return sum(2 * math.prod(place.shape) for place in places)
 
 
 def _make_builder(
     place: TensorPlace,
-    shape: tuple[int, ...],
+    config: Config,
     target: ParamDevices,
     compress: bool,
     verify: bool,
     threads: int | None,
 ) -> LeafBuilder:
+    shape = leaf_shape(place, config, target.count, target.stages)
     part = target.part_shape(place.path, shape)
     if compress and is_candidate_leaf(place.path, shape):
         return CompressedLeafBuilder(place.path, part, verify, threads)
@@ -271,16 +222,6 @@ def _check_tied_head(
         )
 
 
-def _leaf_shape(place: TensorPlace, config: Config, devices: int, stages: int) -> tuple[int, ...]:
-    if place.is_table:
-        return table_shape(config, devices, place.path[0])
-    if place.layer is None:
-        return place.shape
-    shards, shape = shard_shape(place.shape, place.path, config, devices // stages)
-    experts = () if place.expert is None else (config.experts.count,)
-    return (shards * count_stack(place.path, config), *experts, *shape[::-1])
-
-
 def _is_here(place: TensorPlace, config: Config, target: ParamDevices) -> bool:
     """Whether this process has devices of the stage that a tensor belongs to."""
     if place.layer is None:
@@ -298,8 +239,8 @@ def _slices(
 ) -> Iterator[tuple[int, BFloat16[np.ndarray, "slices ..."]]]:
     """The slices of its leaf that a tensor fills on devices of this process, and their places.
 
-    Matrices are contiguous. The axes of kernels and convolutions are reversed. What other processes
-    have is not touched.
+    Rows of matrices are contiguous. The axes of kernels and convolutions are reversed. What other
+    processes have is not touched.
     """
 
     def cast(part: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
@@ -323,7 +264,10 @@ def _slices(
             if stage_of_part != stage:
                 continue
             shard = cast(shards[number])
-            shard = transpose(shard, pool) if place.is_kernel else shard.T
+            # What was saved is the transpose of a kernel already.
+            is_transposed = shard.strides[0] == shard.itemsize
+            is_moved = place.is_kernel and not is_transposed
+            shard = transpose(shard, pool) if is_moved else shard.T
             at = i * layers + layer
             if place.expert is not None:
                 at = at * config.experts.count + place.expert

@@ -16,8 +16,8 @@ from df11_jax.checkpoints.detect import find_quantization
 from df11_jax.models import _transformer
 from df11_jax.models._config import Config
 from df11_jax.models._experts import EXPERTS
-from df11_jax.models._layer_types import LayerType, layer_types
-from df11_jax.models._sharding import TABLES, is_wide
+from df11_jax.models._layer_types import LayerType, count_stack, layer_types
+from df11_jax.models._sharding import TABLES, is_wide, shard_shape, table_shape
 
 # The last part of a parameter's path, and what Hugging Face calls it.
 _LEAVES = {"kernel": "weight", "scale": "weight", "taps": "weight"}
@@ -210,6 +210,26 @@ def _expert_places(block: dict[str, Places], config: Config, fused: bool) -> dic
         for matrix, places in experts.items()
         for place in places
     }
+
+
+def leaf_shape(
+    place: TensorPlace, config: Config, devices: int, stages: int = 1
+) -> tuple[int, ...]:
+    """The shape of the leaf that a tensor belongs to.
+
+    Args:
+        place: the place of the tensor.
+        config: the configuration of the transformer.
+        devices: the number of devices that the leaf is divided for.
+        stages: the number of stages that these are divided into.
+    """
+    if place.is_table:
+        return table_shape(config, devices, place.path[0])
+    if place.layer is None:
+        return place.shape
+    shards, shape = shard_shape(place.shape, place.path, config, devices // stages)
+    experts = () if place.expert is None else (config.experts.count,)
+    return (shards * count_stack(place.path, config), *experts, *shape[::-1])
 
 
 def find_places(names: Iterable[str], config: Config) -> dict[str, Places]:

@@ -19,7 +19,7 @@ from df11_jax.models import estimate
 from df11_jax.models._config import Config
 from df11_jax.models._hf_config import read_config
 from df11_jax.models._hf_fields import UnsupportedModelError
-from df11_jax.models._load import find_saved
+from df11_jax.models._saved import find_saved
 from df11_jax.models._weights import find_places
 from df11_jax.models.budget import Budget
 
@@ -287,12 +287,12 @@ def _read_config_alone(path: Path, fields: Mapping[str, Any]) -> Model:
 def _read_checkpoint(source: Source, where: str) -> Model:
     path = source.path
     config, reason, names = None, f"{path}: has no {CONFIG}", set(source.tensors)
-    saved: Mapping[str, Any] = {}
+    saved = None
     if fields := source.model_config():
         try:
             config = read_config(fields, where)
-            saved = find_saved(source.tensors, config, 1)
-            names = set(saved or find_places(source.tensors, config))
+            saved = find_saved(source.tensors, config)
+            names = set(source.tensors if saved else find_places(source.tensors, config))
             reason = ""
         except ValueError as error:
             config, reason = None, str(error)

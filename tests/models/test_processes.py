@@ -92,12 +92,32 @@ class CountingSource(families.NoisySource):
         return super().read(name)
 
 
-def load_stages():
-    """A model in two stages, what there is of it here, and what was read for it."""
+def save_orbax(params, path):
+    # Here, as it takes the processes of other tests seconds.
+    import orbax.checkpoint as ocp
+
+    from df11_jax.orbax import DF11CheckpointHandler, DF11Save
+
+    with ocp.Checkpointer(DF11CheckpointHandler()) as checkpointer:
+        checkpointer.save(path, args=DF11Save(params))
+
+
+def load_stages(path):
+    """What there is here of a model in two stages, what it computes, and what was read for it.
+
+    It is saved by these processes, and loaded without stages. What computes was saved by one.
+    """
     config = models.read_config(WIDE)
     source = CountingSource(config)
     params = models.load_params(source, config, devices=4, stages=2)
-    return describe(params), compute(params, config), source.names
+    here = f"{path}/stages-{jax.process_count()}"
+    save_orbax(params, here)
+    with pytest.warns(match="^4 of 8 compressed leaves .* saved for 2 devices .* for 4 now"):
+        flat = models.load_params(checkpoints.open_checkpoint(here), config, devices=4)
+    saved = checkpoints.open_checkpoint(path + "/stages-1")
+    again = models.load_params(saved, config, devices=4, stages=2)
+    described = [describe(tree) for tree in (params, again, flat)]
+    return described, compute(again, config), source.names
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +132,12 @@ def one(tmp_path_factory):
     for file in (path / "params").iterdir():
         file.rename(path / "saved" / file.name)
     return path, load_and_compute(str(path))
+
+
+@pytest.fixture(scope="module")
+def staged(one):
+    """What `load_stages` returns in a single process."""
+    return load_stages(str(one[0]))
 
 
 def collect(one, count, devices, statement):
@@ -153,17 +179,24 @@ def test_four_processes_load_what_one_does(one):
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_stages_of_processes(one, count):
-    whole, expected, names = load_stages()
-    results = collect(one, count, 4 // count, "test_processes.load_stages()")
+def test_stages_of_processes(one, staged, count):
+    wholes, expected, names = staged
+    results = collect(one, count, 4 // count, "test_processes.load_stages(path)")
     parts, computed, read = zip(*results, strict=True)
-    assert_same_shards(parts, whole)
+    for part, whole in zip(zip(*parts, strict=True), wholes, strict=True):
+        assert_same_shards(part, whole)
     for i, here in enumerate(computed):
         assert here["tokens"] == expected["tokens"]
         np.testing.assert_allclose(here["logits"], expected["logits"], atol=1e-5)
         # Nobody reads the other stage's layer.
         other = f"layers.{1 - i * 2 // count}."
         assert read[i] == [name for name in names if other not in name]
+    config = models.read_config(WIDE)
+    saved = checkpoints.open_checkpoint(one[0] / f"stages-{count}")
+    assert describe(models.load_params(saved, config, devices=4, stages=2)) == wholes[0]
+    assert wholes[0] == wholes[1]
+    flat = models.load_params(families.NoisySource(config), config, devices=4)
+    assert describe(flat)["digests"] == wholes[2]["digests"]
 
 
 def test_what_processes_have_to_agree_on(one):
