@@ -181,13 +181,13 @@ class SavedTensors:
             if numbers is not None:
                 fitting[name] = numbers
         if divided:
-            devices = target.count // target.stages
+            before, each = self._devices, " of each stage" if target.stages > 1 else ""
             warnings.warn(
                 f"{divided} of {compressed} compressed leaves are decompressed on the host, and "
-                f"compressed again: they were saved for {self._devices} "
-                f"{'devices' if self._devices > 1 else 'device'} of each stage, and are divided "
-                f"for {devices} now. To load them as they are, save what comes of it, or load them "
-                f"onto {self._devices} of each stage",
+                f"compressed again: they were saved for {before} "
+                f"{'devices' if before > 1 else 'device'}, and are divided for "
+                f"{target.count // target.stages} now{each}. To load them as they are, save what "
+                f"comes of it, or load them onto {before}{each}",
                 stacklevel=4,
             )
         return fitting
