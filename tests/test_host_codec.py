@@ -1,6 +1,8 @@
 import dataclasses
 import struct
+import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
@@ -35,6 +37,22 @@ def test_every_bit_pattern():
     layout = make_layout(weights.shape)
     payload = _host_codec.encode(weights, "w", layout)
     assert_same_bits(_host_codec.decode(payload, layout, "w"), weights)
+
+
+def test_several_at_once():
+    """Threads of Python, free ones or not, do not disturb each other."""
+    layout = make_layout((130, 264))
+    start = threading.Barrier(4)
+
+    def come_back(seed):
+        weights = np.asarray(random_weights((130, 264), seed))
+        start.wait()
+        for _ in range(10):
+            payload = _host_codec.encode(weights, "w", layout)
+            assert_same_bits(_host_codec.decode(payload, layout, "w"), weights)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(come_back, range(4)))
 
 
 @pytest.mark.parametrize(

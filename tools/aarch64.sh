@@ -63,6 +63,11 @@ wheel=$(ls "$PWD"/dist/aarch64/*.whl)
 ls -l "$wheel"
 auditwheel show "$wheel"
 
+echo "== the transpose under emulation"
+aarch64-linux-gnu-g++ -static -std=c++17 -O3 -Wall -Wextra -Werror -Ixla_ffi \
+  -o "$work/transpose_test" tests/xla_ffi/native/transpose_test.cc
+qemu-aarch64-static "$work/transpose_test"
+
 echo "== doctor and tests under emulation"
 platforms=(--platform linux_aarch64 --platform manylinux2014_aarch64)
 for minor in $(seq 17 "$glibc"); do platforms+=(--platform "manylinux_2_${minor}_aarch64"); done

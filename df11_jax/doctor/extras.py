@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from importlib import metadata
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 # The use of each extra that a user may want; the others are for work on df11_jax itself.
 GIVES = {
@@ -58,7 +59,7 @@ def required(extra: str | None = None) -> list[Package]:
     Returns:
         The packages, sorted by name; none for an extra that this version does not have.
     """
-    packages = {package.name: package for package in _required(extra)}
+    packages = {package.name: package for package in _required(extra or "", set())}
     return [packages[name] for name in sorted(packages)]
 
 
@@ -70,14 +71,15 @@ def installed_version(name: str) -> str | None:
         return None
 
 
-def _required(extra: str | None) -> Iterator[Package]:
+def _required(extra: str, seen: set[str]) -> Iterator[Package]:
+    seen.add(extra)
     for line in metadata.requires("df11_jax") or []:
         requirement = Requirement(line)
-        if not _applies(requirement, extra or "") or (extra and _applies(requirement, "")):
+        if not _applies(requirement, extra) or (extra and _applies(requirement, "")):
             continue
-        if requirement.extras:  # df11_jax[cli,flax]
-            for other in requirement.extras:
-                yield from _required(other)
+        if canonicalize_name(requirement.name) == "df11-jax":  # df11_jax[cli,flax]
+            for other in requirement.extras - seen:
+                yield from _required(other, seen)
         else:
             yield Package(requirement, installed_version(requirement.name))
 

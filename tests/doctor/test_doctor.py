@@ -78,6 +78,26 @@ def test_extras_are_those_of_the_package():
     assert set(extras.GIVES) <= set(project["optional-dependencies"])
 
 
+def test_extras_that_need_one_another_and_extras_of_others(tmp_path, monkeypatch):
+    metadata = tmp_path / "df11_jax-9.9.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(
+        "Metadata-Version: 2.1\nName: df11_jax\nVersion: 9.9\nRequires-Dist: numpy\n"
+        'Requires-Dist: jax[cuda12]>=0.9.2; extra == "cuda12"\n'
+        'Requires-Dist: DF11-JAX[cuda12, two]; extra == "one"\n'
+        'Requires-Dist: df11.jax[one]; extra == "two"\nRequires-Dist: click; extra == "two"\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    names = {
+        extra: [package.name for package in extras.required(extra)]
+        for extra in (None, "cuda12", "one", "two", "three")
+    }
+    both = ["click", "jax"]
+    assert names == {None: ["numpy"], "cuda12": ["jax"], "one": both, "two": both, "three": []}
+    (jax_package,) = extras.required("cuda12")
+    assert jax_package.will_do and jax_package.installed == jax.__version__
+
+
 @pytest.mark.parametrize(
     ("requirement", "installed", "shown", "will_do"),
     [

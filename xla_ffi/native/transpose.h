@@ -5,11 +5,14 @@
 
 #ifdef __SSE2__
 #include <emmintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace df11::native {
 
 #ifdef __SSE2__
+#define DF11_TRANSPOSE_8X8 1
 inline void transpose_8x8(const uint16_t* from, int64_t from_stride, uint16_t* to,
                           int64_t to_stride) {
   __m128i a[8], b[8];
@@ -32,13 +35,32 @@ inline void transpose_8x8(const uint16_t* from, int64_t from_stride, uint16_t* t
     _mm_storeu_si128(row(2 * i + 1), _mm_unpackhi_epi64(a[i], a[i + 4]));
   }
 }
+#elif defined(__aarch64__)
+#define DF11_TRANSPOSE_8X8 1
+inline void transpose_8x8(const uint16_t* from, int64_t from_stride, uint16_t* to,
+                          int64_t to_stride) {
+  uint16x8_t a[8], b[8];
+  for (int i = 0; i < 8; ++i) a[i] = vld1q_u16(from + i * from_stride);
+  // A weight's place has three bits of its row, then three of its column. Zipping row i with row
+  // i + 4 rotates them by one: thrice, and rows and columns are exchanged.
+  const auto zip = [](const uint16x8_t* rows, uint16x8_t* zipped) {
+    for (int i = 0; i < 4; ++i) {
+      zipped[2 * i] = vzip1q_u16(rows[i], rows[i + 4]);
+      zipped[2 * i + 1] = vzip2q_u16(rows[i], rows[i + 4]);
+    }
+  };
+  zip(a, b);
+  zip(b, a);
+  zip(a, b);
+  for (int i = 0; i < 8; ++i) vst1q_u16(to + i * to_stride, b[i]);
+}
 #endif
 
 // The transpose of rows x cols weights; cols is a multiple of 8.
 inline void transpose(const uint16_t* from, int64_t from_stride, int64_t rows, int64_t cols,
                       uint16_t* to, int64_t to_stride) {
   int64_t row = 0;
-#ifdef __SSE2__
+#ifdef DF11_TRANSPOSE_8X8
   for (; row + 8 <= rows; row += 8) {
     for (int64_t col = 0; col < cols; col += 8) {
       transpose_8x8(from + row * from_stride + col, from_stride, to + col * to_stride + row,

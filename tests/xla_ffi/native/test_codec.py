@@ -1,4 +1,4 @@
-"""Runs the C++ encoder and CPU decoder under sanitizers: codec_test.cc says on what."""
+"""Runs the C++ encoder, CPU decoder and transpose under sanitizers: the sources say on what."""
 
 import pytest
 from compiling import needs_compiler, run_under
@@ -10,3 +10,9 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_codec(sanitizer, tmp_path):
     run_under(sanitizer, tmp_path, ["tests/xla_ffi/native/codec_test.cc"])
+
+
+@needs_compiler
+def test_transpose(tmp_path):
+    """Built for aarch64, it runs in tools/aarch64.sh."""
+    run_under("address,undefined", tmp_path, ["tests/xla_ffi/native/transpose_test.cc"])
