@@ -3,6 +3,7 @@
 import base64
 import re
 import runpy
+import tomllib
 
 import nbformat
 import pytest
@@ -83,4 +84,7 @@ def test_opens_in_colab(path):
     assert f"https://colab.research.google.com/{page}" in head.source
     first, *_ = (nbformat.read(other, as_version=4).cells[1] for other in NOTEBOOKS)
     assert install.source == first.source
-    assert "git+https://github.com/df11-jax/df11_jax" in install.source
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"/releases/expanded_assets/v{project['version']}" in install.source
+    # The index is not asked for df11_jax, whose name is not the project's yet.
+    assert "--no-index" in install.source and '"df11_jax[notebooks] @ {place}"' in install.source
