@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import BFloat16, UInt32
 
 from df11_jax import _layout, _parts
-from df11_jax._host_arrays import BFLOAT16, as_bytes
+from df11_jax._host_arrays import BFLOAT16, as_bytes, empty_aligned
 from df11_jax._layout import Layout
 
 Payload = Sequence[UInt32[np.ndarray, "*stack words"]]
@@ -79,7 +79,7 @@ def decode(payload: Payload, layout: Layout, name: str) -> BFloat16[np.ndarray, 
         ValueError: the arrays do not fit each other, or are corrupt.
     """
     stack_shape, header, words = _slices(payload, layout, name)
-    parts = np.empty((*stack_shape, *layout.parts, *layout.part_shape), BFLOAT16)
+    parts = empty_aligned((*stack_shape, *layout.parts, *layout.part_shape), BFLOAT16)
     bits = _stack_of_bits(parts, parts.ndim - len(layout.shape))
     at = cpu_library().decode(bits, header, *words, available_threads())
     if at >= 0:

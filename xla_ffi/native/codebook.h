@@ -166,17 +166,17 @@ inline bool assign_codes(const Codebook& book, std::array<uint16_t, kSymbols>& c
   return true;
 }
 
-// Fills the table of kTableSize entries; false if the codebook is corrupt.
-inline bool build_table(const uint32_t* words, uint32_t* table) {
-  const Codebook book = Codebook::unpack(words);
+// Fills the table of kTableSize entries, each the symbol that its bits begin with above the length
+// of its code, a byte each; false if the codebook is corrupt.
+inline bool build_table(const Codebook& book, uint16_t* table) {
   std::array<uint16_t, kSymbols> codes{};
   if (!assign_codes(book, codes)) return false;
   for (int i = 0; i < kSymbols; ++i) {
-    const uint32_t bits = book.lengths[i];
+    const int bits = book.lengths[i];
     if (!bits) continue;
-    const uint32_t entry =
-        table_entry(book.exponents[i / kCodedExponents], book.exponents[i % kCodedExponents], bits);
-    for (uint32_t at = codes[i]; at < kTableSize; at += 1u << bits) table[at] = entry;
+    for (uint32_t at = codes[i]; at < kTableSize; at += 1u << bits) {
+      table[at] = static_cast<uint16_t>(i << 8 | bits);
+    }
   }
   return true;
 }

@@ -1,13 +1,17 @@
-// The CPU decoder: one chunk at a time, into a tile of full size. Everything in the
-// payload is checked before it is used; docs/format.md, section "Bounds".
+// The CPU decoder: one chunk at a time, with all its rows and columns. Everything in the payload is
+// checked before it is used; docs/format.md, section "Bounds".
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 #include "common/simd.h"
-#include "native/codebook.h"
 #include "native/layout.h"
+#include "native/look_up.h"
 
 namespace df11::native {
 
@@ -28,179 +32,149 @@ struct SlicePayload {
   const uint32_t* sign_mantissa;
 };
 
-// A table of what 12 bits of a stream begin with: two pairs where both their codes fit, else
-// one. (A GPU's warp must know how many a look-up gives; a CPU's lanes need not keep step.)
-struct PairsTable {
-  uint32_t pairs[kTableSize];    // exponents of up to two pairs, a byte each
-  uint16_t advance[kTableSize];  // length of the codes in bits 0..5, number of pairs above
-};
-
-// Fills the table from the one of single pairs, which build_table makes.
-template <Simd>
-DF11_INLINE void fill_pairs_table(const uint32_t* __restrict entries, PairsTable& table) {
-  for (uint32_t bits = 0; bits < kTableSize; ++bits) {
-    const uint32_t first = entries[bits], length = first & 31;
-    const uint32_t second = entries[bits >> length], both = length + (second & 31);
-    const uint32_t first_pair = (first >> 7 & 255) | (first >> 15 & 0xff00);
-    const uint32_t second_pair = (second >> 7 & 255) | (second >> 15 & 0xff00);
-    const bool two = both <= kMaxCodeBits;
-    table.pairs[bits] = two ? first_pair | second_pair << 16 : first_pair;
-    table.advance[bits] = static_cast<uint16_t>(two ? both | 2 << 6 : length | 1 << 6);
-  }
-}
-
-DF11_FOR_EACH_SIMD(void, fill_pairs_table, (const uint32_t* entries, PairsTable& table),
-                   (entries, table))
-
-// The lanes of one grid row. Each look-up waits for the one before it in its lane, so a core
-// must follow several lanes to be busy.
-inline constexpr int kRowLanes = kLanes / 4;
-
-// From one lane of a grid row to the next, in the words of a half-step.
-inline constexpr int kRowStride = 4 * kLaneWords;
-
-// Pairs of a grid row's lanes, as many as a chunk has, with room for what a lane decodes past
-// its end: up to two pairs for each look-up that another lane needs.
-struct RowPairs {
-  uint16_t lane[kRowLanes][2 * 2 * kMaxSteps * kLanePairs + 8];
-};
-
-// Decodes `count` pairs, a multiple of 4, of each lane, from bit positions[lane] on.
-DF11_INLINE void look_up_row(const uint8_t* streams, const uint32_t* positions, int count,
-                             const PairsTable& table, RowPairs& out) {
-  uint32_t at[kRowLanes];
-  uint16_t* to[kRowLanes];
-  for (int l = 0; l < kRowLanes; ++l) {
-    at[l] = positions[l];
-    to[l] = out.lane[l];
-  }
-  // No lane is done before it has had eight pairs a round.
-  int rounds = count / 8;
-  for (bool more = true; more;) {
-    // 64 bits less at most 7 serve four look-ups of at most 12. The highest bit marks how far
-    // the window was shifted.
-    uint64_t window[kRowLanes];
-    for (int l = 0; l < kRowLanes; ++l) {
-      std::memcpy(&window[l], streams + (at[l] >> 3), 8);
-      window[l] = window[l] >> (at[l] & 7) | uint64_t{1} << 63;
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-#pragma GCC unroll 8
-      for (int l = 0; l < kRowLanes; ++l) {
-        const uint32_t bits = window[l] & (kTableSize - 1);
-        const uint32_t advance = table.advance[bits];
-        std::memcpy(to[l], &table.pairs[bits], 4);
-        to[l] += advance >> 6;
-        window[l] >>= advance & 63;
-      }
-    }
-    for (int l = 0; l < kRowLanes; ++l) at[l] += __builtin_clzll(window[l]);
-    if (--rounds > 0) continue;
-    more = false;
-    for (int l = 0; l < kRowLanes; ++l) more |= to[l] - out.lane[l] < count;
-  }
-}
-
-// The same for a raw chunk, whose exponents are not coded.
-DF11_INLINE void copy_row(const uint32_t* words, int half_steps, RowPairs& out) {
+// What look-ups find of grid row t, for a raw chunk, whose exponents are not coded: `words` are
+// from its first lane on.
+DF11_INLINE void copy_row(const uint32_t* words, int half_steps, RowExponents& out) {
   for (int half_step = 0; half_step < half_steps; ++half_step) {
     for (int l = 0; l < kRowLanes; ++l) {
-      std::memcpy(out.lane[l] + half_step * kLanePairs,
-                  words + half_step * kHalfStepWords + l * kRowStride, 2 * kLanePairs);
+      std::memcpy(out.half_step[half_step][l], words + half_step * kHalfStepWords + l * kRowStride,
+                  2 * kLanePairs);
     }
   }
 }
 
-// Vectors of the compiler's, which it maps to the registers of the target: kWidth pairs.
-template <int kWidth>
-struct Vectors;
-template <>
-struct Vectors<8> {
-  using U16 = uint16_t __attribute__((vector_size(16)));
-  using U32 = uint32_t __attribute__((vector_size(32)));
-  using HalfU32 = uint32_t __attribute__((vector_size(16)));
+// Vectors of the compiler's, which it maps to the registers of the target: the words that one, two
+// or four lanes of a grid row have in a half-step.
+using OneLane = uint32_t __attribute__((vector_size(16)));
+using TwoLanes = uint32_t __attribute__((vector_size(32)));
+using FourLanes = uint32_t __attribute__((vector_size(64)));
+
+// Load the words of neighbouring lanes. Vectors are not passed by value: that would depend on the
+// target.
+DF11_INLINE void load_lanes(const uint32_t* from, OneLane& out) {
+  std::memcpy(&out, from, sizeof out);
+}
+#if __has_builtin(__builtin_shufflevector)
+DF11_INLINE void load_lanes(const uint32_t* from, TwoLanes& out) {
+  OneLane low, high;
+  load_lanes(from, low);
+  load_lanes(from + kRowStride, high);
+  out = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
+}
+DF11_INLINE void load_lanes(const uint32_t* from, FourLanes& out) {
+  TwoLanes low, high;
+  load_lanes(from, low);
+  load_lanes(from + 2 * kRowStride, high);
+  out = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+#else  // Before GCC 12. Slower: the vectors are put together in memory.
+template <typename Lanes>
+DF11_INLINE void load_lanes(const uint32_t* from, Lanes& out) {
+  for (size_t i = 0; i < sizeof out / 16; ++i) {
+    std::memcpy(reinterpret_cast<char*>(&out) + 16 * i, from + i * kRowStride, 16);
+  }
+}
+#endif
+
+template <Simd kSimd>
+struct VectorOf {
+  using Type = OneLane;
 };
 template <>
-struct Vectors<16> {
-  using U16 = uint16_t __attribute__((vector_size(32)));
-  using U32 = uint32_t __attribute__((vector_size(64)));
-  using HalfU32 = uint32_t __attribute__((vector_size(32)));
+struct VectorOf<Simd::kAvx2> {
+  using Type = TwoLanes;
+};
+template <>
+struct VectorOf<Simd::kAvx512> {
+  using Type = FourLanes;
 };
 
-// Merges the exponents of one lane or two neighbouring ones of a grid row (the vector's width
-// tells) with their sign and mantissa, folds the pairs into the checksum accumulators and writes
-// them to two rows of `out`. Vectors are not passed by value: that would depend on the target.
-template <int kWidth>
-DF11_INLINE void merge_pairs(const uint16_t* lane, const uint16_t* next_lane,
-                             const uint32_t* sign_mantissa, uint32_t* acc, uint16_t* out,
-                             int64_t stride) {
-  using V = Vectors<kWidth>;
-  typename V::U16 exponents;
-  typename V::HalfU32 words;
-  typename V::U32 sums;
-  std::memcpy(&sums, acc, sizeof sums);
-  typename V::U32 rest;
-#if __has_builtin(__builtin_shufflevector)
-  if constexpr (kWidth == kLanePairs) {
-    std::memcpy(&exponents, lane, sizeof exponents);
-    std::memcpy(&words, sign_mantissa, sizeof words);
-    const typename V::HalfU32 rotated = words << 8 | words >> 24;
-    rest = __builtin_shufflevector(words, rotated, 0, 4, 1, 5, 2, 6, 3, 7);
-  } else {
-    Vectors<kLanePairs>::U16 first, second;
-    Vectors<kLanePairs>::HalfU32 first_words, second_words;
-    std::memcpy(&first, lane, sizeof first);
-    std::memcpy(&second, next_lane, sizeof second);
-    std::memcpy(&first_words, sign_mantissa, sizeof first_words);
-    std::memcpy(&second_words, sign_mantissa + kRowStride, sizeof second_words);
-    exponents = __builtin_shufflevector(first, second, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,
-                                        14, 15);
-    words = __builtin_shufflevector(first_words, second_words, 0, 1, 2, 3, 4, 5, 6, 7);
-    const typename V::HalfU32 rotated = words << 8 | words >> 24;
-    rest = __builtin_shufflevector(words, rotated, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7,
-                                   15);
+// The rows of a chunk that a grid row has: two of each half-step.
+struct Band {
+  alignas(64) uint16_t row[4 * kMaxSteps][kTileCols];
+};
+
+// Merges the exponents of grid row t with their sign and mantissa. Returns its part of the
+// checksum. All words here are two weights that are neighbours in a row of the band.
+template <Simd kSimd>
+DF11_INLINE uint32_t merge_row(const RowExponents& exponents, const uint32_t* sign_mantissa, int t,
+                               int half_steps, Band& band) {
+  using Words = typename VectorOf<kSimd>::Type;
+  uint32_t even_sums[kTileCols / 2], odd_sums[kTileCols / 2];  // the accumulators, by columns
+  for (int l = 0; l < kRowLanes; l += sizeof(Words) / 16) {
+    const int col = l * kLanePairs;
+    Words even{}, odd{};
+    for (int half_step = 0; half_step < half_steps; ++half_step) {
+      Words both, words;
+      std::memcpy(&both, exponents.half_step[half_step][l], sizeof both);
+      load_lanes(sign_mantissa + half_step * kHalfStepWords + lane_word(t) + l * kRowStride, words);
+      const Words rotated = words << 8 | words >> 24;
+      const Words rest = (words & 0xffffu) | rotated << 16;
+      const Words next_rest = words >> 16 | (rotated & 0xffff0000u);
+      const Words row = (both << 7 & ~kSignMantissa) | (rest & kSignMantissa);
+      const Words next_row = (both >> 1 & ~kSignMantissa) | (next_rest & kSignMantissa);
+      std::memcpy(band.row[2 * half_step] + col, &row, sizeof row);
+      std::memcpy(band.row[2 * half_step + 1] + col, &next_row, sizeof next_row);
+      even = even * 0x9e3779b1u + ((row & 0xffffu) | next_row << 16);  // checksum_step
+      odd = odd * 0x9e3779b1u + (row >> 16 | (next_row & 0xffff0000u));
+      even = even << 13 | even >> 19;
+      odd = odd << 13 | odd >> 19;
+    }
+    std::memcpy(even_sums + col / 2, &even, sizeof even);
+    std::memcpy(odd_sums + col / 2, &odd, sizeof odd);
   }
-#else  // Before GCC 12. Slower: the vectors are put together in memory.
-  std::memcpy(&exponents, lane, 2 * kLanePairs);
-  std::memcpy(&words, sign_mantissa, 4 * kLaneWords);
-  if constexpr (kWidth > kLanePairs) {
-    std::memcpy(reinterpret_cast<char*>(&exponents) + 2 * kLanePairs, next_lane, 2 * kLanePairs);
-    std::memcpy(reinterpret_cast<char*>(&words) + 4 * kLaneWords, sign_mantissa + kRowStride,
-                4 * kLaneWords);
+  uint32_t sum = 0;
+  for (int i = 0; i < kTileCols / 2; ++i) {
+    const uint32_t place = t * kTileCols + 2 * i;
+    sum += checksum_place(even_sums[i], place) + checksum_place(odd_sums[i], place + 1);
   }
-  const typename V::HalfU32 rotated = words << 8 | words >> 24;
-  for (int i = 0; i < kWidth; ++i) rest[i] = i % 2 ? rotated[i / 2] : words[i / 2];
+  return sum;
+}
+
+// Where a chunk's weights are written: rows are `stride` apart, and past the caches or not. For
+// that all of them must be aligned to 16 bytes.
+struct Destination {
+  uint16_t* out;
+  int64_t stride;
+  bool stream;
+};
+
+// Writes the band of grid row t to where its rows are in the chunk; meanwhile fetches, from `next`
+// on, a quarter of the sign and mantissa of the next chunk.
+DF11_INLINE void write_band(const Band& band, int t, int half_steps, const Destination& to,
+                            const uint32_t* next) {
+  for (int i = 0; i < 2 * half_steps; ++i) {
+    __builtin_prefetch(next + 16 * i, 0, 2);
+    uint16_t* out = to.out + (i / 4 * kStepRows + 4 * t + i % 4) * to.stride;
+#ifdef __SSE2__
+    if (to.stream) {
+      const __m128i* from = reinterpret_cast<const __m128i*>(band.row[i]);
+      __m128i* place = reinterpret_cast<__m128i*>(out);
+      for (int k = 0; k < kTileCols / 8; ++k) _mm_stream_si128(place + k, _mm_load_si128(from + k));
+      continue;
+    }
 #endif
-  (void)next_lane;
-  const auto both = __builtin_convertvector(exponents, typename V::U32);
-  const typename V::U32 pairs =
-      (both << 7 & 0x7f80u) | (both << 15 & 0x7f800000u) | (rest & kSignMantissa);
-  sums = sums * 0x9e3779b1u + pairs;  // checksum_step
-  sums = sums << 13 | sums >> 19;
-  const auto row = __builtin_convertvector(pairs, typename V::U16);
-  const auto next_row = __builtin_convertvector(pairs >> 16, typename V::U16);
-  std::memcpy(acc, &sums, sizeof sums);
-  std::memcpy(out, &row, sizeof row);
-  std::memcpy(out + stride, &next_row, sizeof next_row);
+    std::memcpy(out, band.row[i], sizeof band.row[i]);
+  }
 }
 
 // Fetches what the same part of the next chunk will need, since the hardware's prefetchers
 // stop at page boundaries. Addresses past the end are harmless.
 DF11_INLINE void prefetch(const uint32_t* words, int count) {
-  for (int i = 0; i < count; i += 16) __builtin_prefetch(words + i);
+  for (int i = 0; i < count; i += 16) __builtin_prefetch(words + i, 0, 2);
 }
 
-// Decodes a record into a tile of 16 * chunk.steps rows of 64 weights, `stride` apart.
-// The record must be followed by kOverreadWords readable words. Returns false if it is
-// corrupt; what was written to the tile is then of no use.
+// Decodes a record into 16 * chunk.steps rows of 64 weights. The record must be followed by
+// kOverreadWords readable words. Returns false if it is corrupt; what was written is then of no
+// use.
 template <Simd kSimd>
 DF11_INLINE bool decode_record(const uint32_t* record, int64_t words, const Chunk& chunk,
                                int64_t index, const uint32_t* chunk_sign_mantissa,
-                               const PairsTable& table, uint16_t* tile, int64_t stride) {
+                               const LookUpTable& table, JoinSymbols join_symbols,
+                               const Destination& to) {
   if (words < kRawRecordHeaderWords) return false;
   const bool raw = record[1] == kRawChunk;
-  uint32_t positions[4][kRowLanes];
+  uint32_t starts[kLanes + 1];
   uint32_t patches = 0;
   if (raw) {
     if (words != kRawRecordHeaderWords + chunk.steps * kStepWords) return false;
@@ -209,59 +183,52 @@ DF11_INLINE bool decode_record(const uint32_t* record, int64_t words, const Chun
     patches = record[1] & 0xffff;
     if (patches == kRawChunk) return false;
     const uint32_t base = record[1] >> 16;
-    uint32_t bits = 0;
+    starts[0] = 0;
     for (int lane = 0; lane < kLanes; ++lane) {
-      positions[lane % 4][lane / 4] = bits;
-      bits += base + (record[2 + lane / 4] >> (8 * (lane % 4)) & 255);
+      starts[lane + 1] = starts[lane] + base + (record[2 + lane / 4] >> (8 * (lane % 4)) & 255);
     }
-    if (words != kRecordHeaderWords + int64_t{(bits + 31) / 32} + patches) return false;
+    if (words != kRecordHeaderWords + int64_t{(starts[kLanes] + 31) / 32} + patches) return false;
   }
 
-  const int half_steps = 2 * chunk.steps;
-  RowPairs exponents;
+  const int half_steps = 2 * chunk.steps, pairs = half_steps * kLanePairs;
+  const uint32_t* patch = record + words - patches;
   uint32_t sum = checksum_chunk(index);
+  for (uint32_t i = 0; i < patches; ++i) sum += checksum_patch(patch[i]);
+  RowEntries entries;
+  RowExponents exponents[4];
+  Band band;
+  // All look-ups come first, so that what is merged pushes their table out of the first cache once,
+  // and not four times.
   for (int t = 0; t < 4; ++t) {
     if (raw) {
-      copy_row(record + kRawRecordHeaderWords + lane_word(t), half_steps, exponents);
+      copy_row(record + kRawRecordHeaderWords + lane_word(t), half_steps, exponents[t]);
     } else {
-      look_up_row(reinterpret_cast<const uint8_t*>(record + kRecordHeaderWords), positions[t],
-                  half_steps * kLanePairs, table, exponents);
+      const int look_ups =
+          look_up_row(reinterpret_cast<const uint8_t*>(record + kRecordHeaderWords), starts + t,
+                      pairs, table, entries);
+      if (!join_symbols(entries, look_ups, pairs, table.exponents, exponents[t])) return false;
     }
-    prefetch(record + words + t * 192, 192);
-    uint32_t acc[kTileCols] = {};
-    for (int half_step = 0; half_step < half_steps; ++half_step) {
-      const uint32_t* words_of_half_step = chunk_sign_mantissa + half_step * kHalfStepWords;
-      const uint32_t* sign_mantissa = words_of_half_step + lane_word(t);
-      // A quarter of what the next chunk has there.
-      prefetch(words_of_half_step + half_steps * kHalfStepWords + t * kHalfStepWords / 4,
-               kHalfStepWords / 4);
-      const int64_t row = half_step / 2 * kStepRows + 4 * t + half_step % 2 * 2;
-      constexpr int kVectorLanes = kSimd == Simd::kAvx512 ? 2 : 1;
-      for (int l = 0; l < kRowLanes; l += kVectorLanes) {
-        const int col = l * kLanePairs, first_pair = half_step * kLanePairs;
-        merge_pairs<kVectorLanes * kLanePairs>(
-            exponents.lane[l] + first_pair, exponents.lane[l + kVectorLanes - 1] + first_pair,
-            sign_mantissa + l * kRowStride, acc + col, tile + row * stride + col, stride);
-      }
-    }
-    for (int i = 0; i < kTileCols; ++i) sum += checksum_place(acc[i], t * kTileCols + i);
+    prefetch(record + words + t * 192, 192);  // a quarter of what the next chunk has
   }
-
-  const uint32_t* patch = record + words - patches;
-  for (uint32_t i = 0; i < patches; ++i) {
-    sum += checksum_patch(patch[i]);
-    const uint32_t position = patch[i] >> 16;
-    if (position < static_cast<uint32_t>(chunk.steps * kStepRows * kTileCols)) {
-      tile[position / kTileCols * stride + position % kTileCols] = static_cast<uint16_t>(patch[i]);
+  for (int t = 0; t < 4; ++t) {
+    sum += merge_row<kSimd>(exponents[t], chunk_sign_mantissa, t, half_steps, band);
+    for (uint32_t i = 0; i < patches; ++i) {
+      const uint32_t position = patch[i] >> 16, row = position / kTileCols;
+      const uint32_t step = row / kStepRows, row_of_step = row % kStepRows;
+      if (row_of_step / 4 != static_cast<uint32_t>(t)) continue;
+      if (step >= static_cast<uint32_t>(chunk.steps)) continue;
+      band.row[4 * step + row_of_step % 4][position % kTileCols] = static_cast<uint16_t>(patch[i]);
     }
+    write_band(band, t, half_steps, to,
+               chunk_sign_mantissa + (half_steps + t * half_steps / 4) * kHalfStepWords);
   }
   return sum == record[0];
 }
 
 DF11_FOR_EACH_SIMD(bool, decode_record,
                    (const uint32_t* record, int64_t words, const Chunk& chunk, int64_t index,
-                    const uint32_t* chunk_sign_mantissa, const PairsTable& table, uint16_t* tile,
-                    int64_t stride),
-                   (record, words, chunk, index, chunk_sign_mantissa, table, tile, stride))
+                    const uint32_t* chunk_sign_mantissa, const LookUpTable& table,
+                    JoinSymbols join_symbols, const Destination& to),
+                   (record, words, chunk, index, chunk_sign_mantissa, table, join_symbols, to))
 
 }  // namespace df11::native

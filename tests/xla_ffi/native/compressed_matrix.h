@@ -136,9 +136,9 @@ struct CompressedMatrix {
   }
 
   bool codebook_is_sound() const {
-    std::vector<uint32_t> table(kTableSize);
+    std::vector<uint16_t> table(kTableSize);
     const Codebook book = Codebook::unpack(codebook.data());
-    return build_table(codebook.data(), table.data()) &&
+    return build_table(book, table.data()) &&
            *std::max_element(book.lengths.begin(), book.lengths.end()) <= layout.code_bits;
   }
 

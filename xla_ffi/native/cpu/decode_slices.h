@@ -12,6 +12,7 @@
 #include <emmintrin.h>
 #endif
 
+#include "common/words.h"
 #include "native/decode.h"
 #include "native/pairs.h"
 #include "native/tensor_slices.h"
@@ -37,19 +38,6 @@ inline std::string check_header(const uint32_t* header, const uint32_t* expected
 // the same places in the caches.
 inline constexpr int64_t kStreamingBytes = 4 << 20;
 
-// Copies a tile of full rows past the caches; `out` must be aligned to 16 bytes in every row.
-inline void stream_tile(const uint16_t* tile, int64_t rows, uint16_t* out, int64_t stride) {
-  for (int64_t row = 0; row < rows; ++row) {
-#ifdef __SSE2__
-    const __m128i* from = reinterpret_cast<const __m128i*>(tile + row * kTileCols);
-    __m128i* to = reinterpret_cast<__m128i*>(out + row * stride);
-    for (int i = 0; i < kTileCols / 8; ++i) _mm_stream_si128(to + i, _mm_load_si128(from + i));
-#else
-    std::memcpy(out + row * stride, tile + row * kTileCols, 2 * kTileCols);
-#endif
-  }
-}
-
 // Whether a tile of full rows is bit for bit the one at `weights`, whose rows are `stride` apart.
 template <Simd>
 DF11_INLINE bool equals_tile(const uint16_t* tile, int64_t rows, const uint16_t* weights,
@@ -71,21 +59,24 @@ DF11_FOR_EACH_SIMD(bool, equals_tile,
 class ChunkDecoder {
  public:
   explicit ChunkDecoder(Simd simd)
-      : fill_pairs_table_(DF11_SELECT(simd, fill_pairs_table)),
+      : fill_entries_(DF11_SELECT(simd, fill_entries)),
+        join_symbols_(best_join_symbols(simd)),
         decode_record_(DF11_SELECT(simd, decode_record)),
         equals_tile_(DF11_SELECT(simd, equals_tile)) {}
 
   // Must be called before chunks of this slice are decoded; false if the codebook is corrupt.
   bool set_slice(const SlicePayload& slice) {
     slice_ = slice;
-    uint32_t entries[kTableSize];
-    if (!build_table(slice.codebook, entries)) return false;
-    fill_pairs_table_(entries, table_);
+    const Codebook book = Codebook::unpack(slice.codebook);
+    uint16_t symbols[kTableSize];
+    if (!build_table(book, symbols)) return false;
+    fill_entries_(symbols, table_.entries);
+    std::copy(book.exponents.begin(), book.exponents.end(), table_.exponents);
     return true;
   }
 
-  // Decodes into a tile of chunk.steps * 16 rows; false if the chunk is corrupt.
-  bool decode_tile(int64_t index, const Chunk& chunk, uint16_t* tile, int64_t stride) {
+  // Decodes chunk.steps * 16 rows; false if the chunk is corrupt.
+  bool decode_rows(int64_t index, const Chunk& chunk, const Destination& to) {
     const uint32_t begin = slice_.chunk_offsets[index], end = slice_.chunk_offsets[index + 1];
     if (begin > end || end > slice_.exponents_words || end - begin > kMostRecordWords) return false;
     const uint32_t* record = slice_.exponents + begin;
@@ -96,7 +87,13 @@ class ChunkDecoder {
       record = copy_.data();
     }
     return decode_record_(record, end - begin, chunk, index,
-                          slice_.sign_mantissa + chunk.sign_mantissa_word, table_, tile, stride);
+                          slice_.sign_mantissa + chunk.sign_mantissa_word, table_, join_symbols_,
+                          to);
+  }
+
+  // Decodes into a tile of full rows.
+  bool decode_tile(int64_t index, const Chunk& chunk) {
+    return decode_rows(index, chunk, {tile_, kTileCols, false});
   }
 
   // Makes what was streamed visible to other threads; to be called once, after the last chunk.
@@ -113,20 +110,16 @@ class ChunkDecoder {
     const Extent extent(view, chunk);
     const bool whole = extent.is_whole(chunk);
     uint16_t* place = out + chunk.element;
-    // Rows of a view are a multiple of 8 weights, so each is aligned like the first.
-    const bool stream =
-        2 * view.size >= kStreamingBytes && reinterpret_cast<uintptr_t>(out) % 16 == 0;
-    if (whole && !stream && !view.along_columns) {
-      return decode_tile(index, chunk, place, view.n);
-    }
-    if (!decode_tile(index, chunk, tile_, kTileCols)) return false;
+    // Only whole cache lines: of others, memory would have to be read.
+    const bool stream = 2 * view.size >= kStreamingBytes && 2 * view.n % kCacheLine == 0 &&
+                        reinterpret_cast<uintptr_t>(out) % kCacheLine == 0;
+    if (whole && !view.along_columns) return decode_rows(index, chunk, {place, view.n, stream});
+    if (!decode_tile(index, chunk)) return false;
     if (view.along_columns) {
       transpose(tile_, kTileCols, chunk.steps * kStepRows, kTileCols, transposed_, kTileRows);
       for (int64_t n = 0; n < extent.n; ++n) {
         std::memcpy(place + n * view.k, transposed_ + n * kTileRows, 2 * extent.k);
       }
-    } else if (whole) {
-      stream_tile(tile_, extent.k, place, view.n);
     } else {
       for (int64_t k = 0; k < extent.k; ++k) {
         std::memcpy(place + k * view.n, tile_ + k * kTileCols, 2 * extent.n_of(k));
@@ -136,15 +129,13 @@ class ChunkDecoder {
   }
 
   // Decodes, and keeps nothing; false if the chunk is corrupt.
-  bool verify(int64_t index) {
-    return decode_tile(index, locate_chunk(slice_.view, index), tile_, kTileCols);
-  }
+  bool verify(int64_t index) { return decode_tile(index, locate_chunk(slice_.view, index)); }
 
   // The first element at which the chunk does not decode to `weights`, or -1.
   int64_t find_difference(int64_t index, const uint16_t* weights) {
     const View& view = slice_.view;
     const Chunk chunk = locate_chunk(view, index), next = locate_chunk(view, index + 1);
-    if (!decode_tile(index, chunk, tile_, kTileCols)) return chunk.element;
+    if (!decode_tile(index, chunk)) return chunk.element;
     for (int i = 0; i < 2 * next.steps; ++i) prefetch_half_step(weights, view, next, i);
     const Extent extent(view, chunk);
     const uint16_t* place = weights + chunk.element;
@@ -170,12 +161,13 @@ class ChunkDecoder {
   }
 
  private:
-  decltype(&fill_pairs_table_portable) fill_pairs_table_;
+  decltype(&fill_entries_portable) fill_entries_;
+  JoinSymbols join_symbols_;
   decltype(&decode_record_portable) decode_record_;
   decltype(&equals_tile_portable) equals_tile_;
   SlicePayload slice_{};
   std::vector<uint32_t> copy_;
-  alignas(64) PairsTable table_;
+  alignas(64) LookUpTable table_;
   alignas(64) uint16_t tile_[kTileRows * kTileCols];
   alignas(64) uint16_t transposed_[kTileCols * kTileRows];
 };
