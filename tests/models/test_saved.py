@@ -65,6 +65,7 @@ def with_room(params, like=None):
 
 
 # In the last column, how many leaves are compressed again.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "before", "save", "after", "again"),
     [
@@ -123,6 +124,7 @@ def flip_a_bit(folder, data):
     file.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", [checkpoints.save, save_orbax])
 def test_damage_is_found(save, tmp_path):
     """In leaves that stay as they are, whose slices are taken, and that are compressed again."""
