@@ -168,10 +168,10 @@ def load_part(
     from df11_jax import checkpoints, models
 
     jax.distributed.initialize(f"localhost:{port}", count, index)
-    jax.local_devices()
+    jax.local_devices()  # starts the backend, of which nothing is to be counted
     config = models.read_config(LLAMA_3_2_1B)
     with open(path, "rb") as file:
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())  # what is not on the disk yet would stay in memory
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     source, read = checkpoints.open_checkpoint(path), _bytes_read()
     with _peak_memory() as peak:

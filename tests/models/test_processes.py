@@ -92,26 +92,18 @@ class CountingSource(families.NoisySource):
         return super().read(name)
 
 
-def save_orbax(params, path):
-    # Here, as it takes the processes of other tests seconds.
-    import orbax.checkpoint as ocp
-
-    from df11_jax.orbax import DF11CheckpointHandler, DF11Save
-
-    with ocp.Checkpointer(DF11CheckpointHandler()) as checkpointer:
-        checkpointer.save(path, args=DF11Save(params))
-
-
 def load_stages(path):
     """What there is here of a model in two stages, what it computes, and what was read for it.
 
     It is saved by these processes, and loaded without stages. What computes was saved by one.
     """
+    import orbax_helpers  # here, as it takes the processes of other tests seconds
+
     config = models.read_config(WIDE)
     source = CountingSource(config)
     params = models.load_params(source, config, devices=4, stages=2)
     here = f"{path}/stages-{jax.process_count()}"
-    save_orbax(params, here)
+    orbax_helpers.save(here, params)
     with pytest.warns(match="^4 of 8 compressed leaves .* saved for 2 devices, .* for 4 now"):
         flat = models.load_params(checkpoints.open_checkpoint(here), config, devices=4)
     saved = checkpoints.open_checkpoint(path + "/stages-1")

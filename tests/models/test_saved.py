@@ -7,7 +7,7 @@ import shutil
 import families
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
+import orbax_helpers
 import pytest
 from click.testing import CliRunner
 from runs import assert_same_bits
@@ -17,7 +17,6 @@ from df11_jax._array import is_df11
 from df11_jax._stack import fit_exponents
 from df11_jax.cli import _commands
 from df11_jax.models import fit
-from df11_jax.orbax import DF11CheckpointHandler, DF11Save
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 4, reason="needs four devices")
 
@@ -44,8 +43,7 @@ def load(name, devices, stages=1):
 
 
 def save_orbax(params, path):
-    with ocp.Checkpointer(DF11CheckpointHandler()) as checkpointer:
-        checkpointer.save(path, args=DF11Save(params))
+    orbax_helpers.save(path, params)
 
 
 def leaves_of(params):
