@@ -30,7 +30,13 @@ pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relativ
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if list(examples(page))], ids=lambda page: page.name
+    "page",
+    [
+        pytest.param(page, marks=[] if page.name == "README.md" else [pytest.mark.slow])
+        for page in PAGES
+        if list(examples(page))
+    ],
+    ids=lambda page: page.name,
 )
 def test_python_runs(page, tmp_path, monkeypatch):
     """All blocks of a page, as they stand, in a folder with the files that its commands make."""

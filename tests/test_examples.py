@@ -8,6 +8,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PROGRAMS = sorted((ROOT / "examples" / "programs").glob("*.py"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_runs(path, capsys):
     runpy.run_path(str(path), run_name="__main__")

@@ -80,6 +80,7 @@ def test_a_bar_on_a_terminal():
     assert b" left, at " not in shown
 
 
+@pytest.mark.slow
 def test_the_demo():
     pytest.importorskip("flax", reason="needs flax: pip install 'df11_jax[demo]'")
     ended = process(COMMAND, 10, "demo", "--tokens", 20)

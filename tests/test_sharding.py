@@ -361,6 +361,7 @@ def test_files(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_eight_devices():
     program = """
 import jax, numpy as np, test_sharding as t

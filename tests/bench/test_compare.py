@@ -77,6 +77,7 @@ def report(folder):
     return read(result)
 
 
+@pytest.mark.slow
 def test_weights_in_three_placements(report):
     assert [weights["weights"] for weights in report["weights"]] == NAMES
     compressed, plain, offloaded = report["weights"]
@@ -88,6 +89,7 @@ def test_weights_in_three_placements(report):
     assert 0 <= left < offloaded["host_bytes"] / offloaded["host_layers"]
 
 
+@pytest.mark.slow
 def test_rows(report):
     (start,) = report["start"]
     assert start["device"]["platform"] == jax.default_backend()
@@ -107,18 +109,21 @@ def test_rows(report):
         assert row["prompt_tokens_per_second"] == pytest.approx(rate)
 
 
+@pytest.mark.slow
 def test_all_placements_generate_the_same(report):
     (summary,) = report["summary"]
     assert summary["equal"] == {"1": NAMES, "3": NAMES}
     assert summary["differences"] == []
 
 
+@pytest.mark.slow
 def test_a_cpu_has_one_way(report):
     (left_out,) = report["left out"]
     assert left_out["xla"] == "cublas"
     assert "is for GPUs" in left_out["why"]
 
 
+@pytest.mark.slow
 def test_the_other_way_without_what_is_left_out(folder):
     options = ["--without", "default", "--without", "plain", "--memory", "1GB", "--json"]
     found = read(invoke(folder / "config.json", *SHORT, *options, "--without", "longest"))
@@ -138,6 +143,7 @@ PRINT_FLAGS = "import json, os; print(json.dumps({'flags': os.environ['XLA_FLAGS
 TASK = one_way.Task(None, (), 8, 4, None, NAMES, longest=False, progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupt_loses_no_row_and_leaves_no_process(folder, number):
     # A job in the background ignores it, and so would what it starts.
@@ -171,10 +177,12 @@ def is_running(pid):
         return False
 
 
+@pytest.mark.slow
 def test_what_fits_any_budget(report):
     assert report["summary"][0]["longest"] == dict.fromkeys(NAMES, 128)
 
 
+@pytest.mark.slow
 def test_a_budget_between_compressed_and_plain(report, folder, monkeypatch, in_process):
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")  # of the memory, so it is twice the budget
     peaks = {row["weights"]: row["plan"]["peak"] for row in report["row"] if row["batch"] == 1}
@@ -189,6 +197,7 @@ def test_a_budget_between_compressed_and_plain(report, folder, monkeypatch, in_p
     assert plot.stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_a_directory_of_a_tied_model_that_does_not_fit(tmp_path, in_process):
     path = families.write_family(tmp_path / "model", "qwen2")
     result = invoke(path, *SHORT, "--memory", "0.01MB", "--json")
@@ -256,6 +265,7 @@ def test_a_model_that_is_not_supported(tmp_path, in_process):
     assert "config.json: the model_type 'gpt2' is not supported" in result.stderr
 
 
+@pytest.mark.slow
 def test_no_run_holds_the_cache_of_the_run_before():
     """Device memory would be more than planned, by a cache."""
     asked = request.Request(batch=2, prompt=8, tokens=4)

@@ -274,6 +274,7 @@ def test_overwriting_what_an_interrupted_save_has_left(tmp_path):
     assert np.array_equal(checkpoints.load(path)["a"], np.ones(9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["x.safetensors", "x"])
 def test_savers_that_are_killed_lose_nothing(tmp_path, name):
     """Two at a time, killed at several places of their work."""

@@ -196,6 +196,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Of each, for parametrize. Only some run where nothing slow does: one that is dense, one with
+# windows, a mixture and a hybrid.
+_FEW = ("llama", "gemma3_text", "qwen3_moe", "qwen3_5_text")
+EACH = [
+    pytest.param(family, marks=[] if family in _FEW else [pytest.mark.slow]) for family in CONFIGS
+]
+
 
 class NoisySource(RandomSource):
     """Random weights, of which some kernels cannot be compressed."""

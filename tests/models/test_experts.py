@@ -87,7 +87,9 @@ def test_each_token_has_its_experts(plain, compressed, monkeypatch, tokens, at_o
         assert count_decodes(run, compressed, x, logits) == 3 * len(chosen)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_5_moe_text"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", pytest.param("qwen3_5_moe_text", marks=pytest.mark.slow)]
+)
 def test_a_single_token_decompresses_the_experts_that_it_chooses(family, monkeypatch):
     compressed, config = runs.load(family)
     plain, _ = runs.load(family, compress=False)

@@ -27,7 +27,7 @@ def llama():
 # Compressed and plain weights.
 
 
-@pytest.mark.parametrize("family", families.CONFIGS)
+@pytest.mark.parametrize("family", families.EACH)
 def test_same_bits_as_with_plain_weights(family, monkeypatch):
     """Decompressed block by block; and passed compressed, as where the CUDA library is."""
     compressed, config = load(family)
@@ -46,6 +46,7 @@ def test_same_bits_as_with_plain_weights(family, monkeypatch):
     [(family, BF16, 1, DRAWN) for family in ("llama", "gemma3_text")]
     + [(family, F32, 2, GREEDY) for family in ("llama-biases", "gemma3_text")],
 )
+@pytest.mark.slow
 def test_other_types_and_samples_have_the_same_bits(family, dtype, batch, sampling):
     compressed, config = load(family)
     plain, _ = load(family, compress=False)
@@ -88,7 +89,9 @@ def test_compressed_parameters_are_the_plain_ones(family):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="counts decodes of the CPU backend")
-@pytest.mark.parametrize(("family", "embeddings"), [("llama", 1), ("gemma4_text", 2)])
+@pytest.mark.parametrize(
+    ("family", "embeddings"), [("llama", 1), pytest.param("gemma4_text", 2, marks=pytest.mark.slow)]
+)
 def test_weights_are_decoded_once_a_token(family, embeddings):
     params, config = load(family)
     leaves = jax.tree.leaves(params["layers"], is_leaf=is_df11)
@@ -101,6 +104,7 @@ def test_weights_are_decoded_once_a_token(family, embeddings):
 # Batches.
 
 
+@pytest.mark.slow
 def test_prompts_are_read_in_pieces(monkeypatch):
     params, config = load("gemma3_text")
     config = dataclasses.replace(config, dtype=F32)
@@ -110,7 +114,7 @@ def test_prompts_are_read_in_pieces(monkeypatch):
     assert models.generate(params, PROMPTS, config, tokens=5, length=130) == whole
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
 def test_rows_are_what_they_are_alone(family):
     params, config = load(family)
     config = dataclasses.replace(config, dtype=F32)
@@ -301,6 +305,7 @@ def test_prompts_longer_than_the_cache(llama):
         models.prefill(params, prompts, lengths, GREEDY, keys, NONE, 8, config)
 
 
+@pytest.mark.slow
 def test_just_enough_room(llama):
     params, config = llama
     assert len(models.generate(params, [[1] * 503], config, tokens=10)[0]) == 10

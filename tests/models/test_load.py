@@ -316,6 +316,7 @@ print(peak[0] - before, size_report(params).nbytes, size_report(params).nbytes_b
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("how", ["compress", "plain"])
 def test_memory_on_the_host_is_that_of_the_result(how):

@@ -76,6 +76,7 @@ def test_several_devices_compute_what_one_does(family, devices):
         np.testing.assert_allclose(actual, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_rounded_once():
     # Sums of float32 products: no further from the float32 model than one device is.
     (alone, config), (divided, _) = load("llama", 1), load("llama", 2)
@@ -87,6 +88,7 @@ def test_bfloat16_is_rounded_once():
     assert errors[1] < 1.3 * errors[0]
 
 
+@pytest.mark.slow
 def test_all_devices_have_the_same_state():
     params, config = load("wide", 4)
     _, (state, tokens) = run(params, config, sampling=DRAWN)
@@ -101,6 +103,7 @@ def test_all_devices_have_the_same_state():
         assert heads == [0, 1, 2, 3] and array.shape[2] == 4
 
 
+@pytest.mark.slow
 def test_texts_are_those_of_the_tokens(tmp_path):
     model = models.load(families.write_family(tmp_path / "m", "qwen2"), devices=2)
     (completion,) = model.generate(["It is raining."], tokens=10)

@@ -17,7 +17,7 @@ EXPECTED = np.load(transformers_logits.EXPECTED)
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(scope="module", params=families.CONFIGS)
+@pytest.fixture(scope="module", params=families.EACH)
 def family(request):
     return request.param
 
@@ -67,6 +67,7 @@ def test_transformers_computes_what_is_expected_here(family, transformer, tmp_pa
 
 # Of 3 rows with 2 key-value heads, each with 40 slots and 10,240 bytes of keys and values: all, but
 # not all tokens; two rows, the one in the middle twice; one head, not all tokens; one token.
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [6 * 10240, 5 * 10240, 10240, 1])
 def test_attention_in_parts_is_attention_at_once(most, monkeypatch):
     params, config = load("gemma3_text")

@@ -79,6 +79,7 @@ def test_generation_is_that_of_one_pass_over_everything(order, piece, monkeypatc
     np.testing.assert_allclose(state.logits, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_same_bits_as_with_plain_weights(monkeypatch):
     compressed, plain = (
         generate(params, with_pieces(config, 6, monkeypatch))[1]

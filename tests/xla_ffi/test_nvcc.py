@@ -17,6 +17,7 @@ KERNELS = {
 }
 
 
+@pytest.mark.slow
 @needs_nvcc
 @pytest.mark.parametrize("layout", KERNELS)
 def test_no_spills(layout, tmp_path):

@@ -68,6 +68,7 @@ def failing_new(tmp_path_factory):
     return library
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.skipif(sys.platform != "linux", reason="preloads a library")
 @pytest.mark.parametrize("call", ["decode", "published decode", "encode", "published encode"])

@@ -10,6 +10,7 @@ from compiling import needs_nvcc, needs_nvdisasm, ptxas_report
 MOST_REGISTERS = {"1": 72, "2": 128, "4": 168}
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_resources(tmp_path):
     # Where there are no bulk copies it is an empty kernel.
