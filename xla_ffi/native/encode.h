@@ -45,9 +45,11 @@ DF11_INLINE uint32_t load_two(const uint16_t* two) {
   return word;
 }
 
-// Splits the pairs into what is stored as it is, and exponents.
+// Loads the pairs, and splits them into what is stored as it is, and exponents.
 template <Simd>
-DF11_INLINE void split_pairs(HalfStep& half_step, uint32_t* __restrict sign_mantissa) {
+DF11_INLINE void load_pairs(const ChunkRows& chunk, const Extent& extent, int number, uint16_t pad,
+                            HalfStep& half_step, uint32_t* __restrict sign_mantissa) {
+  load_half_step(chunk, extent, number, pad, half_step.row, half_step.next_row);
   uint32_t words[kHalfStepWords];  // by grid places
   for (int i = 0; i < kHalfStepWords; ++i) {
     const uint32_t row = load_two(half_step.row + 2 * i);
@@ -138,15 +140,17 @@ DF11_INLINE int64_t write_streams(const uint64_t* groups, int half_steps, int mi
 
 // Those loops, compiled for an instruction set.
 struct EncoderLoops {
-  void (*split_pairs)(HalfStep&, uint32_t*);
+  void (*load_pairs)(const ChunkRows&, const Extent&, int, uint16_t, HalfStep&, uint32_t*);
   LookUpCodes look_up_codes;
   void (*fold_pairs)(const HalfStep&, uint32_t*);
   void (*join_codes)(const uint16_t*, uint64_t*);
   int64_t (*write_streams)(const uint64_t*, int, int, uint8_t*, std::array<int, kLanes>&);
 };
 
-DF11_FOR_EACH_SIMD(void, split_pairs, (HalfStep & half_step, uint32_t* sign_mantissa),
-                   (half_step, sign_mantissa))
+DF11_FOR_EACH_SIMD(void, load_pairs,
+                   (const ChunkRows& chunk, const Extent& extent, int number, uint16_t pad,
+                    HalfStep& half_step, uint32_t* sign_mantissa),
+                   (chunk, extent, number, pad, half_step, sign_mantissa))
 DF11_FOR_EACH_SIMD(void, fold_pairs, (const HalfStep& half_step, uint32_t* acc), (half_step, acc))
 DF11_FOR_EACH_SIMD(void, join_codes, (const uint16_t* entries, uint64_t* groups), (entries, groups))
 DF11_FOR_EACH_SIMD(int64_t, write_streams,
@@ -155,7 +159,7 @@ DF11_FOR_EACH_SIMD(int64_t, write_streams,
                    (groups, half_steps, min_bits, stream, bits))
 
 inline EncoderLoops encoder_loops(Simd simd) {
-  return {DF11_SELECT(simd, split_pairs), best_look_up_codes(simd), DF11_SELECT(simd, fold_pairs),
+  return {DF11_SELECT(simd, load_pairs), best_look_up_codes(simd), DF11_SELECT(simd, fold_pairs),
           DF11_SELECT(simd, join_codes), DF11_SELECT(simd, write_streams)};
 }
 
@@ -186,8 +190,8 @@ class ChunkEncoder {
       } else if (ahead < half_steps_ + 2 * next.steps) {
         prefetch_half_step(weights_, view_, next, ahead - half_steps_);
       }
-      load_half_step(rows_, extent_, i, codes_.pad(), pairs_.row, pairs_.next_row);
-      loops_.split_pairs(pairs_, sign_mantissa + i * kHalfStepWords);
+      loops_.load_pairs(rows_, extent_, i, codes_.pad(), pairs_,
+                        sign_mantissa + i * kHalfStepWords);
       const bool uncoded = loops_.look_up_codes(pairs_.index, codes_, pairs_.entries);
       if (uncoded) patch_uncoded(i);
       loops_.fold_pairs(pairs_, acc_);

@@ -100,10 +100,10 @@ DF11_INLINE void load_half_step(const ChunkRows& chunk, const Extent& extent, in
 }
 
 // Counts pairs of exponents, leaving out those with padding. Of a
-// large slice only a sample of about 2^20 pairs is counted: pairs that it misses are patched.
+// large slice only a sample of about 2^19 pairs is counted: pairs that it misses are patched.
 // Chunks are picked by a hash, so that no regularity of the tensor can hide from it.
 inline std::vector<uint32_t> count_pairs(const uint16_t* weights, const View& view, int threads) {
-  const uint32_t one_in = static_cast<uint32_t>(std::max<int64_t>(1, view.size >> 21));
+  const uint32_t one_in = static_cast<uint32_t>(std::max<int64_t>(1, view.size >> 20));
   std::vector<int64_t> sample;
   for (int64_t c = 0; c < view.chunks(); ++c) {
     if (checksum_chunk(c) % one_in == 0) sample.push_back(c);

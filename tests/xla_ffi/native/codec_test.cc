@@ -225,9 +225,8 @@ void check_encoder_loops(const Source& source) {
     result.stream.resize(count * kMaxCodeBits / 8 + 8);
     const auto pairs = std::make_unique<HalfStep>();
     for (int i = 0; i < 2 * kMaxSteps; ++i) {
-      load_half_step({weights.data(), view.n}, Extent(view, locate_chunk(view, 0)), i, 0,
-                     pairs->row, pairs->next_row);
-      loops.split_pairs(*pairs, result.sign_mantissa.data() + i * kHalfStepPairs / 2);
+      loops.load_pairs({weights.data(), view.n}, Extent(view, locate_chunk(view, 0)), i, 0, *pairs,
+                       result.sign_mantissa.data() + i * kHalfStepPairs / 2);
       result.uncoded.push_back(loops.look_up_codes(pairs->index, codes, pairs->entries));
       result.entries.insert(result.entries.end(), pairs->entries, pairs->entries + kHalfStepPairs);
       loops.fold_pairs(*pairs, result.acc.data());
