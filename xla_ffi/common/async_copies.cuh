@@ -10,7 +10,7 @@
 // these
 //   threads, and a barrier of the threads after that;
 // - a thread's bulk stores have read shared memory after wait_stores_read, and are in global memory
-//   after wait_stores; other threads know it after a barrier.
+//   after wait_stores; other threads know it after a barrier. At the end of the kernel all are.
 #pragma once
 
 #include <cuda.h>

@@ -69,13 +69,19 @@ __device__ __forceinline__ void prefetch_global(const void* from) {
 #endif
 }
 
-// Orders a thread's accesses of memory, and those that it knows of by a barrier, on the whole
-// device.
-__device__ __forceinline__ void fence_device() {
+// Adds to a counter in global memory and returns what it was. Who sees the sum, by adding to it
+// likewise, sees what this thread has stored before, and what it knows of by a barrier, on the
+// whole device.
+__device__ __forceinline__ uint32_t add_in_order(uint32_t* counter, uint32_t count) {
 #ifdef __CUDACC__
-  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(counter)), "r"(count)
+               : "memory");
+  return before;
 #else
-  __threadfence();
+  return atomicAdd(counter, count);
 #endif
 }
 

@@ -45,9 +45,14 @@ struct TensorSlices {
       payload += along * axes[i].payload_stride;
       at += along * axes[i].index_stride;
     }
+    return slice_at(payload, index[at]);
+  }
+
+  // The slice that an index means in a stack of the payload.
+  DF11_HD int64_t slice_at(int64_t of_payload, int64_t wanted) const {
     // Without branches, so that a GPU can go on before the index arrives.
-    const int64_t wanted = index[at], least = wanted < 0 ? 0 : wanted;
-    const int64_t slice = payload * stack + (least > stack - 1 ? stack - 1 : least);
+    const int64_t least = wanted < 0 ? 0 : wanted;
+    const int64_t slice = of_payload * stack + (least > stack - 1 ? stack - 1 : least);
     return wanted == -1 ? -1 : slice;
   }
 };

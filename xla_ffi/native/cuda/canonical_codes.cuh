@@ -105,37 +105,42 @@ __device__ inline void sort_codes(const CodebookWords& codebook, uint32_t longes
 }
 
 // Fills a table of 1 << bits entries, by all threads of a block, when the codes are sorted; a
-// barrier has to follow. `store` puts an entry at an index, which is the code bit-reversed. A
-// thread fills the entries of 1 << kRunBits successive codes, which lie far from each other, so
-// that a warp's stores do not collide.
+// barrier has to follow. `store` puts an entry at an index, which is the code bit-reversed: so the
+// entries of a code that is shorter by b bits than the table's are 1 << b, far from each other. A
+// thread takes a beginning of bits - kRunBits bits and, if a code is no longer, fills all entries
+// that begin so; and it takes a symbol and, if its code is longer, fills those of that one. So no
+// thread has many symbols to look up, one after the other.
 template <int kRunBits, typename Store>
 __device__ __forceinline__ void fill_table(const CanonicalCodes& codes, uint32_t bits,
                                            const Store& store) {
-  constexpr uint32_t kRun = 1u << kRunBits;
-  const uint32_t columns = 1u << (bits - kRunBits);
+  const uint32_t short_bits = bits - kRunBits, columns = 1u << short_bits;
   for (uint32_t column = threadIdx.x; column < columns; column += blockDim.x) {
-    const uint32_t code = __brev(column) >> (32 + kRunBits - bits)
-                                                << (kMaxCodeBits + kRunBits - bits);
+    const uint32_t code = __brev(column) >> (32 - kMaxCodeBits);
     uint32_t length = 1;
 #pragma unroll
     for (uint32_t longer = 2; longer <= kMaxCodeBits; ++longer) {
       length += codes.first[longer] >> 9 <= code;
     }
-    // Lengths that no code has begin where the next begin: of them, the longest would be found.
-    if (length > bits) length = bits;
+    if (length > short_bits) continue;
     const uint32_t first = codes.first[length];
     const uint32_t place = (code - (first >> 9)) >> (kMaxCodeBits - length);
-    uint32_t at = (first & CanonicalCodes::kCountMask) + place;
-    uint32_t end = (first >> 9) + ((place + 1) << (kMaxCodeBits - length));
-    uint32_t entry = codes.sorted[at];
+    const uint32_t entry = codes.sorted[(first & CanonicalCodes::kCountMask) + place];
 #pragma unroll
-    for (uint32_t i = 0; i < kRun; ++i) {
-      const uint32_t now = code + (i << (kMaxCodeBits - bits));
-      if (i > 0 && now == end) {
-        entry = codes.sorted[++at];
-        end += kTableSize >> (entry & 31);
-      }
-      store(column + (kRunBits ? __brev(i) >> (32 - kRunBits) : 0) * columns, entry);
+    for (uint32_t i = 0; i < 1u << kRunBits; ++i) store(column + i * columns, entry);
+  }
+  if (kRunBits == 0) return;
+  // Beginning with the threads that had no column, if there are any.
+  const uint32_t symbols = codes.first[kMaxCodeBits + 1] & CanonicalCodes::kCountMask;
+  for (uint32_t i = blockDim.x - 1 - threadIdx.x; i < symbols; i += blockDim.x) {
+    const uint32_t entry = codes.sorted[i], length = entry & 31;
+    if (length <= short_bits) continue;
+    const uint32_t first = codes.first[length];
+    const uint32_t place = i - (first & CanonicalCodes::kCountMask);
+    const uint32_t code = (first >> 9) + (place << (kMaxCodeBits - length));
+#pragma unroll 1
+    for (uint32_t index = __brev(code) >> (32 - kMaxCodeBits); index >> bits == 0;
+         index += 1u << length) {
+      store(index, entry);
     }
   }
 }

@@ -106,6 +106,7 @@ struct BulkWork {
   uint32_t warp;
   Slice slice;
   PairGrid grid;
+  int32_t index;  // of the first tensor
   SliceHeader header;
   const uint32_t* codebook;
   int row;                // of the slice's first weight, in the map's matrix
@@ -120,8 +121,8 @@ struct BulkWork {
   // pairs in turn, so that what is in work at a time lies close together in memory. Of several
   // slices each block has a contiguous share, so that it meets few of them: it makes a table for
   // each.
-  __device__ BulkWork(const BulkBatch& batch, uint32_t warp)
-      : warp(warp), grid(batch.tensors[0].view) {
+  __device__ BulkWork(const BulkBatch& batch, uint32_t warp, int32_t index)
+      : warp(warp), grid(batch.tensors[0].view), index(index) {
     const uint32_t block = blockIdx.x;
     singles = false;
     tensor = 0;
@@ -168,7 +169,9 @@ struct BulkWork {
       first = in_tensor - b * in_slice;
       count = end - at < in_slice - first ? end - at : in_slice - first;
       at += count;
-      const int64_t wanted = of.slice_of(b);
+      // All tensors of a program's call have the same index.
+      const bool known = of.batch == 1 && of.index == batch.tensors[0].index;
+      const int64_t wanted = known ? of.slice_at(0, index) : of.slice_of(b);
       // While the index is on its way. Of single chunks it means nothing.
       first_pair = place_pair(grid, of.view, first + pair_of_round(0));
       if (wanted < 0) continue;
@@ -232,6 +235,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, 1)
     bulk_decode_kernel(const __grid_constant__ BulkBatch batch) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   using Memory = BulkMemory<kWarps>;
+  const int32_t index = __ldg(batch.tensors[0].index);  // Everything waits for it.
   DF11_DYNAMIC_SHARED(memory);
   const uint32_t base_address = shared_address(memory);
   auto& state = *reinterpret_cast<typename Memory::State*>(memory);
@@ -244,7 +248,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, 1)
   __syncwarp();
 
   TableKey table_of = {};
-  BulkWork<kWarps> work(batch, warp);
+  BulkWork<kWarps> work(batch, warp, index);
   while (work.next(batch)) {
     const CodebookWords codebook = load_codebook(work.codebook, lane.number);
     uint32_t base = 0, i = work.pair_of_round(base);
@@ -294,7 +298,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, 1)
       }
     }
   }
-  wait_stores();
+  wait_stores_read<0>();  // Shared memory is others' then; the kernel ends when all is stored.
 #endif
 }
 

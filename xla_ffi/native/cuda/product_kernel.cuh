@@ -79,10 +79,9 @@ class ChunkList {
   __device__ ChunkList(uint32_t memory, int first_item, int end_item, int stride)
       : memory_(memory), first_item_(first_item), end_item_(end_item), stride_(stride) {}
 
-  // Finds the next 32 rows of items, of which some may not be there at the end of a column. Returns
-  // what offsets the lane has read, which are to be kept when they have arrived.
-  __device__ __forceinline__ uint2 find(const Slice& slice, int lane) {
-    const MatrixWork& matrix = slice.matrix;
+  // Finds the next 32 rows of items, of which some may not be there at the end of a column, in
+  // whatever slice. Returns the number of the lane's chunk, -1 if there is none.
+  __device__ __forceinline__ int find(const MatrixWork& matrix, int lane) {
     const int at = row_ + lane, item_chunks = matrix.item_chunks;
     const int ahead = divide_by_reciprocal(at, matrix.item_chunks_reciprocal);
     const int in_item = at - ahead * item_chunks;
@@ -90,22 +89,25 @@ class ChunkList {
     const int column = divide_by_reciprocal(item, matrix.column_items_reciprocal);
     const int begin = (item - column * matrix.column_items) * item_chunks, row = begin + in_item;
     const bool is_there = item < end_item_ && row < matrix.tiles_k;
-    uint2 offsets{0, 0};
     __syncwarp();  // All lanes have read what was in the list.
     if (is_there) {
-      const uint32_t* from = slice.chunk_offsets() + (row * matrix.tiles_n + column);
-      offsets = uint2{__ldg(from), __ldg(from + 1)};
       const int step = row * matrix.steps, steps = min(matrix.steps, matrix.steps_k - step);
       const bool ends = row + 1 == min(begin + item_chunks, matrix.tiles_k);
       store_shared(memory_ + 16 * lane,
                    uint4{static_cast<uint32_t>(step * kStepRows | steps),
                          static_cast<uint32_t>(2 * item + ends),
-                         slice.first_step() + step * matrix.tiles_n + column * steps, 0});
+                         static_cast<uint32_t>(step * matrix.tiles_n + column * steps), 0});
     }
     left_ = __ballot_sync(kAllLanes, is_there);
     row_ += kLanes;
     __syncwarp();  // All places are there.
-    return offsets;
+    return is_there ? row * matrix.tiles_n + column : -1;
+  }
+  // The offsets of a lane's chunk, which are to be kept when they have arrived.
+  __device__ __forceinline__ static uint2 load_offsets(const Slice& slice, int chunk) {
+    if (chunk < 0) return uint2{0, 0};
+    const uint32_t* from = slice.chunk_offsets() + chunk;
+    return uint2{__ldg(from), __ldg(from + 1)};
   }
   __device__ __forceinline__ void keep(const uint2& offsets, int lane) {
     store_shared(memory_ + 16 * kLanes + 8 * lane, offsets.x);
@@ -125,17 +127,17 @@ class ChunkList {
     return number;
   }
   // Without offsets.
-  __device__ __forceinline__ ProductChunk place_of(int number) const {
+  __device__ __forceinline__ ProductChunk place_of(const Slice& slice, int number) const {
     ProductChunk chunk;
     if (number < 0) return chunk;
     const uint4 place = load_shared4(memory_ + 16 * number);
     chunk.k_and_steps = static_cast<int>(place.x);
     chunk.item_and_end = place.y;
-    chunk.first_step = place.z;
+    chunk.first_step = slice.first_step() + place.z;
     return chunk;
   }
-  __device__ __forceinline__ ProductChunk operator[](int number) const {
-    ProductChunk chunk = place_of(number);
+  __device__ __forceinline__ ProductChunk get(const Slice& slice, int number) const {
+    ProductChunk chunk = place_of(slice, number);
     if (number < 0) return chunk;
     const uint32_t at = memory_ + 16 * kLanes + 8 * number;
     chunk.begin = load_shared(at);
@@ -329,14 +331,8 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
     ++number;
   }
   const MatrixWork& matrix = work.matrices[__shfl_sync(kAllLanes, number, 0)];
-  const int wanted = __shfl_sync(kAllLanes, index, 0);
-  if (wanted == -1) return;
-  const Slice slice{matrix, wanted < 0 ? 0 : min(wanted, matrix.stack - 1)};
-  const uint32_t geometry = __ldg(slice.header() + kGeometryWord);
-
   const int block = blockIdx.x - matrix.first_block;
   const int begin = first_item(matrix, block), end = first_item(matrix, block + 1);
-  ChunkList chunks(copies.list(), begin + warp, end, memory.warps);
   if (threadIdx.x < 2) {
     // For the end, where everything waits for this.
     const int column =
@@ -344,18 +340,24 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
     scratch.columns.number[threadIdx.x] = column;
     prefetch_global(matrix.arrived + column);
   }
+  ChunkList chunks(copies.list(), begin + warp, end, memory.warps);
+  const int first_chunk = chunks.find(matrix, lane), first = chunks.take();
+
+  const int wanted = __shfl_sync(kAllLanes, index, 0);
+  if (wanted == -1) return;
+  const Slice slice{matrix, wanted < 0 ? 0 : min(wanted, matrix.stack - 1)};
+  const uint32_t geometry = __ldg(slice.header() + kGeometryWord);
+  const CodebookWords codebook = load_codebook(slice.codebook(), lane);
+  const uint2 offsets = chunks.load_offsets(slice, first_chunk);
+  // The first copies are under way while the table is made.
+  ProductChunk chunk = chunks.place_of(slice, first);
+  if (chunk.steps() > 0) copies.fetch_steps(matrix, chunk.first_step, chunk.steps());
   const RowsOfX<kTiles> x(work.x, work.rows, lane);
   const LookupTable table{memory.table(base), memory.table_log2_bytes,
                           static_cast<uint32_t>(matrix.code_bits)};
-  // The first copies are under way while the table is made.
-  const CodebookWords codebook = load_codebook(slice.codebook(), lane);
-  const uint2 offsets = chunks.find(slice, lane);
-  const int first = chunks.take();
-  ProductChunk chunk = chunks.place_of(first);
-  if (chunk.steps() > 0) copies.fetch_steps(matrix, chunk.first_step, chunk.steps());
   sort_codes(codebook, table.code_bits, scratch.codes);
   chunks.keep(offsets, lane);
-  chunk = chunks[first];
+  chunk = chunks.get(slice, first);
   if (chunk.is_staged(matrix, memory)) copies.fetch_record(0, slice, chunk);
   __syncthreads();
   if (scratch.codes.sound) fill_lookup_table(scratch.codes, table);
@@ -366,7 +368,9 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
   set_sums(sums, 0);
   int buffer = 0;
   while (chunk.steps() > 0) {
-    while (chunks.is_to_be_filled(matrix)) chunks.keep(chunks.find(slice, lane), lane);
+    while (chunks.is_to_be_filled(matrix)) {
+      chunks.keep(chunks.load_offsets(slice, chunks.find(matrix, lane)), lane);
+    }
     const int next_number = chunks.take();
     const uint32_t words = chunk.words(matrix);
     const bool staged = chunk.is_staged(matrix, memory);
@@ -384,12 +388,12 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
 
     // No lane needs what was in the other buffer: all have used what they have looked up there.
     const auto fetch_next_record = [&](int to) {
-      const ProductChunk next = chunks[next_number];
+      const ProductChunk next = chunks.get(slice, next_number);
       if (next.is_staged(matrix, memory)) copies.fetch_record(to, slice, next);
     };
     const int next_buffer = memory.records > 1 ? buffer ^ 1 : buffer;
     if (memory.records > 1) fetch_next_record(next_buffer);
-    const ProductChunk next = chunks.place_of(next_number);
+    const ProductChunk next = chunks.place_of(slice, next_number);
     if (staged && kind == GlobalPairs::kCoded) {
       multiply_chunk(StagedPairs(in_shared.address, start, table, lane),
                      Patches(in_shared.from(words - patches), patches), copies, work, matrix, x,
@@ -409,7 +413,7 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
       store_sums<kTiles>(matrix.sums, chunk.item(), work.rows, lane, sums);
       set_sums(sums, 0);
     }
-    chunk = chunks[next_number];
+    chunk = chunks.get(slice, next_number);
   }
   add_columns(work, matrix, begin, end, table.address, scratch.columns);
 #endif

@@ -81,11 +81,10 @@ __device__ inline void add_columns(const ProductWork& work, const MatrixWork& ma
     const bool is_last = threadIdx.x == 1;
     const int column = columns.number[is_last], column_begin = column * per_column;
     const int items = min(end, column_begin + per_column) - max(begin, column_begin);
-    fence_device();
-    const uint32_t before = items == per_column || (is_last && first == last)
-                                ? 0
-                                : atomicAdd(matrix.arrived + column, static_cast<uint32_t>(items));
-    fence_device();
+    const uint32_t before =
+        items == per_column || (is_last && first == last)
+            ? 0
+            : add_in_order(matrix.arrived + column, static_cast<uint32_t>(items));
     const bool complete = static_cast<int>(before) + items == per_column;
     columns.complete[is_last] = complete;
     if (complete && before > 0) matrix.arrived[column] = 0;  // as it was
@@ -107,14 +106,15 @@ __device__ inline void add_columns(const ProductWork& work, const MatrixWork& ma
       static_cast<int>((1u << work.memory.table_log2_bytes) / (kGroups * kUnitBytes));
   for (int done = 0; done < results; done += at_once) {
     const int count = min(at_once, results - done);
-    // Several at a time, whose loads are waited for together.
-    constexpr int kTogether = 4;
-    for (int unit = warp; unit < count * kGroups; unit += kTogether * warps) {
-      const float2* from[kTogether];
-      int left[kTogether];
-      float2 sum[kTogether];
+    // Several at a time, and several items of each, whose loads are waited for together.
+    constexpr int kUnits = 4, kItems = 4;
+    const int stride = kGroups * work.rows * (kTileCols / 2);
+    for (int unit = warp; unit < count * kGroups; unit += kUnits * warps) {
+      const float2* from[kUnits];
+      int left[kUnits];
+      float2 sum[kUnits];
 #pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
+      for (int i = 0; i < kUnits; ++i) {
         const int that = unit + i * warps, group = that % kGroups;
         const int column = column_of(done + that / kGroups), row = row_of(done + that / kGroups);
         const int64_t item = int64_t{first + column} * per_column + group;
@@ -124,24 +124,32 @@ __device__ inline void add_columns(const ProductWork& work, const MatrixWork& ma
         left[i] = that < count * kGroups ? per_column - group : 0;
         sum[i] = float2{0, 0};
       }
-#pragma unroll 2
-      for (int item = 0; item < per_column; item += kGroups) {
-        float2 more[kTogether];
+#pragma unroll 1
+      for (int item = 0; item < per_column; item += kItems * kGroups) {
+        float2 more[kUnits][kItems];
 #pragma unroll
-        for (int i = 0; i < kTogether; ++i) {
-          more[i] = item < left[i] ? __ldcg(from[i] + int64_t{item} * work.rows * (kTileCols / 2))
-                                   : float2{0, 0};
+        for (int j = 0; j < kItems; ++j) {
+#pragma unroll
+          for (int i = 0; i < kUnits; ++i) {
+            more[i][j] = left[i] > 0 ? __ldcg(from[i]) : float2{0, 0};
+            from[i] += stride;
+            left[i] -= kGroups;
+          }
         }
+        // Without this the compiler adds each when it has come, before it loads the next.
+        __syncwarp();
+        // Nothing is added where there is none: a sum is never the zero of negative sign.
 #pragma unroll
-        for (int i = 0; i < kTogether; ++i) {
-          if (item < left[i]) {
-            sum[i].x += more[i].x;
-            sum[i].y += more[i].y;
+        for (int i = 0; i < kUnits; ++i) {
+#pragma unroll
+          for (int j = 0; j < kItems; ++j) {
+            sum[i].x += more[i][j].x;
+            sum[i].y += more[i][j].y;
           }
         }
       }
 #pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
+      for (int i = 0; i < kUnits; ++i) {
         if (unit + i * warps >= count * kGroups) continue;
         const uint32_t place = memory + (unit + i * warps) * kUnitBytes + 8 * lane;
         store_shared(place, __float_as_uint(sum[i].x));
