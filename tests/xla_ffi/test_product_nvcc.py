@@ -38,7 +38,5 @@ def test_inner_loop(arch):
         per_step = len(loop) / 2
         print(f"sm_{arch}, {rows} rows of x: {per_step} instructions a step of 1,024 weights")
         assert per_step <= {8: 175, 16: 180, 32: 205}[rows]
-        # 72 registers are enough on sm_90, where it was measured.
-        spilled = sum(count_sass.opcode(i) in ("LDL", "STL") for i in loop)
-        assert spilled <= (5 if rows == 8 and arch != "90" else 0)
+        assert not any(count_sass.opcode(i) in ("LDL", "STL") for i in loop), "spilled"
         assert count_sass.copies_wait(loop), "after_loads has no effect"
