@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "common/lanes.cuh"
 #include "native/cuda/decode_chunk.cuh"
 #include "native/tensor_slices.h"
 
@@ -66,6 +67,9 @@ __device__ inline OpenSlice open_slice(const TensorSlices& tensor, int64_t b, Sl
   slice = locate_slice(tensor, at, b, view.chunks(), view.sign_mantissa_words());
   const SliceHeader header = load_header(tensor, at);
   const uint32_t* codebook = codebook_of(tensor, at);
+  // Comes with the header, for all warps will wait for it.
+  prefetch_global(codebook);
+  prefetch_global(codebook + kCodebookWords - 1);
   const bool sound = header.geometry == tensor.geometry;
   if (!sound || key.serves(codebook, header)) return {false, sound, false};
   key = {codebook, {header.codebook_id[0], header.codebook_id[1]}, false};
