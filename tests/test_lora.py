@@ -42,6 +42,7 @@ def trained(lora, initial):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrap", "expected"),
     [

@@ -91,6 +91,7 @@ def test_the_demo():
     assert process(COMMAND, 0, "demo", "--tokens", 20).stderr == ""
 
 
+@pytest.mark.slow
 def test_generated_text_stays_as_it_is(tmp_path):
     pytest.importorskip("tokenizers", reason="needs tokenizers: pip install 'df11_jax[models]'")
     import families

@@ -210,6 +210,7 @@ def test_a_directory_of_a_tied_model_that_does_not_fit(tmp_path, in_process):
     assert report["summary"][0]["equal"] == {}
 
 
+@pytest.mark.slow
 def test_different_tokens_end_with_status_1(folder, monkeypatch, in_process):
     decompress_params = placements.decompress_params
 

@@ -106,6 +106,7 @@ _METADATA = st.none() | st.dictionaries(
 _SIZES = {"BF16": 2, "F32": 4}
 
 
+@pytest.mark.slow
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

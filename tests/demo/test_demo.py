@@ -47,6 +47,7 @@ def test_bundled_checkpoint():
     assert kernel.shape == (8, 192, 512)
 
 
+@pytest.mark.slow
 def test_bundled_checkpoint_was_trained():
     pytest.importorskip("optax", reason="needs optax: pip install 'df11_jax[train]'")
     from df11_jax.demo import train

@@ -115,6 +115,7 @@ def test_a_single_token_decompresses_the_experts_that_it_chooses(family, monkeyp
             assert count_decodes(run, compressed, config) == experts + others + in_tables
 
 
+@pytest.mark.slow
 def test_layers_in_host_memory_have_their_experts():
     params, config = runs.load("qwen2_moe", compress=False)
     config = dataclasses.replace(config, dtype=jnp.float32)

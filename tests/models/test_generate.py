@@ -114,7 +114,8 @@ def test_prompts_are_read_in_pieces(monkeypatch):
     assert models.generate(params, PROMPTS, config, tokens=5, length=130) == whole
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_rows_are_what_they_are_alone(family):
     params, config = load(family)
     config = dataclasses.replace(config, dtype=F32)

@@ -24,6 +24,7 @@ on_cpu = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @on_cpu
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_generation_holds_one_block_and_a_piece_of_the_head(family):

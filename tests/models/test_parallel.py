@@ -278,6 +278,7 @@ def test_memory_of_each_device_is_that_of_its_shard(devices):
     assert {size for _, size, what in moved if what == "all-reduce"} == {f"2,1,{config.dim}"}
 
 
+@pytest.mark.slow
 def test_programs_are_found_compiled():
     params, config = load("llama", 2)
     options = {"batch": 1, "prompt": 3, "tokens": 130}
@@ -297,6 +298,7 @@ def test_programs_are_found_compiled():
         assert [name for name in compiled if "decode" in name], "another length is another program"
 
 
+@pytest.mark.slow
 def test_each_device_decodes_its_slices_once_a_token():
     params, config = load("llama", 2)
     leaves = df11_jax.size_report(params["layers"]).leaves
