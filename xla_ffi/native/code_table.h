@@ -1,7 +1,6 @@
 // What the encoder looks up for each pair of exponents. Host only.
 #pragma once
 
-#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <vector>

@@ -189,7 +189,6 @@ T __ldcs(const T* from) {
 inline uint32_t atomicAdd(uint32_t* to, uint32_t value) {
   return __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
 }
-inline void __threadfence() {}  // blocks do not run at the same time
 
 #include "asynchronous.h"
 
