@@ -13,8 +13,8 @@ is the number of instructions per weight.
 What a warp does once per chunk (find it, stage it, sum up the checksum) is outside the loop and
 not counted.
 
-The decoder for pairs of chunks, xla_ffi/native/cuda/decode_bulk.cuh, from sm_90 on: the loop that
-stores boxes by tensor maps. A lane decodes 64 weights in it. All of it counts, waits and copies
+The decoder for groups of chunks, xla_ffi/native/cuda/decode_bulk.cuh, from sm_90 on: the loop that
+stores boxes by tensor maps. A lane decodes 32 weights of each chunk in it. All of it counts, waits and copies
 included, but not what is branched over unless a step has patches (it holds a vote).
 
 The product, xla_ffi/native/cuda/product_kernel.cuh: the loop that multiplies on tensor cores, two
@@ -49,14 +49,20 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("80", "90", "100")
 BULK_ARCHITECTURES = ("90", "100", "120")
 
-BULK_SOURCE = """
-#include "native/cuda/decode_bulk.cuh"
-template __global__ void df11::native::bulk_decode_kernel<8>(
-    const __grid_constant__ df11::native::BulkBatch);
-"""
-BULK_WEIGHTS = 64
+BULK_CHUNKS = {1: "single chunks", 2: "pairs of chunks"}
 SOURCE = '#include "native/cuda/decode_kernel.cuh"'
 PUBLISHED_SOURCE = '#include "published/cuda/decode_kernel.cuh"'
+
+
+def bulk_source(chunks: int, warps: int = 8) -> str:
+    """The decoder for groups of this many chunks, with blocks of this many warps."""
+    return f"""
+#include "native/cuda/decode_bulk.cuh"
+template __global__ void df11::native::bulk_decode_kernel<{warps}, {chunks}>(
+    const __grid_constant__ df11::native::BulkBatch);
+"""
+
+
 # With up to 8, 16 and 32 rows of x.
 PRODUCT_SOURCE = """#include "native/cuda/product_kernel.cuh"
 namespace df11::native {
@@ -181,12 +187,12 @@ def stores(loop: list[str]) -> int:
     return sum(i.startswith("STG") and ".128" in i for i in loop)
 
 
-def copies_wait(loop: list[str]) -> bool:
+def copies_wait(loop: list[str], chunks: int) -> bool:
     """Whether bulk copies depend on what is loaded from where they go: see after_loads."""
     loads = {at for at, i in enumerate(loop) if i.startswith("LDS.128")}
     copies = [at for at, i in enumerate(loop) if opcode(i) == "UBLKCP"]
     return (
-        len(loads) == 4 and bool(copies) and all(loads <= computed_from(loop, at) for at in copies)
+        len(loads) == 2 * chunks and bool(copies) and all(loads <= computed_from(loop, at) for at in copies)
     )
 
 
@@ -235,17 +241,18 @@ def count(arch: str) -> tuple[int, int, collections.Counter]:
     return len(loop), weights, units(loop)
 
 
-def bulk_loop(arch: str) -> list[str]:
-    """The inner loop of the decoder for pairs of chunks."""
+@functools.cache
+def bulk_loop(arch: str, chunks: int) -> list[str]:
+    """The inner loop of the decoder for groups of chunks."""
     with tempfile.TemporaryDirectory() as folder:
-        (lines,) = disassemble(BULK_SOURCE, arch, pathlib.Path(folder)).values()
+        (lines,) = disassemble(bulk_source(chunks), arch, pathlib.Path(folder)).values()
     return Kernel(lines).loop_of_boxes()
 
 
-def count_bulk(arch: str) -> tuple[int, int, collections.Counter]:
-    """As `count`, of the decoder for pairs of chunks."""
-    loop = bulk_loop(arch)
-    return len(loop), BULK_WEIGHTS, units(loop)
+def count_bulk(arch: str, chunks: int) -> tuple[int, int, collections.Counter]:
+    """As `count`, of the decoder for groups of chunks."""
+    loop = bulk_loop(arch, chunks)
+    return len(loop), 32 * chunks, units(loop)
 
 
 @functools.cache
@@ -333,7 +340,8 @@ def main() -> None:
     for arch in ARCHITECTURES:
         print_row(f"sm_{arch}", *count(arch))
     for arch in BULK_ARCHITECTURES:
-        print_row(f"sm_{arch}, pairs of chunks", *count_bulk(arch))
+        for chunks, name in BULK_CHUNKS.items():
+            print_row(f"sm_{arch}, {name}", *count_bulk(arch, chunks))
     print(f"\nPublished layout, {codes_per_lookup():.2f} codes a look-up\n")
     print("| architecture | loop | instructions per weight | of them", ", ".join(columns), "|")
     print("|---|---|---|---|")

@@ -9,7 +9,7 @@ from compiling import needs_nvcc, needs_nvdisasm, ptxas_report
 ARCHITECTURES = ["75", "80", "86", "89", "90", "100", "120"]
 
 
-# Registers and bytes of static shared memory, which ends at 48 KB, that each kernel may take. Pairs
+# Registers and bytes of static shared memory, which ends at 48 KB, that each kernel may take. Groups
 # of chunks are decoded by one block, of 8 warps or of 2, a multiprocessor.
 KERNELS = {
     "native": {"decode_kernel": (80, 48 * 1024), "bulk_decode_kernel": (255, 0)},
@@ -36,7 +36,8 @@ def test_no_spills(layout, tmp_path):
         kernel = kernel_of(name)
         most_registers, most_shared = KERNELS[layout][kernel]
         shared = int(next(iter(re.findall(r"(\d+) bytes smem", rest)), 0))
-        print(f"sm_{arch}: {kernel}: {registers} registers, {shared} bytes of static shared memory")
+        of = "".join(f", {n}" for n in re.findall(r"Li(\d+)E", name))  # warps, chunks
+        print(f"sm_{arch}: {kernel}{of}: {registers} registers, {shared} bytes of shared memory")
         assert (frame, stores, loads) == ("0", "0", "0"), f"sm_{arch} spills"
         assert int(registers) <= most_registers
         assert shared <= most_shared
@@ -48,19 +49,22 @@ def kernel_of(mangled_name):
 
 @needs_nvcc
 @needs_nvdisasm
+@pytest.mark.parametrize(("chunks", "most"), [(2, 8), (1, 9)])
 @pytest.mark.parametrize("arch", count_sass.BULK_ARCHITECTURES)
-def test_instructions_per_weight_of_pairs(arch):
-    instructions, weights, _ = count_sass.count_bulk(arch)
+def test_instructions_per_weight_of_groups(arch, chunks, most):
+    instructions, weights, _ = count_sass.count_bulk(arch, chunks)
     print(f"sm_{arch}: {instructions / weights:.2f} per weight")
-    assert instructions / weights <= 8
+    assert instructions / weights <= most
 
 
 @needs_nvcc
 @needs_nvdisasm
+@pytest.mark.parametrize("chunks", count_sass.BULK_CHUNKS)
 @pytest.mark.parametrize("arch", count_sass.BULK_ARCHITECTURES)
-def test_copies_of_pairs_wait(arch):
+def test_copies_of_groups_wait(arch, chunks):
     """For what they overwrite."""
-    assert count_sass.copies_wait(count_sass.bulk_loop(arch)), "after_loads has no effect"
+    loop = count_sass.bulk_loop(arch, chunks)
+    assert count_sass.copies_wait(loop, chunks), "after_loads has no effect"
 
 
 @needs_nvcc

@@ -1,4 +1,4 @@
-"""Leaves out of the decoder for pairs of chunks what orders its accesses, one thing at a time."""
+"""Leaves out of the decoder for groups of chunks what orders its accesses, one thing at a time."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from test_kernel_emulated import ARGUMENTS
 
 pytestmark = pytest.mark.slow
 
-SOURCE = "native/cuda/chunk_pair.cuh"
+SOURCE = "native/cuda/chunk_group.cuh"
 ORDERS = re.compile(r"^\s*((wait_\w+(<\d>)?|fence_\w+|__syncwarp)\(.*\));")
 LEFT_OUT = """
 #include <cstdlib>
@@ -41,7 +41,7 @@ def test_nothing_may_be_left_out(tmp_path):
     def fails_without(place):
         environment = os.environ | {"LEFT_OUT": str(place)}
         ended = subprocess.run(
-            [program, "0", "pairs"], env=environment, capture_output=True, text=True, timeout=600
+            [program, "0", "groups"], env=environment, capture_output=True, text=True, timeout=600
         )
         print(statements.get(place), ended.stdout[-300:], ended.stderr[:300])
         return ended.returncode != 0

@@ -22,6 +22,8 @@ using Array = std::vector<uint32_t>;
 using Weights = std::vector<uint16_t>;
 using Shape = std::vector<int64_t>;
 
+inline Grouping grouping = Grouping::kBySize;  // of what is decoded
+
 inline constexpr uint16_t kUnwritten = 0x5a5a;
 inline constexpr uint16_t kPoison = 0xffff;
 
@@ -174,7 +176,7 @@ inline std::vector<Weights> decode(const std::vector<Operand>& operands) {
     tensors.push_back(device.back()->slices());
   }
   const cudaError_t error =
-      launch_decode(nullptr, tensors.data(), static_cast<int>(tensors.size()));
+      launch_decode(nullptr, tensors.data(), static_cast<int>(tensors.size()), grouping);
   expect(error == cudaSuccess, "launch_decode returned " + std::to_string(error));
   expect(cudaDeviceSynchronize() == cudaSuccess, "cudaDeviceSynchronize");
   std::vector<Weights> out;

@@ -15,8 +15,8 @@ from ptx_arithmetic import TYPES
 from ptx_kernel import SHARED_BASE, Instruction
 
 # How tests write down a tensor map: address, tiles, rows and bytes from row to row of a matrix of
-# two-byte elements in tiles of 64 columns. Boxes are 16 rows of 2 tiles, swizzled by 128 bytes.
-MAP_WORDS, TILE_BYTES, BOX_TILES, BOX_ROWS = 4, 128, 2, 16
+# two-byte elements in tiles of 64 columns; tiles of a box. Boxes are 16 rows, swizzled by 128 bytes.
+MAP_WORDS, TILE_BYTES, BOX_ROWS = 5, 128, 16
 
 
 @dataclasses.dataclass
@@ -136,16 +136,17 @@ class Bulk:
         match = re.fullmatch(pattern, step.operands[0])
         one = np.array([thread])
         at = int(self.block.get(match[1], one, None)[0]) - self.block.PARAM_BASE
-        base, tiles, rows, pitch = self.block.param[at : at + 8 * MAP_WORDS].view(np.uint64)
+        base, tiles, rows, pitch, box_tiles = self.block.param[at : at + 8 * MAP_WORDS].view(np.uint64)
         col, tile, row = (int(self.value(match[i], thread)) for i in (2, 3, 4))
         if col:
             raise KernelError("a box does not begin where a tile does")
         source = self.address(step.operands[1], thread)
-        places = self.places(source, TILE_BYTES * BOX_TILES * BOX_ROWS)
+        box_row = TILE_BYTES * int(box_tiles)
+        places = self.places(source, box_row * BOX_ROWS)
         self.touch(places)
         inside = source + np.arange(len(places))
         swizzled = inside ^ (inside >> 7 & 7) << 4
-        r, c = np.divmod(np.arange(len(places)), TILE_BYTES * BOX_TILES)
+        r, c = np.divmod(np.arange(len(places)), box_row)
         kept = (row + r < int(rows)) & (tile + c // TILE_BYTES < int(tiles))
         to = np.uint64(base) + ((row + r) * int(pitch) + TILE_BYTES * tile + c).astype(np.uint64)
         groups = self.stores.setdefault(thread, [[]])

@@ -22,7 +22,7 @@ from df11_jax import _layout, _xla_decoder, published
 pytestmark = [needs_nvcc, pytest.mark.slow]
 
 THREADS = 256
-PAIRS_THREADS = 64  # of the narrow kernel for pairs of chunks
+GROUPS_THREADS = 64  # of a kernel for groups of chunks with two warps
 UNWRITTEN = 0x5A5A
 RNG = np.random.default_rng(0)
 
@@ -60,8 +60,8 @@ class DecodeBatch(ctypes.Structure):
 
 class TensorMap(ctypes.Structure):  # as ptx_bulk.py reads it
     _fields_ = [
-        *((name, ctypes.c_uint64) for name in ("base", "tiles", "rows", "pitch")),
-        ("rest", ctypes.c_uint64 * 12),
+        *((name, ctypes.c_uint64) for name in ("base", "tiles", "rows", "pitch", "box_tiles")),
+        ("rest", ctypes.c_uint64 * 11),
     ]
 
 
@@ -102,10 +102,15 @@ def native_ptx(tmp_path_factory, request):
 
 
 @pytest.fixture(scope="module")
-def pairs_ptx(tmp_path_factory):
-    source = count_sass.BULK_SOURCE.replace("<8>", "<2>")
+def groups_ptx(tmp_path_factory):
+    """By the number of chunks in a group."""
     size = "__constant__ unsigned kBulkBytes = df11::native::BulkMemory<2>::kEnd;"
-    return compile_ptx(tmp_path_factory.mktemp("pairs"), f"{source}\n{size}\n")
+    return {
+        chunks: compile_ptx(
+            tmp_path_factory.mktemp("groups"), f"{count_sass.bulk_source(chunks, 2)}\n{size}\n"
+        )
+        for chunks in count_sass.BULK_CHUNKS
+    }
 
 
 @pytest.fixture(scope="module")
@@ -153,21 +158,22 @@ def decode_native(ptx, arrays, indices, *, blocks=2, moved=None, seed=0):
     return [memory.read_back(tensor.out).view(np.uint16) for tensor in batch.tensors[: batch.count]]
 
 
-def decode_pairs(ptx, arrays, indices, *, blocks=2, seed=0):
-    """As `decode_native`, by the kernel for pairs of chunks."""
+def decode_groups(groups_ptx, chunks, arrays, indices, *, blocks=2, seed=0):
+    """As `decode_native`, by the kernel for groups of so many chunks."""
+    ptx = groups_ptx[chunks]
     memory, batch = GlobalMemory(), BulkBatch()
     for array, index in zip(arrays, indices, strict=True):
         i = batch.count
         tensor = batch.tensors[i]
         view = fill_tensor(memory, tensor, array, index, {})
         rows = len(index) * view.batch * view.k
-        batch.maps[i] = TensorMap(tensor.out, view.n // 64, rows, 2 * view.n)
-        pairs = view.batch * (view.k // (16 * view.steps)) * (view.n // 128)
-        singles = len(index) * (view.chunks - 2 * pairs)
+        batch.maps[i] = TensorMap(tensor.out, view.n // 64, rows, 2 * view.n, chunks)
+        groups = view.batch * (view.k // (16 * view.steps)) * (view.n // (64 * chunks))
+        singles = len(index) * (view.chunks - chunks * groups)
         batch.first_single[i + 1] = batch.first_single[i] + singles
         # A block each, and the first what is left.
         own = 1 if i else blocks + 1 - len(arrays)
-        end = batch.first_block[i] + min(own, len(index) * pairs)
+        end = batch.first_block[i] + min(own, len(index) * groups)
         batch.first_block[i + 1 :] = [end] * (11 - i)
         batch.count += 1
     kernel = Kernel(ptx, "bulk_decode_kernel")
@@ -177,7 +183,7 @@ def decode_pairs(ptx, arrays, indices, *, blocks=2, seed=0):
         memory,
         bytes(batch),
         blocks=blocks,
-        threads=PAIRS_THREADS,
+        threads=GROUPS_THREADS,
         dynamic_shared=int(dynamic),
         seed=seed,
     )
@@ -250,19 +256,21 @@ def test_native_along_columns(native_ptx, shape):
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (1024, 128), (300, 448), (2, 128, 256)])
-def test_pairs(pairs_ptx, shape):
+@pytest.mark.parametrize("chunks", count_sass.BULK_CHUNKS)
+def test_groups(groups_ptx, chunks, shape):
     weights = sprinkled(shape, 100)
     small = df11_jax.compress(weights)
     for seed in range(2):
-        (out,) = decode_pairs(pairs_ptx, [small], [[0]], seed=seed)
+        (out,) = decode_groups(groups_ptx, chunks, [small], [[0]], seed=seed)
         np.testing.assert_array_equal(out, to_bits(weights))
 
 
-def test_pairs_of_many(pairs_ptx):
+@pytest.mark.parametrize("chunks", count_sass.BULK_CHUNKS)
+def test_groups_of_many(groups_ptx, chunks):
     stack = sprinkled((3, 256, 256), 300)
     raw, other = every_pattern(), sprinkled((380, 192), 60)
     small = [df11_jax.compress(stack, stack_axes=1), *map(df11_jax.compress, (raw, other))]
-    outs = decode_pairs(pairs_ptx, small, [[2, -1, 0, 9], [0], [0]], blocks=3)
+    outs = decode_groups(groups_ptx, chunks, small, [[2, -1, 0, 9], [0], [0]], blocks=3)
     expected = to_bits(stack[[2, 0, 0, 2]])
     expected[256 * 256 : 2 * 256 * 256] = UNWRITTEN
     np.testing.assert_array_equal(outs[0], expected)

@@ -62,13 +62,14 @@ EncodeTensorMap tensor_map_encoder() {
 }
 
 // The weights of all batch elements are one matrix of (row, tile, column of the tile), without a
-// last tile that is not full. A box is a step of a pair of chunks.
-bool encode_tensor_map(const TensorSlices& tensor, CUtensorMap* map) {
+// last tile that is not full. A box is a step of a group of chunks.
+bool encode_tensor_map(const TensorSlices& tensor, int chunks, CUtensorMap* map) {
   const View& view = tensor.view;
   const cuuint64_t sizes[] = {kTileCols, static_cast<cuuint64_t>(view.n / kTileCols),
                               static_cast<cuuint64_t>(tensor.batch * view.batch * view.k)};
   const cuuint64_t strides[] = {kRowBytes, 2 * static_cast<cuuint64_t>(view.n)};
-  const cuuint32_t box[] = {kTileCols, 2, kStepRows}, steps[] = {1, 1, 1};
+  const cuuint32_t box[] = {kTileCols, static_cast<cuuint32_t>(chunks), kStepRows},
+                   steps[] = {1, 1, 1};
   return tensor_map_encoder()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, tensor.out, sizes, strides,
                               box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                               CU_TENSOR_MAP_L2_PROMOTION_NONE,
@@ -80,7 +81,7 @@ constexpr int kWideWarps = kWarps, kNarrowWarps = 2;
 
 class BulkLaunches {
  public:
-  explicit BulkLaunches(cudaStream_t stream) : stream_(stream) {
+  BulkLaunches(cudaStream_t stream, Grouping grouping) : stream_(stream), grouping_(grouping) {
     int device = 0, capability = 0;
     usable_ = cudaGetDevice(&device) == cudaSuccess &&
               cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, device) ==
@@ -100,29 +101,29 @@ class BulkLaunches {
         tensor.batch * view.batch * view.k > kMost || tensor.batch * view.chunks() > kMost) {
       return false;
     }
-    return PairGrid(view).pairs() > 0;
+    return GroupGrid<2>(view).groups() > 0;
   }
 
   cudaError_t add(const TensorSlices& tensor) {
     if (cudaError_t error = find_resident(); error != cudaSuccess) return error;
-    const int64_t singles = tensor.batch * PairGrid(tensor.view).singles();
+    const int64_t chunks = tensor.batch * tensor.view.chunks();
     // Of all tensors' together, too, numbers fit.
-    if (batch_.first_single[batch_.count] + singles > INT32_MAX) {
+    if (chunks_ + chunks > INT32_MAX) {
       if (cudaError_t error = launch(); error != cudaSuccess) return error;
     }
-    if (!encode_tensor_map(tensor, &batch_.maps[batch_.count])) return cudaErrorNotSupported;
     batch_.tensors[batch_.count] = tensor;
-    batch_.first_single[batch_.count + 1] =
-        batch_.first_single[batch_.count] + static_cast<uint32_t>(singles);
+    chunks_ += chunks;
     // Each tensor has a block of its own at least.
     return ++batch_.count == std::min(kTensorsPerBulkLaunch, resident_) ? launch() : cudaSuccess;
   }
 
   cudaError_t launch() {
     if (batch_.count == 0) return cudaSuccess;
-    assign_blocks();
-    const cudaError_t error = is_wide() ? launch<kWideWarps>() : launch<kNarrowWarps>();
+    const cudaError_t error = !is_wide()      ? launch<kNarrowWarps, 2>()
+                              : has_singles() ? launch<kWideWarps, 1>()
+                                              : launch<kWideWarps, 2>();
     batch_.count = 0;
+    chunks_ = 0;
     return error;
   }
 
@@ -130,34 +131,50 @@ class BulkLaunches {
   bool is_wide() const {
     return BulkMemory<kWideWarps>::kEnd <= static_cast<uint32_t>(shared_bytes_);
   }
-  template <int kBlockWarps>
+  // A pair of chunks keeps its warp busy nearly twice as long as one chunk.
+  bool has_singles() const {
+    if (grouping_ != Grouping::kBySize) return grouping_ == Grouping::kSingle;
+    return chunks_ <= int64_t{resident_} * kWideWarps;
+  }
+  template <int kBlockWarps, int kChunks>
   cudaError_t find_resident() {
-    return resident_blocks<bulk_decode_kernel<kBlockWarps>>(
+    return resident_blocks<bulk_decode_kernel<kBlockWarps, kChunks>>(
         kBlockWarps * kLanes, BulkMemory<kBlockWarps>::kEnd, &resident_);
   }
   cudaError_t find_resident() {
-    return is_wide() ? find_resident<kWideWarps>() : find_resident<kNarrowWarps>();
+    return is_wide() ? find_resident<kWideWarps, 2>() : find_resident<kNarrowWarps, 2>();
   }
 
-  // A tensor has no more blocks than pairs: few pairs are spread over all multiprocessors, not
+  // A tensor has no more blocks than groups: few of them are spread over all multiprocessors, not
   // decoded side by side on some.
+  template <int kChunks>
   void assign_blocks() {
-    int64_t pairs[kTensorsPerBulkLaunch], steps[kTensorsPerBulkLaunch];
+    int64_t groups[kTensorsPerBulkLaunch], steps[kTensorsPerBulkLaunch];
     int blocks[kTensorsPerBulkLaunch];
     for (int i = 0; i < batch_.count; ++i) {
       const TensorSlices& tensor = batch_.tensors[i];
-      pairs[i] = tensor.batch * PairGrid(tensor.view).pairs();
-      steps[i] = pairs[i] * tensor.view.steps;
+      const GroupGrid<kChunks> grid(tensor.view);
+      groups[i] = tensor.batch * grid.groups();
+      steps[i] = groups[i] * tensor.view.steps;
+      batch_.first_single[i + 1] =
+          batch_.first_single[i] + static_cast<uint32_t>(tensor.batch * grid.singles());
     }
-    share_blocks(resident_, batch_.count, steps, pairs, blocks);
+    share_blocks(resident_, batch_.count, steps, groups, blocks);
     for (int i = 0; i < kTensorsPerBulkLaunch; ++i) {
       const int own = i < batch_.count ? blocks[i] : 0;
       batch_.first_block[i + 1] = batch_.first_block[i] + static_cast<uint32_t>(own);
     }
   }
 
-  template <int kBlockWarps>
+  template <int kBlockWarps, int kChunks>
   cudaError_t launch() {
+    if (cudaError_t error = find_resident<kBlockWarps, kChunks>(); error != cudaSuccess)
+      return error;
+    for (int i = 0; i < batch_.count; ++i) {
+      if (!encode_tensor_map(batch_.tensors[i], kChunks, &batch_.maps[i]))
+        return cudaErrorNotSupported;
+    }
+    assign_blocks<kChunks>();
     const uint32_t singles = batch_.first_single[batch_.count];
     const uint32_t blocks = std::max(batch_.first_block[batch_.count],
                                      std::min(static_cast<uint32_t>(resident_), singles));
@@ -166,20 +183,23 @@ class BulkLaunches {
     config.blockDim = dim3(kBlockWarps * kLanes);
     config.dynamicSmemBytes = BulkMemory<kBlockWarps>::kEnd;
     config.stream = stream_;
-    return cudaLaunchKernelEx(&config, bulk_decode_kernel<kBlockWarps>, batch_);
+    return cudaLaunchKernelEx(&config, bulk_decode_kernel<kBlockWarps, kChunks>, batch_);
   }
 
   cudaStream_t stream_;
+  Grouping grouping_;
   bool usable_ = false;
   int shared_bytes_ = 0, resident_ = 0;
+  int64_t chunks_ = 0;
   BulkBatch batch_ = {};
 };
 
 }  // namespace
 
-cudaError_t launch_decode(cudaStream_t stream, const TensorSlices* tensors, int count) {
+cudaError_t launch_decode(cudaStream_t stream, const TensorSlices* tensors, int count,
+                          Grouping grouping) {
   GeneralLaunches general(stream);
-  BulkLaunches bulk(stream);
+  BulkLaunches bulk(stream, grouping);
   for (int i = 0; i < count; ++i) {
     const TensorSlices& tensor = tensors[i];
     if (tensor.batch * tensor.view.chunks() == 0) continue;

@@ -7,6 +7,10 @@
 
 namespace df11::native {
 
+// How many chunks a warp decodes at a time on compute capability 9.0 and up. By size: two, or one
+// if the launch has so few that every warp of the device can have one. Only tests choose.
+enum class Grouping { kBySize, kSingle, kPairs };
+
 // Enqueues the decoding of `count` tensors; all pointers in `tensors` are device pointers,
 // `tensors` itself is read before the call returns. One kernel launch serves up to
 // kTensorsPerLaunch tensors that have weights. `sign_mantissa` must be aligned to 16 bytes;
@@ -16,6 +20,7 @@ namespace df11::native {
 //
 // A kernel cannot report a corrupt payload: every weight of a corrupt chunk becomes
 // 0xffff, a NaN; see decode_kernel.cuh.
-cudaError_t launch_decode(cudaStream_t stream, const TensorSlices* tensors, int count);
+cudaError_t launch_decode(cudaStream_t stream, const TensorSlices* tensors, int count,
+                          Grouping grouping = Grouping::kBySize);
 
 }  // namespace df11::native

@@ -1,7 +1,7 @@
 // The CUDA decoder for compute capability 9.0 and up: tensors that are matrices with pairs along
-// rows. A warp decodes pairs of neighbouring chunks (chunk_pair.cuh); what is left over, at edges
-// and where a chunk is not of that kind, it decodes as decode_kernel.cuh does. docs/kernel.md
-// explains it.
+// rows. A warp decodes groups of neighbouring chunks (chunk_group.cuh), two at a time or, where
+// there are few, one; what is left over, at edges and where a chunk is not of that kind, it decodes
+// as decode_kernel.cuh does. docs/kernel.md explains it.
 #pragma once
 
 #include <cuda.h>
@@ -10,24 +10,25 @@
 #include <cstdint>
 
 #include "native/cuda/canonical_codes.cuh"
-#include "native/cuda/chunk_pair.cuh"
+#include "native/cuda/chunk_group.cuh"
 #include "native/cuda/open_slice.cuh"
 #include "native/tensor_slices.h"
 
 namespace df11::native {
 
-// How a slice's chunks are pairs, and which are left over: those of the last tile along k if that
-// is not full, and in the others those at the end that have no full neighbour.
+// How a slice's chunks are groups, and which are left over: those of the last tile along k if that
+// is not full, and in the others those at the end that are not full or have no such neighbour.
 // Numbers fit in 32 bits, and those of steps in a chunk are 2, 4 and 8: so little is divided, which
 // takes long at a block's start.
-struct PairGrid {
-  uint32_t batch, steps_k, tiles_k, tiles_n, full_tiles_k, pairs_n;
+template <int kChunks>
+struct GroupGrid {
+  uint32_t batch, steps_k, tiles_k, tiles_n, full_tiles_k, groups_n;
 
-  DF11_HD explicit PairGrid(const View& view)
+  DF11_HD explicit GroupGrid(const View& view)
       : batch(static_cast<uint32_t>(view.batch)),
         steps_k((static_cast<uint32_t>(view.k) + kStepRows - 1) / kStepRows),
         tiles_n((static_cast<uint32_t>(view.n) + kTileCols - 1) / kTileCols),
-        pairs_n(static_cast<uint32_t>(view.n) / (2 * kTileCols)) {
+        groups_n(static_cast<uint32_t>(view.n) / (kChunks * kTileCols)) {
     const int log2_steps = view.steps / 2 - view.steps / 8;
     tiles_k = (steps_k + view.steps - 1) >> log2_steps;
     full_tiles_k = static_cast<uint32_t>(view.k) / kStepRows >> log2_steps;
@@ -37,8 +38,8 @@ struct PairGrid {
   DF11_HD int64_t sign_mantissa_words() const {
     return int64_t{batch * steps_k} * tiles_n * kStepWords;
   }
-  DF11_HD uint32_t pairs() const { return batch * full_tiles_k * pairs_n; }
-  DF11_HD uint32_t singles_n() const { return tiles_n - 2 * pairs_n; }
+  DF11_HD uint32_t groups() const { return batch * full_tiles_k * groups_n; }
+  DF11_HD uint32_t singles_n() const { return tiles_n - kChunks * groups_n; }
   // Of one of the batch.
   DF11_HD uint32_t singles_of_one() const {
     return full_tiles_k * singles_n() + (tiles_k - full_tiles_k) * tiles_n;
@@ -51,37 +52,38 @@ struct PairGrid {
     uint32_t in_one = full_tiles_k * tiles_n + (at - in_full);
     if (at < in_full) {
       const uint32_t tile_k = at / singles_n();
-      in_one = tile_k * tiles_n + 2 * pairs_n + (at - tile_k * singles_n());
+      in_one = tile_k * tiles_n + kChunks * groups_n + (at - tile_k * singles_n());
     }
     return b * tiles_k * tiles_n + in_one;
   }
 };
 
-// Where a pair is in whatever slice.
-struct PairPlace {
+// Where a group is in whatever slice.
+template <int kChunks>
+struct GroupPlace {
   uint32_t chunk;
   int64_t sign_mantissa_word;
   int row, tile;
 
-  __device__ __forceinline__ ChunkPair of(const Slice& slice, int slice_row) const {
-    const uint32_t* offsets = slice.chunk_offsets + chunk;
-    return {chunk,
-            slice.sign_mantissa + sign_mantissa_word,
-            slice_row + row,
-            tile,
-            {__ldg(offsets), __ldg(offsets + 1), __ldg(offsets + 2)}};
+  __device__ __forceinline__ ChunkGroup<kChunks> of(const Slice& slice, int slice_row) const {
+    ChunkGroup<kChunks> group = {
+        chunk, slice.sign_mantissa + sign_mantissa_word, slice_row + row, tile, {}};
+#pragma unroll
+    for (int u = 0; u <= kChunks; ++u) group.offsets[u] = __ldg(slice.chunk_offsets + chunk + u);
+    return group;
   }
 };
-__device__ __forceinline__ PairPlace place_pair(const PairGrid& grid, const View& view,
-                                                uint32_t pair) {
-  const uint32_t line = pair / grid.pairs_n, pair_n = pair - line * grid.pairs_n;
+template <int kChunks>
+__device__ __forceinline__ GroupPlace<kChunks> place_group(const GroupGrid<kChunks>& grid,
+                                                           const View& view, uint32_t group) {
+  const uint32_t line = group / grid.groups_n, group_n = group - line * grid.groups_n;
   const uint32_t b = grid.batch == 1 ? 0 : line / grid.full_tiles_k;
   const uint32_t tile_k = line - b * grid.full_tiles_k, first_step = tile_k * view.steps;
   const int64_t step =
-      int64_t{b * grid.steps_k + first_step} * grid.tiles_n + 2 * pair_n * view.steps;
-  return {(b * grid.tiles_k + tile_k) * grid.tiles_n + 2 * pair_n, step * kStepWords,
+      int64_t{b * grid.steps_k + first_step} * grid.tiles_n + kChunks * group_n * view.steps;
+  return {(b * grid.tiles_k + tile_k) * grid.tiles_n + kChunks * group_n, step * kStepWords,
           static_cast<int>(b * static_cast<uint32_t>(view.k) + first_step * kStepRows),
-          static_cast<int>(2 * pair_n)};
+          static_cast<int>(kChunks * group_n)};
 }
 
 // The tensors of one launch, passed by value in the 4 KB that parameters may take. Numbers of
@@ -90,7 +92,7 @@ inline constexpr int kTensorsPerBulkLaunch = 11;
 struct BulkBatch {
   CUtensorMap maps[kTensorsPerBulkLaunch];  // of all batch elements' weights, as one matrix
   TensorSlices tensors[kTensorsPerBulkLaunch];
-  // Of each tensor the first of the blocks that decode its pairs, and its first single chunk;
+  // Of each tensor the first of the blocks that decode its groups, and its first single chunk;
   // behind the last tensor's, the end.
   uint32_t first_block[kTensorsPerBulkLaunch + 1];
   uint32_t first_single[kTensorsPerBulkLaunch + 1];
@@ -99,28 +101,30 @@ struct BulkBatch {
 };
 static_assert(sizeof(BulkBatch) <= 4096);
 
-// What a block works on: pairs of one slice, or single chunks of one. All its threads find out by
+// What a block works on: groups of one slice, or single chunks of one. All its threads find out by
 // themselves, so that none waits for another.
-template <int kWarps>
+template <int kWarps, int kChunks>
 struct BulkWork {
+  using Grid = GroupGrid<kChunks>;
+
   uint32_t warp;
   Slice slice;
-  PairGrid grid;
+  Grid grid;
   int32_t index;  // of the first tensor
   SliceHeader header;
   const uint32_t* codebook;
   int row;                // of the slice's first weight, in the map's matrix
-  uint32_t first, count;  // pairs or single chunks of the slice
-  uint32_t turn, turns;   // so many blocks take pairs of these in turn, of which this is one
-  PairPlace first_pair;   // of the warp, if these are pairs and it has any
+  uint32_t first, count;  // groups or single chunks of the slice
+  uint32_t turn, turns;   // so many blocks take groups of these in turn, of which this is one
+  GroupPlace<kChunks> first_group;  // of the warp, if these are groups and it has any
   bool singles;
   int tensor;
-  uint32_t at, end;  // what is left to the block of the tensor's pairs, or of the launch's singles
+  uint32_t at, end;  // what is left to the block of the tensor's groups, or of the launch's singles
 
-  // Each block has pairs of one tensor. If that is one slice, its blocks take groups of successive
-  // pairs in turn, so that what is in work at a time lies close together in memory. Of several
-  // slices each block has a contiguous share, so that it meets few of them: it makes a table for
-  // each.
+  // Each block has groups of one tensor. If that is one slice, its blocks take successive groups,
+  // one for each of their warps, in turn, so that what is in work at a time lies close together in
+  // memory. Of several slices each block has a contiguous share, so that it meets few of them: it
+  // makes a table for each.
   __device__ BulkWork(const BulkBatch& batch, uint32_t warp, int32_t index)
       : warp(warp), grid(batch.tensors[0].view), index(index) {
     const uint32_t block = blockIdx.x;
@@ -134,7 +138,7 @@ struct BulkWork {
 #pragma unroll
     for (int i = 1; i < kTensorsPerBulkLaunch; ++i) tensor += block >= batch.first_block[i];
     const TensorSlices& of = batch.tensors[tensor];
-    const uint32_t in_slice = PairGrid(of.view).pairs();
+    const uint32_t in_slice = Grid(of.view).groups();
     const uint32_t number = block - batch.first_block[tensor];
     const uint32_t blocks = batch.first_block[tensor + 1] - batch.first_block[tensor];
     if (of.batch == 1) {
@@ -163,8 +167,8 @@ struct BulkWork {
         in_tensor -= batch.first_single[tensor];
       }
       const TensorSlices& of = batch.tensors[tensor];
-      grid = PairGrid(of.view);
-      const uint32_t in_slice = singles ? grid.singles() : grid.pairs();
+      grid = Grid(of.view);
+      const uint32_t in_slice = singles ? grid.singles() : grid.groups();
       const uint32_t b = of.batch == 1 ? 0 : in_tensor / in_slice;
       first = in_tensor - b * in_slice;
       count = end - at < in_slice - first ? end - at : in_slice - first;
@@ -173,7 +177,7 @@ struct BulkWork {
       const bool known = of.batch == 1 && of.index == batch.tensors[0].index;
       const int64_t wanted = known ? of.slice_at(0, index) : of.slice_of(b);
       // While the index is on its way. Of single chunks it means nothing.
-      first_pair = place_pair(grid, of.view, first + pair_of_round(0));
+      first_group = place_group(grid, of.view, first + group_of_round(0));
       if (wanted < 0) continue;
       header = load_header(of, wanted);
       codebook = codebook_of(of, wanted);
@@ -183,9 +187,9 @@ struct BulkWork {
     }
   }
 
-  // The pair for the warp, counted from `first`, of the round that begins with pair `base`; there
+  // The group for the warp, counted from `first`, of the round that begins with group `base`; there
   // is none if that is `count` or more. A round that is not full is spread over all blocks.
-  __device__ uint32_t pair_of_round(uint32_t base) const {
+  __device__ uint32_t group_of_round(uint32_t base) const {
     return base + (base + turns * kWarps <= count ? turn * kWarps + warp : warp * turns + turn);
   }
 
@@ -216,12 +220,12 @@ struct BulkMemory {
 
   __device__ static WarpMemory of_warp(uint32_t barriers, int warp) {
     const uint32_t inputs = kInputs + warp * kWarpInputBytes;
-    return {kBoxes + warp * kWarpBoxBytes, inputs, inputs + 4 * kStepBytes,
+    return {kBoxes + warp * kWarpBoxBytes, inputs, inputs + kWarpSlotBytes,
             barriers + warp * kWarpBarrierBytes};
   }
 };
 
-// Decodes a pair's chunks that are not of the usual kind.
+// Decodes a chunk that is alone, or not of the usual kind.
 __device__ inline void decode_single(const Slice& slice, bool sound, uint32_t chunk, Record& record,
                                      StagedRecord* staged, const uint32_t* table,
                                      const Lane& lane) {
@@ -230,7 +234,7 @@ __device__ inline void decode_single(const Slice& slice, bool sound, uint32_t ch
   }
 }
 
-template <int kWarps>
+template <int kWarps, int kChunks>
 __global__ void __launch_bounds__(kWarps* kLanes, 1)
     bulk_decode_kernel(const __grid_constant__ BulkBatch batch) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -244,19 +248,19 @@ __global__ void __launch_bounds__(kWarps* kLanes, 1)
   // The same in all lanes, and the compiler knows it.
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / kLanes, 0);
   const WarpMemory warp_memory = Memory::of_warp(shared_address(state.barriers), warp);
-  PairDecoder decoder(warp_memory, lane, batch.zero);
+  GroupDecoder<kChunks> decoder(warp_memory, lane, batch.zero);
   __syncwarp();
 
   TableKey table_of = {};
-  BulkWork<kWarps> work(batch, warp, index);
+  BulkWork<kWarps, kChunks> work(batch, warp, index);
   while (work.next(batch)) {
     const CodebookWords codebook = load_codebook(work.codebook, lane.number);
-    uint32_t base = 0, i = work.pair_of_round(base);
-    const bool pairs = !work.singles && i < work.count;
-    ChunkPair pair = {};
-    if (pairs) {
-      pair = work.first_pair.of(work.slice, work.row);
-      decoder.begin_slice(work.slice, pair, batch.maps[work.tensor]);
+    uint32_t base = 0, i = work.group_of_round(base);
+    const bool groups = !work.singles && i < work.count;
+    ChunkGroup<kChunks> group = {};
+    if (groups) {
+      group = work.first_group.of(work.slice, work.row);
+      decoder.begin_slice(work.slice, group, batch.maps[work.tensor]);
     }
     const bool header_sound = work.header.geometry == batch.tensors[work.tensor].geometry;
     if (header_sound && !table_of.serves(work.codebook, work.header)) {
@@ -271,23 +275,23 @@ __global__ void __launch_bounds__(kWarps* kLanes, 1)
       __syncthreads();
     }
     const bool sound = header_sound && table_of.sound;
-    if (pairs) {
+    if (groups) {
       const CUtensorMap& map = batch.maps[work.tensor];
       for (bool more = true; more;) {
         base += work.turns * kWarps;
-        i = work.pair_of_round(base);
+        i = work.group_of_round(base);
         more = i < work.count;
-        ChunkPair next = {};
+        ChunkGroup<kChunks> next = {};
         if (more) {
-          next = place_pair(work.grid, work.slice.view, work.first + i).of(work.slice, work.row);
+          next = place_group(work.grid, work.slice.view, work.first + i).of(work.slice, work.row);
         }
-        const uint32_t left_over =
-            decoder.decode(work.slice, pair, next, more, map, Memory::kTableBytes, sound);
-        for (uint32_t u = 0; u < 2 && left_over; ++u) {
-          decode_single(work.slice, sound, pair.chunk + u, state.records[warp], nullptr, table,
-                        lane);
+        if (!decoder.decode(work.slice, group, next, more, map, Memory::kTableBytes, sound)) {
+          for (int u = 0; u < kChunks; ++u) {
+            decode_single(work.slice, sound, group.chunk + u, state.records[warp], nullptr, table,
+                          lane);
+          }
         }
-        pair = next;
+        group = next;
       }
     } else if (work.singles) {
       // No copy is under way: their place serves to stage single records.

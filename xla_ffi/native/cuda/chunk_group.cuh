@@ -1,9 +1,9 @@
-// Decodes two neighbouring chunks at a time by a warp, through shared memory: for GPUs of compute
+// Decodes a group of chunks at a time by a warp, through shared memory: for GPUs of compute
 // capability 9.0 and up, whose bulk copies bring records, signs and mantissas without taking up the
-// warp, and store whole boxes, in rows of 256 bytes. Each lane follows two streams, one of each
-// chunk.
+// warp, and store whole boxes. A group is two neighbouring chunks, which are rows of 256 bytes:
+// each lane follows two streams, one of each. Or it is one chunk, whose warp is done sooner.
 //
-// Only pairs of coded chunks that lie within the matrix and whose records are not too long are
+// Only groups of coded chunks that lie within the matrix and whose records are not too long are
 // decoded so. For the others, which are few, decode_chunk.cuh serves.
 #pragma once
 
@@ -18,48 +18,55 @@
 
 namespace df11::native {
 
-// A step's signs and mantissas of one chunk, and its weights of both: a box of (row, chunk,
-// column).
+// A group's chunks, at most.
+inline constexpr int kMostChunks = 2;
+
+// A step's signs and mantissas of one chunk, and its weights of all: a box of (row, chunk, column).
 inline constexpr uint32_t kStepBytes = 4 * kStepWords;
 inline constexpr uint32_t kRowBytes = 2 * kTileCols;
-inline constexpr uint32_t kBoxBytes = 2 * kStepRows * kRowBytes;
+inline constexpr uint32_t kBoxBytes = kMostChunks * kStepRows * kRowBytes;
 
-// The two records, which follow each other, with what rounding to 16 bytes adds: exponents of up to
-// 2.86 bits a weight in chunks of 8 steps. Lanes may read behind them as they may behind
-// kStagedWords.
-inline constexpr uint32_t kPairWords = 1472;
-inline constexpr uint32_t kPairBytes = 4 * (kPairWords + kStagedOverread);
-static_assert(kPairBytes % 16 == 0);
+// The group's records, which follow each other, with what rounding to 16 bytes adds: for two,
+// exponents of up to 2.86 bits a weight in chunks of 8 steps. Lanes may read behind them as they
+// may behind kStagedWords.
+inline constexpr uint32_t kGroupWords = 1472;
+inline constexpr uint32_t kGroupBytes = 4 * (kGroupWords + kStagedOverread);
+static_assert(kGroupBytes % 16 == 0);
 
 // What a warp has of shared memory, by addresses. All of it is there twice, to be used in turn:
 // while one is decoded, or stored, copies fill the other.
 struct WarpMemory {
   uint32_t boxes;     // [2] of kBoxBytes, aligned to that: weights to be stored
   uint32_t slots;     // [2][chunk] of kStepBytes: signs and mantissas
-  uint32_t records;   // [2] of kPairBytes
+  uint32_t records;   // [2] of kGroupBytes
   uint32_t barriers;  // [4] of 8 bytes: of the slots, of the records
 
   __device__ uint32_t record_barrier(uint32_t buffer) const { return barriers + 16 + 8 * buffer; }
 };
 inline constexpr uint32_t kWarpBoxBytes = 2 * kBoxBytes;
-inline constexpr uint32_t kWarpInputBytes = 4 * kStepBytes + 2 * kPairBytes;
+inline constexpr uint32_t kWarpSlotBytes = 2 * kMostChunks * kStepBytes;
+inline constexpr uint32_t kWarpInputBytes = kWarpSlotBytes + 2 * kGroupBytes;
 inline constexpr uint32_t kWarpBarrierBytes = 4 * 8;
 
-// Where a pair of chunks is.
-struct ChunkPair {
-  uint32_t chunk;                 // the first; the other is the next
-  const uint32_t* sign_mantissa;  // of the first; the other's follow
+// Where a group is.
+template <int kChunks>
+struct ChunkGroup {
+  uint32_t chunk;                 // the first; the others are the next
+  const uint32_t* sign_mantissa;  // of the first; the others' follow
   int row, tile;                  // of its first weight, in the tensor map's matrix
-  uint32_t offsets[3];            // where the records begin, and where the second ends
+  uint32_t offsets[kChunks + 1];  // where the records begin, and where the last ends
 
   __device__ bool records_fit(int64_t exponents_words) const {
-    return offsets[0] <= offsets[1] && offsets[1] <= offsets[2] && offsets[2] <= exponents_words &&
-           offsets[1] - offsets[0] >= kRecordHeaderWords &&
-           offsets[2] - offsets[1] >= kRecordHeaderWords && words() <= kPairWords;
+    bool fit = offsets[kChunks] <= exponents_words && words() <= kGroupWords;
+#pragma unroll
+    for (int u = 0; u < kChunks; ++u) {
+      fit &= offsets[u] <= offsets[u + 1] && offsets[u + 1] - offsets[u] >= kRecordHeaderWords;
+    }
+    return fit;
   }
   // Rounded outwards to 16 bytes.
   __device__ uint32_t begin() const { return offsets[0] & ~3u; }
-  __device__ uint32_t words() const { return ((offsets[2] + 3) & ~3u) - begin(); }
+  __device__ uint32_t words() const { return ((offsets[kChunks] + 3) & ~3u) - begin(); }
 };
 
 // What a lane looks up of the bit stream of one chunk.
@@ -93,20 +100,24 @@ class LaneStream {
   uint32_t table_;
 };
 
-// Decodes the pairs of chunks that it is given, one after the other.
-class PairDecoder {
+// Decodes the groups that it is given, one after the other.
+template <int kChunks>
+class GroupDecoder {
+  static_assert(kChunks == 1 || kChunks == 2);
+  using Group = ChunkGroup<kChunks>;
+
  public:
   // A barrier of the warp has to follow. `zero` is 0, for after_loads.
-  __device__ PairDecoder(const WarpMemory& memory, const Lane& lane, uint32_t zero)
-      : memory_(memory), lane_(lane), odd_(lane.number & 1), zero_(zero) {
+  __device__ GroupDecoder(const WarpMemory& memory, const Lane& lane, uint32_t zero)
+      : memory_(memory), lane_(lane), odd_(kChunks == 2 ? lane.number & 1 : 0), zero_(zero) {
     if (elect_lane()) {
       for (int i = 0; i < 4; ++i) init_barrier(memory.barriers + 8 * i);
       fence_barriers();
     }
   }
 
-  // Before the first pair of a slice: its first copies, which fly while the table is made.
-  __device__ void begin_slice(const Slice& slice, const ChunkPair& first, const CUtensorMap& map) {
+  // Before the first group of a slice: its first copies, which fly while the table is made.
+  __device__ void begin_slice(const Slice& slice, const Group& first, const CUtensorMap& map) {
     // These first: records have to wait for their offsets.
     if (elect_lane()) {
       for (uint32_t slot = 0; slot < 2; ++slot) {
@@ -117,59 +128,58 @@ class PairDecoder {
     staged_ = stage_records(slice, first, buffer_);
   }
 
-  // Decodes `pair`, and has the copies for `next` begun if there are more. Returns which chunks
-  // are left to others, because they are not of the kind: bits 0 and 1. Those that turn out to be
-  // corrupt are poisoned.
-  __device__ uint32_t decode(const Slice& slice, const ChunkPair& pair, const ChunkPair& next,
-                             bool more, const CUtensorMap& map, uint32_t table, bool sound) {
-    const bool opened = staged_ && open_records(pair, slice.view.steps, table) && sound;
+  // Decodes `group`, and has the copies for `next` begun if there are more. False if it is left to
+  // others, because it is not of the kind. Chunks that turn out to be corrupt are poisoned.
+  __device__ bool decode(const Slice& slice, const Group& group, const Group& next, bool more,
+                         const CUtensorMap& map, uint32_t table, bool sound) {
+    const bool opened = staged_ && open_records(group, slice.view.steps, table) && sound;
     staged_ = more && stage_records(slice, next, buffer_ ^ 1);
-    uint32_t left_over = 0;
     if (opened) {
-      decode_steps(slice.view.steps, pair, next, more, map);
-      finish(slice, pair);
+      decode_steps(slice.view.steps, group, next, more, map);
+      finish(slice, group);
     } else {
       skip_steps(slice.view.steps, next, more);
-      left_over = 3;
     }
     buffer_ ^= 1;
-    return left_over;
+    return opened;
   }
 
  private:
   // Begins to copy the records, if their places can be right and there is room. What was loaded of
   // the buffer's former records went into the checksums, or into the lengths, that all lanes have
   // compared since: no load is still to read it whose value matters.
-  __device__ bool stage_records(const Slice& slice, const ChunkPair& pair, uint32_t buffer) {
-    if (!pair.records_fit(slice.exponents_words)) return false;
+  __device__ bool stage_records(const Slice& slice, const Group& group, uint32_t buffer) {
+    if (!group.records_fit(slice.exponents_words)) return false;
     if (elect_lane()) {
       const uint32_t barrier = memory_.record_barrier(buffer);
-      expect_bytes(barrier, 4 * pair.words());
-      copy_to_shared(memory_.records + buffer * kPairBytes, slice.exponents + pair.begin(),
-                     4 * pair.words(), barrier);
+      expect_bytes(barrier, 4 * group.words());
+      copy_to_shared(memory_.records + buffer * kGroupBytes, slice.exponents + group.begin(),
+                     4 * group.words(), barrier);
     }
     return true;
   }
 
-  // Begins to copy a step of both chunks. By one lane.
+  // Begins to copy a step of all chunks. By one lane.
   __device__ void fill_slot(uint32_t slot, const uint32_t* from, int steps) const {
     const uint32_t barrier = memory_.barriers + 8 * slot;
-    const uint32_t to = memory_.slots + 2 * slot * kStepBytes;
-    expect_bytes(barrier, 2 * kStepBytes);
-    copy_to_shared(to, from, kStepBytes, barrier);
-    copy_to_shared(to + kStepBytes, from + steps * kStepWords, kStepBytes, barrier);
+    const uint32_t to = memory_.slots + kMostChunks * slot * kStepBytes;
+    expect_bytes(barrier, kChunks * kStepBytes);
+#pragma unroll
+    for (int u = 0; u < kChunks; ++u) {
+      copy_to_shared(to + u * kStepBytes, from + u * steps * kStepWords, kStepBytes, barrier);
+    }
   }
 
   // Waits for the records, and checks what they say of their lengths.
-  __device__ bool open_records(const ChunkPair& pair, int steps, uint32_t table) {
+  __device__ bool open_records(const Group& group, int steps, uint32_t table) {
     wait_for_phase(memory_.record_barrier(buffer_), record_phases_ >> buffer_ & 1);
     record_phases_ ^= 1u << buffer_;
     bool sound = true;
 #pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      const uint32_t words = pair.offsets[u + 1] - pair.offsets[u];
+    for (int u = 0; u < kChunks; ++u) {
+      const uint32_t words = group.offsets[u + 1] - group.offsets[u];
       const uint32_t record =
-          memory_.records + buffer_ * kPairBytes + 4 * (pair.offsets[u] - pair.begin());
+          memory_.records + buffer_ * kGroupBytes + 4 * (group.offsets[u] - group.begin());
       const uint32_t counts = load_shared(record + 4), patches = counts & 0xffff;
       const uint32_t extras = load_shared(record + 8 + lane_.number / 4 * 4);
       const uint32_t bits = (counts >> 16) + (extras >> (8 * (lane_.number % 4)) & 255);
@@ -185,7 +195,7 @@ class PairDecoder {
     }
     if (!sound) return false;
 #pragma unroll
-    for (int u = 0; u < 2; ++u) {
+    for (int u = 0; u < kChunks; ++u) {
       stream_[u].start(of_stream(record_, u), of_stream(start_, u), table);
       sum_[u] = 0;
       applied_[u] = 0;
@@ -205,8 +215,8 @@ class PairDecoder {
   }
 
   // A lane's streams are of chunks 0 and 1, in odd lanes of 1 and 0: see decode_half_step.
-  __device__ uint32_t of_stream(const uint32_t (&of_chunk)[2], int stream) const {
-    return odd_ ? of_chunk[1 - stream] : of_chunk[stream];
+  __device__ uint32_t of_stream(const uint32_t (&of_chunk)[kChunks], int stream) const {
+    return odd_ ? of_chunk[kChunks - 1 - stream] : of_chunk[stream];
   }
 
   __device__ static int patch_step(uint32_t patch) { return static_cast<int>(patch >> 26); }
@@ -220,17 +230,17 @@ class PairDecoder {
     slot_phase_ ^= slot;
   }
 
-  __device__ void decode_steps(int steps, const ChunkPair& pair, const ChunkPair& next, bool more,
+  __device__ void decode_steps(int steps, const Group& group, const Group& next, bool more,
                                const CUtensorMap& map) {
-    uint32_t acc[2][kLanePairs] = {};
+    uint32_t acc[kChunks][kLanePairs] = {};
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       const uint32_t slot = step & 1;
       wait_for_slot(slot);
-      uint4 words[2][2];  // by stream
-      const uint32_t from = memory_.slots + 2 * slot * kStepBytes + 16 * lane_.number;
+      uint4 words[kChunks][2];  // by stream
+      const uint32_t from = memory_.slots + kMostChunks * slot * kStepBytes + 16 * lane_.number;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int i = 0; i < kChunks; ++i) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           words[i][h] = load_shared4(from + (i ^ odd_) * kStepBytes + h * (kStepBytes / 2));
@@ -241,45 +251,50 @@ class PairDecoder {
       const uint32_t box = memory_.boxes + slot * kBoxBytes;
       decode_half_step(0, words, acc, box);
       // Not before, so that nobody waits for the loads.
-      const bool here = step + 2 < steps;  // else it is the next pair's that is needed in two steps
+      const bool here =
+          step + 2 < steps;  // else it is the next group's that is needed in two steps
       if ((here || more) && elect_lane()) {
-        const uint32_t* from = here ? pair.sign_mantissa : next.sign_mantissa - steps * kStepWords;
-        const uint32_t at = after_loads((step + 2) * kStepWords, zero_, words[0][0].x,
-                                        words[0][1].x, words[1][0].x, words[1][1].x);
+        const uint32_t* from = here ? group.sign_mantissa : next.sign_mantissa - steps * kStepWords;
+        uint32_t at = (step + 2) * kStepWords;
+#pragma unroll
+        for (int i = 0; i < kChunks; ++i) {
+          at = after_loads(at, zero_, words[i][0].x, words[i][1].x);
+        }
         fill_slot(slot, from + at, steps);
       }
       decode_half_step(1, words, acc, box);
 #pragma unroll
-      for (int u = 0; u < 2; ++u) {
+      for (int u = 0; u < kChunks; ++u) {
         if (patched_step_[u] == step) apply_patches(u, step, box);
       }
       fence_to_async();
       __syncwarp();  // The box is complete.
       if (elect_lane()) {
-        store_box(map, 0, pair.tile, pair.row + step * kStepRows, box);
+        store_box(map, 0, group.tile, group.row + step * kStepRows, box);
         commit_stores();
       }
     }
-    uint32_t sum[2] = {};  // by stream
+    uint32_t sum[kChunks] = {};  // by stream
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kChunks; ++i) {
 #pragma unroll
       for (int j = 0; j < kLanePairs; ++j) sum[i] += checksum_place(acc[i][j], lane_.place() + j);
     }
 #pragma unroll
-    for (int u = 0; u < 2; ++u) sum_[u] += of_stream(sum, u);
+    for (int u = 0; u < kChunks; ++u) sum_[u] += of_stream(sum, u);
   }
 
-  __device__ __forceinline__ void decode_half_step(int h, const uint4 (&words)[2][2],
-                                                   uint32_t (&acc)[2][kLanePairs], uint32_t box) {
-    uint32_t pair[2][kLanePairs];
+  __device__ __forceinline__ void decode_half_step(int h, const uint4 (&words)[kChunks][2],
+                                                   uint32_t (&acc)[kChunks][kLanePairs],
+                                                   uint32_t box) {
+    uint32_t pair[kChunks][kLanePairs];
 #pragma unroll
     for (int j = 0; j < kLaneWords; ++j) {
-      uint32_t entry[2][2];
+      uint32_t entry[kChunks][2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) stream_[i].next_two(entry[i][0], entry[i][1]);
+      for (int i = 0; i < kChunks; ++i) stream_[i].next_two(entry[i][0], entry[i][1]);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int i = 0; i < kChunks; ++i) {
         const uint4& all = words[i][h];
         const uint32_t word = j == 0 ? all.x : j == 1 ? all.y : j == 2 ? all.z : all.w;
         pair[i][2 * j] = merge_in_one(entry[i][0], word);
@@ -288,16 +303,17 @@ class PairDecoder {
         acc[i][2 * j + 1] = checksum_step(acc[i][2 * j + 1], pair[i][2 * j + 1]);
       }
     }
-    // The box's row 4 t + 2 h + r of chunk u is its line 8 t + 4 h + 2 r + u, where lane 4 g + t
-    // stores at n = 8 g. Were all lanes to store the same r and u at a time, the four lanes of a g
-    // would meet in the same banks, since the lines' places depend on their number modulo 8. So
-    // lanes take the four lines of a half-step in another order for each t.
-    const bool seconds_first = lane_.number & 2;
+    // Of a pair of chunks, the box's row 4 t + 2 h + r of chunk u is its line 8 t + 4 h + 2 r + u,
+    // where lane 4 g + t stores at n = 8 g. Were all lanes to store the same r and u at a time, the
+    // four lanes of a g would meet in the same banks, since the lines' places depend on their
+    // number modulo 8. So lanes take the four lines of a half-step in another order for each t. Of
+    // one chunk, the row is the line, and two lanes meet as they are.
+    const bool seconds_first = kChunks == 2 && (lane_.number & 2);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kChunks; ++i) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int line = 4 * h + 2 * r + i;
+        const int line = kChunks * (2 * h + r) + i;
         store_shared(place_of_line(box, line), one_of_each(pair[i], seconds_first != (r == 1)));
       }
     }
@@ -305,13 +321,14 @@ class PairDecoder {
 
   // Boxes are swizzled by 128 bytes, so that few lanes meet in a bank: the map is told so.
   __device__ static uint32_t place_in_box(uint32_t box, int k, int u, int n) {
-    const int line = 2 * k + u;
+    const int line = kChunks * k + u;
     return box + line * kRowBytes + ((n / 8 ^ (line & 7)) << 4) + n % 8 * 2;
   }
-  // Of the lane's eight lines, taken in its own order.
+  // Of the lane's lines, eight or four, taken in its own order.
   __device__ uint32_t place_of_line(uint32_t box, int line) const {
     const uint32_t t = lane_.number & 3, g = lane_.number >> 2;
-    const uint32_t first = box + 8 * t * kRowBytes + t * kRowBytes + ((g ^ t) << 4);
+    const uint32_t first_line = kChunks == 2 ? 8 * t + t : 4 * t;
+    const uint32_t first = box + first_line * kRowBytes + ((g ^ (first_line & 7)) << 4);
     return first ^ line * (kRowBytes + 16);  // of both, the line and the place in it
   }
 
@@ -335,8 +352,8 @@ class PairDecoder {
   }
 
   // Lets the copies of signs and mantissas that were begun arrive, and begins those of the next
-  // pair.
-  __device__ void skip_steps(int steps, const ChunkPair& next, bool more) {
+  // group.
+  __device__ void skip_steps(int steps, const Group& next, bool more) {
     for (uint32_t slot = 0; slot < 2; ++slot) {
       wait_for_slot(slot);
       __syncwarp();  // No lane waits for the former phase any more.
@@ -347,14 +364,14 @@ class PairDecoder {
   }
 
   // Poisons what is corrupt.
-  __device__ void finish(const Slice& slice, const ChunkPair& pair) {
+  __device__ void finish(const Slice& slice, const Group& group) {
 #pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      const uint32_t sum = sum_of_warp(sum_[u]) + checksum_chunk(pair.chunk + u);
+    for (int u = 0; u < kChunks; ++u) {
+      const uint32_t sum = sum_of_warp(sum_[u]) + checksum_chunk(group.chunk + u);
       if (sum == checksum_[u] && left_[u] == 0) continue;
       wait_stores();
       __syncwarp();  // The stores are done, whichever lane's they were.
-      poison_chunk<false>(slice, pair.chunk + u, lane_);
+      poison_chunk<false>(slice, group.chunk + u, lane_);
     }
   }
 
@@ -365,11 +382,11 @@ class PairDecoder {
   bool staged_ = false;
   uint32_t buffer_ = 0, record_phases_ = 0, slot_phase_ = 0;
 
-  // Of the present pair.
-  LaneStream stream_[2];
-  uint32_t record_[2], start_[2], sum_[2], checksum_[2];
-  uint32_t patches_[2], patch_at_[2], applied_[2], left_[2];
-  int patched_step_[2];
+  // Of the present group.
+  LaneStream stream_[kChunks];
+  uint32_t record_[kChunks], start_[kChunks], sum_[kChunks], checksum_[kChunks];
+  uint32_t patches_[kChunks], patch_at_[kChunks], applied_[kChunks], left_[kChunks];
+  int patched_step_[kChunks];
 };
 
 }  // namespace df11::native
