@@ -237,15 +237,22 @@ void time_decoder(const char* only) {
         outs.push_back(allocate<uint16_t>(original.size() * copies));
         bits += matrices.back()->bits() * original.size() / weights;
       }
-      const auto launch = [&](cudaStream_t stream, int i) {
-        std::vector<TensorSlices> tensors;
-        for (size_t t = 0; t < matrices.size(); ++t) {
-          tensors.push_back(matrices[t]->slice(i));
-          tensors.back().out = outs[t] + i % copies * tensors.back().view.size;
-        }
-        CHECK(launch_decode(stream, tensors.data(), static_cast<int>(tensors.size())));
+      const auto time_decodes = [&](Grouping grouping) {
+        return time_launches(std::max(10, copies), [&](cudaStream_t stream, int i) {
+          std::vector<TensorSlices> tensors;
+          for (size_t t = 0; t < matrices.size(); ++t) {
+            tensors.push_back(matrices[t]->slice(i));
+            tensors.back().out = outs[t] + i % copies * tensors.back().view.size;
+          }
+          CHECK(launch_decode(stream, tensors.data(), static_cast<int>(tensors.size()), grouping));
+        });
       };
-      const double seconds = time_launches(std::max(10, copies), launch);
+      if (weights <= 1 << 24) {
+        std::printf("decode %-9s steps %d: one chunk a warp %.2f us, two %.2f us\n", that.name,
+                    steps, 1e6 * time_decodes(Grouping::kSingle),
+                    1e6 * time_decodes(Grouping::kPairs));
+      }
+      const double seconds = time_decodes(Grouping::kBySize);
       auto* differences = allocate<unsigned long long>(1);
       CHECK(cudaMemset(differences, 0, 8));
       for (size_t t = 0; t < matrices.size(); ++t) {
