@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -196,12 +196,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Of each, for parametrize. Only some run where nothing slow does: one that is dense, one with
-# windows, a mixture and a hybrid.
+# For parametrize. Only some run where nothing slow does: one that is dense, one with windows, a
+# mixture and a hybrid.
 _FEW = ("llama", "gemma3_text", "qwen3_moe", "qwen3_5_text")
-EACH = [
-    pytest.param(family, marks=[] if family in _FEW else [pytest.mark.slow]) for family in CONFIGS
-]
+
+
+def _slow_but_few(families: Iterable[str]) -> list[Any]:
+    return [pytest.param(f, marks=[] if f in _FEW else [pytest.mark.slow]) for f in families]
+
+
+# What the others compute is made of what these do, with other numbers.
+KINDS = _slow_but_few([*_FEW, "gemma4_text"])
+EACH = _slow_but_few(CONFIGS)
 
 
 class NoisySource(RandomSource):

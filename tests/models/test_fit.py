@@ -120,7 +120,7 @@ def test_estimate_holds_for_compressed_weights():
     assert report.nbytes <= weights.most * 1.01
 
 
-@pytest.mark.parametrize("family", families.EACH)
+@pytest.mark.parametrize("family", families.KINDS)
 def test_cache_is_that_of_the_programs(family):
     config = models.read_config(families.CONFIGS[family])
     params = shapes.param_shapes(config, compress=False)
