@@ -14,8 +14,8 @@ What a warp does once per chunk (find it, stage it, sum up the checksum) is outs
 not counted.
 
 The decoder for groups of chunks, xla_ffi/native/cuda/decode_bulk.cuh, from sm_90 on: the loop that
-stores boxes by tensor maps. A lane decodes 32 weights of each chunk in it. All of it counts, waits and copies
-included, but not what is branched over unless a step has patches (it holds a vote).
+stores boxes by tensor maps. A lane decodes 32 weights of each chunk in it. All of it counts, waits
+and copies included, but not what is branched over unless a step has patches (it holds a vote).
 
 The product, xla_ffi/native/cuda/product_kernel.cuh: the loop that multiplies on tensor cores, two
 steps an iteration, of which a lane decodes 64 weights. All of it counts but patches.
@@ -191,9 +191,8 @@ def copies_wait(loop: list[str], chunks: int) -> bool:
     """Whether bulk copies depend on what is loaded from where they go: see after_loads."""
     loads = {at for at, i in enumerate(loop) if i.startswith("LDS.128")}
     copies = [at for at, i in enumerate(loop) if opcode(i) == "UBLKCP"]
-    return (
-        len(loads) == 2 * chunks and bool(copies) and all(loads <= computed_from(loop, at) for at in copies)
-    )
+    waits = all(loads <= computed_from(loop, at) for at in copies)
+    return len(loads) == 2 * chunks and bool(copies) and waits
 
 
 def computed_from(path: list[str], at: int) -> set[int]:

@@ -9,8 +9,8 @@ from compiling import needs_nvcc, needs_nvdisasm, ptxas_report
 ARCHITECTURES = ["75", "80", "86", "89", "90", "100", "120"]
 
 
-# Registers and bytes of static shared memory, which ends at 48 KB, that each kernel may take. Groups
-# of chunks are decoded by one block, of 8 warps or of 2, a multiprocessor.
+# Registers and bytes of static shared memory, which ends at 48 KB, that each kernel may take. A
+# multiprocessor has one block, of 8 warps or of 2, that decodes groups of chunks.
 KERNELS = {
     "native": {"decode_kernel": (80, 48 * 1024), "bulk_decode_kernel": (255, 0)},
     "published": {"decode_kernel": (80, 0)},

@@ -15,7 +15,7 @@ from ptx_arithmetic import TYPES
 from ptx_kernel import SHARED_BASE, Instruction
 
 # How tests write down a tensor map: address, tiles, rows and bytes from row to row of a matrix of
-# two-byte elements in tiles of 64 columns; tiles of a box. Boxes are 16 rows, swizzled by 128 bytes.
+# two-byte elements in tiles of 64 columns; tiles of a box, which has 16 rows and a swizzle of 128.
 MAP_WORDS, TILE_BYTES, BOX_ROWS = 5, 128, 16
 
 
@@ -136,7 +136,8 @@ class Bulk:
         match = re.fullmatch(pattern, step.operands[0])
         one = np.array([thread])
         at = int(self.block.get(match[1], one, None)[0]) - self.block.PARAM_BASE
-        base, tiles, rows, pitch, box_tiles = self.block.param[at : at + 8 * MAP_WORDS].view(np.uint64)
+        words = self.block.param[at : at + 8 * MAP_WORDS].view(np.uint64)
+        base, tiles, rows, pitch, box_tiles = words
         col, tile, row = (int(self.value(match[i], thread)) for i in (2, 3, 4))
         if col:
             raise KernelError("a box does not begin where a tile does")
