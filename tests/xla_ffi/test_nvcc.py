@@ -64,7 +64,7 @@ def test_instructions_per_weight_of_groups(arch, chunks, most):
 def test_copies_of_groups_wait(arch, chunks):
     """For what they overwrite."""
     loop = count_sass.bulk_loop(arch, chunks)
-    assert count_sass.copies_wait(loop, chunks), "after_loads has no effect"
+    assert count_sass.copies_wait(loop, 2 * chunks), "after_loads has no effect"
 
 
 @needs_nvcc
