@@ -11,9 +11,11 @@ _FLAGS = (
     # Otherwise the CPU scheduler runs independent decodes at once, and memory tests mean nothing.
     "--xla_cpu_enable_concurrency_optimized_scheduler=false",
     "--xla_force_host_platform_device_count=4",
-    # Most programs run once, and are small: to optimize them takes longer than it saves.
-    "--xla_backend_optimization_level=0",
 )
+# On a CPU most programs run once, and are small: to optimize them takes longer than it saves. The
+# compiler for GPUs, which JAX's plugins bring, makes what users run.
+if importlib.util.find_spec("jax_plugins") is None:
+    _FLAGS += ("--xla_backend_optimization_level=0",)
 os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_FLAGS)).strip()
 
 

@@ -205,8 +205,10 @@ def _slow_but_few(families: Iterable[str]) -> list[Any]:
     return [pytest.param(f, marks=[] if f in _FEW else [pytest.mark.slow]) for f in families]
 
 
-# What the others compute is made of what these do, with other numbers.
-KINDS = _slow_but_few([*_FEW, "gemma4_text"])
+# One for each kind of weights and of caches: qwen2_moe has an expert for all tokens, gemma4_text
+# layers that share caches. What the others have of their own (positions, norms, biases) is in the
+# logits and tokens that all are tested for.
+KINDS = _slow_but_few([*_FEW, "qwen2_moe", "gemma4_text"])
 EACH = _slow_but_few(CONFIGS)
 
 

@@ -47,7 +47,6 @@ def load(family, devices, compress=True):
 @pytest.mark.slow
 def test_drawn_tokens_are_the_same_bits():
     (compressed, config), (plain, _) = (load("gemma3_text", 2, compress=c) for c in (True, False))
-    config = dataclasses.replace(config, dtype=BF16)
     results = [run(params, config, 1, DRAWN) for params in (compressed, plain)]
     assert_same_bits(*results)
 
