@@ -187,12 +187,12 @@ def stores(loop: list[str]) -> int:
     return sum(i.startswith("STG") and ".128" in i for i in loop)
 
 
-def copies_wait(loop: list[str], count: int = 4) -> bool:
+def copies_wait(loop: list[str], expected_loads: int) -> bool:
     """Whether bulk copies depend on what so many loads have from where they go: see after_loads."""
     loads = {at for at, i in enumerate(loop) if i.startswith("LDS.128")}
     copies = [at for at, i in enumerate(loop) if opcode(i) == "UBLKCP"]
     waits = all(loads <= computed_from(loop, at) for at in copies)
-    return len(loads) == count and bool(copies) and waits
+    return len(loads) == expected_loads and bool(copies) and waits
 
 
 def computed_from(path: list[str], at: int) -> set[int]:

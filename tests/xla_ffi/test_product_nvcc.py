@@ -39,4 +39,4 @@ def test_inner_loop(arch):
         print(f"sm_{arch}, {rows} rows of x: {per_step} instructions a step of 1,024 weights")
         assert per_step <= {8: 175, 16: 180, 32: 205}[rows]
         assert not any(count_sass.opcode(i) in ("LDL", "STL") for i in loop), "spilled"
-        assert count_sass.copies_wait(loop), "after_loads has no effect"
+        assert count_sass.copies_wait(loop, 4), "after_loads has no effect"

@@ -11,16 +11,10 @@
 
 #include "encoded_slice.h"
 #include "native/cpu/decode_slices.h"
+#include "thread_sanitizer.h"
 
 namespace df11::native {
 namespace {
-
-// ThreadSanitizer takes ten times as long, and most of this is done by one thread: it gets a part.
-#ifdef __SANITIZE_THREAD__
-constexpr bool kIsSlow = true;
-#else
-constexpr bool kIsSlow = false;
-#endif
 
 std::mt19937_64 random_bits(0);
 int failures = 0;

@@ -13,16 +13,10 @@
 #include <vector>
 
 #include "device_payload.h"
+#include "thread_sanitizer.h"
 
 namespace df11::native {
 namespace {
-
-// ThreadSanitizer takes ten times as long: it gets a part of the tests, of every kind some.
-#ifdef __SANITIZE_THREAD__
-constexpr bool kIsSlow = true;
-#else
-constexpr bool kIsSlow = false;
-#endif
 
 // Weights
 

@@ -15,16 +15,10 @@
 #include "../kernel_driver.h"
 #include "compressed_matrix.h"
 #include "native/cuda/product_work.h"
+#include "thread_sanitizer.h"
 
 namespace df11::native {
 namespace {
-
-// ThreadSanitizer takes ten times as long: it gets a part of the tests, of every kind some.
-#ifdef __SANITIZE_THREAD__
-constexpr bool kIsSlow = true;
-#else
-constexpr bool kIsSlow = false;
-#endif
 
 // How a launch shares its work out; what it computes must not depend on it.
 struct Shares {

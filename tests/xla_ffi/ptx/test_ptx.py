@@ -101,16 +101,13 @@ def native_ptx(tmp_path_factory, request):
     return compile_ptx(tmp_path_factory.mktemp("native"), count_sass.SOURCE, request.param)
 
 
-@pytest.fixture(scope="module")
-def groups_ptx(tmp_path_factory):
-    """By the number of chunks in a group."""
+@pytest.fixture(scope="module", params=count_sass.BULK_CHUNKS)
+def groups(tmp_path_factory, request):
+    """The PTX, and the number of chunks in a group."""
+    source = count_sass.bulk_source(request.param, 2)
     size = "__constant__ unsigned kBulkBytes = df11::native::BulkMemory<2>::kEnd;"
-    return {
-        chunks: compile_ptx(
-            tmp_path_factory.mktemp("groups"), f"{count_sass.bulk_source(chunks, 2)}\n{size}\n"
-        )
-        for chunks in count_sass.BULK_CHUNKS
-    }
+    ptx = compile_ptx(tmp_path_factory.mktemp("groups"), f"{source}\n{size}\n")
+    return ptx, request.param
 
 
 @pytest.fixture(scope="module")
@@ -158,9 +155,8 @@ def decode_native(ptx, arrays, indices, *, blocks=2, moved=None, seed=0):
     return [memory.read_back(tensor.out).view(np.uint16) for tensor in batch.tensors[: batch.count]]
 
 
-def decode_groups(groups_ptx, chunks, arrays, indices, *, blocks=2, seed=0):
+def decode_groups(ptx, chunks, arrays, indices, *, blocks=2, seed=0):
     """As `decode_native`, by the kernel for groups of so many chunks."""
-    ptx = groups_ptx[chunks]
     memory, batch = GlobalMemory(), BulkBatch()
     for array, index in zip(arrays, indices, strict=True):
         i = batch.count
@@ -256,21 +252,19 @@ def test_native_along_columns(native_ptx, shape):
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (1024, 128), (300, 448), (2, 128, 256)])
-@pytest.mark.parametrize("chunks", count_sass.BULK_CHUNKS)
-def test_groups(groups_ptx, chunks, shape):
+def test_groups(groups, shape):
     weights = sprinkled(shape, 100)
     small = df11_jax.compress(weights)
     for seed in range(2):
-        (out,) = decode_groups(groups_ptx, chunks, [small], [[0]], seed=seed)
+        (out,) = decode_groups(*groups, [small], [[0]], seed=seed)
         np.testing.assert_array_equal(out, to_bits(weights))
 
 
-@pytest.mark.parametrize("chunks", count_sass.BULK_CHUNKS)
-def test_groups_of_many(groups_ptx, chunks):
+def test_groups_of_many(groups):
     stack = sprinkled((3, 256, 256), 300)
     raw, other = every_pattern(), sprinkled((380, 192), 60)
     small = [df11_jax.compress(stack, stack_axes=1), *map(df11_jax.compress, (raw, other))]
-    outs = decode_groups(groups_ptx, chunks, small, [[2, -1, 0, 9], [0], [0]], blocks=3)
+    outs = decode_groups(*groups, small, [[2, -1, 0, 9], [0], [0]], blocks=3)
     expected = to_bits(stack[[2, 0, 0, 2]])
     expected[256 * 256 : 2 * 256 * 256] = UNWRITTEN
     np.testing.assert_array_equal(outs[0], expected)

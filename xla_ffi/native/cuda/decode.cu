@@ -119,9 +119,9 @@ class BulkLaunches {
 
   cudaError_t launch() {
     if (batch_.count == 0) return cudaSuccess;
-    const cudaError_t error = !is_wide()      ? launch<kNarrowWarps, 2>()
-                              : has_singles() ? launch<kWideWarps, 1>()
-                                              : launch<kWideWarps, 2>();
+    const cudaError_t error = !is_wide()   ? launch<kNarrowWarps, 2>()
+                              : is_small() ? launch<kWideWarps, 1>()
+                                           : launch<kWideWarps, 2>();
     batch_.count = 0;
     chunks_ = 0;
     return error;
@@ -131,8 +131,8 @@ class BulkLaunches {
   bool is_wide() const {
     return BulkMemory<kWideWarps>::kEnd <= static_cast<uint32_t>(shared_bytes_);
   }
-  // A pair of chunks keeps its warp busy nearly twice as long as one chunk.
-  bool has_singles() const {
+  // Whether each warp can have one chunk, which it is done with sooner than with two.
+  bool is_small() const {
     if (grouping_ != Grouping::kBySize) return grouping_ == Grouping::kSingle;
     return chunks_ <= int64_t{resident_} * kWideWarps;
   }

@@ -8,7 +8,8 @@
 namespace df11::native {
 
 // How many chunks a warp decodes at a time on compute capability 9.0 and up. By size: two, or one
-// if the launch has so few that every warp of the device can have one. Only tests choose.
+// if the launch has so few that every warp of the device can have one. Only tests and benchmarks
+// choose. Where shared memory has room for two warps only, it is always two.
 enum class Grouping { kBySize, kSingle, kPairs };
 
 // Enqueues the decoding of `count` tensors; all pointers in `tensors` are device pointers,

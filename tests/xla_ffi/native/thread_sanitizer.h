@@ -1,0 +1,13 @@
+// Whether this is compiled under ThreadSanitizer.
+#pragma once
+
+namespace df11::native {
+
+// It takes ten times as long: drivers give it a part of their tests, of every kind some.
+#ifdef __SANITIZE_THREAD__
+inline constexpr bool kIsSlow = true;
+#else
+inline constexpr bool kIsSlow = false;
+#endif
+
+}  // namespace df11::native
