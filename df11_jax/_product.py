@@ -282,7 +282,9 @@ def _decode_first(call: _Call, x: Array, index: Array, *payloads: Array) -> list
 
 
 def workspace_words(views: Sequence[View], rows: int) -> int:
-    """The length of the kernel's workspace; the same formula as in xla_ffi/native/cuda/product.h.
+    """A length of the kernel's workspace that is enough: for the sums of every item.
+
+    The kernel needs room for those of groups of items: see xla_ffi/native/cuda/product.h.
 
     Args:
         views: the views of the matrices.

@@ -80,8 +80,8 @@ __device__ __forceinline__ bool elect_lane() {
   return elected;
 }
 
-// A barrier, 8 bytes in shared memory, whose phases each take one arrival: that of expect_bytes.
-// The phase is complete when that many bytes have arrived.
+// A barrier, 8 bytes in shared memory, whose phases each take one arrival. After that of
+// expect_bytes, the phase is complete when that many bytes have arrived.
 __device__ __forceinline__ void init_barrier(uint32_t barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
 }
@@ -93,6 +93,11 @@ __device__ __forceinline__ void fence_barriers() {
 __device__ __forceinline__ void expect_bytes(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
+}
+// Completes a phase. Who waits for it sees what this thread has stored before, and what it knows of
+// by a barrier of its warp.
+__device__ __forceinline__ void arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 // Waits until the phase of this parity is complete; the first is 0, the next 1.
 __device__ __forceinline__ void wait_for_phase(uint32_t barrier, uint32_t parity) {
@@ -171,6 +176,7 @@ template <typename T>
 void store_shared(uint32_t address, const T& value) {
   cuda_emulation::store_shared(address, value);
 }
+using cuda_emulation::arrive;
 using cuda_emulation::commit_stores;
 using cuda_emulation::copy_to_global;
 using cuda_emulation::copy_to_shared;

@@ -1,5 +1,5 @@
-// Whether the emulation notices what is left out: a kernel that uses all of common/async_copies.cuh
-// is right as it is, and fails without any one of its waits, fences and barriers.
+// Whether the emulation notices what is left out: kernels that use all of common/async_copies.cuh
+// are right as they are, and fail without any one of their waits, fences and barriers.
 #include "common/async_copies.cuh"
 
 #include <cuda.h>
@@ -7,6 +7,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <vector>
 
@@ -25,6 +26,9 @@ enum Part {
   kWaitStoresRead,
   kBarrierAfterWait,
   kWaitStores,
+  kWaitForTurn,
+  kBarrierBeforeArrive,
+  kArrive,
   kParts
 };
 constexpr const char* kNames[] = {"nothing",
@@ -37,7 +41,10 @@ constexpr const char* kNames[] = {"nothing",
                                   "barrier before the store",
                                   "wait_stores_read",
                                   "barrier after wait_stores_read",
-                                  "wait_stores"};
+                                  "wait_stores",
+                                  "wait_for_phase, for a warp",
+                                  "barrier before arrive",
+                                  "arrive"};
 
 constexpr int kRows = 16, kCols = 64, kTiles = 6, kTileBytes = kRows * kCols * 2;
 
@@ -90,8 +97,45 @@ void add_one(const uint32_t* in, CUtensorMap map, uint16_t* rows_out) {
   if (kLeftOut != kWaitStores) wait_stores();
 }
 
+// Warps that add 1 to the same words, one after the other, each when it has its turn.
 template <Part kLeftOut>
-bool is_right() {
+void add_in_turn(uint32_t* out) {
+  constexpr uint32_t kWarps = 3, kRounds = 4;
+  DF11_DYNAMIC_SHARED(memory);
+  const uint32_t words = shared_address(memory), bars = words + 128;
+  const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  if (elect_lane()) {
+    init_barrier(bars + 8 * warp);
+    fence_barriers();
+  }
+  __syncthreads();
+  const uint32_t next = bars + 8 * ((warp + 1) % kWarps);
+  for (uint32_t round = 0; round < kRounds; ++round) {
+    const bool is_first = warp == 0 && round == 0;
+    if (kLeftOut != kWaitForTurn || warp != 1) {
+      wait_for_phase(bars + 8 * warp, (warp == 0) ^ (round & 1));
+    }
+    store_shared(words + 4 * lane, is_first ? 1 : load_shared(words + 4 * lane) + 1);
+    if (kLeftOut != kBarrierBeforeArrive) __syncwarp();
+    if (elect_lane() && (kLeftOut != kArrive || round > 0)) arrive(next);
+  }
+  __syncthreads();
+  if (warp == 0) out[lane] = load_shared(words + 4 * lane);
+}
+
+template <Part kLeftOut>
+bool adds_in_turn() {
+  static uint32_t out[32];
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(1);
+  config.blockDim = dim3(3 * 32);
+  config.dynamicSmemBytes = 256;
+  cudaLaunchKernelEx(&config, add_in_turn<kLeftOut>, out);
+  return std::all_of(out, out + 32, [](uint32_t word) { return word == 12; });
+}
+
+template <Part kLeftOut>
+bool adds_one() {
   std::vector<uint32_t> in(kTiles * kTileBytes / 4);
   for (size_t i = 0; i < in.size(); ++i) in[i] = 2654435761u * i;
   alignas(16) static uint32_t source[kTiles * kTileBytes / 4], out[kTiles * kTileBytes / 4];
@@ -131,7 +175,8 @@ int run() {
     const pid_t child = fork();
     if (child == 0) {
       alarm(20);  // what waits for ever
-      _exit(is_right<static_cast<Part>(kPart)>() ? 0 : 1);
+      constexpr Part kLeftOut = static_cast<Part>(kPart);
+      _exit(adds_one<kLeftOut>() && adds_in_turn<kLeftOut>() ? 0 : 1);
     }
     int status = 0;
     waitpid(child, &status, 0);

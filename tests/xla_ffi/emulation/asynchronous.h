@@ -31,13 +31,14 @@ void store_shared(uint32_t address, const T& value) {
   std::memcpy(shared->at(address, sizeof(T)), &value, sizeof(T));
 }
 
-// Barriers in shared memory whose phases complete by one arrival and the bytes that it expects.
+// Barriers in shared memory whose phases complete by one arrival, and the bytes that it expects.
 struct PhaseBarrier {
   uint32_t phase = 0;
   bool fenced = false, armed = false;
   uint32_t armed_by = 0;  // this thread, at its time
   Time armed_at;
   std::map<uint32_t, Time> seen;  // when each thread saw the last phase complete
+  KnownTimes known = {};          // what those who arrived knew
   size_t expected = 0, under_way = 0;
   std::vector<std::function<void()>> copies;
 };
@@ -63,9 +64,18 @@ inline PhaseBarrier& find_barrier(uint32_t address) {
 }
 // That a barrier of the threads lies between.
 inline void check_is_before(uint32_t thread, const Time& time) {
-  const bool same_warp = thread / 32 == this_thread() / 32;
-  check(thread == this_thread() || (same_warp ? time.warp != now->warp : time.block != now->block),
-        "a phase begins before all threads have waited for the one before");
+  check(is_after(thread, time), "a phase begins before all threads have waited for the one before");
+}
+inline void arrive(uint32_t address) {
+  shared->before_load(address, sizeof(uint2));
+  const std::lock_guard lock(barriers_mutex);
+  PhaseBarrier& barrier = find_barrier(address);
+  check(!barrier.armed, "a thread arrives at a phase that has had its arrival");
+  for (const auto& [thread, time] : barrier.seen) check_is_before(thread, time);
+  learn(barrier.known, *known);
+  uint32_t& mine = barrier.known[this_thread() / 32];
+  mine = std::max(mine, now->warp);
+  ++barrier.phase;
 }
 inline void expect_bytes(uint32_t address, uint32_t bytes) {
   shared->before_load(address, sizeof(uint2));
@@ -105,6 +115,7 @@ inline void wait_for_phase(uint32_t address, uint32_t parity) {
     if (barrier.phase % 2 == parity) return false;
     if (barrier.armed) check_is_before(barrier.armed_by, barrier.armed_at);
     barrier.seen[this_thread()] = *now;
+    learn(*known, barrier.known);
     (*observed_phases)[address] = barrier.phase;
     return true;
   });
@@ -158,6 +169,7 @@ inline void end_block() {
   check(open_copies->empty() && copy_groups->empty(), "a thread ends before its copies");
   check(unfenced_barriers->empty(), "a thread initializes barriers and makes no fence");
   observed_phases->clear();
+  *known = {};
 }
 inline void reset_barriers() {
   const std::lock_guard lock(barriers_mutex);

@@ -5,6 +5,8 @@
 // Included by cuda_runtime.h.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -27,6 +29,19 @@ struct Time {
   uint32_t warp = 0, block = 0;
 };
 inline PerThread<Time> now;
+// Up to which of its barriers a thread knows what each warp has done: from barriers in shared
+// memory, where a thread of that warp has arrived, or one that knew of it.
+using KnownTimes = std::array<uint32_t, kMostThreads / 32>;
+inline PerThread<KnownTimes> known;
+inline void learn(KnownTimes& times, const KnownTimes& others) {
+  for (size_t i = 0; i < times.size(); ++i) times[i] = std::max(times[i], others[i]);
+}
+// Whether this thread comes after what that one has done at that time.
+inline bool is_after(uint32_t thread, const Time& time) {
+  if (thread == this_thread()) return true;
+  if (thread / 32 == this_thread() / 32) return time.warp != (now->warp & 0xfffff);
+  return time.block != (now->block & 0xffff) || time.warp < (*known)[thread / 32];
+}
 // Phases of barriers that this thread has seen complete, by the barrier's address.
 inline PerThread<std::map<uint32_t, uint32_t>> observed_phases;
 
@@ -139,11 +154,7 @@ class SharedMemory {
     for (size_t i = 0; i < bytes / 2; ++i) f(cells_[first + i]);
   }
 
-  static bool is_ordered(const Write& w) {
-    if (w.thread == this_thread()) return true;
-    return w.thread / 32 == this_thread() / 32 ? w.warp != (now->warp & 0xfffff)
-                                               : w.block != (now->block & 0xffff);
-  }
+  static bool is_ordered(const Write& w) { return is_after(w.thread, {w.warp, w.block}); }
   static void check_write_is_visible(uint64_t write) {
     const Write w = unpack(write);
     if (w.kind == kGeneric) {

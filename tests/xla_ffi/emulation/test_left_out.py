@@ -1,4 +1,4 @@
-"""Leaves out of the decoder for groups of chunks what orders its accesses, one thing at a time."""
+"""Leaves out of the kernels that copy in bulk what orders their accesses, one thing at a time."""
 
 import os
 import re
@@ -11,8 +11,7 @@ from test_kernel_emulated import ARGUMENTS
 
 pytestmark = pytest.mark.slow
 
-SOURCE = "native/cuda/chunk_group.cuh"
-ORDERS = re.compile(r"^\s*((wait_\w+(<\d>)?|fence_\w+|__syncwarp)\(.*\));")
+ORDERS = re.compile(r"^\s*((\w+(\.|::))?(wait_\w+(<\d>)?|fence_\w+|give_turn|__sync\w+)\(.*\));")
 LEFT_OUT = """
 #include <cstdlib>
 inline const int left_out = std::atoi(std::getenv("LEFT_OUT"));
@@ -20,9 +19,17 @@ inline const int left_out = std::atoi(std::getenv("LEFT_OUT"));
 
 
 @needs_compiler
-def test_nothing_may_be_left_out(tmp_path):
+@pytest.mark.parametrize(
+    ("changed", "driver", "host", "arguments"),
+    [
+        ("chunk_group.cuh", "kernel_test.cc", "decode.cu", ["0", "groups"]),
+        ("product_kernel.cuh", "product_test.cc", "product.cu", ["5"]),
+    ],
+)
+def test_nothing_may_be_left_out(changed, driver, host, arguments, tmp_path):
     shutil.copytree(ROOT / "xla_ffi", tmp_path / "xla_ffi")
-    changed = tmp_path / "xla_ffi" / SOURCE
+    kernels = tmp_path / "xla_ffi/native/cuda"
+    changed = kernels / changed
     lines = changed.read_text().splitlines()
     places = [i for i, line in enumerate(lines) if ORDERS.match(line)]
     assert len(places) > 10
@@ -34,14 +41,14 @@ def test_nothing_may_be_left_out(tmp_path):
     changed.write_text("\n".join(lines))
     program = tmp_path / "driver"
     command = ["g++", "-std=c++20", "-O1", "-DDF11_DECODE_WARPS=2", "-pthread", *ARGUMENTS]
-    command += [f"-I{tmp_path / 'xla_ffi'}", "tests/xla_ffi/native/kernel_test.cc"]
-    command += ["-x", "c++", tmp_path / "xla_ffi/native/cuda/decode.cu", "-o", program]
+    command += [f"-I{tmp_path / 'xla_ffi'}", f"tests/xla_ffi/native/{driver}"]
+    command += ["-x", "c++", kernels / host, "-o", program]
     subprocess.run(command, cwd=ROOT, check=True)
 
     def fails_without(place):
         environment = os.environ | {"LEFT_OUT": str(place)}
         ended = subprocess.run(
-            [program, "0", "groups"], env=environment, capture_output=True, text=True, timeout=600
+            [program, *arguments], env=environment, capture_output=True, text=True, timeout=600
         )
         print(statements.get(place), ended.stdout[-300:], ended.stderr[:300])
         return ended.returncode != 0

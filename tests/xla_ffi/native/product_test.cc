@@ -22,7 +22,7 @@ namespace {
 
 // How a launch shares its work out; what it computes must not depend on it.
 struct Shares {
-  int blocks = 3, warps = 2;
+  int blocks = 3, warps = kMostItemsPerGroup;
   uint32_t shared_bytes = 64 * 1024;
 };
 
@@ -177,7 +177,7 @@ void check_matrix(const CompressedMatrix& matrix) {
     Call other = call;
     other.rows = rows;
     other.x.resize(rows * matrix.view.k);
-    other.shares = {1 + int(random_below(6)), 1 + int(random_below(3)), 64 * 1024};
+    other.shares = {1 + int(random_below(6)), kMostItemsPerGroup + int(random_below(4)), 64 * 1024};
     same(other, "of " + std::to_string(rows) + " rows");
   }
   Call other = call;
@@ -227,7 +227,7 @@ void partners() {
       for (int count = kIsSlow ? 4 : 2; count <= 4; ++count) {
         Call call{{}, random_x(rows, 384), rows, index};
         for (int i = 0; i < count; ++i) call.matrices.push_back(&matrices[i]);
-        call.shares = {count + int(random_below(9)), 2, 64 * 1024};
+        call.shares = {count + int(random_below(9)), kMostItemsPerGroup, 64 * 1024};
         const Results together = multiply(call);
         Call clamped = call;
         compare(clamped, together, "launch of " + std::to_string(count));
@@ -246,8 +246,8 @@ void devices() {
   const CompressedMatrix matrix(layout_of({640, 512}, false, 4, 11), rare_weight);
   Call call{{&matrix}, random_x(4, 640), 4};
   const Results expected = multiply(call);
-  for (const uint32_t shared_bytes : {36u << 10, 99u << 10, 163u << 10, 227u << 10}) {
-    call.shares = {2, 3, shared_bytes};
+  for (const uint32_t shared_bytes : {64u << 10, 99u << 10, 163u << 10, 227u << 10}) {
+    call.shares = {2, 7, shared_bytes};
     expect(multiply(call) == expected, "bits depend on shared memory");
   }
   if (kIsSlow) return;  // 768 threads
@@ -264,7 +264,7 @@ void items() {
   Call call{{&matrix}, random_x(2, matrix.view.k), 2};
   const Results expected = multiply(call);
   compare(call, expected, name_of(matrix));
-  call.shares = {1, 3, 64 * 1024};
+  call.shares = {1, 8, 64 * 1024};
   expect(multiply(call) == expected, "bits depend on who has which items");
 }
 

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "native/tensor_slices.h"
@@ -44,22 +45,40 @@ struct Product {
 // alone.
 struct ProductItems {
   int chunks;      // below each other, of an item; the last of a column may have fewer
-  int per_column;  // items in a column of chunks
-  int64_t count;   // of all columns
+  int group;       // items below each other that are added up in a block
+  int per_column;  // groups in a column of chunks; the last may have fewer items
+  int64_t groups;  // of all columns
 };
 
-// An item a warp, on the GPUs that have most of them: 28 on each of 132 multiprocessors.
-inline constexpr int64_t kProductItems = 28 * 132;
+// An item a warp, on the GPUs that have most of them.
+inline constexpr int kProductWarps = 28, kProductBlocks = 132;
+inline constexpr int64_t kProductItems = kProductWarps * kProductBlocks;
+inline constexpr int kMostItemsPerGroup = 5;
 
 inline ProductItems cut_into_items(const View& view) {
-  const int64_t chunks = (view.chunks() + kProductItems - 1) / kProductItems;
+  if (view.size == 0) return {};
+  const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t most = view.tiles_k();
-  ProductItems items;
-  items.chunks = static_cast<int>(chunks < most ? chunks : most);
-  items.per_column =
-      items.chunks == 0 ? 0 : static_cast<int>((most + items.chunks - 1) / items.chunks);
-  items.count = items.per_column * view.tiles_n();
-  return items;
+  const int64_t items = divide_up(most, std::min(most, divide_up(view.chunks(), kProductItems)));
+  const int64_t chunks = divide_up(most, items);
+  // Groups are what blocks share out, so large ones leave some of them with more to do than others;
+  // but each costs the time of its sums. In cycles, as they were measured or computed for an H200.
+  constexpr int64_t kStep = 90, kSums = 2400, kHandOver = 60;
+  ProductItems best = {};
+  int64_t least = INT64_MAX;
+  for (int group = 1; group <= kMostItemsPerGroup; ++group) {
+    const int64_t per_column = divide_up(items, group), groups = per_column * view.tiles_n();
+    // A small matrix shares its launch with others: what it leaves empty counts, not who has most.
+    const bool is_small = 2 * items * view.tiles_n() < kProductItems;
+    const int64_t busiest = is_small ? kProductWarps * groups * group / (items * view.tiles_n())
+                                     : divide_up(groups, kProductBlocks) * group;
+    const int64_t cycles =
+        busiest * chunks * view.steps * kStep + kSums / group + kHandOver * group;
+    if (cycles >= least) continue;
+    least = cycles;
+    best = {static_cast<int>(chunks), group, static_cast<int>(per_column), groups};
+  }
+  return best;
 }
 
 // Counters that a product needs, one for each column of chunks. It leaves them as they were: all 0.
@@ -69,15 +88,13 @@ inline int64_t product_counters(const Product& product) {
   return columns;
 }
 
-// Words of the workspace: 64 sums of each item and row of x.
-//   64 * rows * sum of (tiles_n * ceil(tiles_k / c)), c = min(tiles_k, ceil(tiles_k * tiles_n /
-//   3696))
+// Words of the workspace: 64 sums of each group and row of x.
 inline int64_t product_workspace_words(const Product& product) {
-  int64_t items = 0;
+  int64_t groups = 0;
   for (int i = 0; i < product.count; ++i) {
-    items += cut_into_items(product.matrices[i].slices.view).count;
+    groups += cut_into_items(product.matrices[i].slices.view).groups;
   }
-  return items * product.rows * kTileCols;
+  return groups * product.rows * kTileCols;
 }
 
 // Enqueues a product. All matrices have the same k, none is flat or a batch of several. Pointers in

@@ -1,10 +1,11 @@
 // The CUDA product y = x W: weights are decoded in registers, in the order in which tensor cores
 // take them, and are never in memory. docs/kernel.md explains it and counts its instructions.
 //
-// A warp works on items, a few chunks below each other, one step of 16 k after the other; an item's
-// sums go to the workspace, and whoever brings the last ones of a column adds them up. So in
-// which order numbers are added depends on the matrix alone: not on the rows of x, on the number of
-// warps or blocks, or on what else is in the launch.
+// A warp works on items, a few chunks below each other, one step of 16 k after the other. A few
+// warps next to each other add up a group of items; what that is goes to the workspace, and whoever
+// brings the last groups of a column adds them up. So in which order numbers are added depends on
+// the matrix alone: not on the rows of x, on the number of warps or blocks, or on what else is in
+// the launch.
 //
 // Nothing in a payload is trusted: nothing is read out of bounds and no copy is waited for that was
 // not issued, whatever it holds. Where a chunk is corrupt, its columns become NaN.
@@ -86,8 +87,10 @@ class ChunkList {
     const int ahead = divide_by_reciprocal(at, matrix.item_chunks_reciprocal);
     const int in_item = at - ahead * item_chunks;
     const int item = first_item_ + ahead * stride_;
-    const int column = divide_by_reciprocal(item, matrix.column_items_reciprocal);
-    const int begin = (item - column * matrix.column_items) * item_chunks, row = begin + in_item;
+    const int group = divide_by_reciprocal(item, matrix.group_items_reciprocal);
+    const int column = divide_by_reciprocal(group, matrix.column_groups_reciprocal);
+    const int above = column * matrix.column_groups * matrix.group_items;
+    const int begin = (item - above) * item_chunks, row = begin + in_item;
     const bool is_there = item < end_item_ && row < matrix.tiles_k;
     __syncwarp();  // All lanes have read what was in the list.
     if (is_there) {
@@ -152,7 +155,35 @@ class ChunkList {
   uint32_t left_ = 0;  // a bit for each lane whose chunk is not taken
 };
 
-// The copies of a warp: of two steps' signs and mantissas, and of one or two records.
+// Where a warp is in a group of warps that add up their items; it is kept in shared memory, since
+// registers are short and it takes divisions to find.
+struct PlaceInGroup {
+  uint32_t sums, next, first;  // addresses: of the group's sums, of memory of other warps
+  bool is_first, is_last;
+
+  __device__ PlaceInGroup(const ProductMemory& memory, const MatrixWork& matrix, uint32_t base,
+                          int warp) {
+    const int group = divide_by_reciprocal(warp, matrix.group_items_reciprocal);
+    const int position = warp - group * matrix.group_items;
+    sums = memory.sums(base, group);
+    next = memory.warp(base, warp + 1);
+    first = memory.warp(base, warp - position);
+    is_first = position == 0;
+    is_last = position + 1 == matrix.group_items;
+  }
+  __device__ explicit PlaceInGroup(const uint4& packed)
+      : sums(packed.x),
+        next(packed.y),
+        first(packed.z),
+        is_first(packed.w & 1),
+        is_last(packed.w & 2) {}
+  __device__ uint4 pack() const {
+    return {sums, next, first, uint32_t{is_first} | uint32_t{is_last} << 1};
+  }
+};
+
+// The copies of a warp: of two steps' signs and mantissas, and of one or two records. And its turn
+// to add to the sums of a group.
 class WarpCopies {
  public:
   __device__ WarpCopies(uint32_t memory, const ProductMemory& plan)
@@ -160,10 +191,9 @@ class WarpCopies {
 
   __device__ void initialize() {
     if (elect_lane()) {
-      for (int i = 0; i < 3; ++i) init_barrier(barriers_ + 8 * i);
+      for (int i = 0; i <= kTurn; ++i) init_barrier(barriers_ + 8 * i);
       fence_barriers();
     }
-    __syncwarp();
   }
   // Of the chunk's steps from this one on, one or two.
   __device__ __forceinline__ void fetch_steps(const MatrixWork& matrix, uint32_t first,
@@ -184,8 +214,23 @@ class WarpCopies {
   __device__ __forceinline__ void wait_for_steps() { wait(0); }
   __device__ void wait_for_record(int buffer) { wait(1 + buffer); }
 
+  // All lanes may ask for it after the next barrier.
+  __device__ void keep(const PlaceInGroup& place) {
+    // The first has its turn at once: it waits for the phase before the first.
+    if (place.is_first) phases_ |= 1u << kTurn;
+    if (elect_lane()) store_shared(barriers_ + kBarrierBytes, place.pack());
+  }
+  __device__ PlaceInGroup place() const {
+    return PlaceInGroup(load_shared4(barriers_ + kBarrierBytes));
+  }
+  __device__ void wait_for_turn() { wait(kTurn); }
+  // That of the warp whose memory this is.
+  __device__ static void give_turn(uint32_t memory) {
+    if (elect_lane()) arrive(memory + kSlotBytes + 8 * kTurn);
+  }
+
   __device__ uint32_t steps() const { return memory_; }
-  __device__ uint32_t list() const { return barriers_ + kBarrierBytes; }
+  __device__ uint32_t list() const { return barriers_ + kBarrierBytes + kPlaceBytes; }
   __device__ uint32_t record(int buffer) const {
     return list() + kListBytes + buffer * record_bytes_;
   }
@@ -195,6 +240,8 @@ class WarpCopies {
     wait_for_phase(barriers_ + 8 * barrier, phases_ >> barrier & 1);
     phases_ ^= 1u << barrier;
   }
+
+  static constexpr int kTurn = 3;  // a barrier behind those of the slot and of the records
 
   uint32_t memory_, barriers_, record_bytes_;
   uint32_t phases_ = 0;  // a bit a barrier
@@ -305,9 +352,32 @@ struct BlockScratch {
 };
 static_assert(sizeof(BlockScratch) <= kBlockBytes);
 
-// First item of block `block` of a matrix.
-__device__ inline int first_item(const MatrixWork& matrix, int block) {
-  return block * matrix.block_items + min(block, matrix.longer_blocks);
+// First group of block `block` of a matrix.
+__device__ inline int first_group(const MatrixWork& matrix, int block) {
+  return block * matrix.block_groups + min(block, matrix.longer_blocks);
+}
+
+// Adds the sums of an item to those of the items before it in its group, which the warps before
+// this one have: in shared memory, each when it has its turn. The last there is stores them.
+template <int kTiles>
+__device__ __forceinline__ void add_to_group(const ProductWork& work, const MatrixWork& matrix,
+                                             const ProductChunk& chunk, int lane,
+                                             WarpCopies& copies, float (&sums)[kTiles][4][4]) {
+  const PlaceInGroup place = copies.place();
+  const bool is_last =
+      place.is_last || chunk.k() + chunk.steps() * kStepRows == matrix.steps_k * kStepRows;
+  if (!place.is_first || !is_last) {
+    const SharedSums before(place.sums, work.rows, lane);
+    copies.wait_for_turn();
+    if (!place.is_first) before.add_to(sums);
+    if (!is_last) before.store(sums);
+    __syncwarp();  // All lanes have.
+    WarpCopies::give_turn(is_last ? place.first : place.next);
+  }
+  if (is_last) {
+    const int group = divide_by_reciprocal(chunk.item(), matrix.group_items_reciprocal);
+    store_sums<kTiles>(matrix.sums, group, work.rows, lane, sums);
+  }
 }
 
 template <int kTiles>
@@ -332,15 +402,18 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
   }
   const MatrixWork& matrix = work.matrices[__shfl_sync(kAllLanes, number, 0)];
   const int block = blockIdx.x - matrix.first_block;
-  const int begin = first_item(matrix, block), end = first_item(matrix, block + 1);
+  const int begin = first_group(matrix, block), end = first_group(matrix, block + 1);
   if (threadIdx.x < 2) {
     // For the end, where everything waits for this.
     const int column =
-        divide_by_reciprocal(threadIdx.x == 0 ? begin : end - 1, matrix.column_items_reciprocal);
+        divide_by_reciprocal(threadIdx.x == 0 ? begin : end - 1, matrix.column_groups_reciprocal);
     scratch.columns.number[threadIdx.x] = column;
     prefetch_global(matrix.arrived + column);
   }
-  ChunkList chunks(copies.list(), begin + warp, end, memory.warps);
+  const int end_item = end * matrix.group_items;
+  ChunkList chunks(copies.list(),
+                   warp < matrix.warps ? begin * matrix.group_items + warp : end_item, end_item,
+                   matrix.warps);
   const int first_chunk = chunks.find(matrix, lane), first = chunks.take();
 
   const int wanted = __shfl_sync(kAllLanes, index, 0);
@@ -363,6 +436,7 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
   if (scratch.codes.sound) fill_lookup_table(scratch.codes, table);
   __syncthreads();
   const bool sound = scratch.codes.sound && geometry == matrix.geometry;
+  copies.keep(PlaceInGroup(memory, matrix, base, warp));  // while the first record is on its way
 
   float sums[kTiles][4][4];
   set_sums(sums, 0);
@@ -410,12 +484,12 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
     buffer = next_buffer;
 
     if (chunk.ends_item()) {
-      store_sums<kTiles>(matrix.sums, chunk.item(), work.rows, lane, sums);
+      add_to_group(work, matrix, chunk, lane, copies, sums);
       set_sums(sums, 0);
     }
     chunk = chunks.get(slice, next_number);
   }
-  add_columns(work, matrix, begin, end, table.address, scratch.columns);
+  add_columns<kTiles>(work, matrix, begin, end, scratch.columns);
 #endif
 }
 

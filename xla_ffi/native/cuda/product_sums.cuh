@@ -1,4 +1,4 @@
-// The sums of items, and how those of a column become its result.
+// The sums of items and of groups, and how those of a column become its result.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,10 +12,54 @@
 
 namespace df11::native {
 
-// Stores an item's sums. The lane 4 g + t has columns 8 g .. 8 g + 7 of rows 2 t and 2 t + 1 of
+// A lane's part of what items add up to in shared memory, of the rows that x has: 64 bytes of every
+// two rows, in pieces of 16 that lie beside those of other lanes.
+class SharedSums {
+ public:
+  __device__ SharedSums(uint32_t memory, int rows, int lane)
+      : memory_(memory), pairs_((rows + 1) / 2), lane_(lane) {}
+
+  template <int kTiles>
+  __device__ __forceinline__ void store(const float (&sums)[kTiles][4][4]) const {
+    for_each<kTiles>([&](uint32_t place, int tile, int i) {
+      const float(&s)[4] = sums[tile][i];
+      store_shared(place, uint4{__float_as_uint(s[0]), __float_as_uint(s[1]), __float_as_uint(s[2]),
+                                __float_as_uint(s[3])});
+    });
+  }
+  template <int kTiles>
+  __device__ __forceinline__ void add_to(float (&sums)[kTiles][4][4]) const {
+    for_each<kTiles>([&](uint32_t place, int tile, int i) {
+      const uint4 before = load_shared4(place);
+      float(&s)[4] = sums[tile][i];
+      s[0] += __uint_as_float(before.x);
+      s[1] += __uint_as_float(before.y);
+      s[2] += __uint_as_float(before.z);
+      s[3] += __uint_as_float(before.w);
+    });
+  }
+
+ private:
+  template <int kTiles, typename F>
+  __device__ __forceinline__ void for_each(const F& f) const {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const int left = pairs_ - 4 * tile, pairs = min(left, 4);
+      if (lane_ % 4 >= left) continue;
+      const uint32_t at = memory_ + 512 * 4 * tile + 16 * (lane_ / 4 * pairs + lane_ % 4);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) f(at + 128 * pairs * i, tile, i);
+    }
+  }
+
+  uint32_t memory_;
+  int pairs_, lane_;  // of rows
+};
+
+// Stores a group's sums. The lane 4 g + t has columns 8 g .. 8 g + 7 of rows 2 t and 2 t + 1 of
 // each tile of x.
 template <int kTiles>
-__device__ inline void store_sums(float* to, int item, int rows, int lane,
+__device__ inline void store_sums(float* to, int group, int rows, int lane,
                                   const float (&sums)[kTiles][4][4]) {
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
@@ -25,7 +69,7 @@ __device__ inline void store_sums(float* to, int item, int rows, int lane,
       if (row >= rows) continue;
       const float(&s)[4][4] = sums[tile];
       auto* place =
-          reinterpret_cast<float4*>(to + (int64_t{item} * rows + row) * kTileCols + lane / 4 * 8);
+          reinterpret_cast<float4*>(to + (int64_t{group} * rows + row) * kTileCols + lane / 4 * 8);
       __stcg(place, float4{s[0][odd], s[0][2 + odd], s[1][odd], s[1][2 + odd]});
       __stcg(place + 1, float4{s[2][odd], s[2][2 + odd], s[3][odd], s[3][2 + odd]});
     }
@@ -64,14 +108,12 @@ __device__ inline void store_result(const ProductWork& work, const MatrixWork& m
   }
 }
 
-// Adds up the columns of which this block brings the last items. Items s, s + 8, s + 16 .. of a
-// column are added by one warp, and their sums by another: both in the order of items.
+// Adds up the columns of which this block brings the last groups, in the order of groups.
+template <int kTiles>
 __device__ inline void add_columns(const ProductWork& work, const MatrixWork& matrix, int begin,
-                                   int end, uint32_t memory, BlockColumns& columns) {
-  constexpr int kGroups = 8;
-  constexpr int kUnitBytes = kTileCols * 4;
+                                   int end, BlockColumns& columns) {
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
-  const int per_column = matrix.column_items;
+  const int per_column = matrix.column_groups;
 
   __syncthreads();
   int first = columns.number[0], last = columns.number[1];
@@ -80,12 +122,12 @@ __device__ inline void add_columns(const ProductWork& work, const MatrixWork& ma
   if (threadIdx.x < 2) {
     const bool is_last = threadIdx.x == 1;
     const int column = columns.number[is_last], column_begin = column * per_column;
-    const int items = min(end, column_begin + per_column) - max(begin, column_begin);
+    const int groups = min(end, column_begin + per_column) - max(begin, column_begin);
     const uint32_t before =
-        items == per_column || (is_last && first == last)
+        groups == per_column || (is_last && first == last)
             ? 0
-            : add_in_order(matrix.arrived + column, static_cast<uint32_t>(items));
-    const bool complete = static_cast<int>(before) + items == per_column;
+            : add_in_order(matrix.arrived + column, static_cast<uint32_t>(groups));
+    const bool complete = static_cast<int>(before) + groups == per_column;
     columns.complete[is_last] = complete;
     if (complete && before > 0) matrix.arrived[column] = 0;  // as it was
   }
@@ -96,79 +138,56 @@ __device__ inline void add_columns(const ProductWork& work, const MatrixWork& ma
   if (!first_complete) ++first;
   if (!last_complete) --last;
 
-  // Of a column of chunks and a row of x: 64 sums of each item.
+  // Of a column of chunks and a row of x: 64 sums of each group. A warp adds up a few such rows at
+  // a time, of which it waits for many loads together.
   const int results = (last - first + 1) * work.rows;
-  const auto column_of = [&](int result) {
-    return divide_by_reciprocal(result, work.rows_reciprocal);
-  };
-  const auto row_of = [&](int result) { return result - column_of(result) * work.rows; };
-  const int at_once =
-      static_cast<int>((1u << work.memory.table_log2_bytes) / (kGroups * kUnitBytes));
-  for (int done = 0; done < results; done += at_once) {
-    const int count = min(at_once, results - done);
-    // Several at a time, and several items of each, whose loads are waited for together.
-    constexpr int kUnits = 4, kItems = 4;
-    const int stride = kGroups * work.rows * (kTileCols / 2);
-    for (int unit = warp; unit < count * kGroups; unit += kUnits * warps) {
-      const float2* from[kUnits];
-      int left[kUnits];
-      float2 sum[kUnits];
+  constexpr int kResults = kTiles, kGroups = kTiles == 4 ? 8 : 16;  // as there are registers
+  const int stride = work.rows * (kTileCols / 2);
+  for (int result = warp; result < results; result += kResults * warps) {
+    int column[kResults], row[kResults];
+    const float2* from[kResults];
+    float2 sum[kResults];
 #pragma unroll
-      for (int i = 0; i < kUnits; ++i) {
-        const int that = unit + i * warps, group = that % kGroups;
-        const int column = column_of(done + that / kGroups), row = row_of(done + that / kGroups);
-        const int64_t item = int64_t{first + column} * per_column + group;
-        from[i] =
-            reinterpret_cast<const float2*>(matrix.sums + (item * work.rows + row) * kTileCols) +
-            lane;
-        left[i] = that < count * kGroups ? per_column - group : 0;
-        sum[i] = float2{0, 0};
-      }
+    for (int i = 0; i < kResults; ++i) {
+      const int that = result + i * warps;
+      const int columns_before = divide_by_reciprocal(that, work.rows_reciprocal);
+      column[i] = first + columns_before;
+      row[i] = that - columns_before * work.rows;
+      const int64_t group = int64_t{column[i]} * per_column;
+      from[i] =
+          reinterpret_cast<const float2*>(matrix.sums + (group * work.rows + row[i]) * kTileCols) +
+          lane;
+      sum[i] = float2{0, 0};
+    }
 #pragma unroll 1
-      for (int item = 0; item < per_column; item += kItems * kGroups) {
-        float2 more[kUnits][kItems];
+    for (int group = 0; group < per_column; group += kGroups) {
+      float2 more[kResults][kGroups];
 #pragma unroll
-        for (int j = 0; j < kItems; ++j) {
+      for (int i = 0; i < kResults; ++i) {
+        const int left = result + i * warps < results ? per_column - group : 0;
 #pragma unroll
-          for (int i = 0; i < kUnits; ++i) {
-            more[i][j] = left[i] > 0 ? __ldcg(from[i]) : float2{0, 0};
-            from[i] += stride;
-            left[i] -= kGroups;
-          }
-        }
-        // Without this the compiler adds each when it has come, before it loads the next.
-        __syncwarp();
-        // Nothing is added where there is none: a sum is never the zero of negative sign.
-#pragma unroll
-        for (int i = 0; i < kUnits; ++i) {
-#pragma unroll
-          for (int j = 0; j < kItems; ++j) {
-            sum[i].x += more[i][j].x;
-            sum[i].y += more[i][j].y;
-          }
+        for (int j = 0; j < kGroups; ++j) {
+          more[i][j] = j < left ? __ldcg(from[i]) : float2{0, 0};
+          from[i] += stride;
         }
       }
+      // Without this the compiler adds each when it has come, before it loads the next.
+      __syncwarp();
+      // Nothing is added where there is none: a sum is never the zero of negative sign.
 #pragma unroll
-      for (int i = 0; i < kUnits; ++i) {
-        if (unit + i * warps >= count * kGroups) continue;
-        const uint32_t place = memory + (unit + i * warps) * kUnitBytes + 8 * lane;
-        store_shared(place, __float_as_uint(sum[i].x));
-        store_shared(place + 4, __float_as_uint(sum[i].y));
+      for (int i = 0; i < kResults; ++i) {
+#pragma unroll
+        for (int j = 0; j < kGroups; ++j) {
+          sum[i].x += more[i][j].x;
+          sum[i].y += more[i][j].y;
+        }
       }
     }
-    __syncthreads();
-    for (int i = warp; i < count; i += warps) {
-      const int column = first + column_of(done + i), row = row_of(done + i);
-      float2 sum{0, 0};
 #pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
-        const uint32_t place = memory + (i * kGroups + group) * kUnitBytes + 8 * lane;
-        sum.x += __uint_as_float(load_shared(place));
-        sum.y += __uint_as_float(load_shared(place + 4));
-      }
-      store_result(work, matrix, row, column * kTileCols + 2 * lane, sum.x, sum.y);
+    for (int i = 0; i < kResults; ++i) {
+      if (result + i * warps >= results) continue;
+      store_result(work, matrix, row[i], column[i] * kTileCols + 2 * lane, sum[i].x, sum[i].y);
     }
-    __syncthreads();
   }
 }
 

@@ -1,6 +1,7 @@
 // How a product is shared out: what the kernel gets as its parameter, and how the host fills it in.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "native/cuda/product.h"
@@ -14,7 +15,8 @@ inline constexpr int kSlotBytes = kSlotSteps * kStepWords * 4;
 // Scratch of the block in front of what warps have, by what product_kernel.cuh needs.
 inline constexpr uint32_t kBlockBytes = 3072;
 inline constexpr uint32_t kListBytes = 24 * kLanes;  // of 32 chunks
-inline constexpr uint32_t kBarrierBytes = 32;        // of the slot and of up to two records
+inline constexpr uint32_t kBarrierBytes = 32;  // of the slot, of up to two records, and its turn
+inline constexpr uint32_t kPlaceBytes = 16;    // of the warp in its group
 
 // Divides by multiplying, for what a kernel divides where everything waits for it. Right as long as
 // the dividend times the divisor is less than 2^32.
@@ -34,15 +36,17 @@ struct MatrixWork {
   const uint32_t* exponents;
   const uint32_t* sign_mantissa;
   void* out;
-  float* sums;        // [items, rows of x, 64]
-  uint32_t* arrived;  // by columns of chunks: items whose sums are there
+  float* sums;        // [groups, rows of x, 64]
+  uint32_t* arrived;  // by columns of chunks: groups whose sums are there
   uint32_t exponents_words, geometry;
   int stack, chunks;
   int n, tiles_k, tiles_n, steps_k, steps, code_bits;
-  int item_chunks, column_items;
-  uint32_t item_chunks_reciprocal, column_items_reciprocal;
+  // Items are numbered as if every group had all of its items.
+  int item_chunks, group_items, column_groups;
+  uint32_t item_chunks_reciprocal, group_items_reciprocal, column_groups_reciprocal;
   int first_block, blocks;
-  int block_items, longer_blocks;  // every block has so many items, the first ones another
+  int block_groups, longer_blocks;  // every block has so many groups, the first ones another
+  int warps;                        // of a block that work on it: for whole groups
 };
 
 // Where things are in a block's shared memory.
@@ -53,6 +57,8 @@ struct ProductMemory {
   uint32_t record_words;  // longer ones are read where they are
   uint32_t record_bytes;  // of a buffer: with room behind a record, which lanes may read
   uint32_t warp_bytes;
+  int groups;  // that are in work at a time
+  uint32_t group_bytes;
 
   DF11_HD uint32_t table(uint32_t base) const {
     const uint32_t size = 1u << table_log2_bytes;
@@ -65,10 +71,13 @@ struct ProductMemory {
     return warp < before ? first + warp * warp_bytes
                          : table_begin + (1u << table_log2_bytes) + (warp - before) * warp_bytes;
   }
-  DF11_HD uint32_t end(uint32_t base) const {
-    const uint32_t last = warp(base, warps - 1) + warp_bytes, table_begin = table(base);
-    return last < table_begin ? table_begin + (1u << table_log2_bytes) : last;
+  // What the items of a group add up to, by the number of the group's first warp.
+  DF11_HD uint32_t sums(uint32_t base, int group) const {
+    const uint32_t last = warp(base, warps - 1) + warp_bytes;
+    const uint32_t table_end = table(base) + (1u << table_log2_bytes);
+    return (last < table_end ? table_end : last) + static_cast<uint32_t>(group) * group_bytes;
   }
+  DF11_HD uint32_t end(uint32_t base) const { return sums(base, groups); }
 };
 
 struct ProductWork {
@@ -87,7 +96,7 @@ static_assert(sizeof(ProductWork) <= 4096);
 inline int product_tiles(int rows) { return rows <= 8 ? 1 : rows <= 16 ? 2 : 4; }
 // Warps of a block, which leave a thread 72, 128 and 168 registers.
 DF11_HD constexpr int most_product_warps(int tiles) {
-  return tiles == 1 ? 28 : tiles == 2 ? 16 : 12;
+  return tiles == 1 ? kProductWarps : tiles == 2 ? 16 : 12;
 }
 
 // Dynamic shared memory begins at this address or before.
@@ -100,17 +109,21 @@ inline uint32_t usual_record_words(int steps) { return steps == 8 ? 760 : steps 
 inline uint32_t overread_words(int steps) { return 6 * steps + 4; }
 
 // Fits as many of `most_warps` warps as there is room for in `shared_bytes`; none if there is too
-// little.
-inline ProductMemory plan_memory(int steps, int most_warps, uint32_t shared_bytes) {
+// little. Of `group_items` warps the sums of `rows` rows need room.
+inline ProductMemory plan_memory(int steps, int rows, int group_items, int most_warps,
+                                 uint32_t shared_bytes) {
   ProductMemory memory = {};
   memory.record_words = usual_record_words(steps);
   memory.record_bytes = 4 * (memory.record_words + overread_words(steps));
+  memory.group_bytes = kTileCols * 4 * round_up(rows, 2);
   const auto fit = [&](uint32_t table_log2_bytes, uint32_t records) {
     memory.table_log2_bytes = table_log2_bytes;
     memory.records = records;
-    memory.warp_bytes = kSlotBytes + kBarrierBytes + kListBytes + records * memory.record_bytes;
-    for (memory.warps = most_warps; memory.warps > 0 && memory.end(kMostSharedBase) > shared_bytes;
-         --memory.warps) {
+    memory.warp_bytes =
+        kSlotBytes + kBarrierBytes + kPlaceBytes + kListBytes + records * memory.record_bytes;
+    for (memory.warps = most_warps; memory.warps > 0; --memory.warps) {
+      memory.groups = group_items > 1 ? memory.warps / group_items : 0;
+      if (memory.end(kMostSharedBase) <= shared_bytes) break;
     }
     return memory.warps == most_warps;
   };
@@ -122,23 +135,40 @@ inline ProductMemory plan_memory(int steps, int most_warps, uint32_t shared_byte
 
 // By how many steps the matrices have.
 inline void assign_blocks(ProductWork& work, int blocks) {
-  int64_t items[kMatricesPerProduct], steps[kMatricesPerProduct];
+  int64_t groups[kMatricesPerProduct], steps[kMatricesPerProduct];
   int shares[kMatricesPerProduct];
   for (int i = 0; i < work.count; ++i) {
     const MatrixWork& matrix = work.matrices[i];
-    items[i] = int64_t{matrix.tiles_n} * matrix.column_items;
+    groups[i] = int64_t{matrix.tiles_n} * matrix.column_groups;
     steps[i] = int64_t{matrix.chunks} * matrix.steps;
   }
-  share_blocks(blocks, work.count, steps, items, shares);
+  share_blocks(blocks, work.count, steps, groups, shares);
   int first = 0;
   for (int i = 0; i < work.count; ++i) {
     MatrixWork& matrix = work.matrices[i];
     matrix.blocks = shares[i];
     matrix.first_block = first;
     first += matrix.blocks;
-    matrix.block_items = static_cast<int>(items[i] / matrix.blocks);
-    matrix.longer_blocks = static_cast<int>(items[i] % matrix.blocks);
+    matrix.block_groups = static_cast<int>(groups[i] / matrix.blocks);
+    matrix.longer_blocks = static_cast<int>(groups[i] % matrix.blocks);
   }
+}
+
+// Gives each matrix as many of a block's warps as it has items for, whole groups and `most` at
+// most; fewer if they can then have equally many items. Returns how many warps that takes, 0 if
+// `most` are not enough for a group.
+inline int assign_warps(ProductWork& work, int most) {
+  int warps = 0;
+  for (int i = 0; i < work.count; ++i) {
+    MatrixWork& matrix = work.matrices[i];
+    const int at_once = most / matrix.group_items;
+    if (at_once == 0) return 0;
+    const int groups = matrix.block_groups + (matrix.longer_blocks > 0);
+    const int rounds = (groups + at_once - 1) / at_once;
+    matrix.warps = (groups + rounds - 1) / rounds * matrix.group_items;
+    warps = std::max(warps, matrix.warps);
+  }
+  return warps;
 }
 
 // False if the product is not one that the kernel can do. Of `counters` there are
@@ -162,7 +192,7 @@ inline bool plan_product(const Product& product, uint32_t* counters, int blocks,
   work.float_out = product.float_out;
   uint32_t* arrived = counters;
   float* sums = reinterpret_cast<float*>(product.workspace);
-  int steps = 2;
+  int steps = 2, least_group = 1;
   for (int i = 0; i < product.count; ++i) {
     const TensorSlices& slices = product.matrices[i].slices;
     const View& view = slices.view;
@@ -193,24 +223,22 @@ inline bool plan_product(const Product& product, uint32_t* counters, int blocks,
     matrix.steps = view.steps;
     matrix.code_bits = product.matrices[i].code_bits;
     matrix.item_chunks = items.chunks;
-    matrix.column_items = items.per_column;
+    matrix.group_items = items.group;
+    matrix.column_groups = items.per_column;
     matrix.item_chunks_reciprocal = reciprocal(items.chunks);
-    matrix.column_items_reciprocal = reciprocal(items.per_column);
+    matrix.group_items_reciprocal = reciprocal(items.group);
+    matrix.column_groups_reciprocal = reciprocal(items.per_column);
     arrived += matrix.tiles_n;
-    sums += items.count * product.rows * kTileCols;
-    steps = view.steps > steps ? view.steps : steps;
+    sums += items.groups * product.rows * kTileCols;
+    steps = std::max(steps, view.steps);
+    if (least_group == 1 || (items.group > 1 && items.group < least_group))
+      least_group = items.group;
   }
   if (blocks < product.count) return false;
   assign_blocks(work, blocks);
-  // A warp for each of a block's items, if there are not more than fit: others would only take part
-  // in making the table.
-  int items = 0;
-  for (int i = 0; i < work.count; ++i) {
-    const MatrixWork& matrix = work.matrices[i];
-    const int most = matrix.block_items + (matrix.longer_blocks > 0);
-    items = most > items ? most : items;
-  }
-  work.memory = plan_memory(steps, items < most_warps ? items : most_warps, shared_bytes);
+  const int warps = assign_warps(work, most_warps);
+  work.memory = plan_memory(steps, work.rows, least_group, warps, shared_bytes);
+  if (work.memory.warps < warps) work.memory.warps = assign_warps(work, work.memory.warps);
   return work.memory.warps > 0;
 }
 
