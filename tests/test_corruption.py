@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mostly_slow import mostly_slow
 from payloads import assert_same_bits, random_weights
 
 import df11_jax
@@ -89,7 +90,7 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", mostly_slow(CUTS, fast=3))
 def test_host_verification_finds_what_decoding_finds(cut):
     kind, shape, stack_axes, options = CUTS[cut]
     weights = sample(kind, shape)

@@ -27,14 +27,15 @@ from linen_models import (
     init,
     make,
 )
+from mostly_slow import mostly_slow
 from payloads import assert_same_bits, random_weights
 
 from df11_jax import DF11Array, compress, compress_params, size_report
 from df11_jax.linen import compressed, scan
 
-styles = pytest.mark.parametrize("block", [Compact, Setup])
-kinds = pytest.mark.parametrize("kind", WRAPPED)
-tied = pytest.mark.parametrize("kind", [kind for kind in WRAPPED if "unwrapped" not in kind])
+styles = pytest.mark.parametrize("block", mostly_slow([Compact, Setup]))
+kinds = pytest.mark.parametrize("kind", mostly_slow(WRAPPED))
+tied = pytest.mark.parametrize("kind", mostly_slow(k for k in WRAPPED if "unwrapped" not in k))
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_same_parameters_and_same_bits(kind, block, tokens):
     assert_same_bits(jax.jit(model.apply)(plain, tokens), expected)
 
 
-@pytest.mark.parametrize("kind", ["scan", "unrolled", "unwrapped unrolled"])
+@pytest.mark.parametrize("kind", mostly_slow(["unrolled", "scan", "unwrapped unrolled"]))
 def test_eager(kind, tokens):
     model, plain_model, plain, variables = make(kind)
     assert_same_bits(model.apply(variables, tokens), plain_model.apply(plain, tokens))
@@ -99,12 +100,14 @@ def test_other_collections_come_out(kind, tokens):
 
 @pytest.mark.parametrize(
     "wrap",
-    [
-        lambda block: nn.scan(nn.remat(compressed(block), static_argnums=(3,)), **SCAN),
-        lambda block: scan(nn.remat(block, static_argnums=(3,)), **SCAN),
-        lambda block: scan(compressed(block), **SCAN),
-        lambda block: nn.jit(scan(block, **SCAN), static_argnums=(3,)),
-    ],
+    mostly_slow(
+        [
+            lambda block: nn.scan(nn.remat(compressed(block), static_argnums=(3,)), **SCAN),
+            lambda block: scan(nn.remat(block, static_argnums=(3,)), **SCAN),
+            lambda block: scan(compressed(block), **SCAN),
+            lambda block: nn.jit(scan(block, **SCAN), static_argnums=(3,)),
+        ]
+    ),
 )
 def test_other_transforms(wrap, tokens):
     plain = init(PLAIN["scan"](Compact))
@@ -115,7 +118,9 @@ def test_other_transforms(wrap, tokens):
     )
 
 
-@pytest.mark.parametrize("options", [{"reverse": True}, {"unroll": 2}, {"unroll": LAYERS}])
+@pytest.mark.parametrize(
+    "options", mostly_slow([{"reverse": True}, {"unroll": 2}, {"unroll": LAYERS}])
+)
 def test_options_of_scan(options, tokens):
     plain_model = Stack(nn.scan(Compact, **SCAN, **options))
     plain = init(PLAIN["scan"](Compact))
@@ -193,6 +198,7 @@ def test_vmap(transform, tokens):
     assert_same_bits(jax.jit(model.apply)(variables, x), expected)
 
 
+@pytest.mark.slow
 def test_layers_within_layers(tokens):
     inner = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 2}
     inner["in_axes"] = (nn.broadcast, nn.broadcast)

@@ -24,6 +24,7 @@ from linen_models import (
     loss,
     make,
 )
+from mostly_slow import mostly_slow
 from payloads import assert_same_bits, count_decodes
 from test_scan_blocks import check_decodes_in_loop
 
@@ -33,7 +34,7 @@ from df11_jax.linen import compressed, scan
 on_cpu = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="counts decodes, or reads programs, of the CPU backend"
 )
-tied = pytest.mark.parametrize("kind", [kind for kind in WRAPPED if "unwrapped" not in kind])
+tied = pytest.mark.parametrize("kind", mostly_slow(k for k in WRAPPED if "unwrapped" not in k))
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def tokens():
 # Derivatives.
 
 
-@pytest.mark.parametrize("kind", ["scan", "nn.scan"])
+@pytest.mark.parametrize("kind", mostly_slow(["scan", "nn.scan"]))
 def test_gradients_are_the_same_bits_and_weights_are_decoded_again(kind):
     model, _, plain, variables = make(kind)
     run_again = Stack(nn.scan(nn.remat(Compact, static_argnums=(3,)), **SCAN))

@@ -61,6 +61,7 @@ def test_same_bits(lora, initial, trained, wrap, expected):
         np.testing.assert_array_equal(mine, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="counts decodes of the CPU handler")
 def test_decodes_twice_a_step(lora, initial):
     _, small, adapters = initial

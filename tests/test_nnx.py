@@ -10,6 +10,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from mostly_slow import mostly_slow
 from payloads import assert_same_bits, bits, count_decodes, random_weights
 
 import df11_jax
@@ -86,7 +87,7 @@ class InScanBlocks(Scanned):
         return df11_jax.scan_blocks(run, x, stacked)[0]
 
 
-models = pytest.mark.parametrize("model_type", [Unrolled, Scanned, InScanBlocks])
+models = pytest.mark.parametrize("model_type", mostly_slow([Scanned, Unrolled, InScanBlocks]))
 
 
 @pytest.fixture(scope="module")

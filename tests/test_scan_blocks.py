@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mostly_slow import mostly_slow
 from payloads import assert_same_bits, bits, count_decodes, random_weights
 
 from df11_jax import DF11Slice, compress, decompress, scan_blocks
@@ -179,13 +180,14 @@ def test_vmap_over_activations_and_over_models(params, x):
     assert_same_bits(run(two, x)[0], run(two_plain, x)[0])
 
 
+@pytest.mark.slow
 def test_disable_jit(params, x):
     plain, compressed = (jax.tree.map(lambda leaf: leaf[:2], p) for p in params)
     with jax.disable_jit():
         assert_same_bits(forward(compressed, x)[0], forward(plain, x)[0])
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", mostly_slow([True, False]))
 def test_shard_map_over_the_batch(params, x, check_vma):
     devices = jax.devices("cpu")[:2]
     if len(devices) < 2:
@@ -244,7 +246,7 @@ def test_block_that_returns_no_pair(params, x):
         scan_blocks(lambda x, weights, _: x, x, params)
 
 
-@pytest.mark.parametrize("block_fn", BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.parametrize("block_fn", mostly_slow(BLOCKS.values()), ids=BLOCKS)
 def test_gradients_are_the_same_bits(params, x, block_fn):
     plain, compressed = params
     gradient = jax.jit(jax.grad(lambda x, p: loss(x, p, block_fn)))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from mostly_slow import mostly_slow
 from payloads import assert_same_bits, random_weights
 
 import df11_jax
@@ -115,7 +116,7 @@ def test_shards_are_compressed_and_decoded_where_they_lie(name):
         assert not gathers_payload(whole, leaf)
 
 
-@pytest.mark.parametrize("name", ["tensor parallel", "FSDP", "both", "replicated"])
+@pytest.mark.parametrize("name", mostly_slow(["both", "tensor parallel", "FSDP", "replicated"]))
 def test_results_are_those_of_plain_weights(name):
     """The forward pass and derivatives: sums are divided as for plain weights."""
     plain = sharded_params(DIVISIONS[name])

@@ -100,6 +100,7 @@ def test_scan_blocks():
         run({"down": plain["down"], "up": plain["up"]})
 
 
+@pytest.mark.slow
 def test_linen():
     """The same module is initialised with layers along axis 1, and takes both."""
     options = SCAN | {"variable_axes": {"params": 1, "intermediates": 0}}

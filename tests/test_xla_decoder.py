@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_encoder
+from mostly_slow import mostly_slow
 from payloads import assert_same_bits, bits, from_payload, random_weights
 
 from df11_jax import _xla_decoder, compress
@@ -68,7 +69,7 @@ CASES = [(shape, name) for shape in SHAPES for name in ("plain", "some raw")]
 CASES += [((192, 128), name) for name in OPTIONS if name not in ("plain", "some raw")]
 
 
-@pytest.mark.parametrize(("shape", "options"), CASES, ids=str)
+@pytest.mark.parametrize(("shape", "options"), mostly_slow(CASES, fast=6), ids=str)
 def test_both_decoders_read_the_reference_encoder(shape, options):
     weights = random_weights(shape)
     payload = list(reference_encoder.encode(bits(weights), **OPTIONS[options]))
@@ -79,7 +80,7 @@ def test_both_decoders_read_the_reference_encoder(shape, options):
     assert_same_bits(decompress(a), weights)
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", mostly_slow(CUTS, fast=2))
 def test_both_decoders_read_all_ways_to_cut(cut):
     shape = (2, 80, 128)
     weights = random_weights(shape)

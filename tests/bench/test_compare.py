@@ -224,6 +224,7 @@ def test_different_tokens_end_with_status_1(folder, monkeypatch, in_process):
     assert "DIFFERENT: batch 1: tokens, first logits, last logits of plain and" in result.stdout
 
 
+@pytest.mark.slow
 def test_device_that_runs_out_of_memory(folder, monkeypatch, in_process):
     run = one_way.run
 

@@ -2,13 +2,14 @@
 
 import importlib.util
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
+from mostly_slow import mostly_slow
 from safetensors.numpy import save_file
 
 from df11_jax.models import RandomSource, read_config
@@ -196,20 +197,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 
-# For parametrize. Only some run where nothing slow does: one that is dense, one with windows, a
-# mixture and a hybrid.
-_FEW = ("llama", "gemma3_text", "qwen3_moe", "qwen3_5_text")
-
-
-def _slow_but_few(families: Iterable[str]) -> list[Any]:
-    return [pytest.param(f, marks=[] if f in _FEW else [pytest.mark.slow]) for f in families]
-
-
+# For parametrize: one that is dense, a mixture, a hybrid and one with windows.
+_FEW = ("llama", "qwen3_moe", "qwen3_5_text", "gemma3_text")
 # One for each kind of weights and of caches: qwen2_moe has an expert for all tokens, gemma4_text
 # layers that share caches. What the others have of their own (positions, norms, biases) is in the
 # logits and tokens that all are tested for.
-KINDS = _slow_but_few([*_FEW, "qwen2_moe", "gemma4_text"])
-EACH = _slow_but_few(CONFIGS)
+KINDS = mostly_slow([*_FEW, "qwen2_moe", "gemma4_text"])
+EACH = mostly_slow([*_FEW, *sorted(CONFIGS.keys() - set(_FEW))], fast=2)
 
 
 class NoisySource(RandomSource):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+from mostly_slow import mostly_slow
 from payloads import assert_same_bits, count_decodes, random_weights
 from safetensors.numpy import load_file
 
@@ -64,7 +65,7 @@ def expected(x, logits, plain):
 CASES = [(1, 3, 8), (2, 6, 8), (40, 8, 8), (40, 3, 64), (40, 3, 8), (3, 3, 8)]
 
 
-@pytest.mark.parametrize(("tokens", "at_once", "rows"), CASES)
+@pytest.mark.parametrize(("tokens", "at_once", "rows"), mostly_slow(CASES, fast=2))
 def test_each_token_has_its_experts(plain, compressed, monkeypatch, tokens, at_once, rows):
     monkeypatch.setattr(_experts, "GROUP_BYTES", at_once * 2 * 3 * DIM * HIDDEN)
     monkeypatch.setattr(_experts, "_LEAST_ROWS", rows)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mostly_slow import mostly_slow
 from payloads import count_decodes
 from runs import BF16, DRAWN, F32, GREEDY, NONE, PROMPTS, assert_same_bits, begin, load, run
 
@@ -79,7 +80,7 @@ def test_calls_on_a_gpu():
     assert calls(models.prefill, params, *many, GREEDY, keys, NONE, 64, config) == [0, 3]
 
 
-@pytest.mark.parametrize("family", families.CONFIGS)
+@pytest.mark.parametrize("family", families.EACH)
 def test_compressed_parameters_are_the_plain_ones(family):
     compressed, plain = load(family)[0], load(family, compress=False)[0]
     report = df11_jax.size_report(compressed)
@@ -148,7 +149,7 @@ def test_drawn_tokens_depend_on_seed_and_row(llama):
 # Stop tokens and streaming.
 
 
-@pytest.mark.parametrize("every", [1, 4, 100])
+@pytest.mark.parametrize("every", mostly_slow([4, 1, 100]))
 def test_stop_tokens_end_their_row(llama, every):
     params, config = llama
     free = models.generate(params, PROMPTS, config, tokens=12)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import runs
 import transformers_logits
+from mostly_slow import mostly_slow
 
 from df11_jax import models
 from df11_jax.models import _attention, _programs
@@ -79,7 +80,7 @@ def test_attention_in_parts_is_attention_at_once(most, monkeypatch):
 
 
 # In pieces of 10: the first begins with padding, the second before the first one ends.
-@pytest.mark.parametrize("family", ["qwen3_5_text", "gemma4_text"])
+@pytest.mark.parametrize("family", mostly_slow(["qwen3_5_text", "gemma4_text"]))
 def test_logits_of_prompts_that_are_read_in_pieces(family, monkeypatch):
     monkeypatch.setattr(_programs, "PIECE_TOKENS", 2 * 10)
     params, config = load(family)
@@ -91,7 +92,7 @@ def test_logits_of_prompts_that_are_read_in_pieces(family, monkeypatch):
     np.testing.assert_allclose(state.logits, expected, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", mostly_slow(["llama", "gemma3_text"]))
 def test_reading_in_pieces_is_reading_at_once(family):
     params, config = load(family)
     tokens = families.prompts(length=11)

@@ -13,6 +13,7 @@ import pytest
 from jax import export
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from mostly_slow import mostly_slow
 from payloads import assert_same_bits, bits, random_weights
 
 import df11_jax
@@ -103,7 +104,7 @@ def test_ends_are_where_the_cases_say(place):
     )
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", mostly_slow(CASES, fast=7))
 def test_every_decoder(name):
     expected = np.concatenate(CASES[name]).view(jnp.bfloat16)
     unit = encode_unit(as_tensors(CASES[name]))

@@ -5,6 +5,7 @@ import pytest
 from compiling import needs_nvcc, needs_nvdisasm
 
 
+@pytest.mark.slow
 @needs_nvcc
 @pytest.mark.parametrize("arch", bounds.ARCHITECTURES)
 def test_resources(arch):
@@ -14,6 +15,7 @@ def test_resources(arch):
     assert took.blocks(arch) >= 3
 
 
+@pytest.mark.slow
 @needs_nvcc
 @needs_nvdisasm
 @pytest.mark.parametrize("name", bounds.GPUS)

@@ -6,6 +6,8 @@ import count_sass
 import pytest
 from compiling import needs_nvcc, needs_nvdisasm, ptxas_report
 
+pytestmark = pytest.mark.slow
+
 ARCHITECTURES = ["75", "80", "86", "89", "90", "100", "120"]
 
 
@@ -17,7 +19,6 @@ KERNELS = {
 }
 
 
-@pytest.mark.slow
 @needs_nvcc
 @pytest.mark.parametrize("layout", KERNELS)
 def test_no_spills(layout, tmp_path):

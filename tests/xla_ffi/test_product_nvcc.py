@@ -6,11 +6,12 @@ import count_sass
 import pytest
 from compiling import needs_nvcc, needs_nvdisasm, ptxas_report
 
+pytestmark = pytest.mark.slow
+
 # Registers of a thread, of 65,536, where a block has 28, 16 and 12 warps.
 MOST_REGISTERS = {"1": 72, "2": 128, "4": 168}
 
 
-@pytest.mark.slow
 @needs_nvcc
 def test_resources(tmp_path):
     # Where there are no bulk copies it is an empty kernel.
