@@ -33,6 +33,7 @@ struct Call {
   int32_t index = 0;
   bool float_out = true;
   Shares shares = {};
+  ProductItems items = {};  // of the first matrix, if other ones than the kernel's host has
 };
 
 // The results' bits, a word each, of each matrix.
@@ -96,8 +97,9 @@ Results multiply(const Call& call) {
     for (int i = 0; i < 2; ++i) expect(recording.run() == 1, "one kernel a product");
   } else {
     ProductWork work;
-    expect(plan_product(product, counters.get(), call.shares.blocks, call.shares.warps,
-                        call.shares.shared_bytes, work),
+    expect(describe_product(product, counters.get(), work), "a product");
+    if (call.items.chunks) set_items(work.matrices[0], call.items);
+    expect(share_out(work, call.shares.blocks, call.shares.warps, call.shares.shared_bytes),
            "a plan");
     expect(
         launch_product_work(nullptr, work) == cudaSuccess && cudaDeviceSynchronize() == cudaSuccess,
@@ -268,6 +270,20 @@ void items() {
   expect(multiply(call) == expected, "bits depend on who has which items");
 }
 
+// Long items, of which a warp has none in its first round, but in those that follow.
+void long_items() {
+  if (kIsSlow) return;
+  const CompressedMatrix matrix(layout_of({104 * 32, 7 * kTileCols}, false, 2, 10), rare_weight);
+  for (const int group : {2, 3}) {
+    // Three items and four: a group and an item in each column.
+    const int chunks = group == 2 ? 40 : 33;
+    Call call{{&matrix}, random_x(2, matrix.view.k), 2};
+    call.items = {chunks, group, 2, 2 * matrix.view.tiles_n()};
+    call.shares = {1, 3 * group, 96 * 1024};
+    compare(call, multiply(call), name_of(matrix) + ", long items");
+  }
+}
+
 // Batches of 9 rows and more, for which a block has fewer warps than a matrix has items for it:
 // what they have in shared memory is used again and again. Only a GPU is fast enough to be too fast
 // for a copy that does not wait until it may overwrite what is there, and not each time.
@@ -361,6 +377,7 @@ int run() {
   section("partners", "results", partners);
   section("devices", "results", devices);
   section("items", "results", items);
+  section("long items", "results", long_items);
   section("batches", "results", batches);
   section("absent", "results", absent);
   section("damage", "results", damage);

@@ -51,29 +51,35 @@ struct ProductItems {
 };
 
 // An item a warp, on the GPUs that have most of them.
-inline constexpr int kProductWarps = 28, kProductBlocks = 132;
-inline constexpr int64_t kProductItems = kProductWarps * kProductBlocks;
+inline constexpr int kProductWarps = 28;
+inline constexpr int64_t kProductItems = kProductWarps * 132;
 inline constexpr int kMostItemsPerGroup = 5;
+
+inline constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline ProductItems cut_into_items(const View& view) {
   if (view.size == 0) return {};
-  const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t most = view.tiles_k();
   const int64_t items = divide_up(most, std::min(most, divide_up(view.chunks(), kProductItems)));
-  const int64_t chunks = divide_up(most, items);
+  const int64_t chunks = divide_up(most, items), all_items = items * view.tiles_n();
   // Groups are what blocks share out, so large ones leave some of them with more to do than others;
-  // but each costs the time of its sums. In cycles, as they were measured or computed for an H200.
-  constexpr int64_t kStep = 90, kSums = 2400, kHandOver = 60;
+  // but each costs the time of its sums. In cycles of the busiest block, as they were measured or
+  // computed for an H200, of GPUs with as many blocks as an H200 and a B200 have.
+  constexpr int kBlocks[] = {132, 148};
+  constexpr int64_t kStep = 90, kSums = 4000, kHandOver = 60;
+  const int64_t item = chunks * view.steps * kStep;
   ProductItems best = {};
   int64_t least = INT64_MAX;
   for (int group = 1; group <= kMostItemsPerGroup; ++group) {
     const int64_t per_column = divide_up(items, group), groups = per_column * view.tiles_n();
-    // A small matrix shares its launch with others: what it leaves empty counts, not who has most.
-    const bool is_small = 2 * items * view.tiles_n() < kProductItems;
-    const int64_t busiest = is_small ? kProductWarps * groups * group / (items * view.tiles_n())
-                                     : divide_up(groups, kProductBlocks) * group;
-    const int64_t cycles =
-        busiest * chunks * view.steps * kStep + kSums / group + kHandOver * group;
+    int64_t cycles = 0;
+    for (const int blocks : kBlocks) {
+      // A small matrix shares its launch with others: there it counts how much of a group is empty.
+      const bool is_small = 2 * all_items < kProductItems;
+      const int64_t busiest =
+          is_small ? kProductWarps * groups * group / all_items : divide_up(groups, blocks) * group;
+      cycles += busiest * item + kSums / group + kHandOver * group;
+    }
     if (cycles >= least) continue;
     least = cycles;
     best = {static_cast<int>(chunks), group, static_cast<int>(per_column), groups};

@@ -80,31 +80,16 @@ class ChunkList {
   __device__ ChunkList(uint32_t memory, int first_item, int end_item, int stride)
       : memory_(memory), first_item_(first_item), end_item_(end_item), stride_(stride) {}
 
-  // Finds the next 32 rows of items, of which some may not be there at the end of a column, in
-  // whatever slice. Returns the number of the lane's chunk, -1 if there is none.
+  // Finds the next 32 rows of items of which any are there, in whatever slice: at the end of a
+  // column some may not be, or a whole item. Returns the number of the lane's chunk, -1 if there is
+  // none.
   __device__ __forceinline__ int find(const MatrixWork& matrix, int lane) {
-    const int at = row_ + lane, item_chunks = matrix.item_chunks;
-    const int ahead = divide_by_reciprocal(at, matrix.item_chunks_reciprocal);
-    const int in_item = at - ahead * item_chunks;
-    const int item = first_item_ + ahead * stride_;
-    const int group = divide_by_reciprocal(item, matrix.group_items_reciprocal);
-    const int column = divide_by_reciprocal(group, matrix.column_groups_reciprocal);
-    const int above = column * matrix.column_groups * matrix.group_items;
-    const int begin = (item - above) * item_chunks, row = begin + in_item;
-    const bool is_there = item < end_item_ && row < matrix.tiles_k;
-    __syncwarp();  // All lanes have read what was in the list.
-    if (is_there) {
-      const int step = row * matrix.steps, steps = min(matrix.steps, matrix.steps_k - step);
-      const bool ends = row + 1 == min(begin + item_chunks, matrix.tiles_k);
-      store_shared(memory_ + 16 * lane,
-                   uint4{static_cast<uint32_t>(step * kStepRows | steps),
-                         static_cast<uint32_t>(2 * item + ends),
-                         static_cast<uint32_t>(step * matrix.tiles_n + column * steps), 0});
-    }
-    left_ = __ballot_sync(kAllLanes, is_there);
-    row_ += kLanes;
-    __syncwarp();  // All places are there.
-    return is_there ? row * matrix.tiles_n + column : -1;
+    int chunk;
+#pragma unroll 1
+    do {
+      chunk = find_rows(matrix, lane);
+    } while (is_to_be_filled(matrix));
+    return chunk;
   }
   // The offsets of a lane's chunk, which are to be kept when they have arrived.
   __device__ __forceinline__ static uint2 load_offsets(const Slice& slice, int chunk) {
@@ -149,6 +134,31 @@ class ChunkList {
   }
 
  private:
+  __device__ __forceinline__ int find_rows(const MatrixWork& matrix, int lane) {
+    const int at = row_ + lane, item_chunks = matrix.item_chunks;
+    const int ahead = divide_by_reciprocal(at, matrix.item_chunks_reciprocal);
+    const int in_item = at - ahead * item_chunks;
+    const int item = first_item_ + ahead * stride_;
+    const int group = divide_by_reciprocal(item, matrix.group_items_reciprocal);
+    const int column = divide_by_reciprocal(group, matrix.column_groups_reciprocal);
+    const int above = column * matrix.column_groups * matrix.group_items;
+    const int begin = (item - above) * item_chunks, row = begin + in_item;
+    const bool is_there = item < end_item_ && row < matrix.tiles_k;
+    __syncwarp();  // All lanes have read what was in the list.
+    if (is_there) {
+      const int step = row * matrix.steps, steps = min(matrix.steps, matrix.steps_k - step);
+      const bool ends = row + 1 == min(begin + item_chunks, matrix.tiles_k);
+      store_shared(memory_ + 16 * lane,
+                   uint4{static_cast<uint32_t>(step * kStepRows | steps),
+                         static_cast<uint32_t>(2 * item + ends),
+                         static_cast<uint32_t>(step * matrix.tiles_n + column * steps), 0});
+    }
+    left_ = __ballot_sync(kAllLanes, is_there);
+    row_ += kLanes;
+    __syncwarp();  // All places are there.
+    return is_there ? row * matrix.tiles_n + column : -1;
+  }
+
   uint32_t memory_;
   int first_item_, end_item_, stride_;
   int row_ = 0;        // of all items' rows, the first that is not in the list yet
@@ -442,7 +452,7 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
   set_sums(sums, 0);
   int buffer = 0;
   while (chunk.steps() > 0) {
-    while (chunks.is_to_be_filled(matrix)) {
+    if (chunks.is_to_be_filled(matrix)) {
       chunks.keep(chunks.load_offsets(slice, chunks.find(matrix, lane)), lane);
     }
     const int next_number = chunks.take();

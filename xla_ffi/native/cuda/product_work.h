@@ -19,7 +19,8 @@ inline constexpr uint32_t kBarrierBytes = 32;  // of the slot, of up to two reco
 inline constexpr uint32_t kPlaceBytes = 16;    // of the warp in its group
 
 // Divides by multiplying, for what a kernel divides where everything waits for it. Right as long as
-// the dividend times the divisor is less than 2^32.
+// the dividend times the divisor is less than 2^32: it is for 2^24 chunks, shared out among 28
+// warps or more.
 inline uint32_t reciprocal(int64_t divisor) {
   return divisor == 1 ? 0 : static_cast<uint32_t>(((int64_t{1} << 32) + divisor - 1) / divisor);
 }
@@ -71,7 +72,7 @@ struct ProductMemory {
     return warp < before ? first + warp * warp_bytes
                          : table_begin + (1u << table_log2_bytes) + (warp - before) * warp_bytes;
   }
-  // What the items of a group add up to, by the number of the group's first warp.
+  // What the items of one of the groups that are in work add up to.
   DF11_HD uint32_t sums(uint32_t base, int group) const {
     const uint32_t last = warp(base, warps - 1) + warp_bytes;
     const uint32_t table_end = table(base) + (1u << table_log2_bytes);
@@ -109,7 +110,8 @@ inline uint32_t usual_record_words(int steps) { return steps == 8 ? 760 : steps 
 inline uint32_t overread_words(int steps) { return 6 * steps + 4; }
 
 // Fits as many of `most_warps` warps as there is room for in `shared_bytes`; none if there is too
-// little. Of `group_items` warps the sums of `rows` rows need room.
+// little. `group_items` is the least number of warps in a group whose sums need room, those of
+// `rows` rows; 1 if none do.
 inline ProductMemory plan_memory(int steps, int rows, int group_items, int most_warps,
                                  uint32_t shared_bytes) {
   ProductMemory memory = {};
@@ -164,17 +166,25 @@ inline int assign_warps(ProductWork& work, int most) {
     const int at_once = most / matrix.group_items;
     if (at_once == 0) return 0;
     const int groups = matrix.block_groups + (matrix.longer_blocks > 0);
-    const int rounds = (groups + at_once - 1) / at_once;
-    matrix.warps = (groups + rounds - 1) / rounds * matrix.group_items;
+    const int64_t rounds = divide_up(groups, at_once);
+    matrix.warps = static_cast<int>(divide_up(groups, rounds)) * matrix.group_items;
     warps = std::max(warps, matrix.warps);
   }
   return warps;
 }
 
-// False if the product is not one that the kernel can do. Of `counters` there are
-// product_counters(product), all 0.
-inline bool plan_product(const Product& product, uint32_t* counters, int blocks, int most_warps,
-                         uint32_t shared_bytes, ProductWork& work) {
+inline void set_items(MatrixWork& matrix, const ProductItems& items) {
+  matrix.item_chunks = items.chunks;
+  matrix.group_items = items.group;
+  matrix.column_groups = items.per_column;
+  matrix.item_chunks_reciprocal = reciprocal(items.chunks);
+  matrix.group_items_reciprocal = reciprocal(items.group);
+  matrix.column_groups_reciprocal = reciprocal(items.per_column);
+}
+
+// What is to be done, by whoever. False if the product is not one that the kernel can do. Of
+// `counters` there are product_counters(product), all 0.
+inline bool describe_product(const Product& product, uint32_t* counters, ProductWork& work) {
   constexpr int64_t kMost = INT32_MAX;
   if (product.count < 1 || product.count > kMatricesPerProduct || product.rows < 1 ||
       product.rows > kMostProductRows) {
@@ -192,7 +202,6 @@ inline bool plan_product(const Product& product, uint32_t* counters, int blocks,
   work.float_out = product.float_out;
   uint32_t* arrived = counters;
   float* sums = reinterpret_cast<float*>(product.workspace);
-  int steps = 2, least_group = 1;
   for (int i = 0; i < product.count; ++i) {
     const TensorSlices& slices = product.matrices[i].slices;
     const View& view = slices.view;
@@ -222,24 +231,37 @@ inline bool plan_product(const Product& product, uint32_t* counters, int blocks,
     matrix.steps_k = static_cast<int>(view.steps_k());
     matrix.steps = view.steps;
     matrix.code_bits = product.matrices[i].code_bits;
-    matrix.item_chunks = items.chunks;
-    matrix.group_items = items.group;
-    matrix.column_groups = items.per_column;
-    matrix.item_chunks_reciprocal = reciprocal(items.chunks);
-    matrix.group_items_reciprocal = reciprocal(items.group);
-    matrix.column_groups_reciprocal = reciprocal(items.per_column);
+    set_items(matrix, items);
     arrived += matrix.tiles_n;
     sums += items.groups * product.rows * kTileCols;
-    steps = std::max(steps, view.steps);
-    if (least_group == 1 || (items.group > 1 && items.group < least_group))
-      least_group = items.group;
   }
-  if (blocks < product.count) return false;
+  return true;
+}
+
+// Who does it. False if there are too few blocks or warps, or too little shared memory.
+inline bool share_out(ProductWork& work, int blocks, int most_warps, uint32_t shared_bytes) {
+  if (blocks < work.count) return false;
   assign_blocks(work, blocks);
-  const int warps = assign_warps(work, most_warps);
-  work.memory = plan_memory(steps, work.rows, least_group, warps, shared_bytes);
-  if (work.memory.warps < warps) work.memory.warps = assign_warps(work, work.memory.warps);
+  int steps = 0, least_group = 1;
+  for (int i = 0; i < work.count; ++i) {
+    const MatrixWork& matrix = work.matrices[i];
+    steps = std::max(steps, matrix.steps);
+    const bool is_less = least_group == 1 || matrix.group_items < least_group;
+    if (matrix.group_items > 1 && is_less) least_group = matrix.group_items;
+  }
+  const auto plan = [&](int most) {
+    const int warps = assign_warps(work, most);
+    work.memory = plan_memory(steps, work.rows, least_group, warps, shared_bytes);
+    return work.memory.warps == warps;
+  };
+  if (!plan(most_warps)) plan(work.memory.warps);
   return work.memory.warps > 0;
+}
+
+inline bool plan_product(const Product& product, uint32_t* counters, int blocks, int most_warps,
+                         uint32_t shared_bytes, ProductWork& work) {
+  return describe_product(product, counters, work) &&
+         share_out(work, blocks, most_warps, shared_bytes);
 }
 
 // The kernel's launch. For tests, which share work out otherwise.
