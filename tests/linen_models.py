@@ -5,6 +5,8 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import pytest
+from mostly_slow import mostly_slow
 
 from df11_jax import compress_params
 from df11_jax.linen import compressed, scan
@@ -89,6 +91,8 @@ WRAPPED = {
     "unwrapped nn.scan": lambda block: Stack(nn.scan(block, **SCAN)),
     "unwrapped unrolled": lambda block: Stack(block, unrolled=True),
 }
+# For what holds of wrapped models only.
+tied = pytest.mark.parametrize("kind", mostly_slow(k for k in WRAPPED if "unwrapped" not in k))
 
 
 def make(kind, block=Compact):

@@ -26,6 +26,7 @@ from linen_models import (
     generate,
     init,
     make,
+    tied,
 )
 from mostly_slow import mostly_slow
 from payloads import assert_same_bits, random_weights
@@ -35,7 +36,6 @@ from df11_jax.linen import compressed, scan
 
 styles = pytest.mark.parametrize("block", mostly_slow([Compact, Setup]))
 kinds = pytest.mark.parametrize("kind", mostly_slow(WRAPPED))
-tied = pytest.mark.parametrize("kind", mostly_slow(k for k in WRAPPED if "unwrapped" not in k))
 
 
 @pytest.fixture

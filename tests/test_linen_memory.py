@@ -15,7 +15,6 @@ from linen_models import (
     TOKENS,
     VOCAB,
     WIDTH,
-    WRAPPED,
     Compact,
     Stack,
     bf16,
@@ -23,6 +22,7 @@ from linen_models import (
     layers,
     loss,
     make,
+    tied,
 )
 from mostly_slow import mostly_slow
 from payloads import assert_same_bits, count_decodes
@@ -34,7 +34,6 @@ from df11_jax.linen import compressed, scan
 on_cpu = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="counts decodes, or reads programs, of the CPU backend"
 )
-tied = pytest.mark.parametrize("kind", mostly_slow(k for k in WRAPPED if "unwrapped" not in k))
 
 
 @pytest.fixture

@@ -66,12 +66,16 @@ inline PhaseBarrier& find_barrier(uint32_t address) {
 inline void check_is_before(uint32_t thread, const Time& time) {
   check(is_after(thread, time), "a phase begins before all threads have waited for the one before");
 }
+inline void check_arrival(const PhaseBarrier& barrier) {
+  check(!barrier.armed, "a thread arrives at a phase that has had its arrival");
+  // Who still waits for the phase before could find this one complete, too, and wait for ever.
+  for (const auto& [thread, time] : barrier.seen) check_is_before(thread, time);
+}
 inline void arrive(uint32_t address) {
   shared->before_load(address, sizeof(uint2));
   const std::lock_guard lock(barriers_mutex);
   PhaseBarrier& barrier = find_barrier(address);
-  check(!barrier.armed, "a thread arrives at a phase that has had its arrival");
-  for (const auto& [thread, time] : barrier.seen) check_is_before(thread, time);
+  check_arrival(barrier);
   learn(barrier.known, *known);
   uint32_t& mine = barrier.known[this_thread() / 32];
   mine = std::max(mine, now->warp);
@@ -81,9 +85,7 @@ inline void expect_bytes(uint32_t address, uint32_t bytes) {
   shared->before_load(address, sizeof(uint2));
   const std::lock_guard lock(barriers_mutex);
   PhaseBarrier& barrier = find_barrier(address);
-  check(!barrier.armed, "a thread arrives at a phase that has had its arrival");
-  // Who still waits for the phase before could find this one complete, too, and wait for ever.
-  for (const auto& [thread, time] : barrier.seen) check_is_before(thread, time);
+  check_arrival(barrier);
   barrier.armed = true;
   barrier.armed_by = this_thread();
   barrier.armed_at = *now;

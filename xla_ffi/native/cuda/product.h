@@ -68,14 +68,14 @@ inline ProductItems cut_into_items(const View& view) {
   constexpr int kBlocks[] = {132, 148};
   constexpr int64_t kStep = 90, kSums = 4000, kHandOver = 60;
   const int64_t item = chunks * view.steps * kStep;
+  // A small matrix shares its launch with others: there it counts how much of a group is empty.
+  const bool is_small = 2 * all_items < kProductItems;
   ProductItems best = {};
   int64_t least = INT64_MAX;
   for (int group = 1; group <= kMostItemsPerGroup; ++group) {
     const int64_t per_column = divide_up(items, group), groups = per_column * view.tiles_n();
     int64_t cycles = 0;
     for (const int blocks : kBlocks) {
-      // A small matrix shares its launch with others: there it counts how much of a group is empty.
-      const bool is_small = 2 * all_items < kProductItems;
       const int64_t busiest =
           is_small ? kProductWarps * groups * group / all_items : divide_up(groups, blocks) * group;
       cycles += busiest * item + kSums / group + kHandOver * group;

@@ -12,6 +12,33 @@
 
 namespace df11::native {
 
+// Where a warp is in a group of warps that add up their items; it is kept in shared memory, since
+// registers are short and it takes divisions to find.
+struct PlaceInGroup {
+  uint32_t sums, next, first;  // addresses: of the group's sums, of memory of other warps
+  bool is_first, is_last;
+
+  __device__ PlaceInGroup(const ProductMemory& memory, const MatrixWork& matrix, uint32_t base,
+                          int warp) {
+    const int group = divide_by_reciprocal(warp, matrix.group_items_reciprocal);
+    const int position = warp - group * matrix.group_items;
+    sums = memory.sums(base, group);
+    next = memory.warp(base, warp + 1);
+    first = memory.warp(base, warp - position);
+    is_first = position == 0;
+    is_last = position + 1 == matrix.group_items;
+  }
+  __device__ explicit PlaceInGroup(const uint4& packed)
+      : sums(packed.x),
+        next(packed.y),
+        first(packed.z),
+        is_first(packed.w & 1),
+        is_last(packed.w & 2) {}
+  __device__ uint4 pack() const {
+    return {sums, next, first, uint32_t{is_first} | uint32_t{is_last} << 1};
+  }
+};
+
 // A lane's part of what items add up to in shared memory, of the rows that x has: 64 bytes of every
 // two rows, in pieces of 16 that lie beside those of other lanes.
 class SharedSums {
