@@ -123,7 +123,8 @@ def _decoders(
 
 def simd_name(level: str) -> str:
     """An instruction set, as people write it."""
-    return {"avx512": "AVX-512", "avx2": "AVX2"}.get(level, level)
+    names = {"avx512_vbmi": "AVX-512 with VBMI", "avx512": "AVX-512", "avx2": "AVX2"}
+    return names.get(level, level)
 
 
 @contextlib.contextmanager

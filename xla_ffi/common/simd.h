@@ -6,7 +6,8 @@
 
 namespace df11 {
 
-enum class Simd { kPortable, kAvx2, kAvx512 };
+// kAvx512Vbmi is AVX-512 with VBMI and VBMI2: most loops have no version of their own for it.
+enum class Simd { kPortable, kAvx2, kAvx512, kAvx512Vbmi };
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define DF11_X86 1
@@ -27,7 +28,9 @@ inline Simd best_simd() {
   if (__builtin_cpu_supports("bmi2")) {
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq")) {
-      return Simd::kAvx512;
+      const bool vbmi =
+          __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
+      return vbmi ? Simd::kAvx512Vbmi : Simd::kAvx512;
     }
     if (__builtin_cpu_supports("avx2")) return Simd::kAvx2;
   }
@@ -51,7 +54,7 @@ inline Simd simd_in_use() { return chosen_simd; }
     return NAME<Simd::kAvx512> ARGUMENTS;                                                       \
   }
 #define DF11_SELECT(SIMD, NAME)                    \
-  ((SIMD) == ::df11::Simd::kAvx512 ? NAME##_avx512 \
+  ((SIMD) >= ::df11::Simd::kAvx512 ? NAME##_avx512 \
    : (SIMD) == ::df11::Simd::kAvx2 ? NAME##_avx2   \
                                    : NAME##_portable)
 #else

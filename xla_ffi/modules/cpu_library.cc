@@ -20,7 +20,8 @@ namespace df11 {
 namespace {
 
 std::string simd_name(Simd simd) {
-  return simd == Simd::kAvx512 ? "avx512" : simd == Simd::kAvx2 ? "avx2" : "portable";
+  constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_vbmi"};
+  return kNames[static_cast<int>(simd)];
 }
 
 }  // namespace

@@ -39,6 +39,15 @@ class CodeTable {
       // Padding has to be finite, and cheap.
       if (first == second && first != 255) pad_ = shorter(pad_, symbol);
     }
+    while (least_ < 255 && numbers_[least_] == kUnnumbered) ++least_;
+    for (int exponent = least_; exponent < 256; ++exponent) {
+      const uint8_t number = numbers_[exponent] ^ kUnnumbered;
+      if (exponent < least_ + 32) {
+        near_numbers_[exponent - least_] = number;
+      } else if (number) {
+        is_narrow_ = false;
+      }
+    }
   }
 
   // Number of an exponent that has none.
@@ -47,6 +56,12 @@ class CodeTable {
   const uint16_t* by_pair() const { return by_pair_.data(); }      // [first exponent << 8 | second]
   const uint16_t* by_symbol() const { return by_symbol_.data(); }  // [symbol]
   const uint8_t* numbers() const { return numbers_.data(); }       // [exponent]
+
+  // Whether all coded exponents but 0 are one of 32 that begin with least(), as those of most
+  // tensors. near_numbers() are the numbers of these, exclusive or kUnnumbered.
+  bool is_narrow() const { return is_narrow_; }
+  int least() const { return least_; }
+  const uint8_t* near_numbers() const { return near_numbers_.data(); }
 
   uint8_t first_exponent(int symbol) const { return book_.exponents[symbol / kCodedExponents]; }
   uint8_t second_exponent(int symbol) const { return book_.exponents[symbol % kCodedExponents]; }
@@ -74,7 +89,9 @@ class CodeTable {
   alignas(64) std::array<uint16_t, kSymbols> by_symbol_;
   alignas(64) std::array<uint8_t, 256> numbers_;
   std::array<int16_t, 256> by_first_, by_second_;
-  int any_ = -1, pad_ = -1;
+  int any_ = -1, pad_ = -1, least_ = 1;
+  bool is_narrow_ = true;
+  std::array<uint8_t, 32> near_numbers_{};
 };
 
 // Looks up a half-step's pairs, each given by its exponents: index[i] = first << 8 | second.
@@ -91,46 +108,93 @@ inline bool look_up_codes(const uint16_t* index, const CodeTable& codes, uint16_
 }
 
 #ifdef DF11_X86
+#define DF11_TARGET_AVX512BW __attribute__((target("avx512f,avx512bw")))
 #define DF11_TARGET_VBMI __attribute__((target("avx512f,avx512bw,avx512vbmi")))
 
-// The same with all of the codebook in registers.
-DF11_TARGET_VBMI inline bool look_up_codes_vbmi(const uint16_t* index, const CodeTable& codes,
-                                                uint16_t* entries) {
-  __m512i numbers[4], by_symbol[8];
-  for (int i = 0; i < 4; ++i) numbers[i] = _mm512_loadu_si512(codes.numbers() + 64 * i);
-  for (int i = 0; i < 8; ++i) by_symbol[i] = _mm512_loadu_si512(codes.by_symbol() + 32 * i);
-  __mmask32 uncoded = 0;
-  for (int i = 0; i < kHalfStepPairs; i += 32) {
-    const __m512i exponents = _mm512_loadu_si512(index + i);
-    const __m512i both = _mm512_mask_blend_epi8(
-        _mm512_movepi8_mask(exponents), _mm512_permutex2var_epi8(numbers[0], exponents, numbers[1]),
-        _mm512_permutex2var_epi8(numbers[2], exponents, numbers[3]));
-    const __m512i symbol = _mm512_or_si512(both, _mm512_srli_epi16(both, 4));
+// The same with all of the codebook in registers: from the numbers of exponents, of which both
+// weights of a pair have a byte, to entries.
+class CodesInRegisters {
+ public:
+  DF11_TARGET_AVX512BW DF11_INLINE explicit CodesInRegisters(const CodeTable& codes) {
+    for (int i = 0; i < 8; ++i) by_symbol_[i] = _mm512_loadu_si512(codes.by_symbol() + 32 * i);
+  }
+
+  DF11_TARGET_AVX512BW DF11_INLINE void look_up(const __m512i& numbers, uint16_t* entries) {
+    const __m512i symbol = _mm512_or_si512(numbers, _mm512_srli_epi16(numbers, 4));
     const __mmask32 bit6 = _mm512_movepi16_mask(_mm512_slli_epi16(symbol, 9));
     const __mmask32 bit7 = _mm512_movepi16_mask(_mm512_slli_epi16(symbol, 8));
-    const __m512i low =
-        _mm512_mask_blend_epi16(bit6, _mm512_permutex2var_epi16(by_symbol[0], symbol, by_symbol[1]),
-                                _mm512_permutex2var_epi16(by_symbol[2], symbol, by_symbol[3]));
-    const __m512i high =
-        _mm512_mask_blend_epi16(bit6, _mm512_permutex2var_epi16(by_symbol[4], symbol, by_symbol[5]),
-                                _mm512_permutex2var_epi16(by_symbol[6], symbol, by_symbol[7]));
+    const __m512i low = _mm512_mask_blend_epi16(
+        bit6, _mm512_permutex2var_epi16(by_symbol_[0], symbol, by_symbol_[1]),
+        _mm512_permutex2var_epi16(by_symbol_[2], symbol, by_symbol_[3]));
+    const __m512i high = _mm512_mask_blend_epi16(
+        bit6, _mm512_permutex2var_epi16(by_symbol_[4], symbol, by_symbol_[5]),
+        _mm512_permutex2var_epi16(by_symbol_[6], symbol, by_symbol_[7]));
     const __mmask32 numbered =
-        _mm512_testn_epi16_mask(both, _mm512_set1_epi16(static_cast<int16_t>(0xf0f0)));
+        _mm512_testn_epi16_mask(numbers, _mm512_set1_epi16(static_cast<int16_t>(0xf0f0)));
     const __m512i found =
         _mm512_maskz_mov_epi16(numbered, _mm512_mask_blend_epi16(bit7, low, high));
-    _mm512_storeu_si512(entries + i, found);
-    uncoded |= _mm512_testn_epi16_mask(found, found);
+    _mm512_storeu_si512(entries, found);
+    uncoded_ |= _mm512_testn_epi16_mask(found, found);
   }
-  return uncoded != 0;
+
+  bool any_uncoded() const { return uncoded_ != 0; }
+
+ private:
+  __m512i by_symbol_[8];
+  __mmask32 uncoded_ = 0;
+};
+
+// The numbers are looked up in both halves of a table of 32: shuffles take the lowest four bits of
+// a byte, or give 0 where its highest bit is set.
+DF11_TARGET_AVX512BW inline bool look_up_codes_avx512(const uint16_t* index, const CodeTable& codes,
+                                                      uint16_t* entries) {
+  if (!codes.is_narrow()) return look_up_codes(index, codes, entries);
+  CodesInRegisters registers(codes);
+  const __m128i* near = reinterpret_cast<const __m128i*>(codes.near_numbers());
+  const __m512i low = _mm512_maskz_broadcast_i32x4(0xffff, _mm_loadu_si128(near));
+  const __m512i high = _mm512_maskz_broadcast_i32x4(0xffff, _mm_loadu_si128(near + 1));
+  const __m512i least = _mm512_set1_epi8(static_cast<char>(codes.least()));
+  const __m512i least_of_high = _mm512_set1_epi8(static_cast<char>(codes.least() + 16));
+  const __m512i others = _mm512_set1_epi8(0x70);  // added with saturation, sets their highest bit
+  const __m512i unnumbered = _mm512_set1_epi8(static_cast<char>(CodeTable::kUnnumbered));
+  const __m512i of_zero = _mm512_set1_epi8(static_cast<char>(codes.numbers()[0]));
+  for (int i = 0; i < kHalfStepPairs; i += 32) {
+    const __m512i exponents = _mm512_loadu_si512(index + i);
+    const __m512i in_low = _mm512_adds_epu8(_mm512_sub_epi8(exponents, least), others);
+    const __m512i in_high = _mm512_adds_epu8(_mm512_sub_epi8(exponents, least_of_high), others);
+    const __m512i numbers = _mm512_xor_si512(
+        _mm512_or_si512(_mm512_shuffle_epi8(low, in_low), _mm512_shuffle_epi8(high, in_high)),
+        unnumbered);
+    const __mmask64 zero = _mm512_testn_epi8_mask(exponents, exponents);
+    registers.look_up(_mm512_mask_mov_epi8(numbers, zero, of_zero), entries + i);
+  }
+  return registers.any_uncoded();
+}
+
+// Here in a table of all exponents.
+DF11_TARGET_VBMI inline bool look_up_codes_vbmi(const uint16_t* index, const CodeTable& codes,
+                                                uint16_t* entries) {
+  CodesInRegisters registers(codes);
+  __m512i numbers[4];
+  for (int i = 0; i < 4; ++i) numbers[i] = _mm512_loadu_si512(codes.numbers() + 64 * i);
+  for (int i = 0; i < kHalfStepPairs; i += 32) {
+    const __m512i exponents = _mm512_loadu_si512(index + i);
+    registers.look_up(
+        _mm512_mask_blend_epi8(_mm512_movepi8_mask(exponents),
+                               _mm512_permutex2var_epi8(numbers[0], exponents, numbers[1]),
+                               _mm512_permutex2var_epi8(numbers[2], exponents, numbers[3])),
+        entries + i);
+  }
+  return registers.any_uncoded();
 }
 #endif
 
 using LookUpCodes = bool (*)(const uint16_t*, const CodeTable&, uint16_t*);
 
-// Not every processor with the rest of AVX-512 has VBMI.
 inline LookUpCodes best_look_up_codes([[maybe_unused]] Simd simd) {
 #ifdef DF11_X86
-  if (simd == Simd::kAvx512 && __builtin_cpu_supports("avx512vbmi")) return look_up_codes_vbmi;
+  if (simd == Simd::kAvx512Vbmi) return look_up_codes_vbmi;
+  if (simd == Simd::kAvx512) return look_up_codes_avx512;
 #endif
   return look_up_codes;
 }

@@ -253,8 +253,7 @@ __attribute__((target("avx2,avx512f,avx512bw,avx512vbmi2,popcnt"))) inline bool 
 
 inline JoinSymbols best_join_symbols([[maybe_unused]] Simd simd) {
 #ifdef DF11_X86
-  // Not every processor with the rest of AVX-512 has VBMI2.
-  if (simd == Simd::kAvx512 && __builtin_cpu_supports("avx512vbmi2")) return join_symbols_vbmi2;
+  if (simd == Simd::kAvx512Vbmi) return join_symbols_vbmi2;
   if (simd == Simd::kAvx512) return join_symbols_avx512;
   if (simd == Simd::kAvx2) return join_symbols_avx2;
 #endif
