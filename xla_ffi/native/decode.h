@@ -132,20 +132,46 @@ DF11_INLINE uint32_t merge_row(const RowExponents& exponents, const uint32_t* si
 }
 
 // Where a chunk's weights are written: rows are `stride` apart, and past the caches or not. For
-// that all of them must be aligned to 16 bytes.
+// that all of them must be aligned to cache lines.
 struct Destination {
   uint16_t* out;
   int64_t stride;
   bool stream;
 };
 
-// Writes the band of grid row t to where its rows are in the chunk; meanwhile fetches, from `next`
-// on, a quarter of the sign and mantissa of the next chunk.
-DF11_INLINE void write_band(const Band& band, int t, int half_steps, const Destination& to,
-                            const uint32_t* next) {
+// Where row i of the band of grid row t lies.
+DF11_INLINE uint16_t* place_of(const Destination& to, int t, int i) {
+  return to.out + (i / 4 * kStepRows + 4 * t + i % 4) * to.stride;
+}
+
+#ifdef DF11_X86
+// Streams the band as below: whole cache lines, for which a core has only so many buffers.
+DF11_TARGET_AVX512 inline void stream_band_avx512(const Band& band, int t, int half_steps,
+                                                  const Destination& to, const uint32_t* next) {
+  static_assert(sizeof band.row[0] == 2 * sizeof(__m512i));
   for (int i = 0; i < 2 * half_steps; ++i) {
     __builtin_prefetch(next + 16 * i, 0, 2);
-    uint16_t* out = to.out + (i / 4 * kStepRows + 4 * t + i % 4) * to.stride;
+    const __m512i* from = reinterpret_cast<const __m512i*>(band.row[i]);
+    __m512i* out = reinterpret_cast<__m512i*>(place_of(to, t, i));
+    _mm512_stream_si512(out, _mm512_load_si512(from));
+    _mm512_stream_si512(out + 1, _mm512_load_si512(from + 1));
+  }
+}
+#endif
+
+// Writes the band of grid row t to where its rows are in the chunk; meanwhile fetches, from `next`
+// on, a quarter of the sign and mantissa of the next chunk.
+template <Simd kSimd>
+DF11_INLINE void write_band(const Band& band, int t, int half_steps, const Destination& to,
+                            const uint32_t* next) {
+#ifdef DF11_X86
+  if (kSimd == Simd::kAvx512 && to.stream) {
+    return stream_band_avx512(band, t, half_steps, to, next);
+  }
+#endif
+  for (int i = 0; i < 2 * half_steps; ++i) {
+    __builtin_prefetch(next + 16 * i, 0, 2);
+    uint16_t* out = place_of(to, t, i);
 #ifdef __SSE2__
     if (to.stream) {
       const __m128i* from = reinterpret_cast<const __m128i*>(band.row[i]);
@@ -219,8 +245,8 @@ DF11_INLINE bool decode_record(const uint32_t* record, int64_t words, const Chun
       if (step >= static_cast<uint32_t>(chunk.steps)) continue;
       band.row[4 * step + row_of_step % 4][position % kTileCols] = static_cast<uint16_t>(patch[i]);
     }
-    write_band(band, t, half_steps, to,
-               chunk_sign_mantissa + (half_steps + t * half_steps / 4) * kHalfStepWords);
+    write_band<kSimd>(band, t, half_steps, to,
+                      chunk_sign_mantissa + (half_steps + t * half_steps / 4) * kHalfStepWords);
   }
   return sum == record[0];
 }
