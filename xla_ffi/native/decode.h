@@ -5,10 +5,6 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __SSE2__
-#include <emmintrin.h>
-#endif
-
 #include "common/simd.h"
 #include "native/layout.h"
 #include "native/look_up.h"
@@ -89,48 +85,6 @@ struct VectorOf<Simd::kAvx512> {
   using Type = FourLanes;
 };
 
-// The rows of a chunk that a grid row has: two of each half-step.
-struct Band {
-  alignas(64) uint16_t row[4 * kMaxSteps][kTileCols];
-};
-
-// Merges the exponents of grid row t with their sign and mantissa. Returns its part of the
-// checksum. All words here are two weights that are neighbours in a row of the band.
-template <Simd kSimd>
-DF11_INLINE uint32_t merge_row(const RowExponents& exponents, const uint32_t* sign_mantissa, int t,
-                               int half_steps, Band& band) {
-  using Words = typename VectorOf<kSimd>::Type;
-  uint32_t even_sums[kTileCols / 2], odd_sums[kTileCols / 2];  // the accumulators, by columns
-  for (int l = 0; l < kRowLanes; l += sizeof(Words) / 16) {
-    const int col = l * kLanePairs;
-    Words even{}, odd{};
-    for (int half_step = 0; half_step < half_steps; ++half_step) {
-      Words both, words;
-      std::memcpy(&both, exponents.half_step[half_step][l], sizeof both);
-      load_lanes(sign_mantissa + half_step * kHalfStepWords + lane_word(t) + l * kRowStride, words);
-      const Words rotated = words << 8 | words >> 24;
-      const Words rest = (words & 0xffffu) | rotated << 16;
-      const Words next_rest = words >> 16 | (rotated & 0xffff0000u);
-      const Words row = (both << 7 & ~kSignMantissa) | (rest & kSignMantissa);
-      const Words next_row = (both >> 1 & ~kSignMantissa) | (next_rest & kSignMantissa);
-      std::memcpy(band.row[2 * half_step] + col, &row, sizeof row);
-      std::memcpy(band.row[2 * half_step + 1] + col, &next_row, sizeof next_row);
-      even = even * 0x9e3779b1u + ((row & 0xffffu) | next_row << 16);  // checksum_step
-      odd = odd * 0x9e3779b1u + (row >> 16 | (next_row & 0xffff0000u));
-      even = even << 13 | even >> 19;
-      odd = odd << 13 | odd >> 19;
-    }
-    std::memcpy(even_sums + col / 2, &even, sizeof even);
-    std::memcpy(odd_sums + col / 2, &odd, sizeof odd);
-  }
-  uint32_t sum = 0;
-  for (int i = 0; i < kTileCols / 2; ++i) {
-    const uint32_t place = t * kTileCols + 2 * i;
-    sum += checksum_place(even_sums[i], place) + checksum_place(odd_sums[i], place + 1);
-  }
-  return sum;
-}
-
 // Where a chunk's weights are written: rows are `stride` apart, and past the caches or not. For
 // that all of them must be aligned to cache lines.
 struct Destination {
@@ -139,49 +93,64 @@ struct Destination {
   bool stream;
 };
 
-// Where row i of the band of grid row t lies.
-DF11_INLINE uint16_t* place_of(const Destination& to, int t, int i) {
-  return to.out + (i / 4 * kStepRows + 4 * t + i % 4) * to.stride;
+template <bool kStream, typename Words>
+DF11_INLINE void store(uint16_t* out, const Words& words) {
+  if constexpr (kStream) {
+#if __has_builtin(__builtin_nontemporal_store)
+    __builtin_nontemporal_store(words, reinterpret_cast<Words*>(out));
+    return;
+#elif defined(DF11_X86)  // intrinsics can be inlined only where the target is already set
+    asm volatile("vmovntdq %1, %0" : "=m"(*reinterpret_cast<Words*>(out)) : "v"(words));
+    return;
+#endif
+  }
+  std::memcpy(out, &words, sizeof words);
 }
 
-#ifdef DF11_X86
-// Streams the band as below: whole cache lines, for which a core has only so many buffers.
-DF11_TARGET_AVX512 inline void stream_band_avx512(const Band& band, int t, int half_steps,
-                                                  const Destination& to, const uint32_t* next) {
-  static_assert(sizeof band.row[0] == 2 * sizeof(__m512i));
-  for (int i = 0; i < 2 * half_steps; ++i) {
-    __builtin_prefetch(next + 16 * i, 0, 2);
-    const __m512i* from = reinterpret_cast<const __m512i*>(band.row[i]);
-    __m512i* out = reinterpret_cast<__m512i*>(place_of(to, t, i));
-    _mm512_stream_si512(out, _mm512_load_si512(from));
-    _mm512_stream_si512(out + 1, _mm512_load_si512(from + 1));
-  }
-}
-#endif
-
-// Writes the band of grid row t to where its rows are in the chunk; meanwhile fetches, from `next`
-// on, a quarter of the sign and mantissa of the next chunk.
-template <Simd kSimd>
-DF11_INLINE void write_band(const Band& band, int t, int half_steps, const Destination& to,
-                            const uint32_t* next) {
-#ifdef DF11_X86
-  if (kSimd == Simd::kAvx512 && to.stream) {
-    return stream_band_avx512(band, t, half_steps, to, next);
-  }
-#endif
-  for (int i = 0; i < 2 * half_steps; ++i) {
-    __builtin_prefetch(next + 16 * i, 0, 2);
-    uint16_t* out = place_of(to, t, i);
-#ifdef __SSE2__
-    if (to.stream) {
-      const __m128i* from = reinterpret_cast<const __m128i*>(band.row[i]);
-      __m128i* place = reinterpret_cast<__m128i*>(out);
-      for (int k = 0; k < kTileCols / 8; ++k) _mm_stream_si128(place + k, _mm_load_si128(from + k));
-      continue;
+// Merges the exponents of grid row t with their sign and mantissa, and writes the weights;
+// meanwhile fetches, from `next` on, a quarter of the sign and mantissa of the next chunk. Returns
+// its part of the checksum.
+template <Simd kSimd, bool kStream>
+DF11_INLINE uint32_t merge_row(const RowExponents& exponents, const uint32_t* sign_mantissa, int t,
+                               int half_steps, const Destination& to, const uint32_t* next) {
+  // Cache lines are filled at once, of which a core can stream only so many at a time.
+  using Words = typename VectorOf<kSimd>::Type;
+  constexpr int kColumns = sizeof(Words) / 2, kTogether = kCacheLine / sizeof(Words);
+  uint32_t even_sums[kTileCols / 2], odd_sums[kTileCols / 2];  // the accumulators, by columns
+  for (int first = 0; first < kTileCols; first += kColumns * kTogether) {
+    Words even[kTogether]{}, odd[kTogether]{};
+    for (int half_step = 0; half_step < half_steps; ++half_step, next += 16) {
+      __builtin_prefetch(next, 0, 2);
+      uint16_t* out = to.out + (half_step / 2 * kStepRows + 4 * t + half_step % 2 * 2) * to.stride;
+      for (int i = 0; i < kTogether; ++i) {
+        const int col = first + i * kColumns, l = col / kLanePairs;
+        // All words are two weights that are neighbours in a row, but for `words`.
+        Words both, words;
+        std::memcpy(&both, exponents.half_step[half_step][l], sizeof both);
+        load_lanes(sign_mantissa + half_step * kHalfStepWords + lane_word(t) + l * kRowStride,
+                   words);
+        const Words rotated = words << 8 | words >> 24;
+        const Words rest = (words & 0xffffu) | rotated << 16;
+        const Words next_rest = words >> 16 | (rotated & 0xffff0000u);
+        const Words row = (both << 7 & ~kSignMantissa) | (rest & kSignMantissa);
+        const Words next_row = (both >> 1 & ~kSignMantissa) | (next_rest & kSignMantissa);
+        store<kStream>(out + col, row);
+        store<kStream>(out + to.stride + col, next_row);
+        even[i] = even[i] * 0x9e3779b1u + ((row & 0xffffu) | next_row << 16);  // checksum_step
+        odd[i] = odd[i] * 0x9e3779b1u + (row >> 16 | (next_row & 0xffff0000u));
+        even[i] = even[i] << 13 | even[i] >> 19;
+        odd[i] = odd[i] << 13 | odd[i] >> 19;
+      }
     }
-#endif
-    std::memcpy(out, band.row[i], sizeof band.row[i]);
+    std::memcpy(even_sums + first / 2, even, sizeof even);
+    std::memcpy(odd_sums + first / 2, odd, sizeof odd);
   }
+  uint32_t sum = 0;
+  for (int i = 0; i < kTileCols / 2; ++i) {
+    const uint32_t place = t * kTileCols + 2 * i;
+    sum += checksum_place(even_sums[i], place) + checksum_place(odd_sums[i], place + 1);
+  }
+  return sum;
 }
 
 // Fetches what the same part of the next chunk will need, since the hardware's prefetchers
@@ -221,32 +190,28 @@ DF11_INLINE bool decode_record(const uint32_t* record, int64_t words, const Chun
   uint32_t sum = checksum_chunk(index);
   for (uint32_t i = 0; i < patches; ++i) sum += checksum_patch(patch[i]);
   RowEntries entries;
-  RowExponents exponents[4];
-  Band band;
-  // All look-ups come first, so that what is merged pushes their table out of the first cache once,
-  // and not four times.
+  RowExponents exponents;
   for (int t = 0; t < 4; ++t) {
     if (raw) {
-      copy_row(record + kRawRecordHeaderWords + lane_word(t), half_steps, exponents[t]);
+      copy_row(record + kRawRecordHeaderWords + lane_word(t), half_steps, exponents);
     } else {
       const int look_ups =
           look_up_row(reinterpret_cast<const uint8_t*>(record + kRecordHeaderWords), starts + t,
                       pairs, table, entries);
-      if (!join_symbols(entries, look_ups, pairs, table.exponents, exponents[t])) return false;
+      if (!join_symbols(entries, look_ups, pairs, table.exponents, exponents)) return false;
     }
     prefetch(record + words + t * 192, 192);  // a quarter of what the next chunk has
-  }
-  for (int t = 0; t < 4; ++t) {
-    sum += merge_row<kSimd>(exponents[t], chunk_sign_mantissa, t, half_steps, band);
-    for (uint32_t i = 0; i < patches; ++i) {
-      const uint32_t position = patch[i] >> 16, row = position / kTileCols;
-      const uint32_t step = row / kStepRows, row_of_step = row % kStepRows;
-      if (row_of_step / 4 != static_cast<uint32_t>(t)) continue;
-      if (step >= static_cast<uint32_t>(chunk.steps)) continue;
-      band.row[4 * step + row_of_step % 4][position % kTileCols] = static_cast<uint16_t>(patch[i]);
+    const uint32_t* next = chunk_sign_mantissa + (half_steps + t * half_steps / 4) * kHalfStepWords;
+    if (kSimd != Simd::kPortable && to.stream) {
+      sum += merge_row<kSimd, true>(exponents, chunk_sign_mantissa, t, half_steps, to, next);
+    } else {
+      sum += merge_row<kSimd, false>(exponents, chunk_sign_mantissa, t, half_steps, to, next);
     }
-    write_band<kSimd>(band, t, half_steps, to,
-                      chunk_sign_mantissa + (half_steps + t * half_steps / 4) * kHalfStepWords);
+  }
+  for (uint32_t i = 0; i < patches; ++i) {
+    const int position = patch[i] >> 16, row = position / kTileCols;
+    if (row >= chunk.steps * kStepRows) continue;
+    to.out[row * to.stride + position % kTileCols] = static_cast<uint16_t>(patch[i]);
   }
   return sum == record[0];
 }

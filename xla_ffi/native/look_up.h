@@ -102,6 +102,9 @@ DF11_INLINE int look_up_row(const uint8_t* streams, const uint32_t* starts, int 
         const uint32_t entry = table.entries[window[l] & (kTableSize - 1)];
         out.lane[l][look_ups + i] = entry;
         window[l] >>= entry & 63;
+#if defined(__clang__) && defined(DF11_X86)  // else the windows of all lanes are put into vectors
+        asm("" : "+r"(window[l]));
+#endif
       }
     }
     for (int l = 0; l < kRowLanes; ++l) at[l] += __builtin_clzll(window[l]);
@@ -164,17 +167,19 @@ DF11_TARGET_AVX2 inline void expand_symbols(const RowSymbols& symbols, int count
                                             const uint8_t* exponents, RowExponents& out) {
   const __m256i table =
       _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(exponents)));
+  constexpr int kHalfStep = kRowLanes * kLanePairs;
   for (int l = 0; l < kRowLanes; ++l) {
-    for (int i = 0; i < count; i += 16) {
+    uint16_t* to = out.half_step[0][l];
+    for (int i = 0; i < count; i += 16, to += 2 * kHalfStep) {
       const __m256i both = _mm256_cvtepu8_epi16(
           _mm_load_si128(reinterpret_cast<const __m128i*>(symbols.lane[l] + i)));
       const __m256i halves =
           _mm256_and_si256(_mm256_or_si256(_mm256_srli_epi16(both, 4), _mm256_slli_epi16(both, 8)),
                            _mm256_set1_epi8(15));
       const __m256i pairs = _mm256_shuffle_epi8(table, halves);
-      uint16_t(*to)[kRowLanes][kLanePairs] = out.half_step + i / kLanePairs;
-      _mm_store_si128(reinterpret_cast<__m128i*>(to[0][l]), _mm256_castsi256_si128(pairs));
-      _mm_store_si128(reinterpret_cast<__m128i*>(to[1][l]), _mm256_extracti128_si256(pairs, 1));
+      _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(pairs));
+      _mm_store_si128(reinterpret_cast<__m128i*>(to + kHalfStep),
+                      _mm256_extracti128_si256(pairs, 1));
     }
   }
 }
