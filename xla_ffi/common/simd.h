@@ -6,7 +6,8 @@
 
 namespace df11 {
 
-// kAvx512Vbmi is AVX-512 with VBMI and VBMI2: most loops have no version of their own for it.
+// kAvx512Vbmi is AVX-512 with VBMI and VBMI2. Loops below have no version of their own for it: it
+// has that for AVX-512.
 enum class Simd { kPortable, kAvx2, kAvx512, kAvx512Vbmi };
 
 #if defined(__x86_64__) && defined(__GNUC__)

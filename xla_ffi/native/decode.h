@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 #include "common/simd.h"
 #include "native/layout.h"
 #include "native/look_up.h"
@@ -86,7 +90,7 @@ struct VectorOf<Simd::kAvx512> {
 };
 
 // Where a chunk's weights are written: rows are `stride` apart, and past the caches or not. For
-// that all of them must be aligned to cache lines.
+// that `out` and `stride` must be multiples of cache lines.
 struct Destination {
   uint16_t* out;
   int64_t stride;
@@ -96,11 +100,16 @@ struct Destination {
 template <bool kStream, typename Words>
 DF11_INLINE void store(uint16_t* out, const Words& words) {
   if constexpr (kStream) {
+    using Aliasing __attribute__((may_alias)) = Words;
 #if __has_builtin(__builtin_nontemporal_store)
-    __builtin_nontemporal_store(words, reinterpret_cast<Words*>(out));
+    __builtin_nontemporal_store(words, reinterpret_cast<Aliasing*>(out));
     return;
-#elif defined(DF11_X86)  // intrinsics can be inlined only where the target is already set
-    asm volatile("vmovntdq %1, %0" : "=m"(*reinterpret_cast<Words*>(out)) : "v"(words));
+#elif defined(DF11_X86)
+    if constexpr (sizeof words == sizeof(__m128i)) {
+      _mm_stream_si128(reinterpret_cast<__m128i*>(out), reinterpret_cast<const __m128i&>(words));
+    } else {  // intrinsics of larger vectors can be inlined only where the target is already set
+      asm volatile("vmovntdq %1, %0" : "=m"(*reinterpret_cast<Aliasing*>(out)) : "v"(words));
+    }
     return;
 #endif
   }
@@ -113,18 +122,19 @@ DF11_INLINE void store(uint16_t* out, const Words& words) {
 template <Simd kSimd, bool kStream>
 DF11_INLINE uint32_t merge_row(const RowExponents& exponents, const uint32_t* sign_mantissa, int t,
                                int half_steps, const Destination& to, const uint32_t* next) {
-  // Cache lines are filled at once, of which a core can stream only so many at a time.
   using Words = typename VectorOf<kSimd>::Type;
-  constexpr int kColumns = sizeof(Words) / 2, kTogether = kCacheLine / sizeof(Words);
+  // Vectors that fill a cache line, so that it is streamed at once: a core has few buffers for
+  // that.
+  constexpr int kColumns = sizeof(Words) / 2, kVectorsOfLine = kCacheLine / sizeof(Words);
   uint32_t even_sums[kTileCols / 2], odd_sums[kTileCols / 2];  // the accumulators, by columns
-  for (int first = 0; first < kTileCols; first += kColumns * kTogether) {
-    Words even[kTogether]{}, odd[kTogether]{};
+  for (int first = 0; first < kTileCols; first += kColumns * kVectorsOfLine) {
+    Words even[kVectorsOfLine]{}, odd[kVectorsOfLine]{};
     for (int half_step = 0; half_step < half_steps; ++half_step, next += 16) {
       __builtin_prefetch(next, 0, 2);
       uint16_t* out = to.out + (half_step / 2 * kStepRows + 4 * t + half_step % 2 * 2) * to.stride;
-      for (int i = 0; i < kTogether; ++i) {
+      for (int i = 0; i < kVectorsOfLine; ++i) {
         const int col = first + i * kColumns, l = col / kLanePairs;
-        // All words are two weights that are neighbours in a row, but for `words`.
+        // `words` are two pairs each, as they are stored; the others, two neighbours in a row.
         Words both, words;
         std::memcpy(&both, exponents.half_step[half_step][l], sizeof both);
         load_lanes(sign_mantissa + half_step * kHalfStepWords + lane_word(t) + l * kRowStride,
@@ -201,13 +211,14 @@ DF11_INLINE bool decode_record(const uint32_t* record, int64_t words, const Chun
       if (!join_symbols(entries, look_ups, pairs, table.exponents, exponents)) return false;
     }
     prefetch(record + words + t * 192, 192);  // a quarter of what the next chunk has
-    const uint32_t* next = chunk_sign_mantissa + (half_steps + t * half_steps / 4) * kHalfStepWords;
-    if (kSimd != Simd::kPortable && to.stream) {
+    const uint32_t* next = chunk_sign_mantissa + (4 + t) * half_steps * kHalfStepWords / 4;
+    if (to.stream) {
       sum += merge_row<kSimd, true>(exponents, chunk_sign_mantissa, t, half_steps, to, next);
     } else {
       sum += merge_row<kSimd, false>(exponents, chunk_sign_mantissa, t, half_steps, to, next);
     }
   }
+  // Over what was streamed: a core keeps its own stores to one place in order.
   for (uint32_t i = 0; i < patches; ++i) {
     const int position = patch[i] >> 16, row = position / kTileCols;
     if (row >= chunk.steps * kStepRows) continue;

@@ -163,22 +163,22 @@ inline bool join_symbols(RowEntries& entries, int look_ups, int count, const uin
 }
 
 #ifdef DF11_X86
+// From the symbols of all lanes to exponents.
 DF11_TARGET_AVX2 inline void expand_symbols(const RowSymbols& symbols, int count,
                                             const uint8_t* exponents, RowExponents& out) {
   const __m256i table =
       _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(exponents)));
-  constexpr int kHalfStep = kRowLanes * kLanePairs;
   for (int l = 0; l < kRowLanes; ++l) {
-    uint16_t* to = out.half_step[0][l];
-    for (int i = 0; i < count; i += 16, to += 2 * kHalfStep) {
-      const __m256i both = _mm256_cvtepu8_epi16(
-          _mm_load_si128(reinterpret_cast<const __m128i*>(symbols.lane[l] + i)));
+    for (int half_step = 0; half_step < count / kLanePairs; half_step += 2) {
+      const __m256i both = _mm256_cvtepu8_epi16(_mm_load_si128(
+          reinterpret_cast<const __m128i*>(symbols.lane[l] + half_step * kLanePairs)));
       const __m256i halves =
           _mm256_and_si256(_mm256_or_si256(_mm256_srli_epi16(both, 4), _mm256_slli_epi16(both, 8)),
                            _mm256_set1_epi8(15));
       const __m256i pairs = _mm256_shuffle_epi8(table, halves);
-      _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(pairs));
-      _mm_store_si128(reinterpret_cast<__m128i*>(to + kHalfStep),
+      _mm_store_si128(reinterpret_cast<__m128i*>(out.half_step[half_step][l]),
+                      _mm256_castsi256_si128(pairs));
+      _mm_store_si128(reinterpret_cast<__m128i*>(out.half_step[half_step + 1][l]),
                       _mm256_extracti128_si256(pairs, 1));
     }
   }
@@ -187,8 +187,9 @@ DF11_TARGET_AVX2 inline void expand_symbols(const RowSymbols& symbols, int count
 using FourTwos = uint64_t __attribute__((vector_size(32)));
 using EightTwos = uint64_t __attribute__((vector_size(64)));
 
-// The same, but neighbouring look-ups of a lane are joined first, several twos in a vector: up to
-// six symbols, and their number in the highest byte. That leaves half as many stores.
+// As join_symbols, but neighbouring look-ups of a lane are joined first, several twos in a vector:
+// up to six symbols, and their number in the highest byte. That leaves half as many stores. (What
+// is behind the last look-up may be joined, too; it is not read.)
 template <typename Twos>
 DF11_INLINE bool join_twos(RowEntries& entries, int look_ups, int count, const uint8_t* exponents,
                            RowExponents& out) {
@@ -203,19 +204,19 @@ DF11_INLINE bool join_twos(RowEntries& entries, int look_ups, int count, const u
   }
   RowSymbols symbols;
   bool complete = true;
-  constexpr int kTogether = 4;  // lanes, since each end of the loop is mispredicted
-  for (int l = 0; l < kRowLanes; l += kTogether) {
-    uint8_t* to[kTogether];
-    for (int k = 0; k < kTogether; ++k) to[k] = symbols.lane[l + k];
+  constexpr int kLanesTogether = 4;  // since each end of the loop is mispredicted
+  for (int l = 0; l < kRowLanes; l += kLanesTogether) {
+    uint8_t* to[kLanesTogether];
+    for (int k = 0; k < kLanesTogether; ++k) to[k] = symbols.lane[l + k];
     for (int i = 0; i < look_ups; i += 2) {
-      for (int k = 0; k < kTogether; ++k) {
+      for (int k = 0; k < kLanesTogether; ++k) {
         uint64_t two;
         std::memcpy(&two, entries.lane[l + k] + i, 8);
         std::memcpy(to[k], &two, 8);
         to[k] += two >> 56;
       }
     }
-    for (int k = 0; k < kTogether; ++k) complete &= to[k] - symbols.lane[l + k] >= count;
+    for (int k = 0; k < kLanesTogether; ++k) complete &= to[k] - symbols.lane[l + k] >= count;
   }
   expand_symbols(symbols, count, exponents, out);
   return complete;
