@@ -21,7 +21,7 @@ from df11_jax._layout import Layout, View
 from df11_jax._slices import decode_slices
 
 # As many rows of x as the kernel takes. With 32, the products of a Llama-3.1-8B block take an H200
-# 264 us, and decoding first takes about 320 (docs/figures.md).
+# 297 us, and decoding first takes about 320 (docs/figures.md).
 MOST_FUSED_ROWS = 32
 _MATRICES_PER_CALL = 4
 # An item of the kernel's work is so many chunks that there are about as many items: see

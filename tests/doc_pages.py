@@ -25,7 +25,7 @@ _TINY_LLAMA = ROOT / "tests" / "published" / "fixtures" / "tiny_llama"
 
 def _make_readme() -> None:
     params = {name: jnp.asarray(array) for name, array in tensors().items()}
-    checkpoints.save(df11_jax.compress_params(params), "Qwen3-8B-df11")
+    checkpoints.save(df11_jax.compress_params(params), "Qwen3-0.6B-small")
     shutil.copytree(_TINY_LLAMA / "sharded", "Qwen3-8B-DF11")
 
 

@@ -64,14 +64,14 @@ def simulate(array: df11_jax.DF11Array) -> Conflicts:
     table, _ = _xla_decoder._build_table(np.asarray(array.codebook)[None])
     records = _xla_decoder._read_records(np.asarray(array.chunk_offsets)[None], exponents, steps)
     table, exponents = np.asarray(table[0]), np.append(exponents[0], np.zeros(2, np.uint32))
-    whole = (steps == _layout.MAX_STEPS) & ~np.asarray(records.raw[0])
+    whole = (steps == view.steps) & ~np.asarray(records.raw[0])
     start = np.asarray(records.start[0]).astype(np.int64)[whole, None]
     # Lane 4 g + t is at [t, g].
     bits = np.asarray(records.bits[0]).swapaxes(1, 2).reshape(-1, _layout.LANES)[whole]
     bits = bits.astype(np.int64)
 
     lookups, refills = [], []
-    for _ in range(_layout.MAX_STEPS * 8):  # windows of a lane in a chunk, two look-ups each
+    for _ in range(view.steps * 8):  # windows of a lane in a chunk, two look-ups each
         word, shift = start + (bits >> 5), (bits & 31).astype(np.uint64)
         both = exponents[word].astype(np.uint64) | exponents[word + 1].astype(np.uint64) << 32
         window = both >> shift
