@@ -240,7 +240,8 @@ class DF11Slice:
     `decompress`, and `dot` for one slice, read it where it lies: XLA copies no part of the stack
     for that. The index may be computed in a traced program, as that of the experts which tokens
     choose. Where an array of indices has an element -1, nothing is decompressed, and the weights
-    there are not specified: so as many slices as are wanted fit in an array of a static size.
+    there are not specified: so as many slices as are wanted fit in an array of a static size. An
+    index that is known before the program runs is checked; a computed one is clamped to the stack.
 
     Attributes:
         stack: the stack; several stack axes count as one.

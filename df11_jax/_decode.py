@@ -39,7 +39,8 @@ def decompress(a: DF11Array | DF11Slice | Array) -> Array:
         TypeError: `a` is neither.
         ValueError: its arrays do not fit each other.
         jax.errors.JaxRuntimeError: the payload is corrupt; this is raised when the program runs.
-            (Where there is no compiled decoder, corrupt weights become NaNs instead.)
+            Where the same compiled program has run before, JAX makes a ValueError of it; both begin
+            with DATA_LOSS. (Where there is no compiled decoder, corrupt weights become NaNs.)
     """
     if isinstance(a, DF11Slice):
         return decode_slices([a.stack], a.index, names=["tensor"])[0]

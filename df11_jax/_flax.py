@@ -104,7 +104,11 @@ def _register_state(serialization: Any) -> None:
         header = restored.header.reshape(-1, restored.header.shape[-1])
         layouts = {_layout.unpack_header(row) for row in header}
         if stack != target.stack_shape or layouts - {target.layout}:
-            raise ValueError(f"{where}: expected a tensor like {target!r}, got {restored!r}")
+            found = (f"{stack} slices with {layout}" for layout in layouts)
+            raise ValueError(
+                f"{where}: expected a tensor like {target!r}, {target.stack_shape} slices with "
+                f"{target.layout}, got {' and '.join(found)}"
+            )
         return restored
 
     if hasattr(serialization, "register_serialization_state"):

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int32
 from df11_jax import _ffi, _layout
 from df11_jax._array import DF11Array, DF11Slice
 from df11_jax._layout import Layout, View
-from df11_jax._slices import decode_slices
+from df11_jax._slices import check_index, decode_slices
 
 # As many rows of x as the kernel takes. With 32, the products of a Llama-3.1-8B block take an H200
 # 297 us, and decoding first takes about 320 (docs/figures.md).
@@ -57,15 +57,24 @@ def dot(
             which are read by one call. See `compress` for the axes that are rows.
         preferred_element_type: bfloat16 or float32, the type of the result; None for the type of
             `x` and the weights together.
-        exact: decode first, and use XLA's product: the results are those of plain weights.
+        exact: decode first, and use XLA's product: the results are those of plain weights. (So do
+            exported programs whose number of rows may be beyond what is fused.)
 
     Returns:
         The product, `[*batch, n]`; a list of products, if `a` is a sequence.
 
     Raises:
-        TypeError: `a` is not compressed.
+        IndexError: `a` is a slice at an index, known before the program runs, that the stack lacks.
+        TypeError: `a` is not compressed, or `preferred_element_type` another type.
         ValueError: `a` is a stack, consists of several matrices, or does not fit `x`.
     """
+    if preferred_element_type is not None:
+        preferred_element_type = np.dtype(preferred_element_type)
+        if preferred_element_type not in (jnp.bfloat16, jnp.float32):
+            raise TypeError(
+                "dot: preferred_element_type has to be bfloat16 or float32, got "
+                f"{preferred_element_type}"
+            )
     if isinstance(a, DF11Array | DF11Slice):
         return _dot_all(x, [a], preferred_element_type, exact)[0]
     return _dot_all(x, list(a), preferred_element_type, exact)
@@ -112,7 +121,7 @@ def _dot_all(x: Array, matrices: list[Matrix], out_type: Any, exact: bool) -> li
             )
     out_dtype = np.dtype(out_type or jnp.promote_types(x.dtype, jnp.bfloat16))
     can_fuse = not exact and x.dtype == jnp.bfloat16 and out_dtype in (jnp.bfloat16, jnp.float32)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     results: list[Array] = []
     # A launch reads matrices of one stack index; others have launches of their own.
     for begin, end in _runs(slices):
@@ -123,7 +132,7 @@ def _dot_all(x: Array, matrices: list[Matrix], out_type: Any, exact: bool) -> li
             can_fuse and all(_can_fuse(a.stack) for a in run),
         )
         payloads = [
-            leaf.reshape(-1, *leaf.shape[len(a.stack.stack_shape) :])
+            leaf.reshape(math.prod(a.stack.stack_shape), *leaf.shape[len(a.stack.stack_shape) :])
             for a in run
             for leaf in a.stack.payload
         ]
@@ -144,9 +153,10 @@ def _as_slice(matrix: Matrix, i: int, index: Int32[Array, ""]) -> DF11Slice:
             raise ValueError(
                 f"dot: matrix {i} is a stack, {matrix!r}: take a slice of it, or scan over it"
             )
-        a = DF11Slice(matrix, index)
+        return DF11Slice(matrix, index)
     else:
         raise TypeError(f"dot: expected a DF11Array, got {type(matrix).__name__}")
+    check_index(a.index, math.prod(a.stack.stack_shape), f"dot: matrix {i}")
     return a
 
 
@@ -189,7 +199,11 @@ def _can_fuse(stack: DF11Array) -> bool:
 
 def _platforms(rows: int) -> tuple[str, ...]:
     """The platforms on which products of so many rows are fused."""
-    return _ffi.product_platforms() if 1 <= rows <= MOST_FUSED_ROWS else ()
+    try:
+        is_fused = bool(1 <= rows <= MOST_FUSED_ROWS)
+    except jax.errors.InconclusiveDimensionOperation:  # exported for any number of rows
+        is_fused = False
+    return _ffi.product_platforms() if is_fused else ()
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -219,8 +233,9 @@ def _batched(call: _Call) -> Any:
             axes = (0 if is_x else None, *(0 if is_other else None for is_other in are_others))
             out = jax.vmap(functools.partial(_decode_first, call), in_axes=axes)(x, *others)
         else:
-            rows = product(x.reshape(-1, x.shape[-1]), *others)
-            out = [y.reshape(size, -1, y.shape[-1]) for y in rows]
+            _, rows, k = x.shape
+            results = product(x.reshape(size * rows, k), *others)
+            out = [y.reshape(size, rows, y.shape[-1]) for y in results]
         return out, [True] * len(out)
 
     return product

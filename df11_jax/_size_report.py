@@ -168,8 +168,10 @@ def size_report(params: PyTree) -> SizeReport:
     """
     leaves = []
     first_paths: dict[Hashable, str] = {}
-    for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_df11):
-        leaf = as_array(leaf)
+    with_paths = jax.tree.leaves_with_path(params, is_leaf=is_df11)
+    # All at once: identities tell arrays apart only while they exist, and some are made here.
+    arrays = [as_array(leaf) for _, leaf in with_paths]
+    for (path, _), leaf in zip(with_paths, arrays, strict=True):
         if not _has_size(leaf):
             if path == ():
                 raise no_pytree("size_report", params)

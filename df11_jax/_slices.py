@@ -6,6 +6,7 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, BFloat16, Int32, PyTree
 
 from df11_jax import _layout
@@ -51,15 +52,42 @@ def decode_slices(
         The decoded slices of each stack, of shape `index.shape + slice_shape`.
 
     Raises:
+        IndexError: the index is known before the program runs, and there is no such slice.
+        TypeError: the index is no integer.
         ValueError: the arrays of a stack do not fit each other, or the stacks differ in length.
     """
     if not arrays:
         return []
     names = tuple(names) if names is not None else tuple(f"tensor {i}" for i in range(len(arrays)))
+    length = check_stacks(arrays, names)
+    check_index(index, length, names[0])
     index = jnp.asarray(index, jnp.int32)
-    if check_stacks(arrays, names) == 0:
+    if length == 0:
         return [jnp.zeros(index.shape + array.slice_shape, jnp.bfloat16) for array in arrays]
     return _decode(arrays, names, tie(index, after))
+
+
+def check_index(index: Any, length: int, name: str) -> None:
+    """Checks the index of slices of a stack, as far as it is known now.
+
+    Args:
+        index: integers; their values are checked if they are Python's or numpy's.
+        length: the number of slices.
+        name: the name of the tensor, for messages.
+
+    Raises:
+        IndexError: there is no such slice.
+        TypeError: these are no integers.
+    """
+    dtype = jax.dtypes.result_type(index)
+    if not np.issubdtype(dtype, np.integer):
+        raise TypeError(f"{name}: the index of a slice has dtype {dtype}, expected integers")
+    if isinstance(index, jax.Array) or not length:
+        return
+    values = np.asarray(index)
+    least = -1 if values.ndim else 0  # in arrays, -1 stands for no slice
+    for value in values[(values < least) | (values >= length)]:
+        raise IndexError(f"{name}: there is no slice {value} in a stack of {length}")
 
 
 def decode_stacks(arrays: Sequence[Compressed], names: Sequence[str]) -> list[Array]:

@@ -92,6 +92,57 @@ def test_a_slice_is_decompressed_where_it_lies():
     assert_same_bits(df11_jax.dot(rows(1), a), rows(1) @ weights[2])
 
 
+@pytest.mark.parametrize(
+    ("index", "error", "message"),
+    [
+        (-1, IndexError, r"no slice -1 in a stack of 3"),
+        (np.int64(3), IndexError, r"no slice 3 in a stack of 3"),
+        (1.0, TypeError, "dtype float32, expected integers"),
+        (jnp.bool_(True), TypeError, "dtype bool, expected integers"),
+    ],
+)
+def test_there_is_no_such_slice(index, error, message):
+    stack = df11_jax.compress(random_weights((3, K, 64)), stack_axes=1)
+    a = df11_jax.DF11Slice(stack, index)
+    with pytest.raises(error, match=message):
+        df11_jax.decompress(a)
+    with pytest.raises(error, match="dot: matrix 0: .*" + message):
+        df11_jax.dot(rows(1), a)
+
+
+def test_indices_that_are_known():
+    stack = df11_jax.compress(random_weights((3, K, 64)), stack_axes=1)
+    some = df11_jax.decompress(df11_jax.DF11Slice(stack, np.array([2, -1])))
+    assert_same_bits(some[0], df11_jax.decompress(stack[2]))
+    with pytest.raises(IndexError, match="no slice -2"):
+        df11_jax.decompress(df11_jax.DF11Slice(stack, np.array([2, -2])))
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 4), (4, 0), (0, 0)])
+def test_empty_matrices(k, n):
+    weights = random_weights((k, n))
+    a = df11_jax.compress(weights)
+    assert_same_bits(jax.jit(df11_jax.dot)(rows(3, k), a), rows(3, k) @ weights)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, K), (3, 0, K)], ids=str)
+def test_no_rows(weights, shape):
+    a = df11_jax.compress(weights)
+    x = jnp.zeros(shape, jnp.bfloat16)
+    assert df11_jax.dot(x, a).shape == (*shape[:-1], N)
+    assert jax.vmap(lambda x: df11_jax.dot(x, a))(x).shape == (*shape[:-1], N)
+
+
+@pytest.mark.parametrize("function", [df11_jax.dot, jax.vmap(df11_jax.dot, in_axes=(0, None))])
+def test_export_for_any_number_of_rows(weights, function):
+    a = df11_jax.compress(weights)
+    (count,) = export.symbolic_shape("rows")
+    exported = export.export(jax.jit(function), disabled_checks=df11_jax.EXPORT_SAFETY_CHECKS)(
+        jax.ShapeDtypeStruct((count, K), jnp.bfloat16), a
+    )
+    assert_same_bits(exported.call(rows(5), a), rows(5) @ weights)
+
+
 def test_gradients(weights):
     a = df11_jax.compress(weights)
 
@@ -150,6 +201,8 @@ def test_what_cannot_be_multiplied(weights):
     a = df11_jax.compress(weights)
     with pytest.raises(ValueError, match=r"x has shape \(2, 191\), expected \[\.\.\., 192\]"):
         df11_jax.dot(rows(2, 191), a)
+    with pytest.raises(TypeError, match="has to be bfloat16 or float32, got float16"):
+        df11_jax.dot(rows(2), a, preferred_element_type=jnp.float16)
     with pytest.raises(TypeError, match="expected a DF11Array, got"):
         df11_jax.dot(rows(2), weights)
     with pytest.raises(ValueError, match="is a stack"):

@@ -1,3 +1,4 @@
+import jax.numpy as jnp
 import numpy as np
 from payloads import random_weights
 
@@ -12,6 +13,21 @@ def params():
         },
         stacked="^layers",
     )
+
+
+class Converted:
+    """A leaf of which JAX makes a new array each time."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __jax_array__(self):
+        return jnp.array(self.array)
+
+
+def test_arrays_that_are_made_for_the_report_are_not_tied():
+    leaves = {str(i): Converted(np.ones((200, 200), np.float32)) for i in range(8)}
+    assert df11_jax.size_report(leaves).nbytes == 8 * 4 * 200 * 200
 
 
 def test_report():

@@ -286,7 +286,7 @@ def _read_config_alone(path: Path, fields: Mapping[str, Any]) -> Model:
 
 def _read_checkpoint(source: Source, where: str) -> Model:
     path = source.path
-    config, reason, names = None, f"{path}: has no {CONFIG}", set(source.tensors)
+    config, reason, names = None, f"{path}: has no {CONFIG}, or an empty one", set(source.tensors)
     saved = None
     if fields := source.model_config():
         try:
