@@ -23,6 +23,7 @@ from df11_jax._slices import check_index, decode_slices
 # As many rows of x as the kernel takes. With 32, the products of a Llama-3.1-8B block take an H200
 # 297 us, and decoding first takes about 320 (docs/figures.md).
 MOST_FUSED_ROWS = 32
+_FUSED_TYPES = (jnp.bfloat16, jnp.float32)  # of results
 _MATRICES_PER_CALL = 4
 # An item of the kernel's work is so many chunks that there are about as many items: see
 # xla_ffi/native/cuda/product.h.
@@ -68,13 +69,6 @@ def dot(
         TypeError: `a` is not compressed, or `preferred_element_type` another type.
         ValueError: `a` is a stack, consists of several matrices, or does not fit `x`.
     """
-    if preferred_element_type is not None:
-        preferred_element_type = np.dtype(preferred_element_type)
-        if preferred_element_type not in (jnp.bfloat16, jnp.float32):
-            raise TypeError(
-                "dot: preferred_element_type has to be bfloat16 or float32, got "
-                f"{preferred_element_type}"
-            )
     if isinstance(a, DF11Array | DF11Slice):
         return _dot_all(x, [a], preferred_element_type, exact)[0]
     return _dot_all(x, list(a), preferred_element_type, exact)
@@ -109,6 +103,12 @@ class _Call(NamedTuple):
 
 def _dot_all(x: Array, matrices: list[Matrix], out_type: Any, exact: bool) -> list[Array]:
     x = jnp.asarray(x)
+    out_dtype = np.dtype(out_type or jnp.promote_types(x.dtype, jnp.bfloat16))
+    has_kernel = x.dtype == jnp.bfloat16 and out_dtype in _FUSED_TYPES
+    if out_type is not None and out_dtype not in _FUSED_TYPES:
+        raise TypeError(
+            f"dot: preferred_element_type has to be bfloat16 or float32, got {out_dtype}"
+        )
     if not matrices:
         return []
     first = jnp.int32(0)
@@ -119,8 +119,6 @@ def _dot_all(x: Array, matrices: list[Matrix], out_type: Any, exact: bool) -> li
             raise ValueError(
                 f"dot: x has shape {x.shape}, expected [..., {k}] for matrix {i}, {a.stack!r}"
             )
-    out_dtype = np.dtype(out_type or jnp.promote_types(x.dtype, jnp.bfloat16))
-    can_fuse = not exact and x.dtype == jnp.bfloat16 and out_dtype in (jnp.bfloat16, jnp.float32)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     results: list[Array] = []
     # A launch reads matrices of one stack index; others have launches of their own.
@@ -129,7 +127,7 @@ def _dot_all(x: Array, matrices: list[Matrix], out_type: Any, exact: bool) -> li
         call = _Call(
             tuple(a.stack.layout for a in run),
             out_dtype,
-            can_fuse and all(_can_fuse(a.stack) for a in run),
+            has_kernel and not exact and all(_can_fuse(a.stack) for a in run),
         )
         payloads = [
             leaf.reshape(math.prod(a.stack.stack_shape), *leaf.shape[len(a.stack.stack_shape) :])
@@ -142,22 +140,20 @@ def _dot_all(x: Array, matrices: list[Matrix], out_type: Any, exact: bool) -> li
 
 def _as_slice(matrix: Matrix, i: int, index: Int32[Array, ""]) -> DF11Slice:
     if isinstance(matrix, DF11Slice):
-        a = matrix
-        if shape := np.shape(a.index):
+        if shape := np.shape(matrix.index):
             raise ValueError(
                 f"dot: matrix {i} is of several slices, at an index of shape {shape}: take one "
                 "after the other, or decompress them"
             )
-    elif isinstance(matrix, DF11Array):
+        check_index(matrix.index, math.prod(matrix.stack.stack_shape), f"dot: matrix {i}")
+        return matrix
+    if isinstance(matrix, DF11Array):
         if matrix.stack_shape:
             raise ValueError(
                 f"dot: matrix {i} is a stack, {matrix!r}: take a slice of it, or scan over it"
             )
         return DF11Slice(matrix, index)
-    else:
-        raise TypeError(f"dot: expected a DF11Array, got {type(matrix).__name__}")
-    check_index(a.index, math.prod(a.stack.stack_shape), f"dot: matrix {i}")
-    return a
+    raise TypeError(f"dot: expected a DF11Array, got {type(matrix).__name__}")
 
 
 def _runs(slices: Sequence[DF11Slice]) -> list[tuple[int, int]]:

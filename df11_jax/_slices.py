@@ -86,8 +86,9 @@ def check_index(index: Any, length: int, name: str) -> None:
         return
     values = np.asarray(index)
     least = -1 if values.ndim else 0  # in arrays, -1 stands for no slice
-    for value in values[(values < least) | (values >= length)]:
-        raise IndexError(f"{name}: there is no slice {value} in a stack of {length}")
+    wrong = values[(values < least) | (values >= length)]
+    if wrong.size:
+        raise IndexError(f"{name}: there is no slice {wrong[0]} in a stack of {length}")
 
 
 def decode_stacks(arrays: Sequence[Compressed], names: Sequence[str]) -> list[Array]:

@@ -58,8 +58,7 @@ class CodeTable {
   const uint8_t* numbers() const { return numbers_.data(); }       // [exponent]
 
   // Whether all coded exponents but 0 are one of 32 that begin with least(), as those of most
-  // tensors. near_numbers() are the numbers of these, XORed
-  // with kUnnumbered, so that 0 stands for none.
+  // tensors. near_numbers() are the numbers of these, XORed with kUnnumbered: 0 stands for none.
   bool is_narrow() const { return is_narrow_; }
   int least() const { return least_; }
   const uint8_t* near_numbers() const { return near_numbers_.data(); }
@@ -157,8 +156,7 @@ DF11_TARGET_AVX512BW inline bool look_up_codes_avx512(const uint16_t* index, con
   const __m512i high = _mm512_maskz_broadcast_i32x4(0xffff, _mm_loadu_si128(near + 1));
   const __m512i least = _mm512_set1_epi8(static_cast<char>(codes.least()));
   const __m512i least_of_high = _mm512_set1_epi8(static_cast<char>(codes.least() + 16));
-  // Added with saturation, 0x80 - 16 sets the highest bit of 16 and more, and leaves the lowest
-  // four.
+  // With 0x80 - 16 added, the highest bit of 16 and more is set, and the lowest four stay.
   const __m512i others = _mm512_set1_epi8(0x70);
   const __m512i unnumbered = _mm512_set1_epi8(static_cast<char>(CodeTable::kUnnumbered));
   const __m512i of_zero = _mm512_set1_epi8(static_cast<char>(codes.numbers()[0]));

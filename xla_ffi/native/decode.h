@@ -123,8 +123,7 @@ template <Simd kSimd, bool kStream>
 DF11_INLINE uint32_t merge_row(const RowExponents& exponents, const uint32_t* sign_mantissa, int t,
                                int half_steps, const Destination& to, const uint32_t* next) {
   using Words = typename VectorOf<kSimd>::Type;
-  // Vectors that fill a cache line, so that it is streamed at once: a core has few buffers for
-  // that.
+  // Vectors that fill a cache line, so that it is streamed at once: a core buffers few.
   constexpr int kColumns = sizeof(Words) / 2, kVectorsOfLine = kCacheLine / sizeof(Words);
   uint32_t even_sums[kTileCols / 2], odd_sums[kTileCols / 2];  // the accumulators, by columns
   for (int first = 0; first < kTileCols; first += kColumns * kVectorsOfLine) {
