@@ -42,6 +42,8 @@ def encode(
         The five arrays of the specification.
 
     Raises:
+        TypeError: `threads` is not an integer.
+        ValueError: `threads` is below 1.
         RuntimeError: verification failed.
     """
     parts = layout.parts if parts is None else tuple(parts)
@@ -51,7 +53,7 @@ def encode(
     header = _layout.pack_header(layout)
     library = cpu_library()
     bits = _stack_of_bits(divided, len(leading))
-    threads = threads or available_threads()
+    threads = thread_count(threads)
     words = library.encode(bits, header, share_codebook, threads)
     if verify:
         at = library.find_difference(bits, header, *words[1:], threads)
@@ -100,7 +102,7 @@ def verify(payload: Payload, layout: Layout, name: str, *, threads: int | None =
         ValueError: the arrays do not fit each other, or are corrupt.
     """
     _, header, words = _slices(payload, layout, name)
-    at = cpu_library().verify(header, *words, threads or available_threads())
+    at = cpu_library().verify(header, *words, thread_count(threads))
     if at >= 0:
         raise _corrupt_chunk(at, layout, name)
 
@@ -129,6 +131,22 @@ def payload_digest(payload: Payload, layout: Layout, name: str) -> int:
     if outside.any():
         raise _corrupt_chunk(int(outside.argmax()), layout, name)
     return zlib.crc32(as_bytes(np.take_along_axis(exponents, begin, axis=1)).data)
+
+
+def thread_count(threads: int | None) -> int:
+    """The number of threads that a caller asked for; None asks for all.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is below 1.
+    """
+    if threads is None:
+        return available_threads()
+    if not isinstance(threads, int | np.integer):
+        raise TypeError(f"threads: expected an integer or None, got {threads!r}")
+    if threads < 1:
+        raise ValueError(f"threads is {threads}, expected at least 1, or None for all")
+    return int(threads)
 
 
 def available_threads() -> int:

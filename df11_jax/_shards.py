@@ -104,7 +104,13 @@ def placements(shardings: PyTree, treedef: Any) -> list[Any]:
     """
     stays = object()  # in the place of None, which is a tree of no leaves
     said = jax.tree.map(lambda x: stays if x is None else x, shardings, is_leaf=lambda x: x is None)
-    wide = jax.tree.broadcast(said, jax.tree.unflatten(treedef, range(treedef.num_leaves)))
+    try:
+        wide = jax.tree.broadcast(said, jax.tree.unflatten(treedef, range(treedef.num_leaves)))
+    except ValueError as error:
+        raise ValueError(
+            "the tree of shardings does not fit that of the arrays: it may end before that does "
+            f"(a sharding or None there is for all below), and has all its keys. {error}"
+        ) from None
     return [None if where is stays else _on_set_mesh(where) for where in jax.tree.leaves(wide)]
 
 

@@ -15,10 +15,11 @@ def start_python(
     program: str, *arguments: Any, devices: int = 1, **options: Any
 ) -> "subprocess.Popen[str]":
     """Runs a program that finds the same df11_jax, and the modules of the tests."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     folders = (TESTS, TESTS / "models", TESTS / "orbax", os.environ["PYTHONPATH"])
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, folders)),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": flags,  # conftest.py's; of the same one, the last counts
         "JAX_PLATFORMS": "cpu",
     }
     return subprocess.Popen(

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 from payloads import assert_same_bits, count_decodes, random_weights
 
-from df11_jax import DF11Array, compress
+from df11_jax import DF11Array, DF11Slice, compress
 
 WEIGHTS = random_weights((64, 128))
 X = random_weights((3, 64), seed=1, scale=1.0)
@@ -119,7 +119,7 @@ def test_a_stack_is_refused(use, stack):
 @pytest.mark.parametrize("use", [np.asarray, np.array, lambda a: jnp.save("nowhere", a)])
 def test_numpy_is_refused(use, small, stack, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for a in (small, stack):
+    for a in (small, stack, DF11Slice(stack, 1)):
         with pytest.raises(TypeError, match=r"bfloat16\[.*np.asarray\(df11_jax.decompress\(a\)\)"):
             use(a)
 

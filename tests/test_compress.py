@@ -127,6 +127,15 @@ def test_threads_give_the_same_bytes():
             np.testing.assert_array_equal(a, b)
 
 
+def test_threads_are_one_or_more():
+    weights = normal(2, 64)
+    for threads in (0, -1):
+        with pytest.raises(ValueError, match=f"threads is {threads}, expected at least 1"):
+            df11_jax.compress(weights, threads=threads)
+    with pytest.raises(TypeError, match="threads: expected an integer or None, got 'all'"):
+        df11_jax.compress_params({"a": weights}, min_size=0, threads="all")
+
+
 def test_large_indices():
     # 2^31 weights do not fit a test; the arithmetic that places them is the same for a chunk in
     # the middle of a slice that large, whose start overflows 32 bits.

@@ -336,6 +336,19 @@ def test_what_cannot_be_divided():
         df11_jax.device_put(df11_jax.compress(weights[0]), where)
 
 
+def test_trees_of_shardings_have_all_keys():
+    tree = {"a": random_weights((8, 8)), "b": {"c": random_weights((8, 8))}}
+    where = NamedSharding(make_mesh({"tp": 4}), P())
+    for function in (
+        lambda: df11_jax.compress_params(tree, shardings={"a": where, "b": {}}),
+        lambda: df11_jax.device_put(tree, {"a": where, "b": {}}),
+    ):
+        with pytest.raises(
+            ValueError, match=r"tree of shardings .* has all its keys(.|\n)*\['b'\]"
+        ):
+            function()
+
+
 @pytest.mark.parametrize("shape", [(LAYERS, 0, 8), (LAYERS, 8, 4), (LAYERS, 4, 8, 2), (LAYERS,)])
 def test_small_shapes(shape):
     """Parts of one weight and of none, and more axes than the mesh has."""
@@ -375,7 +388,7 @@ for name in t.DIVISIONS:
     t.test_shards_are_compressed_and_decoded_where_they_lie(name)
     t.test_results_are_those_of_plain_weights(name)
 """
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, "-P", "-c", program],
         env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)},

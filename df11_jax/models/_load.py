@@ -13,7 +13,7 @@ from jaxtyping import BFloat16, Shaped
 from df11_jax._bits import first_difference
 from df11_jax._files.source import TensorInfo, TensorSource, unchanged
 from df11_jax._host_arrays import BFLOAT16
-from df11_jax._host_codec import available_threads
+from df11_jax._host_codec import thread_count
 from df11_jax._progress import ProgressBar
 from df11_jax._select import is_candidate_dtype, is_castable
 from df11_jax.models import tables
@@ -144,7 +144,7 @@ def _load_tensors(
     }
     to_come = collections.Counter(place.path for place in all_places)
     params: dict[tuple[str, ...], Any] = {}
-    with ThreadPoolExecutor(threads or available_threads()) as pool:
+    with ThreadPoolExecutor(thread_count(threads)) as pool:
         for name in (name for name in source.tensors if name in places):
             # Layers of other processes' stages are not read.
             if any(_is_here(place, config, target) for place in places[name]):

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import BFloat16
 
 from df11_jax._host_arrays import BFLOAT16
-from df11_jax._host_codec import available_threads, cpu_library
+from df11_jax._host_codec import cpu_library, thread_count
 from df11_jax.published import _codebook
 from df11_jax.published._unit import MAX_SIZE, PublishedUnit, unit_label
 
@@ -43,7 +43,7 @@ def encode_unit(
         raise ValueError(
             f"{label}: {size} elements in all, and a unit has at least 1 and at most {MAX_SIZE}"
         )
-    threads = threads or available_threads()
+    threads = thread_count(threads)
     piece_counts = cpu_library().published_histogram(parts, threads)
     counts = piece_counts.sum(axis=0, dtype=np.int64)
     if counts[_codebook.FIRST_POINTER :].any():

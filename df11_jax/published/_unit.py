@@ -14,7 +14,7 @@ from jaxtyping import Array, BFloat16, UInt8, UInt32
 from df11_jax import _ffi
 from df11_jax._ffi_call import DecoderCall, call_decoder
 from df11_jax._host_arrays import BFLOAT16
-from df11_jax._host_codec import available_threads, cpu_library
+from df11_jax._host_codec import cpu_library, thread_count
 from df11_jax.published import _codebook, xla_decoder
 
 ARRAYS = ("sign_mantissa", "encoded_exponent", "luts", "output_positions", "gaps")
@@ -107,7 +107,7 @@ def decode_host(
     """
     _check_arrays(unit)
     stop = unit.size if stop is None else stop
-    threads = threads or available_threads()
+    threads = thread_count(threads)
     sign_mantissa, encoded_exponent, luts, output_positions, gaps = (
         np.require(array, requirements=["A", "C"]) for array in unit.arrays
     )

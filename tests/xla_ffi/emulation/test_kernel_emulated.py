@@ -3,7 +3,7 @@
 import platform
 
 import pytest
-from compiling import FLAGS, build_under, needs_compiler, run_program, run_under
+from compiling import SANITIZERS, build_under, needs_compiler, run_program, run_under
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +42,7 @@ def test_sanitizers_see_into_fibers(sanitizer, faults, tmp_path):
 
 # Against the CPU decoder for the native layout, against one in the test for the published one.
 @needs_compiler
-@pytest.mark.parametrize("sanitizer", FLAGS)
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
 @pytest.mark.parametrize("layout", ["native", "published"])
 def test_kernel(layout, sanitizer, tmp_path):
     # Two warps a block, because eight are slow.

@@ -1,13 +1,13 @@
 """Runs the C++ encoder, CPU decoder and transpose under sanitizers: the sources say on what."""
 
 import pytest
-from compiling import needs_compiler, run_under
+from compiling import SANITIZERS, needs_compiler, run_under
 
 pytestmark = pytest.mark.slow
 
 
 @needs_compiler
-@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_codec(sanitizer, tmp_path):
     run_under(sanitizer, tmp_path, ["tests/xla_ffi/native/codec_test.cc"])
 
