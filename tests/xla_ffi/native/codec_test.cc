@@ -316,9 +316,9 @@ void check_codec() {
     round_trip({40, 4, 24}, source);
     round_trip({}, source);
   }
-  round_trip({2200, 1024}, normal_weight);  // written past the caches
-  round_trip({2200, 1024}, rare);           // and patched there
-  round_trip({2200, 1000}, normal_weight);  // whose rows are no whole cache lines
+  round_trip({2200, 1024}, normal_weight);                // written past the caches
+  round_trip_of(layout_of({2200, 1024}), rare);           // and patched there
+  round_trip_of(layout_of({2200, 1000}), normal_weight);  // whose rows are no whole cache lines
   for (int64_t rows : {1, 130, 256}) check_verification({rows, 72 * 8});
   check_verification({100, 100});
   fuzz({130, 64}, normal_weight, 500);
@@ -332,7 +332,7 @@ void check_codec() {
 int run() {
   check_exceptions();
   round_trip({700, 1024}, normal_weight);  // more than one batch of chunks
-  if (!kIsSlow) check_codec();  // no races where there is one thread
+  if (!kIsSlow) check_codec();             // no races where there is one thread
   std::printf("%s\n", failures ? "FAILED" : "all passed");
   return failures != 0;
 }
