@@ -34,7 +34,6 @@ from payloads import assert_same_bits, random_weights
 from df11_jax import DF11Array, compress, compress_params, size_report
 from df11_jax.linen import compressed, scan
 
-styles = pytest.mark.parametrize("block", mostly_slow([Compact, Setup]))
 kinds = pytest.mark.parametrize("kind", mostly_slow(WRAPPED))
 
 
@@ -46,8 +45,10 @@ def tokens():
 # What is computed.
 
 
-@styles
-@kinds
+@pytest.mark.parametrize(
+    ("kind", "block"),
+    mostly_slow([*((kind, Compact) for kind in WRAPPED), ("nn.scan", Setup), ("unrolled", Setup)]),
+)
 def test_same_parameters_and_same_bits(kind, block, tokens):
     model, plain_model, plain, variables = make(kind, block)
     assert size_report(variables).nbytes < 0.7 * size_report(plain).nbytes
