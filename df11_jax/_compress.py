@@ -97,12 +97,14 @@ def compress_params(
 
     Raises:
         TypeError: `params` is no container and no array, such as a model or a path; a leaf to be
-            compressed is traced; `include` or `stacked` is not a string.
+            compressed is traced; `include` or `stacked` is not a string; `threads` is not an
+            integer.
         ValueError: the leaves of a stack differ in the number of layers; a leaf to be stacked has
             no such axis; `include` or `stacked` is not a regular expression; a leaf is not divided
             evenly, or is on several devices and no mesh. Or `like` is another
             tree; a leaf has another shape or type there, is compressed and plain there, or does
-            not fit into the arrays there; or there is another argument for what `like` says.
+            not fit into the arrays there; or there is another argument for what `like` says. Or
+            `shardings` lacks keys; or `threads` is below 1.
         RuntimeError: verification failed, or an array was deleted. All errors name the leaf's
             path, in their message or in a note.
 

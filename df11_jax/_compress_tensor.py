@@ -57,11 +57,12 @@ def compress(
         `decompress` of it is `array`, bit for bit.
 
     Raises:
-        TypeError: `array` is traced, or not bfloat16; `like` is not compressed.
+        TypeError: `array` is traced, or not bfloat16; `like` is not compressed; `threads` is not
+            an integer.
         ValueError: `array` has more than 8 dimensions besides its stack axes, or fewer dimensions
             than `stack_axes`; it is on several devices and no mesh; it is of another shape than
-            `like`, is sharded otherwise, or does not fit into its arrays; or there is another
-            argument for what `like` says.
+            `like`, is sharded otherwise, or does not fit into its arrays; there is another
+            argument for what `like` says; or `threads` is below 1.
         RuntimeError: verification failed, which means broken hardware or a bug.
     """
     if like is not None:
