@@ -61,7 +61,8 @@ def test_same_parameters_and_same_bits(kind, block, tokens):
     assert_same_bits(jax.jit(model.apply)(plain, tokens), expected)
 
 
-@pytest.mark.parametrize("kind", mostly_slow(["unrolled", "scan", "unwrapped unrolled"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["unrolled", "scan", "unwrapped unrolled"])
 def test_eager(kind, tokens):
     model, plain_model, plain, variables = make(kind)
     assert_same_bits(model.apply(variables, tokens), plain_model.apply(plain, tokens))
@@ -85,6 +86,7 @@ def test_dropout_draws_the_same(kind, tokens):
     assert_same_bits(run(model, variables), run(plain_model, plain))
 
 
+@pytest.mark.slow
 @tied
 def test_other_collections_come_out(kind, tokens):
     model, plain_model, plain, variables = make(kind)
@@ -119,9 +121,8 @@ def test_other_transforms(wrap, tokens):
     )
 
 
-@pytest.mark.parametrize(
-    "options", mostly_slow([{"reverse": True}, {"unroll": 2}, {"unroll": LAYERS}])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"reverse": True}, {"unroll": 2}, {"unroll": LAYERS}])
 def test_options_of_scan(options, tokens):
     plain_model = Stack(nn.scan(Compact, **SCAN, **options))
     plain = init(PLAIN["scan"](Compact))
@@ -313,6 +314,7 @@ def test_modules_that_round_float32_parameters_themselves(tokens):
         assert_same_bits(jax.jit(Model(embed).apply)(variables, tokens), expected)
 
 
+@pytest.mark.slow
 def test_parameters_that_all_layers_share(tokens):
     options = {"variable_broadcast": "params", "split_rngs": {"params": False}, "length": 3}
     options["in_axes"] = (nn.broadcast, nn.broadcast)

@@ -61,6 +61,7 @@ def test_gradients_are_the_same_bits_and_weights_are_decoded_again(kind):
     assert all(leaf.size < WIDTH * WIDTH for leaf in stored)
 
 
+@pytest.mark.slow
 def test_gradients_of_plain_parameters_beside_compressed_ones(tokens):
     model, _, plain, variables = make("scan")
     run_again = Stack(nn.scan(nn.remat(Compact, static_argnums=(3,)), **SCAN))
@@ -119,6 +120,7 @@ class Matrices(nn.Module):
         return x + nn.Dense(WIDTH, name="down", use_bias=False, **bf16)(hidden), None
 
 
+@pytest.mark.slow
 @on_cpu
 def test_after_keeps_decodes_of_unwrapped_modules_in_the_loop(tokens):
     model, plain_model, plain, variables = make("unwrapped unrolled")

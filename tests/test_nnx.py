@@ -199,6 +199,7 @@ def test_an_abstract_model(tokens):
     assert jax.eval_shape(lambda model: model(tokens), abstract).shape == (2, 6, VOCAB)
 
 
+@pytest.mark.slow
 def test_vmap_over_models(tokens):
     @nnx.split_rngs(splits=2)
     @nnx.vmap
@@ -265,6 +266,7 @@ def test_gradients_are_the_same_bits(model_type, tokens):
     jax.tree.map(assert_same_bits, actual, expected)
 
 
+@pytest.mark.slow
 def test_an_optimizer_of_what_is_not_compressed(tokens):
     model, _ = make(Scanned)
     trained = nnx.All(nnx.Param, nnx.Not(CompressedParam))

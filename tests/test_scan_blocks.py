@@ -170,6 +170,7 @@ def test_a_carry_without_arrays(params):
         assert_same_bits(run(compressed), run(plain))
 
 
+@pytest.mark.slow
 def test_vmap_over_activations_and_over_models(params, x):
     plain, compressed = params
     xs = jnp.stack([x, 2 * x])
@@ -463,6 +464,7 @@ def test_ranges_decode_each_block_once_a_token_and_hold_one(params, x):
     assert temp_bytes(run, compressed, x) < whole + BLOCK_BYTES / 4
 
 
+@pytest.mark.slow
 def test_gradients_in_ranges_are_the_same_bits(params, x):
     def loss(x, p):
         return jnp.sum(in_ranges(p, x)[0].astype(jnp.float32))

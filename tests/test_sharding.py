@@ -359,6 +359,7 @@ def test_small_shapes(shape):
     assert_same_bits(jax.jit(lambda a: df11_jax.decompress(a[1]))(small), plain[1])
 
 
+@pytest.mark.slow
 def test_files(tmp_path):
     small = compress(sharded_params(BOTH))
     checkpoints.save(small, tmp_path / "it")

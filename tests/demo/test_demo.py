@@ -7,6 +7,7 @@ from df11_jax.cli import _commands
 from df11_jax.demo import checkpoint, run
 
 
+@pytest.mark.slow
 def test_demo_command():
     result = CliRunner().invoke(_commands.commands, ["demo", "--tokens", "20"])
     assert result.exit_code == 0, result.output

@@ -124,6 +124,7 @@ def test_rows_are_what_they_are_alone():
     assert all(len(row) == 9 for row in together)
 
 
+@pytest.mark.slow
 def test_the_length_of_the_cache_does_not_matter(llama):
     params, config = llama
     config = dataclasses.replace(config, dtype=F32)

@@ -148,6 +148,7 @@ def test_the_command_prints_text_and_what_it_took(directory, model):
     assert "(plain: " not in plain.stderr and "products" not in plain.stderr
 
 
+@pytest.mark.slow
 def test_options_of_sampling_are_passed_on(directory, model):
     options = ("--temperature", 3, "--top-k", 40, "--top-p", 0.9, "--seed", 5)
     result = run(directory, "--prompt", PROMPT, "--tokens", 12, *options)

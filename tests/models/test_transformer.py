@@ -112,6 +112,7 @@ def test_reading_in_pieces_is_reading_at_once(family):
     np.testing.assert_allclose(jnp.concatenate(out, axis=1), whole, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_longrope_has_short_factors_up_to_the_original_length():
     params, config = load("phi3")
     rope = config.rope
