@@ -261,11 +261,7 @@ class DF11Slice:
         """The dtype of the weights, bfloat16."""
         return BFLOAT16
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        raise TypeError(
-            f"{self!r} is not decompressed and copied to the host without being told to: "
-            "np.asarray(df11_jax.decompress(a))"
-        )
+    __array__ = DF11Array.__array__
 
 
 jax.export.register_pytree_node_serialization(

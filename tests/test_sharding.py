@@ -1,10 +1,7 @@
 """Sharded models stay sharded: compressed where they lie, decoded there, with the same results."""
 
 import dataclasses
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from mostly_slow import mostly_slow
 from payloads import assert_same_bits, random_weights
+from processes import run_python
 
 import df11_jax
 from df11_jax import checkpoints
@@ -389,11 +387,4 @@ for name in t.DIVISIONS:
     t.test_shards_are_compressed_and_decoded_where_they_lie(name)
     t.test_results_are_those_of_plain_weights(name)
 """
-    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", program],
-        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_python(program, devices=8)
