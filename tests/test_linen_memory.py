@@ -26,7 +26,7 @@ from linen_models import (
 )
 from mostly_slow import mostly_slow
 from payloads import assert_same_bits, count_decodes
-from test_scan_blocks import check_decodes_in_loop
+from scanned_blocks import check_decodes_in_loop
 
 from df11_jax import after, compress_params
 from df11_jax.linen import compressed, scan

@@ -1,39 +1,25 @@
 """`scan_blocks`: the same bits as the plain program, one decompressed block at a time."""
 
-import math
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from mostly_slow import mostly_slow
 from payloads import assert_same_bits, bits, count_decodes, random_weights
+from scanned_blocks import (
+    BLOCK_BYTES,
+    LAYERS,
+    TENSORS,
+    WIDTH,
+    block,
+    forward,
+    make_params,
+    on_cpu,
+    temp_bytes,
+)
 
 from df11_jax import DF11Slice, compress, decompress, scan_blocks
 from df11_jax._scan import scan_range
-
-LAYERS, WIDTH, HIDDEN = 8, 128, 512
-TENSORS = 2  # compressed, of a block
-BLOCK_BYTES = 2 * TENSORS * WIDTH * HIDDEN
-
-on_cpu = pytest.mark.skipif(
-    jax.default_backend() != "cpu", reason="counts decodes, or reads programs, of the CPU backend"
-)
-
-
-def make_params(layers=LAYERS):
-    """Plain and compressed parameters of a stack of blocks; some leaves are plain in both."""
-    plain = {
-        "mlp": {
-            "up": random_weights((layers, WIDTH, HIDDEN), 1, 0.1),
-            "down": random_weights((layers, HIDDEN, WIDTH), 2, 0.1),
-        },
-        "scale": 1 + random_weights((layers, WIDTH), 3),
-        "bias": jnp.linspace(0, 1, layers),
-    }
-    mlp = {name: compress(stack, stack_axes=1) for name, stack in plain["mlp"].items()}
-    return plain, plain | {"mlp": mlp}
 
 
 @pytest.fixture(scope="module")
@@ -51,31 +37,8 @@ def x():
     return random_weights((WIDTH,), 4, 1.0)
 
 
-def block(x, params, _):
-    hidden = jnp.tanh((x * params["scale"]) @ params["mlp"]["up"])
-    x = x + (hidden @ params["mlp"]["down"]) + params["bias"].astype(x.dtype)
-    return x.astype(jnp.bfloat16), jnp.max(x).astype(jnp.bfloat16)
-
-
-def forward(params, x):
-    return scan_blocks(block, x, params)
-
-
 def reference(params, x):
     return jax.lax.scan(lambda x, p: block(x, p, None), x, params)
-
-
-def loss(x, params, block=block):
-    x, maxima = scan_blocks(block, x, params)
-    return jnp.sum(x.astype(jnp.float32)) + jnp.sum(maxima.astype(jnp.float32))
-
-
-def generate(params, x, tokens=5):
-    return jax.lax.fori_loop(0, tokens, lambda _, x: jnp.tanh(forward(params, x)[0]), x)
-
-
-def temp_bytes(function, *args):
-    return jax.jit(function).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
 # What is computed.
@@ -215,203 +178,6 @@ def test_shard_map_over_the_batch(params, x, check_vma):
     assert_same_bits(gradient(xs, compressed), gradient(xs, plain))
 
 
-# Derivatives.
-
-
-def with_more_on_weights(x, params, _):
-    """A block that makes other arrays of the weights, which are as large."""
-    mlp = {
-        name: jax.jit(lambda w: w.T.astype(jnp.float32).reshape(4, -1))(w)
-        for name, w in params["mlp"].items()
-    }
-    mlp = {name: jnp.tanh(w).reshape(params["mlp"][name].shape[::-1]).T for name, w in mlp.items()}
-    return block(x, params | {"mlp": mlp}, None)
-
-
-def half_checkpointed(x, params, _):
-    x = jnp.tanh(x)
-    return jax.checkpoint(lambda x, p: block(x, p, None))(x, params)
-
-
-BLOCKS = {
-    "plain": block,
-    "casts": with_more_on_weights,
-    "checkpoint": jax.checkpoint(block),
-    "part in checkpoint": half_checkpointed,
-    "policy": jax.checkpoint(block, policy=jax.checkpoint_policies.everything_saveable),
-}
-
-
-def test_block_that_returns_no_pair(params, x):
-    with pytest.raises(TypeError, match="block_fn must return"):
-        scan_blocks(lambda x, weights, _: x, x, params)
-
-
-@pytest.mark.parametrize("block_fn", mostly_slow(BLOCKS.values()), ids=BLOCKS)
-def test_gradients_are_the_same_bits(params, x, block_fn):
-    plain, compressed = params
-    gradient = jax.jit(jax.grad(lambda x, p: loss(x, p, block_fn)))
-    assert_same_bits(gradient(x, compressed), gradient(x, plain))
-
-
-@pytest.mark.parametrize("block_fn", BLOCKS.values(), ids=BLOCKS)
-@on_cpu
-def test_weights_are_decoded_again_and_not_stored(params, x, block_fn):
-    _, compressed = params
-    gradient = jax.jit(jax.grad(lambda x: loss(x, compressed, block_fn)))
-    assert count_decodes(gradient, x) == 2 * LAYERS * TENSORS
-
-    def residuals(x):
-        return jax.tree.leaves(jax.vjp(lambda x: loss(x, compressed, block_fn), x)[1])
-
-    stored = [leaf for leaf in jax.eval_shape(residuals, x) if leaf.dtype != jnp.uint32]
-    assert all(leaf.size < WIDTH * HIDDEN for leaf in stored)
-
-
-def test_gradients_of_plain_leaves(params, x):
-    plain, compressed = params
-
-    def with_scale(scale, p):
-        return loss(x, p | {"scale": scale})
-
-    gradient = jax.jit(jax.grad(with_scale))
-    assert_same_bits(gradient(plain["scale"], compressed), gradient(plain["scale"], plain))
-
-
-def test_gradients_of_what_the_block_closes_over(params, x):
-    def with_adapter(adapter, p):
-        a, b = adapter
-        return loss(x, p, lambda x, p, _: block(x + (x @ a) @ b, p, None))
-
-    plain, compressed = params
-    adapter = random_weights((WIDTH, 4), 6, 0.1), random_weights((4, WIDTH), 7, 0.1)
-    gradient = jax.jit(jax.grad(with_adapter))
-    for actual, expected in zip(
-        gradient(adapter, compressed), gradient(adapter, plain), strict=True
-    ):
-        assert_same_bits(actual, expected)
-
-
-def test_forward_mode(params, x):
-    plain, compressed = params
-    run = jax.jit(lambda p: jax.jvp(lambda x: forward(p, x)[0], (x,), (jnp.ones_like(x),))[1])
-    assert_same_bits(run(compressed), run(plain))
-    second = jax.jit(lambda p: jax.jvp(jax.grad(lambda x: loss(x, p)), (x,), (x,))[1])
-    assert_same_bits(second(compressed), second(plain))
-
-
-def test_nothing_is_added_without_derivatives(params, x):
-    _, compressed = params
-    text = jax.jit(forward).lower(compressed, x).as_text()
-    assert text.count("optimization_barrier") == 1
-    assert text.count("custom_call @df11_decode") <= 1
-
-
-# When blocks are decoded, and what is in memory.
-
-
-@on_cpu
-def test_decodes_each_block_once(params, x):
-    _, compressed = params
-    assert count_decodes(jax.jit(forward), compressed, x) == LAYERS * TENSORS
-
-
-@on_cpu
-def test_decodes_each_block_once_a_token(params, x):
-    plain, compressed = params
-    assert count_decodes(jax.jit(generate), compressed, x) == 5 * LAYERS * TENSORS
-    assert_same_bits(jax.jit(generate)(compressed, x), jax.jit(generate)(plain, x))
-
-
-@on_cpu
-def test_one_layer_in_a_token_loop_is_not_decoded_in_advance(one_layer, x):
-    # XLA unrolls the inner loop, so that nothing but the carry ties the decode to the outer one.
-    plain, compressed = one_layer
-    assert count_decodes(jax.jit(generate), compressed, x) == 5 * TENSORS
-    assert_same_bits(jax.jit(generate)(compressed, x), jax.jit(generate)(plain, x))
-    check_decodes_in_loop(jax.jit(generate).lower(compressed, x).compile().as_text())
-
-
-@on_cpu
-def test_a_constant_in_the_carry_does_not_untie_decodes(one_layer, x):
-    def with_constant(carry, p, _):
-        positions, x = carry
-        x, _ = block(x + positions, p, None)
-        return (positions, x), None
-
-    def run(params, positions, x):
-        def token(_, x):
-            return scan_blocks(with_constant, (positions, x), params)[0][1]
-
-        return jax.lax.fori_loop(0, 5, token, x)
-
-    _, compressed = one_layer
-    assert count_decodes(jax.jit(run), compressed, jnp.ones_like(x), x) == 5 * TENSORS
-
-
-@on_cpu
-@pytest.mark.skipif(
-    jax.__version_info__ < (0, 10), reason="the CPU backend makes float32 copies of all operands"
-)
-@pytest.mark.parametrize("tokens", [1, 5])
-def test_memory_is_one_block(params, x, tokens):
-    def product(x, w):  # the CPU backend makes float32 copies of what `@` multiplies
-        return jnp.sum(x[:, None] * w, axis=0, dtype=jnp.float32).astype(x.dtype)
-
-    def block(x, p, _):
-        hidden = jnp.tanh(product(x * p["scale"], p["mlp"]["up"]))
-        return x + product(hidden, p["mlp"]["down"]), None
-
-    def run(p, x):
-        return jax.lax.fori_loop(0, tokens, lambda _, x: scan_blocks(block, x, p)[0], x)
-
-    _, compressed = params
-    activations = 4 * (WIDTH + HIDDEN)
-    assert temp_bytes(run, compressed, x) <= 1.15 * BLOCK_BYTES + activations
-
-
-@on_cpu
-def test_memory_of_the_backward_pass_is_one_block(params, x):
-    _, compressed = params
-    float32_copies = 2 * 4 * WIDTH * HIDDEN  # of both weights, as above
-    activations = LAYERS * 8 * (WIDTH + HIDDEN)
-    gradient = jax.grad(lambda x, p: loss(x, p))
-    assert temp_bytes(gradient, x, compressed) <= 1.15 * BLOCK_BYTES + float32_copies + activations
-
-
-def instructions(text):
-    """(computation, shape, opcode, line) of each instruction of an HLO module."""
-    computation = ""
-    for line in text.splitlines():
-        if match := re.match(r"(?:ENTRY )?(%[\w.\-]+) \(.*\{$", line):
-            computation = match[1]
-        elif match := re.match(r"\s+(?:ROOT )?%[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(", line):
-            yield computation, match[1], match[2], line
-
-
-def check_decodes_in_loop(text):
-    """There is one call, in the body of a loop, and payloads reach it without being touched."""
-    program = list(instructions(text))
-    bodies = {name for *_, line in program for name in re.findall(r"body=(%[\w.\-]+)", line)}
-    calls = [c for c, _, op, line in program if op == "custom-call" and "df11_decode" in line]
-    assert len(calls) == 1
-    assert calls[0] in bodies
-    passing_on = {"parameter", "get-tuple-element", "tuple", "while", "bitcast", "constant"}
-    for _, shape, opcode, line in program:
-        if shape.startswith("u32["):
-            words = math.prod(
-                map(int, filter(None, re.match(r"u32\[(.*?)\]", shape)[1].split(",")))
-            )
-            assert words < 100 or opcode in passing_on, line
-
-
-@on_cpu
-def test_program_neither_slices_nor_copies_payloads(params, x):
-    _, compressed = params
-    for function in (forward, generate):
-        check_decodes_in_loop(jax.jit(function).lower(compressed, x).compile().as_text())
-
-
 # Parts of a stack.
 
 
@@ -508,3 +274,8 @@ def test_errors_about_stack_axes(params, x):
 def test_nothing_to_scan_over(x):
     with pytest.raises(ValueError, match="nothing to scan over"):
         scan_blocks(block, x, {})
+
+
+def test_block_that_returns_no_pair(params, x):
+    with pytest.raises(TypeError, match="block_fn must return"):
+        scan_blocks(lambda x, weights, _: x, x, params)
