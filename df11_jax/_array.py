@@ -17,7 +17,7 @@ from df11_jax._array_operators import ArrayOperators
 from df11_jax._host_arrays import BFLOAT16
 from df11_jax._layout import Layout
 from df11_jax._reads import read
-from df11_jax._slices import decode_stacks
+from df11_jax._slices import decode_slices, decode_stacks
 
 
 @jax.tree_util.register_dataclass
@@ -234,7 +234,7 @@ jax.export.register_pytree_node_serialization(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class DF11Slice:
+class DF11Slice(ArrayOperators):
     """One slice of a compressed stack, or several, which are not taken out of it.
 
     `decompress`, and `dot` for one slice, read it where it lies: XLA copies no part of the stack
@@ -242,6 +242,8 @@ class DF11Slice:
     choose. Where an array of indices has an element -1, nothing is decompressed, and the weights
     there are not specified: so as many slices as are wanted fit in an array of a static size. An
     index that is known before the program runs is checked; a computed one is clamped to the stack.
+
+    Where JAX wants an array, it is decompressed, each time anew, as a `DF11Array` is.
 
     Attributes:
         stack: the stack; several stack axes count as one.
@@ -260,6 +262,14 @@ class DF11Slice:
     def dtype(self) -> np.dtype:
         """The dtype of the weights, bfloat16."""
         return BFLOAT16
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes, those of the index included."""
+        return len(self.shape)
+
+    def __jax_array__(self) -> BFloat16[Array, "..."]:
+        return decode_slices([self.stack], self.index, names=["tensor"])[0]
 
     __array__ = DF11Array.__array__
 

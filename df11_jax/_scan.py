@@ -44,8 +44,8 @@ def scan_blocks(
             scanned over as usual.
         xs: further arrays to scan over, such as key-value caches; None for nothing.
         reverse: begin with the last block, as `jax.lax.scan` does.
-        lazy: pass compressed weights to `block_fn` as a `DF11Slice` each, for it to `dot` or to
-            `decompress` them.
+        lazy: pass compressed weights to `block_fn` as a `DF11Slice` each, for it to `dot`; what
+            else it does with them decompresses them there, each time anew.
 
     Returns:
         The last carry, and the stacked `y`. Like `jax.lax.scan`, the carry that came in if the

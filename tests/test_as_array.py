@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 from payloads import assert_same_bits, count_decodes, random_weights
 
-from df11_jax import DF11Array, DF11Slice, compress
+from df11_jax import DF11Array, DF11Slice, compress, decompress, scan_blocks
 
 WEIGHTS = random_weights((64, 128))
 X = random_weights((3, 64), seed=1, scale=1.0)
@@ -62,22 +62,45 @@ def stack():
     return compress(random_weights((2, 64, 64)), stack_axes=1)
 
 
+def assert_same(result, expected):
+    """The same bits, of any dtype."""
+    assert result.dtype == expected.dtype
+    bits = f"u{expected.dtype.itemsize}"
+    np.testing.assert_array_equal(np.asarray(result).view(bits), np.asarray(expected).view(bits))
+
+
 @pytest.mark.parametrize("name", USES)
 def test_gives_what_the_tensor_gives(name, small):
     use = USES[name]
     for transform in (lambda f: f, jax.jit):
-        result, expected = transform(use)(small, X), transform(use)(jnp.asarray(WEIGHTS), X)
-        assert result.dtype == expected.dtype
-        bits = f"u{expected.dtype.itemsize}"
-        np.testing.assert_array_equal(
-            np.asarray(result).view(bits), np.asarray(expected).view(bits)
-        )
+        assert_same(transform(use)(small, X), transform(use)(jnp.asarray(WEIGHTS), X))
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="counts decodes of the CPU handler")
 def test_is_decoded_where_it_is_used(small):
     assert count_decodes(jax.jit(lambda a, x: x @ a), small, X) == 1
     assert count_decodes(jax.jit(lambda a, x: (a.shape, a.dtype, x)[-1]), small, X) == 0
+
+
+@pytest.mark.parametrize("name", ["left", "right", "numpy on the left", "einsum", "T", "astype"])
+def test_a_slice_gives_what_its_tensor_gives(name):
+    weights = jnp.stack([WEIGHTS, WEIGHTS[::-1]])
+    stack, use = compress(weights, stack_axes=1), USES[name]
+
+    def each(x, a, _):
+        assert (a.shape, a.ndim, a.dtype) == ((64, 128), 2, jnp.bfloat16)
+        return x, use(a, x)
+
+    def run(stack):
+        return scan_blocks(each, X, stack, lazy=True)[1]
+
+    for transform in (lambda f: f, jax.jit):
+        assert_same(transform(run)(stack), transform(run)(weights))
+
+
+def test_several_slices_give_what_their_tensors_give(stack):
+    index = jnp.array([1, 0, 1])
+    assert_same_bits(DF11Slice(stack, index) + 1, decompress(stack)[index] + 1)
 
 
 def test_under_transformations(small, stack):
