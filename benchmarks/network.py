@@ -4,6 +4,8 @@ import math
 import re
 from collections.abc import Iterator
 
+import numpy as np
+
 _ITEM_BYTES = {"f32": 4, "u32": 4, "s32": 4, "bf16": 2, "u16": 2, "pred": 1}
 _OPERATION = re.compile(r"= (.*?) (all-reduce|all-gather|collective-permute)(-start)?\(")
 # What is sent of an array by each of `n` devices in a ring, in arrays.
@@ -60,11 +62,38 @@ def _sent(line: str, host_of) -> Iterator[tuple[int, float]]:
         _ITEM_BYTES[dtype] * math.prod(map(int, filter(None, shape.split(","))))
         for dtype, shape in arrays
     )
-    groups = re.search(r"(?:replica_groups|source_target_pairs)=\{\{(.*?)\}\}", line)[1]
-    for group in groups.split("},{"):
-        hosts = [host_of(int(device)) for device in group.split(",")]
+    for group in _groups(line):
+        hosts = [host_of(device) for device in group]
         if len(set(hosts)) > 1:
             if kind == "collective-permute":
                 yield hosts[0], nbytes
             else:
                 yield from ((host, _RING[kind](len(hosts)) * nbytes) for host in set(hosts))
+
+
+def _groups(line: str) -> list[list[int]]:
+    """The devices that exchange something with each other, in any of the ways that XLA prints.
+
+    Raises:
+        ValueError: it is another way.
+    """
+    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{\{(.*?)\}\}", line):
+        return [_integers(group) for group in found[1].split("},{")]
+    # `[groups,devices]<=[shape]T(axes)`: the devices in order, in that shape and transposed.
+    if found := re.search(r"replica_groups=\[(\S+?)\]<=\[(\S+?)\](?:T\((\S+?)\))?[, ]", line):
+        shape, from_shape = _integers(found[1]), _integers(found[2])
+        axes = _integers(found[3]) if found[3] else range(len(from_shape))
+        devices = np.arange(math.prod(shape)).reshape(from_shape)
+        return devices.transpose(axes).reshape(shape).tolist()
+    # `mesh['x'=2,'y'=4] {'x'}`: those along these axes of a mesh of all devices in order.
+    if found := re.search(r"replica_groups=mesh\[('[^\]]*)\] \{((?:'\w+',?)+)\}[, ]", line):
+        mesh = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        along = [list(mesh).index(axis) for axis in re.findall(r"'(\w+)'", found[2])]
+        devices = np.arange(math.prod(mesh.values())).reshape(tuple(mesh.values()))
+        size = math.prod(devices.shape[axis] for axis in along)
+        return np.moveaxis(devices, along, range(-len(along), 0)).reshape(-1, size).tolist()
+    raise ValueError(f"unknown groups of devices in {line.strip()}")
+
+
+def _integers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]

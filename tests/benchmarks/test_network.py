@@ -47,3 +47,25 @@ def test_bytes_are_those_of_rings(program):
 
 def test_one_host_sends_nothing(program):
     assert network.bytes_sent(program, 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("replica_groups={{0,4},{1,5}}", [[0, 4], [1, 5]]),
+        ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
+        ("replica_groups=[2,4]<=[8]", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("replica_groups=mesh['all'=4] {'all'}", [[0, 1, 2, 3]]),
+        ("replica_groups=mesh['x'=2,'y'=3] {'x'}", [[0, 3], [1, 4], [2, 5]]),
+        ("replica_groups=mesh['x'=2,'y'=3] {'y'}", [[0, 1, 2], [3, 4, 5]]),
+        ("replica_groups=mesh['x'=2,'y'=2] {'y','x'}", [[0, 2, 1, 3]]),
+    ],
+)
+def test_groups_in_all_forms(text, groups):
+    assert network._groups(f"  %a = f32[2]{{0}} all-gather(%b), {text}, dimensions={{0}}") == groups
+
+
+def test_unknown_groups_are_an_error():
+    with pytest.raises(ValueError, match="unknown groups"):
+        network._groups("replica_groups=mesh['x'=4] {'x':(1)2}, dimensions={0}")
