@@ -66,9 +66,10 @@ def compress_params(
         params: a pytree of arrays, such as Flax parameters.
         like: the same tree of another checkpoint, compressed; its arrays may be shapes
             (`jax.ShapeDtypeStruct`). A leaf is compressed if it is compressed there, even if that
-            makes it larger, and then has arrays of the same shapes; all others stay plain. So the
-            next four arguments are left out. Where arrays are, `params` says, or `shardings`.
-            Leaves of `params` that are compressed already are only made longer or shorter.
+            makes it larger, and then has arrays of the same shapes; all others stay plain. So
+            `include`, `stacked`, `stack_axis`, `predicate` and `min_size` are left out. Where
+            arrays are, `params` says, or `shardings`. Leaves of `params` that are compressed
+            already are only made longer or shorter.
         shardings: where the leaves are to be, before a stack axis is moved: a sharding or device
             for all, or a tree of them, as for `jax.device_put`; None for where they are. Leaves on
             the host, or elsewhere, are cut on the host, so that no device gets any weights that

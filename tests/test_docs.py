@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +60,19 @@ def test_commands_exist(page):
         check_command(command)
 
 
+@pytest.mark.slow
+def test_pytest_finds_tests():
+    """Of what a command names, its options and those of pyproject.toml leave something."""
+    lines = {line for page in PAGES for line in commands(page.read_text())}
+    lines = {line for line in lines if line.startswith("pytest ") and "tests/" in line}
+    assert lines
+    for line in sorted(lines):
+        arguments = [*shlex.split(line, comments=True)[1:], "-n", "0", "--collect-only", "-q"]
+        run = [sys.executable, "-P", "-m", "pytest", *arguments]
+        result = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0, f"{line}: {result.stdout}"
+
+
 @pages
 def test_linked_files_exist(page):
     # Within docs/, Sphinx checks links, and those to headings as well.
@@ -95,7 +110,7 @@ def commands(text: str) -> Iterator[str]:
     for block in blocks:
         for line in block.replace("\\\n", " ").splitlines():
             yield from (part.strip() for part in line.split(" && "))
-    yield from re.findall(r"`(df11-jax \w+[^`]*)`", FENCE.sub("", text))
+    yield from re.findall(r"`((?:df11-jax|pytest) [^`]*)`", FENCE.sub("", text))
 
 
 def check_command(line: str) -> None:

@@ -21,8 +21,9 @@ from df11_jax.cli._output import show_progress
 def decompress(source: Path, target: Path, **published: Path | None) -> None:
     """Decompress the checkpoint SRC to the new directory DST, as other programs read it.
 
-    SRC is a native or published checkpoint. What comes out are safetensors files, bit for bit what
-    was compressed. If SRC is a file, DST may be one as well, OUT.safetensors.
+    SRC is a native or published checkpoint, or a folder of Orbax. What comes out are safetensors
+    files, bit for bit what was compressed. If SRC is a file, DST may be one as well,
+    OUT.safetensors.
 
     If this is interrupted, the same command goes on from there.
     """

@@ -11,16 +11,21 @@ from jaxtyping import PyTree
 from df11_jax._compress import compress_params
 from df11_jax._select import Selection
 
+# Arguments of `compress_params` that make no sense here, and what to do.
+_REFUSED = {
+    "like": "which needs a whole tree: call compress_params first, or restore with a target that "
+    "is compressed",
+    "shardings": "but what is saved stays where it is, and what is restored goes where the leaves "
+    "of the target are",
+}
+
 
 def _check_options(caller: str, compress: Mapping[str, Any] | None) -> None:
     """Raises TypeError or ValueError for what are no arguments of `compress_params`."""
-    known = inspect.signature(compress_params).parameters.keys() - {"params", "like"}
+    known = inspect.signature(compress_params).parameters.keys() - {"params", *_REFUSED}
     for name in compress or ():
-        if name == "like":
-            raise TypeError(
-                f"{caller}: compress has 'like', which needs a whole tree: call compress_params "
-                "first, or restore with a target that is compressed"
-            )
+        if name in _REFUSED:
+            raise TypeError(f"{caller}: compress has {name!r}, {_REFUSED[name]}")
         if name not in known:
             raise TypeError(
                 f"{caller}: compress has {name!r}, and compress_params no such argument; it has "
@@ -35,11 +40,11 @@ class DF11Save(ocp.args.CheckpointArgs):
 
     Attributes:
         item: a pytree of parameters, compressed or not.
-        compress: arguments of `compress_params`, such as `{"stacked": "^layers/"}`, or `{}`, to
-            compress plain parameters while they are saved; None to save them as they are.
-            Compression happens leaf by leaf on the host, while the call to save blocks. Leaves that
-            are sharded over several processes are gathered for it. `"stack_axis": 1` brings the
-            stack axis to the front, that of plain stacks as well.
+        compress: arguments of `compress_params`, but for `like` and `shardings`, such as
+            `{"stacked": "^layers/"}`, or `{}`, to compress plain parameters while they are saved;
+            None to save them as they are. Compression happens leaf by leaf on the host, while the
+            call to save blocks. Leaves that are sharded over several processes are gathered for it.
+            `"stack_axis": 1` brings the stack axis to the front, that of plain stacks as well.
         custom_metadata: JSON to be stored with the item; see `ocp.args.PyTreeSave`.
     """
 
@@ -65,11 +70,12 @@ class DF11Restore(ocp.args.CheckpointArgs):
         item: the target: a pytree whose leaves are arrays, `jax.ShapeDtypeStruct`s, or
             `DF11Array`s of these. A stored leaf is decompressed where the target has an array, and
             compressed where it has a `DF11Array`.
-        compress: arguments of `compress_params`, such as `{"stacked": "^layers/"}`, or `{}`, to
-            compress plain leaves as they are read, a few at a time; None to leave them as they are.
-            This works with plain checkpoints of Orbax, too. `"stack_axis": 1` brings the stack axis
-            to the front as leaves are read; a target then has plain leaves, shaped as stored. Of a
-            train state, the optimizer's state, below `opt_state`, stays as it is.
+        compress: arguments of `compress_params`, but for `like` and `shardings`, such as
+            `{"stacked": "^layers/"}`, or `{}`, to compress plain leaves as they are read, a few at
+            a time; None to leave them as they are. This works with plain checkpoints of Orbax, too,
+            which otherwise are refused. `"stack_axis": 1` brings the stack axis to the front as
+            leaves are read; a target then has plain leaves, shaped as stored. Of a train state, the
+            optimizer's state, below `opt_state`, stays as it is.
         decompress: whether to decompress all leaves as they are read, a few at a time.
         verify: whether to check the checksum of each leaf.
         partial_restore: whether to restore only the leaves that are in the target.

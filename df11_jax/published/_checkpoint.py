@@ -77,8 +77,8 @@ class Checkpoint(FolderSource):
                 in the directory, it is used.
             shapes: the shapes of the compressed tensors, by name, or the original model (its
                 safetensors file, index, or directory), whose headers have them. Needed unless
-                config.json is that of a model type that this library knows: llama, mistral, qwen2,
-                qwen3, gemma2, gemma3.
+                config.json is that of a model type that this library knows: llama, mistral,
+                ministral, ministral3, phi3, qwen2, qwen3, glm, glm4, gemma2, gemma3.
             pattern_dict: the tensors that each unit consists of; see `df11_jax.published.write`.
                 Needed if config.json does not have it, and a unit has several tensors.
 

@@ -22,7 +22,7 @@ def test_two_processes_print_what_one_does(tmp_path):
     processes = [
         start_python(program, "generate", *arguments, *together, i, devices=2) for i in range(2)
     ]
-    results = [process.communicate(timeout=300) for process in processes]
+    results = [process.communicate(timeout=600) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], results
     (output, said), (silent, nothing) = results
     # Gloo says on the standard output that it is connected.

@@ -41,7 +41,7 @@ import test_processes
 """
 
 
-def start(program, path, count, devices, timeout=300):
+def start(program, path, count, devices, timeout=600):
     port = find_port()
     return [
         start_python(START + program, port, count, i, timeout, path, devices=devices)
@@ -236,7 +236,7 @@ model.generate(["It is"], tokens=400, callback=die)
 print("complete")
 """
     processes = start(program, one[0], 2, 2, timeout=10)
-    outputs = [process.communicate(timeout=300) for process in processes]
+    outputs = [process.communicate(timeout=600) for process in processes]
     assert all(process.returncode for process in processes)
     output, error = outputs[1 - dying]
     assert "complete" not in output and "another task died" in error

@@ -115,6 +115,8 @@ def test_what_are_no_arguments(made):
         made({"stakced": "^layers/"})
     with pytest.raises(TypeError, match="compress has 'like', which needs a whole tree"):
         made({"like": {}})
+    with pytest.raises(TypeError, match="compress has 'shardings', but what is saved stays"):
+        made({"shardings": None})
     with pytest.raises(ValueError, match="is not a regular expression"):
         made({"stacked": "("})
 

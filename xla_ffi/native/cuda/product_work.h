@@ -103,7 +103,7 @@ DF11_HD constexpr int most_product_warps(int tiles) {
 // Dynamic shared memory begins at this address or before.
 inline constexpr uint32_t kMostSharedBase = 1024;
 
-// Words of a record of `steps` steps that are usual: 2.97 bits a pair of exponents or less.
+// Words of a record of `steps` steps that are usual: 2.97 bits an exponent or less.
 inline uint32_t usual_record_words(int steps) { return steps == 8 ? 760 : steps == 4 ? 392 : 208; }
 // Words that a lane may read behind a record: its codes, if they are damaged, and three words
 // ahead.
