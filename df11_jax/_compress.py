@@ -312,9 +312,12 @@ def align_layers(paths: Sequence[str], leaves: list[Any]) -> None:
     groups: dict[Any, Any] = {}  # a group for each kind and each leaf; joined ones lead to another
 
     def find(key: Any) -> Any:
-        while (parent := groups.setdefault(key, key)) != key:
-            key = parent
-        return key
+        root = key
+        while (parent := groups.setdefault(root, root)) != root:
+            root = parent
+        while (parent := groups[key]) != root:  # a model may have tens of thousands of leaves
+            groups[key], key = root, parent
+        return root
 
     places: dict[Any, list[int]] = {}  # of each leaf, by its identity
     for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):

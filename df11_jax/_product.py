@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int32
 from df11_jax import _ffi, _layout
 from df11_jax._array import DF11Array, DF11Slice
 from df11_jax._layout import Layout, View
+from df11_jax._leaves import is_array
 from df11_jax._slices import check_index, decode_slices
 
 # As many rows of x as the kernel takes. With 32, the products of a Llama-3.1-8B block take an H200
@@ -29,7 +30,7 @@ _MATRICES_PER_CALL = 4
 # xla_ffi/native/cuda/product.h.
 _ITEMS = 28 * 132
 
-Matrix = DF11Array | DF11Slice
+Matrix = DF11Array | DF11Slice | Array
 
 
 def dot(
@@ -40,6 +41,9 @@ def dot(
     exact: bool = False,
 ) -> Any:
     """Multiplies with a compressed matrix: `x @ W`, or `x @ E.T` if its pairs are along columns.
+
+    A matrix that is not compressed is multiplied by XLA, `x @ W`: of the leaves of one model, some
+    may have stayed plain.
 
     A sharded matrix is decoded where its shards are, and XLA multiplies. In a `jax.shard_map`, the
     product is that of the shards, and can be fused.
@@ -55,7 +59,8 @@ def dot(
     Args:
         x: the rows to multiply. Only bfloat16 ones are multiplied by the fused product.
         a: a compressed matrix without stack axes, or a slice of a stack; or several of these,
-            which are read by one call. See `compress` for the axes that are rows.
+            which are read by one call. See `compress` for the axes that are rows. Of an array, all
+            axes but the last are.
         preferred_element_type: bfloat16 or float32, the type of the result; None for the type of
             `x` and the weights together.
         exact: decode first, and use XLA's product: the results are those of plain weights. (So do
@@ -66,12 +71,12 @@ def dot(
 
     Raises:
         IndexError: `a` is a slice at an index, known before the program runs, that the stack lacks.
-        TypeError: `a` is not compressed, or `preferred_element_type` another type.
+        TypeError: `a` is no matrix, or `preferred_element_type` another type.
         ValueError: `a` is a stack, consists of several matrices, or does not fit `x`.
     """
-    if isinstance(a, DF11Array | DF11Slice):
-        return _dot_all(x, [a], preferred_element_type, exact)[0]
-    return _dot_all(x, list(a), preferred_element_type, exact)
+    if isinstance(a, Sequence):
+        return _dot_all(x, a, preferred_element_type, exact)
+    return _dot_all(x, [a], preferred_element_type, exact)[0]
 
 
 def can_fuse(stack: DF11Array, rows: int) -> bool:
@@ -101,7 +106,7 @@ class _Call(NamedTuple):
     is_fused: bool
 
 
-def _dot_all(x: Array, matrices: list[Matrix], out_type: Any, exact: bool) -> list[Array]:
+def _dot_all(x: Array, matrices: Sequence[Matrix], out_type: Any, exact: bool) -> list[Array]:
     x = jnp.asarray(x)
     out_dtype = np.dtype(out_type or jnp.promote_types(x.dtype, jnp.bfloat16))
     has_kernel = x.dtype == jnp.bfloat16 and out_dtype in _FUSED_TYPES
@@ -112,13 +117,14 @@ def _dot_all(x: Array, matrices: list[Matrix], out_type: Any, exact: bool) -> li
     if not matrices:
         return []
     first = jnp.int32(0)
-    slices = [_as_slice(matrix, i, first) for i, matrix in enumerate(matrices)]
-    for i, a in enumerate(slices):
-        k, _ = _matrix_shape(a.stack)
+    operands = [_as_operand(matrix, i, first) for i, matrix in enumerate(matrices)]
+    for i, a in enumerate(operands):
+        k = _matrix_shape(a.stack)[0] if isinstance(a, DF11Slice) else a.shape[0]
         if x.ndim < 1 or x.shape[-1] != k:
             raise ValueError(
-                f"dot: x has shape {x.shape}, expected [..., {k}] for matrix {i}, {a.stack!r}"
+                f"dot: x has shape {x.shape}, expected [..., {k}] for matrix {i} of shape {a.shape}"
             )
+    slices = [a for a in operands if isinstance(a, DF11Slice)]
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     results: list[Array] = []
     # A launch reads matrices of one stack index; others have launches of their own.
@@ -135,10 +141,13 @@ def _dot_all(x: Array, matrices: list[Matrix], out_type: Any, exact: bool) -> li
             for leaf in a.stack.payload
         ]
         results += _product(call, rows, run[0].index, *payloads)
+    for i, a in enumerate(operands):
+        if not isinstance(a, DF11Slice):
+            results.insert(i, jnp.dot(rows, a, preferred_element_type=out_type))
     return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in results]
 
 
-def _as_slice(matrix: Matrix, i: int, index: Int32[Array, ""]) -> DF11Slice:
+def _as_operand(matrix: Matrix, i: int, index: Int32[Array, ""]) -> DF11Slice | Float[Array, "k n"]:
     if isinstance(matrix, DF11Slice):
         if shape := np.shape(matrix.index):
             raise ValueError(
@@ -153,7 +162,14 @@ def _as_slice(matrix: Matrix, i: int, index: Int32[Array, ""]) -> DF11Slice:
                 f"dot: matrix {i} is a stack, {matrix!r}: take a slice of it, or scan over it"
             )
         return DF11Slice(matrix, index)
-    raise TypeError(f"dot: expected a DF11Array, got {type(matrix).__name__}")
+    if is_array(matrix):
+        if matrix.ndim < 2:
+            raise ValueError(f"dot: matrix {i} is an array of shape {matrix.shape}")
+        return matrix.reshape(math.prod(matrix.shape[:-1]), matrix.shape[-1])
+    raise TypeError(
+        f"dot: matrix {i}: expected a DF11Array, a DF11Slice or an array, got "
+        f"{type(matrix).__name__}"
+    )
 
 
 def _runs(slices: Sequence[DF11Slice]) -> list[tuple[int, int]]:

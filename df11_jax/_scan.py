@@ -172,11 +172,15 @@ def _common_length(stack: _Stack, xs: PyTree) -> int:
     for name, leaf in zip(stack.names, stack.leaves, strict=True):
         where = f"stacked_params: {name}"
         if isinstance(leaf, DF11Array) and len(leaf.stack_shape) != 1:
+            instead = (
+                "jax.lax.scan over the others, with a scan_blocks inside, gives it stacks of one"
+                if leaf.stack_shape
+                else "compress_params(..., stacked=...), with a regular expression that is found "
+                "in the path, makes one of a leaf that is stacked"
+            )
             raise ValueError(
                 f"{where}: expected a DF11Array with exactly one stack axis, the blocks, got "
-                f"{len(leaf.stack_shape)} of shape {leaf.stack_shape}: {leaf!r}. "
-                "compress_params(..., stacked=...), with a regular expression that is found in "
-                "the path, makes one of a leaf that is stacked"
+                f"{len(leaf.stack_shape)} of shape {leaf.stack_shape}: {leaf!r}. {instead}"
             )
         found.append((where, _shape(where, leaf)))
     for path, leaf in jax.tree.leaves_with_path(xs):

@@ -50,6 +50,21 @@ def test_rows_may_be_several_axes():
     )
 
 
+@pytest.mark.parametrize("out", [None, jnp.float32])
+def test_some_may_be_plain(weights, out):
+    x, a = rows(4), df11_jax.compress(weights)
+    wide, small = random_weights((K, 4, 64), seed=1), weights[:, :4].astype(jnp.float32)
+    actual = df11_jax.dot(
+        x, [small, a, weights, a, wide.reshape(3, 64, N)], preferred_element_type=out
+    )
+    matrices = [small, weights, weights, weights, wide.reshape(K, N)]
+    for y, matrix in zip(actual, matrices, strict=True):
+        expected = jnp.dot(x, matrix, preferred_element_type=out)
+        assert y.dtype == expected.dtype
+        np.testing.assert_array_equal(y, expected)
+    assert_same_bits(df11_jax.dot(x, weights), x @ weights)
+
+
 def test_other_rows_than_bfloat16(weights):
     x = rows(4).astype(jnp.float32)
     np.testing.assert_array_equal(
@@ -203,8 +218,15 @@ def test_what_cannot_be_multiplied(weights):
         df11_jax.dot(rows(2, 191), a)
     with pytest.raises(TypeError, match="has to be bfloat16 or float32, got float16"):
         df11_jax.dot(rows(2), a, preferred_element_type=jnp.float16)
-    with pytest.raises(TypeError, match="expected a DF11Array, got"):
-        df11_jax.dot(rows(2), weights)
+    for wrong in ([a, "a"], [a, None]):
+        with pytest.raises(TypeError, match=r"matrix 1: expected a DF11Array, .* got"):
+            df11_jax.dot(rows(2), wrong)
+    with pytest.raises(TypeError, match=r"matrix 0: expected .* got NoneType"):
+        df11_jax.dot(rows(2), None)
+    with pytest.raises(ValueError, match=r"matrix 0 is an array of shape \(192,\)$"):
+        df11_jax.dot(rows(2), weights[:, 0])
+    with pytest.raises(ValueError, match=r"expected \[\.\.\., 96\] for matrix 1 of shape"):
+        df11_jax.dot(rows(2), [a, weights[:96]])
     with pytest.raises(ValueError, match="is a stack"):
         df11_jax.dot(rows(2), df11_jax.compress(weights[None], stack_axes=1))
     several = df11_jax.DF11Slice(df11_jax.compress(weights[None], stack_axes=1), jnp.zeros(2, int))

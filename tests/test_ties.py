@@ -1,5 +1,7 @@
 """Tied leaves, one array at several paths, are compressed, decoded and counted once."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -165,6 +167,28 @@ def test_layers_stay_tied():
     assert len({array.exponents.shape for array in aligned[:7]}) == 1
     for array, (_, before) in zip(aligned[:7], named, strict=False):
         assert_same_bits(df11_jax.decompress(array), df11_jax.decompress(before))
+
+
+def test_work_grows_as_the_leaves_do():
+    """Not as their squares: a mixture of experts that is not stacked has tens of thousands."""
+    small = df11_jax.compress(host())
+
+    def calls(count):
+        leaves = [jax.tree.map(np.array, small) for _ in range(count)]
+        made = 0
+
+        def trace(frame, event, argument):
+            nonlocal made
+            made += event.endswith("call")
+
+        sys.setprofile(trace)
+        try:
+            align_layers([f"experts/{i}" for i in range(count)], leaves)
+        finally:
+            sys.setprofile(None)
+        return made
+
+    assert calls(400) < 4.5 * calls(100)
 
 
 def test_layers_of_other_kinds_keep_their_length():

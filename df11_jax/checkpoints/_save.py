@@ -59,16 +59,13 @@ def save(
         FileExistsError: the directory is not empty, and is not to be replaced or holds anything
             but a native checkpoint.
         OSError: writing failed.
-        ValueError: a key contains `/` or `:` or is of another type, a container is not a dict,
-            there is no name for a leaf's dtype, a leaf is spread over several processes (which
-            `df11_jax.orbax` saves), or a leaf could not be loaded again, since it is
-            corrupt or is an empty stack; the message names it.
+        ValueError: a key contains `/` or `:` or is of another type, a container is not a dict, a
+            leaf is neither an array nor a number, there is no name for its dtype, it is spread over
+            several processes (which `df11_jax.orbax` saves), or it could not be loaded again, since
+            it is corrupt or is an empty stack; the message names it.
     """
     leaves, structure = flatten(params)
-    leaves = {
-        name: leaf if hasattr(leaf, "nbytes") else jnp.asarray(leaf)
-        for name, leaf in leaves.items()
-    }
+    leaves = {name: _as_array(name, leaf) for name, leaf in leaves.items()}
     if any(structure) and not leaves:
         raise ValueError("there is no array in it, so that there is nothing to save")
     for name in itertools.chain(*structure):
@@ -99,7 +96,11 @@ def save(
         if overwrite and path.is_dir() and any(path.iterdir()) and not (path / JOURNAL).exists():
             _check_is_replaceable(path)
             path = stack.enter_context(new_directory(path))
-        stack.enter_context(incomplete(path, job))
+        try:
+            stack.enter_context(incomplete(path, job))
+        except FileExistsError as error:
+            error.add_note("df11_jax: overwrite=True replaces a whole native checkpoint")
+            raise
         # Shards that an interrupted run has left may hold other parameters.
         for file in path.glob("model-*-of-*.safetensors"):
             file.unlink()
@@ -109,6 +110,17 @@ def save(
             _write_leaves(file, {name: leaves[name] for name in names}, structure)
             structure = Structure()  # that of the whole tree, which one file has
         write_index(path / INDEX, shards, checksums=True)
+
+
+def _as_array(name: str, leaf: Any) -> Any:
+    if hasattr(leaf, "nbytes"):
+        return leaf
+    if not isinstance(leaf, int | float | complex):
+        raise ValueError(
+            f"{name}: expected an array or a number, got {type(leaf).__name__}, which safetensors "
+            "files cannot hold"
+        )
+    return jnp.asarray(leaf)
 
 
 def _check_is_replaceable(path: Path) -> None:

@@ -72,6 +72,7 @@ def test_trees_come_back_or_are_refused(tmp_path, tree, directory):
         ({"__metadata__": jnp.zeros(1)}, "__metadata__: safetensors files cannot hold a tensor"),
         ({"a": {"\ud800": jnp.zeros(1)}}, r"'a/\\ud800': is no Unicode text"),
         ({"w" * 1001: jnp.zeros(1)}, "a name of 1,001 characters, expected up to 1,000"),
+        ({"a": {"b": "llama"}}, "a/b: expected an array or a number, got str"),
         ({"a": {"b": None}}, "there is no array in it"),
         ({"a": jnp.zeros(1), "b": [jnp.zeros(1)]}, "b/0: only nested dicts can be saved"),
         ({"a": {(1, 2): jnp.zeros(1)}}, "only nested dicts can be saved"),
@@ -173,8 +174,11 @@ def test_overwriting_a_directory(tmp_path):
         checkpoints.save(tree, path, max_shard_size=40, overwrite=True)
         assert as_bits(checkpoints.load(path)) == as_bits(tree)
     before = as_bits(checkpoints.load(path))
-    with pytest.raises(FileExistsError, match="exists already, and is not empty"):
+    with pytest.raises(FileExistsError, match="exists already, and is not empty") as refused:
         checkpoints.save(tree, path)
+    assert refused.value.__notes__ == [
+        "df11_jax: overwrite=True replaces a whole native checkpoint"
+    ]
     with pytest.raises(ValueError, match="w: is corrupt"):
         checkpoints.save({"a": np.zeros(9), "w": corrupt(LEAVES[1])}, path, overwrite=True)
     assert as_bits(checkpoints.load(path)) == before
