@@ -21,6 +21,9 @@ EXPORT_SAFETY_CHECKS = tuple(
     for target in (_ffi.DECODE_TARGET, _ffi.PUBLISHED_DECODE_TARGET, _ffi.PRODUCT_TARGET)
 )
 
+# XLA takes more than twice as long to compile a call of twice as many tensors.
+_MOST_IN_A_CALL = 128
+
 
 def decompress(a: DF11Array | DF11Slice | Array) -> Array:
     """Decompresses one tensor, a whole stack, or slices of a stack.
@@ -58,9 +61,9 @@ def decompress_params(params: PyTree) -> PyTree:
     """Decompresses all compressed leaves of a pytree.
 
     Leaves with the same stack axes (all leaves of a transformer block, say) are decoded together,
-    by one call, and so are slices of stacks at the same index. A tied leaf, which is at several
-    paths, is decoded once and stays tied. Inside of a jitted function, which takes each path as an
-    argument of its own, its arguments are not tied.
+    by one call for up to 128 of them, and so are slices of stacks at the same index. A tied leaf,
+    which is at several paths, is decoded once and stays tied. Inside of a jitted function, which
+    takes each path as an argument of its own, its arguments are not tied.
 
     Args:
         params: any pytree.
@@ -83,13 +86,16 @@ def decompress_params(params: PyTree) -> PyTree:
             key = stack.stack_shape, None if index is None else identity(index)
             groups.setdefault(key, {}).setdefault(own, (path_name(path), leaf))
     weights: dict[Hashable, Array] = {}
-    for members in groups.values():
-        names, same = zip(*members.values(), strict=True)
-        if isinstance(same[0], DF11Slice):
-            decoded = decode_slices([a.stack for a in same], same[0].index, names=names)
-        else:
-            decoded = decode_stacks(same, names)
-        weights |= zip(members, decoded, strict=True)
+    for group in groups.values():
+        todo = list(group.items())
+        while todo:
+            members, todo = dict(todo[:_MOST_IN_A_CALL]), todo[_MOST_IN_A_CALL:]
+            names, same = zip(*members.values(), strict=True)
+            if isinstance(same[0], DF11Slice):
+                decoded = decode_slices([a.stack for a in same], same[0].index, names=names)
+            else:
+                decoded = decode_stacks(same, names)
+            weights |= zip(members, decoded, strict=True)
     return jax.tree.unflatten(
         treedef,
         [

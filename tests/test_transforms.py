@@ -306,6 +306,18 @@ def test_many_tensors_are_one_call(weights, stack):
     assert_same_bits(function(params)["e"], other)
 
 
+@on_cpu
+def test_very_many_tensors_are_several_calls():
+    stacks = compress(random_weights((150, 8, 64)), stack_axes=1)
+    params = {i: jax.tree.map(lambda part, i=i: part[i], stacks) for i in range(150)}
+    function = jax.jit(decompress_params)
+    text = function.lower(params).as_text()
+    assert text.count("custom_call @df11_decode") == 2  # of 128 tensors, and of what is left
+    out, expected = function(params), decompress(stacks)
+    for i in range(150):
+        assert_same_bits(out[i], expected[i])
+
+
 def test_stacks_must_have_one_length(stack):
     shorter = stack[:2]
     with pytest.raises(ValueError, match="short: a stack of 2 slices, expected 4 like long"):
