@@ -21,9 +21,6 @@ EXPORT_SAFETY_CHECKS = tuple(
     for target in (_ffi.DECODE_TARGET, _ffi.PUBLISHED_DECODE_TARGET, _ffi.PRODUCT_TARGET)
 )
 
-# XLA takes more than twice as long to compile a call of twice as many tensors.
-_MOST_IN_A_CALL = 128
-
 
 def decompress(a: DF11Array | DF11Slice | Array) -> Array:
     """Decompresses one tensor, a whole stack, or slices of a stack.
@@ -86,16 +83,13 @@ def decompress_params(params: PyTree) -> PyTree:
             key = stack.stack_shape, None if index is None else identity(index)
             groups.setdefault(key, {}).setdefault(own, (path_name(path), leaf))
     weights: dict[Hashable, Array] = {}
-    for group in groups.values():
-        todo = list(group.items())
-        while todo:
-            members, todo = dict(todo[:_MOST_IN_A_CALL]), todo[_MOST_IN_A_CALL:]
-            names, same = zip(*members.values(), strict=True)
-            if isinstance(same[0], DF11Slice):
-                decoded = decode_slices([a.stack for a in same], same[0].index, names=names)
-            else:
-                decoded = decode_stacks(same, names)
-            weights |= zip(members, decoded, strict=True)
+    for members in groups.values():
+        names, same = zip(*members.values(), strict=True)
+        if isinstance(same[0], DF11Slice):
+            decoded = decode_slices([a.stack for a in same], same[0].index, names=names)
+        else:
+            decoded = decode_stacks(same, names)
+        weights |= zip(members, decoded, strict=True)
     return jax.tree.unflatten(
         treedef,
         [

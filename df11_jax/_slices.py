@@ -14,6 +14,9 @@ from df11_jax._layout import Layout
 from df11_jax._local_slices import Decoding, decode_local
 from df11_jax._partitioned import decode_divided
 
+# XLA takes more than twice as long to compile a call of twice as many tensors.
+_MOST_IN_A_CALL = 128
+
 Arrays = TypeVar("Arrays", bound=PyTree)
 
 
@@ -37,7 +40,7 @@ def decode_slices(
     names: Sequence[str] | None = None,
     after: PyTree = None,
 ) -> list[BFloat16[Array, "*batch_and_slice"]]:
-    """Decodes slices of several compressed stacks by one call.
+    """Decodes slices of several compressed stacks by one call, or by one for each 128 of them.
 
     Args:
         arrays: stacks with the same number of slices; several stack axes count as one.
@@ -133,14 +136,14 @@ def _decode(
     weights: dict[int, Array] = {}
     divided = [bool(array.layout.parts and array.layout.view.size) for array in arrays]
     for function, is_divided in ((decode_local, False), (decode_divided, True)):
-        members = [i for i, one in enumerate(divided) if one == is_divided]
-        if not members:
-            continue
-        decoding = Decoding(
-            tuple(arrays[i].layout for i in members), tuple(names[i] for i in members), whole
-        )
-        payloads = [leaf for i in members for leaf in arrays[i].payload]
-        weights |= zip(members, function(decoding, index, *payloads), strict=True)
+        todo = [i for i, one in enumerate(divided) if one == is_divided]
+        while todo:
+            members, todo = todo[:_MOST_IN_A_CALL], todo[_MOST_IN_A_CALL:]
+            decoding = Decoding(
+                tuple(arrays[i].layout for i in members), tuple(names[i] for i in members), whole
+            )
+            payloads = [leaf for i in members for leaf in arrays[i].payload]
+            weights |= zip(members, function(decoding, index, *payloads), strict=True)
     return [weights[i] for i in range(len(arrays))]
 
 

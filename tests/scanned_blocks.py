@@ -14,6 +14,7 @@ from df11_jax import compress, scan_blocks
 LAYERS, WIDTH, HIDDEN = 8, 128, 512
 TENSORS = 2  # compressed, of a block
 BLOCK_BYTES = 2 * TENSORS * WIDTH * HIDDEN
+X = random_weights((WIDTH,), 4, 1.0)
 
 on_cpu = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="counts decodes, or reads programs, of the CPU backend"

@@ -11,6 +11,7 @@ from scanned_blocks import (
     LAYERS,
     TENSORS,
     WIDTH,
+    X,
     block,
     forward,
     make_params,
@@ -34,7 +35,7 @@ def one_layer():
 
 @pytest.fixture(scope="module")
 def x():
-    return random_weights((WIDTH,), 4, 1.0)
+    return X
 
 
 def reference(params, x):

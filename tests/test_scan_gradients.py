@@ -10,6 +10,7 @@ from scanned_blocks import (
     LAYERS,
     TENSORS,
     WIDTH,
+    X,
     block,
     forward,
     loss,
@@ -25,7 +26,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def x():
-    return random_weights((WIDTH,), 4, 1.0)
+    return X
 
 
 def with_more_on_weights(x, params, _):

@@ -3,13 +3,14 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from payloads import assert_same_bits, count_decodes, random_weights
+from payloads import assert_same_bits, count_decodes
 from scanned_blocks import (
     BLOCK_BYTES,
     HIDDEN,
     LAYERS,
     TENSORS,
     WIDTH,
+    X,
     block,
     check_decodes_in_loop,
     forward,
@@ -34,7 +35,7 @@ def one_layer():
 
 @pytest.fixture(scope="module")
 def x():
-    return random_weights((WIDTH,), 4, 1.0)
+    return X
 
 
 def generate(params, x, tokens=5):

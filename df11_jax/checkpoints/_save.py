@@ -93,13 +93,15 @@ def save(
         return
     job = {"writes": "native", "from": "df11_jax.checkpoints.save"}
     with contextlib.ExitStack() as stack:
-        if overwrite and path.is_dir() and any(path.iterdir()) and not (path / JOURNAL).exists():
+        is_whole = path.is_dir() and any(path.iterdir()) and not (path / JOURNAL).exists()
+        if overwrite and is_whole:
             _check_is_replaceable(path)
             path = stack.enter_context(new_directory(path))
         try:
             stack.enter_context(incomplete(path, job))
         except FileExistsError as error:
-            error.add_note("df11_jax: overwrite=True replaces a whole native checkpoint")
+            if is_whole:
+                error.add_note("df11_jax: overwrite=True replaces a whole native checkpoint")
             raise
         # Shards that an interrupted run has left may hold other parameters.
         for file in path.glob("model-*-of-*.safetensors"):
