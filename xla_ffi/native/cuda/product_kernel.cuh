@@ -215,7 +215,7 @@ class WarpCopies {
   __device__ uint32_t steps() const { return memory_; }
   __device__ uint32_t list() const { return barriers_ + kBarrierBytes + kPlaceBytes; }
   __device__ uint32_t record(int buffer) const {
-    return list() + kListBytes + buffer * record_bytes_;
+    return memory_ + kBeforeRecords + buffer * record_bytes_;
   }
 
  private:

@@ -22,9 +22,9 @@ struct PlaceInGroup {
                           int warp) {
     const int group = divide_by_reciprocal(warp, matrix.group_items_reciprocal);
     const int position = warp - group * matrix.group_items;
-    sums = memory.sums(base, group);
     next = memory.warp(base, warp + 1);
     first = memory.warp(base, warp - position);
+    sums = memory.sums(base, group, first);
     is_first = position == 0;
     is_last = position + 1 == matrix.group_items;
   }
@@ -167,7 +167,7 @@ __device__ inline void add_columns(const ProductWork& work, const MatrixWork& ma
 
   // Of a column of chunks and a row of x: 64 sums of each group. A warp adds up a few such rows at
   // a time, of which it waits for many loads together.
-  const int results = (last - first + 1) * work.rows;
+  const int results = (last - first + 1) * work.rows, first_group = first * per_column;
   constexpr int kResults = kTiles, kGroups = kTiles == 4 ? 8 : 16;  // as there are registers
   const int stride = work.rows * (kTileCols / 2);
   for (int result = warp; result < results; result += kResults * warps) {
@@ -180,7 +180,7 @@ __device__ inline void add_columns(const ProductWork& work, const MatrixWork& ma
       const int columns_before = divide_by_reciprocal(that, work.rows_reciprocal);
       column[i] = first + columns_before;
       row[i] = that - columns_before * work.rows;
-      const int64_t group = int64_t{column[i]} * per_column;
+      const int64_t group = first_group + columns_before * per_column;
       from[i] =
           reinterpret_cast<const float2*>(matrix.sums + (group * work.rows + row[i]) * kTileCols) +
           lane;

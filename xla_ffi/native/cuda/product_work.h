@@ -17,6 +17,8 @@ inline constexpr uint32_t kBlockBytes = 3072;
 inline constexpr uint32_t kListBytes = 24 * kLanes;  // of 32 chunks
 inline constexpr uint32_t kBarrierBytes = 32;  // of the slot, of up to two records, and its turn
 inline constexpr uint32_t kPlaceBytes = 16;    // of the warp in its group
+// A warp's records come behind all that.
+inline constexpr uint32_t kBeforeRecords = kSlotBytes + kListBytes + kBarrierBytes + kPlaceBytes;
 
 // Divides by multiplying, for what a kernel divides where everything waits for it. Right as long as
 // the dividend times the divisor is less than 2^32: it is for 2^24 chunks, shared out among 28
@@ -50,35 +52,41 @@ struct MatrixWork {
   int warps;                        // of a block that work on it: for whole groups
 };
 
-// Where things are in a block's shared memory.
+// Where things are in a block's shared memory. Warps lie before the table, as many as fit there,
+// and behind it; then sums of groups, likewise.
 struct ProductMemory {
-  int warps;
+  int warps, warps_before_table;
   uint32_t table_log2_bytes;
   uint32_t records;       // buffers of a warp
   uint32_t record_words;  // longer ones are read where they are
   uint32_t record_bytes;  // of a buffer: with room behind a record, which lanes may read
   uint32_t warp_bytes;
-  int groups;  // that are in work at a time
+  bool sums_in_records;             // of a group: of its first warp, which then has no other item
+  int groups, groups_before_table;  // whose sums have room of their own
   uint32_t group_bytes;
 
   DF11_HD uint32_t table(uint32_t base) const {
     const uint32_t size = 1u << table_log2_bytes;
     return (base + kBlockBytes + size - 1) & ~(size - 1);
   }
-  // Warps lie before the table, as many as fit there, and behind it.
-  DF11_HD uint32_t warp(uint32_t base, uint32_t warp) const {
-    const uint32_t first = base + kBlockBytes, table_begin = table(base);
-    const uint32_t before = (table_begin - first) / warp_bytes;
-    return warp < before ? first + warp * warp_bytes
-                         : table_begin + (1u << table_log2_bytes) + (warp - before) * warp_bytes;
+  DF11_HD uint32_t warp(uint32_t base, int warp) const {
+    const int behind = warp - warps_before_table;
+    return behind < 0 ? base + kBlockBytes + static_cast<uint32_t>(warp) * warp_bytes
+                      : table_end(base) + static_cast<uint32_t>(behind) * warp_bytes;
   }
   // What the items of one of the groups that are in work add up to.
-  DF11_HD uint32_t sums(uint32_t base, int group) const {
-    const uint32_t last = warp(base, warps - 1) + warp_bytes;
-    const uint32_t table_end = table(base) + (1u << table_log2_bytes);
-    return (last < table_end ? table_end : last) + static_cast<uint32_t>(group) * group_bytes;
+  DF11_HD uint32_t sums(uint32_t base, int group, uint32_t first_warp) const {
+    if (sums_in_records) return first_warp + kBeforeRecords;
+    const int behind = group - groups_before_table;
+    return behind < 0 ? table(base) - static_cast<uint32_t>(group + 1) * group_bytes
+                      : warp(base, warps) + static_cast<uint32_t>(behind) * group_bytes;
   }
-  DF11_HD uint32_t end(uint32_t base) const { return sums(base, groups); }
+  DF11_HD uint32_t end(uint32_t base) const {
+    return warp(base, warps) + static_cast<uint32_t>(groups - groups_before_table) * group_bytes;
+  }
+
+ private:
+  DF11_HD uint32_t table_end(uint32_t base) const { return table(base) + (1u << table_log2_bytes); }
 };
 
 struct ProductWork {
@@ -112,8 +120,8 @@ inline uint32_t overread_words(int steps) { return 6 * steps + 4; }
 // Fits as many of `most_warps` warps as there is room for in `shared_bytes`; none if there is too
 // little. `group_items` is the least number of warps in a group whose sums need room, those of
 // `rows` rows; 1 if none do.
-inline ProductMemory plan_memory(int steps, int rows, int group_items, int most_warps,
-                                 uint32_t shared_bytes) {
+inline ProductMemory plan_memory(int steps, int rows, int group_items, bool has_one_item_a_warp,
+                                 int most_warps, uint32_t shared_bytes) {
   ProductMemory memory = {};
   memory.record_words = usual_record_words(steps);
   memory.record_bytes = 4 * (memory.record_words + overread_words(steps));
@@ -121,10 +129,18 @@ inline ProductMemory plan_memory(int steps, int rows, int group_items, int most_
   const auto fit = [&](uint32_t table_log2_bytes, uint32_t records) {
     memory.table_log2_bytes = table_log2_bytes;
     memory.records = records;
-    memory.warp_bytes =
-        kSlotBytes + kBarrierBytes + kPlaceBytes + kListBytes + records * memory.record_bytes;
+    memory.warp_bytes = kBeforeRecords + records * memory.record_bytes;
+    memory.sums_in_records =
+        has_one_item_a_warp && memory.group_bytes <= records * memory.record_bytes;
+    const bool need_room = group_items > 1 && !memory.sums_in_records;
+    const uint32_t room = memory.table(kMostSharedBase) - kMostSharedBase - kBlockBytes;
     for (memory.warps = most_warps; memory.warps > 0; --memory.warps) {
-      memory.groups = group_items > 1 ? memory.warps / group_items : 0;
+      memory.warps_before_table =
+          std::min(memory.warps, static_cast<int>(room / memory.warp_bytes));
+      const uint32_t left = room - memory.warps_before_table * memory.warp_bytes;
+      memory.groups = need_room ? memory.warps / group_items : 0;
+      memory.groups_before_table =
+          std::min(memory.groups, static_cast<int>(left / memory.group_bytes));
       if (memory.end(kMostSharedBase) <= shared_bytes) break;
     }
     return memory.warps == most_warps;
@@ -171,6 +187,13 @@ inline int assign_warps(ProductWork& work, int most) {
     warps = std::max(warps, matrix.warps);
   }
   return warps;
+}
+
+inline bool has_one_item_a_warp(const ProductWork& work) {
+  return std::all_of(work.matrices, work.matrices + work.count, [](const MatrixWork& matrix) {
+    const int groups = matrix.block_groups + (matrix.longer_blocks > 0);
+    return groups * matrix.group_items <= matrix.warps;
+  });
 }
 
 inline void set_items(MatrixWork& matrix, const ProductItems& items) {
@@ -251,10 +274,11 @@ inline bool share_out(ProductWork& work, int blocks, int most_warps, uint32_t sh
   }
   const auto plan = [&](int most) {
     const int warps = assign_warps(work, most);
-    work.memory = plan_memory(steps, work.rows, least_group, warps, shared_bytes);
+    work.memory =
+        plan_memory(steps, work.rows, least_group, has_one_item_a_warp(work), warps, shared_bytes);
     return work.memory.warps == warps;
   };
-  if (!plan(most_warps)) plan(work.memory.warps);
+  for (int most = most_warps; !plan(most);) most = work.memory.warps;
   return work.memory.warps > 0;
 }
 
