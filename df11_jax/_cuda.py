@@ -42,7 +42,10 @@ class Build(NamedTuple):
         major, minor = capability
         # Machine code runs on GPUs that have the same major number and are not older.
         machine_code = any(a == major and b <= minor for a, b in self.architectures)
-        return machine_code or capability >= self.architectures[-1]
+        # Some kernels are compiled from 9.0 on, and launched there.
+        newest = self.architectures[-1]
+        ptx = capability >= newest and (newest >= (9, 0) or capability < (9, 0))
+        return machine_code or ptx
 
     def __str__(self) -> str:
         architectures = ", ".join(map(version_name, self.architectures))

@@ -48,6 +48,12 @@ def test_drivers(driver, runs):
         assert "an nvcc of CUDA 12 (12.8 or newer)" in obstacle.remedy
 
 
+def test_kernels_of_newer_gpus_are_not_made_of_older_ptx():
+    build = BUILD._replace(architectures=((8, 0),))
+    assert _cuda.find_obstacle(build, None, {"RTX 4090": (8, 9)}) is None
+    assert "9.0" in _cuda.find_obstacle(build, None, {"H100": (9, 0)}).reason
+
+
 def test_older_drivers_run_what_an_older_toolkit_compiled():
     build = BUILD._replace(cuda=(12, 8))
     assert build.driver == "NVIDIA driver 525 or newer"
