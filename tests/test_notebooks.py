@@ -5,10 +5,10 @@ import re
 import runpy
 import tomllib
 
-import nbformat
 import pytest
 from compiling import ROOT
 
+nbformat = pytest.importorskip("nbformat", reason="needs nbformat: pip install '.[test]'")
 pytestmark = pytest.mark.slow
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
