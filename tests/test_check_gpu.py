@@ -20,7 +20,8 @@ def check(tmp_path):
     log = f"echo $RESULTS >> {tmp_path}/runs"
     stages.write_text(
         f"# a comment\n\ngood 60 {log}; echo fine\nbad 60 echo no >&2; {log}; [[ -e $RESULTS/there"
-        " ]]\nslow 1 sleep 60\nskips 60 echo '== 3 skipped in 1.00s =='; exit 5\nlast 60 echo '1 passed'\n"
+        " ]]\nslow 1 sleep 60\nskips 60 echo '== 3 skipped in 1.00s =='; exit 5\n"
+        "last 60 echo '1 passed'\n"
     )
 
     def check(*names):
