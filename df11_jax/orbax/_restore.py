@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, Sharding
 from jaxtyping import PyTree
 
 from df11_jax import _layout
@@ -21,13 +21,14 @@ from df11_jax._files import crc32
 from df11_jax._flax import open_boxes
 from df11_jax._host_arrays import cpu_device, to_host
 from df11_jax._select import Selection
-from df11_jax._shards import divided_as, payload_sharding
+from df11_jax._shards import divided_as
 from df11_jax._stack import fit_exponents
-from df11_jax.orbax import _leaf_arrays, _plan, _shardings, _stored
+from df11_jax.orbax import _leaf_arrays, _plan, _shardings, _stored, _where
 from df11_jax.orbax._args import DF11Restore
 from df11_jax.orbax._manifest import Keys, StoredLeaf, dtype_of
 from df11_jax.orbax._plan import Conversion, LeafPlan
 from df11_jax.orbax._stored import StoredItem
+from df11_jax.orbax._where import place, sharding_of
 
 
 def restore(stored: StoredItem, args: DF11Restore) -> PyTree:
@@ -46,9 +47,10 @@ def restore(stored: StoredItem, args: DF11Restore) -> PyTree:
     _check_stacks(stored, plans, selection)
     values: dict[Keys, Any] = {}
     for batch in _plan.batches(plans):
-        leaves = _read(stored, batch)
+        described = [plan.leaf for plan in batch]
+        leaves = _read(stored, described, [_where.of_arrays(plan) for plan in batch])
         if args.verify:
-            _verify(stored, batch, leaves)
+            _verify(stored, described, leaves)
         for plan in batch:
             values[plan.leaf.keys] = _convert_and_place(plan, leaves.pop(0), selection, options)
     ordered = [values.pop(plan.leaf.keys) for plan in plans]
@@ -73,9 +75,8 @@ def read_leaf(stored: StoredItem, leaf: StoredLeaf) -> Any:
     Raises:
         ValueError: its checksum is wrong, or it is not what the manifest says.
     """
-    plan = LeafPlan(leaf, None, Conversion.DECOMPRESS)
-    values = _read(stored, [plan])
-    _verify(stored, [plan], values)
+    values = _read(stored, [leaf], [[None] * len(leaf.shardings)])
+    _verify(stored, [leaf], values)
     return values[0]
 
 
@@ -97,58 +98,42 @@ def read_leaf_onto(stored: StoredItem, leaf: StoredLeaf, where: NamedSharding) -
     ]
     target = _leaf_arrays.join(shapes, leaf) if leaf.is_compressed else shapes[0]
     plan = LeafPlan(leaf, target, Conversion.NONE)
-    values = _read(stored, [plan])
-    _verify(stored, [plan], values)
+    values = _read(stored, [leaf], [_where.of_arrays(plan)])
+    _verify(stored, [leaf], values)
     return _convert_and_place(plan, values[0], Selection(), {})
 
 
-def _read(stored: StoredItem, batch: Sequence[LeafPlan]) -> list[Any]:
-    """Reads leaves in the form in which they are stored, onto the host if that is possible."""
+def _read(
+    stored: StoredItem,
+    leaves: Sequence[StoredLeaf],
+    destinations: Sequence[Sequence[Sharding | None]],
+) -> list[Any]:
+    """Reads leaves in the form in which they are stored, onto the host if that is possible.
+
+    Args:
+        stored: the checkpoint.
+        leaves: some of its leaves.
+        destinations: for each, the shardings that its arrays are to get; None for the host.
+    """
     wanted: dict[Keys, ocp.RestoreArgs] = {}
     empty: dict[Keys, Any] = {}
-    for plan in batch:
-        destinations = _destinations(plan)
-        for array in plan.leaf.arrays:
+    for leaf, shardings in zip(leaves, destinations, strict=True):
+        for array in leaf.arrays:
             if 0 in array.shape:
-                zeros = jnp.zeros if plan.leaf.is_key else np.zeros
+                zeros = jnp.zeros if leaf.is_key else np.zeros
                 empty[array.keys] = zeros(array.shape, dtype_of(array.dtype))
             else:
-                wanted[array.keys] = _restore_args(plan.leaf, destinations[array.part])
+                wanted[array.keys] = _restore_args(leaf, shardings[array.part])
     arrays = stored.read(wanted) | empty
-    leaves = []
-    for plan in batch:
-        name = f"{stored.name}: {plan.leaf.path}"
-        parts = [arrays.pop(array.keys) for array in plan.leaf.arrays]
-        compressed = plan.leaf.is_compressed
-        leaves.append(_leaf_arrays.from_stored(parts, plan.leaf) if compressed else parts[0])
-        _check(plan.leaf, leaves[-1], name)
-    return leaves
+    values = []
+    for leaf in leaves:
+        parts = [arrays.pop(array.keys) for array in leaf.arrays]
+        values.append(_leaf_arrays.from_stored(parts, leaf) if leaf.is_compressed else parts[0])
+        _check(leaf, values[-1], f"{stored.name}: {leaf.path}")
+    return values
 
 
-def _destinations(plan: LeafPlan) -> list[jax.sharding.Sharding | None]:
-    """The shardings that the arrays of a leaf are to get; None for arrays on the host."""
-    texts = plan.leaf.shardings
-    if plan.conversion is not Conversion.NONE:
-        return [None] * len(texts)
-    leaf, target = plan.leaf, plan.target
-    if leaf.layout and is_df11(target):
-        wanted = [_sharding(array) for array in target.payload]
-    else:
-        where = None if is_df11(target) else _sharding(target)
-        if leaf.layout and where is not None:
-            where = payload_sharding(leaf.layout, len(leaf.shape), where)
-        wanted = [where] * len(texts)
-    destinations = []
-    for text, part, sharding in zip(texts, leaf.parts, wanted, strict=True):
-        if sharding is None and text is not None:
-            sharding = _shardings.from_text(text, part.shape)
-        elif sharding is None and leaf.is_compressed:
-            sharding = _shardings.default()
-        destinations.append(sharding)
-    return destinations
-
-
-def _restore_args(leaf: StoredLeaf, sharding: jax.sharding.Sharding | None) -> Any:
+def _restore_args(leaf: StoredLeaf, sharding: Sharding | None) -> Any:
     """The arguments by which Orbax restores an array of a leaf."""
     if leaf.is_key or (sharding is not None and not sharding.is_fully_addressable):
         return ocp.ArrayRestoreArgs(
@@ -175,11 +160,11 @@ def _check(leaf: StoredLeaf, value: Any, name: str) -> None:
         raise ValueError(f"{name}: {brief(value)} is stored, expected {leaf}")
 
 
-def _verify(stored: StoredItem, batch: Sequence[LeafPlan], values: Sequence[Any]) -> None:
+def _verify(stored: StoredItem, leaves: Sequence[StoredLeaf], values: Sequence[Any]) -> None:
     known = [
-        (plan.leaf, _leaf_arrays.checked_arrays(value, plan.leaf.dtype))
-        for plan, value in zip(batch, values, strict=True)
-        if plan.leaf.crc32 is not None
+        (leaf, _leaf_arrays.checked_arrays(value, leaf.dtype))
+        for leaf, value in zip(leaves, values, strict=True)
+        if leaf.crc32 is not None
     ]
     found = crc32.leaf_checksums([arrays for _, arrays in known])
     wrong = [
@@ -217,19 +202,11 @@ def _convert_and_place(
     """Compresses or decompresses a leaf as planned, and shards it as the target says."""
     path = plan.leaf.path
     if plan.conversion is Conversion.NONE:
-        value = _fit(value, plan.target)
-        parts = value.payload if is_df11(value) else (value,)
-        placed = [
-            _place(part, sharding)
-            for part, sharding in zip(parts, _destinations(plan), strict=True)
-        ]
-        if is_df11(value):
-            return _leaf_arrays.join(placed, plan.leaf)
-        return selection.to_front(path, placed[0])
-    where = _sharding(plan.target)
+        value = _place_arrays(plan, _fit(value, plan.target))
+        return value if is_df11(value) else selection.to_front(path, value)
     if plan.conversion is Conversion.DECOMPRESS:
-        weights = decompress_params({path: value})[path]
-        return weights if is_df11(plan.target) else _place(weights, where)
+        return _decompress(plan, value)
+    where = sharding_of(plan.target)
     if plan.conversion is Conversion.DIVIDE:
         with jax.default_device(cpu_device()):
             value = to_host(decompress_params({path: value})[path])
@@ -239,12 +216,33 @@ def _convert_and_place(
     if is_df11(plan.target):
         with jax.default_device(cpu_device()):  # no device gets what it is not to have
             small = _fit(compress_as(value, plan.target.layout, path), plan.target)
-        return jax.tree.map(lambda a, like: _place(a, _sharding(like)), small, plan.target)
+        return jax.tree.map(lambda a, like: place(a, sharding_of(like)), small, plan.target)
     if where is None and plan.leaf.shardings[0]:
         stored = _shardings.from_text(plan.leaf.shardings[0], plan.leaf.shape)
         where = stored if isinstance(stored, NamedSharding) else None
     (small,) = compress_leaves([(path, value)], selection, [where], **options)
-    return small if is_df11(small) or where is not None else _place(small, _shardings.default())
+    return small if is_df11(small) or where is not None else place(small, _shardings.default())
+
+
+def _place_arrays(plan: LeafPlan, value: Any) -> Any:
+    """A leaf in the form in which it is stored, with each of its arrays where that is to be."""
+    arrays = value.payload if is_df11(value) else (value,)
+    placed = list(map(place, arrays, _where.of_arrays(plan)))
+    return _leaf_arrays.join(placed, plan.leaf) if is_df11(value) else placed[0]
+
+
+def _decompress(plan: LeafPlan, value: DF11Array) -> Any:
+    """The weights where they are to be; each device decodes its parts, if it has whole ones."""
+    path = plan.leaf.path
+    where = _where.of_weights(plan)
+    if where is None:
+        return decompress_params({path: value})[path]
+    if _where.of_arrays(plan)[0] is None:
+        with jax.default_device(cpu_device()):  # no device gets what it is not to have
+            return place(to_host(decompress_params({path: value})[path]), where)
+    # In host memory, where the weights may be to go, programs compute nothing.
+    near = jax.device_put(_place_arrays(plan, value), jax.memory.Space.Device)
+    return place(decompress_params({path: near})[path], where)
 
 
 def _fit(value: Any, target: Any) -> Any:
@@ -261,18 +259,3 @@ def _fit(value: Any, target: Any) -> Any:
         return fit_exponents(value, target.exponents.shape[-1])
     except ValueError:
         return value
-
-
-def _sharding(target: Any) -> jax.sharding.Sharding | None:
-    return getattr(target, "sharding", None)
-
-
-def _place(array: Any, sharding: jax.sharding.Sharding | None) -> Any:
-    """The array with this sharding; unchanged if that is None."""
-    is_placed = isinstance(array, jax.Array)
-    if sharding is None or (is_placed and array.sharding == sharding):
-        return array
-    if sharding.is_fully_addressable or (is_placed and not array.is_fully_addressable):
-        return jax.device_put(array, sharding)
-    whole = np.asarray(array)
-    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])

@@ -59,5 +59,9 @@ with ocp.CheckpointManager(path + "/orbax") as manager:
             target = {"w": jax.ShapeDtypeStruct(plain.shape, plain.dtype, sharding=sharding)}
             args = DF11Restore(target, compress={"stacked": "w"})
             check(manager.restore(step, args=args)["w"], sharding)
+            for item in (None, target):
+                decoded = manager.restore(step, args=DF11Restore(item, decompress=True))["w"]
+                assert decoded.sharding.is_equivalent_to(sharding if item else where, decoded.ndim)
+                np.testing.assert_array_equal(gathered(decoded).view(np.uint16), bits)
 """
     run_two(program, tmp_path)

@@ -9,6 +9,7 @@ from orbax_helpers import assert_same_tree, restore, run_python, save
 from payloads import assert_same_bits, random_weights
 
 import df11_jax
+from df11_jax.orbax import _restore
 
 
 def params():
@@ -104,6 +105,86 @@ def test_decompress_onto_a_sharding(from_eight):
     for name, leaf in params().items():
         assert back[name].sharding == target[name].sharding
         assert_same_bits(back[name], df11_jax.decompress(leaf))
+
+
+@pytest.fixture(scope="module")
+def divided(tmp_path_factory):
+    """The weights of a stack and of a tensor, and a plain leaf, as they were before compression."""
+    path = tmp_path_factory.mktemp("divided") / "x"
+    tp = NamedSharding(mesh(4), PartitionSpec(None, "x"))
+    plain = {
+        "layers": jax.device_put(
+            random_weights((2, 256, 512)), NamedSharding(mesh(4), PartitionSpec(None, None, "x"))
+        ),
+        "w": jax.device_put(random_weights((256, 512)), tp),
+        "scale": jax.device_put(jnp.ones((8, 512)), tp),
+    }
+    save(path, df11_jax.compress_params(plain, stacked="layers"))
+    return path, plain
+
+
+@pytest.mark.parametrize("target", ["none", "compressed", "shapes", "elsewhere"])
+def test_decompress_in_place(target, divided, monkeypatch):
+    """Decompressed leaves are sharded as plain ones are, and each device decodes its parts."""
+    path, plain = divided
+    decoded = []
+
+    def decompress_params(params):
+        decoded.extend(params.values())
+        return df11_jax.decompress_params(params)
+
+    monkeypatch.setattr(_restore, "decompress_params", decompress_params)
+    expected, item = shardings(plain), None
+    if target == "compressed":
+        item = as_shapes(df11_jax.compress_params(plain, stacked="layers"))
+    elif target == "shapes":
+        item = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), plain)
+    elif target == "elsewhere":  # whole parts, on fewer devices
+        moved = jax.tree.map(
+            lambda a: jax.device_put(a, NamedSharding(mesh(2), a.sharding.spec)), plain
+        )
+        expected, item = shardings(moved), as_shapes(moved)
+    back = restore(path, item, decompress=True)
+    assert shardings(back) == expected
+    assert_same_tree(back, plain)
+    assert len(decoded) == 2
+    devices = 2 if target == "elsewhere" else 4
+    for leaf in decoded:
+        words = leaf.sign_mantissa
+        assert len(words.sharding.device_set) == devices
+        assert all(shard.data.size == words.size // devices for shard in words.addressable_shards)
+
+
+def test_decompress_onto_another_division(divided):
+    """Where parts would have to be divided, the host decodes: no device gets the whole."""
+    path, plain = divided
+    rows = NamedSharding(mesh(4), PartitionSpec("x"))
+    target = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows)
+        for name, leaf in plain.items()
+        if name != "layers"
+    }
+    back = restore(path, target, partial_restore=True)
+    assert shardings(back) == [rows, rows]
+    assert_same_tree(back, {name: plain[name] for name in target})
+
+
+def test_decompress_what_lies_on_a_mesh_undivided(tmp_path):
+    """The sharding of stack axes is kept; that of words says nothing of the tensor."""
+    tree = sharded(params(), 2)
+    assert tree["w"].sign_mantissa.sharding.spec == PartitionSpec("x")
+    save(tmp_path / "x", tree)
+    for item in (None, as_shapes(tree)):
+        back = restore(tmp_path / "x", item, decompress=True)
+        assert_same_tree(back, df11_jax.decompress_params(params()))
+        assert back["layers"].sharding == tree["layers"].sharding
+        assert back["w"].sharding == NamedSharding(mesh(2), PartitionSpec())
+
+
+def test_decompress_of_devices_that_are_no_more(from_eight):
+    back = restore(from_eight, decompress=True)
+    assert_same_tree(back, df11_jax.decompress_params(params()))
+    assert set(shardings(back)) == {jnp.zeros(()).sharding}
 
 
 def test_compress_onto_a_sharding(tmp_path):
