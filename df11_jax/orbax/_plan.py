@@ -14,7 +14,7 @@ from df11_jax._decode import path_name
 from df11_jax._layout import Layout
 from df11_jax._select import is_candidate_dtype
 from df11_jax._shards import payload_sharding
-from df11_jax.orbax import _describe
+from df11_jax.orbax import _describe, _numbers
 from df11_jax.orbax._args import DF11Restore
 from df11_jax.orbax._manifest import StoredLeaf
 from df11_jax.orbax._stored import StoredItem
@@ -154,7 +154,8 @@ def _disagreement(plan: LeafPlan, casts: bool) -> Iterator[str]:
         return
     agrees = tuple(np.shape(target)) == leaf.shape
     if hasattr(target, "dtype") and not casts:
-        agrees = agrees and str(target.dtype) == leaf.dtype
+        is_same = str(target.dtype) == leaf.dtype or _numbers.agrees(leaf, target)
+        agrees = agrees and is_same
     if is_df11(target) and leaf.is_compressed:
         agrees = agrees and _undivided(target.layout) == _undivided(leaf.layout)
     if not agrees:

@@ -23,7 +23,7 @@ from df11_jax._host_arrays import cpu_device, to_host
 from df11_jax._select import Selection
 from df11_jax._shards import divided_as
 from df11_jax._stack import fit_exponents
-from df11_jax.orbax import _leaf_arrays, _plan, _shardings, _stored, _where
+from df11_jax.orbax import _leaf_arrays, _numbers, _plan, _shardings, _stored, _where
 from df11_jax.orbax._args import DF11Restore
 from df11_jax.orbax._manifest import Keys, StoredLeaf, dtype_of
 from df11_jax.orbax._plan import Conversion, LeafPlan
@@ -39,8 +39,8 @@ def restore(stored: StoredItem, args: DF11Restore) -> PyTree:
         args: the arguments of the call to restore.
 
     Raises:
-        ValueError: the target disagrees with the checkpoint, a checksum is wrong, or a leaf is
-            damaged; the message has the paths.
+        ValueError: the target disagrees with the checkpoint, a checksum is wrong, a number does
+            not fit in the target's dtype, or a leaf is damaged; the message has the paths.
     """
     plans = _plan.plan_leaves(stored, args)
     selection, options = Selection.split(args.compress or {})
@@ -52,7 +52,11 @@ def restore(stored: StoredItem, args: DF11Restore) -> PyTree:
         if args.verify:
             _verify(stored, described, leaves)
         for plan in batch:
-            values[plan.leaf.keys] = _convert_and_place(plan, leaves.pop(0), selection, options)
+            value = leaves.pop(0)
+            if _numbers.agrees(plan.leaf, plan.target):
+                name = f"{stored.name}: {plan.leaf.path}"
+                value = _numbers.as_array(value, plan.target.dtype, name)
+            values[plan.leaf.keys] = _convert_and_place(plan, value, selection, options)
     ordered = [values.pop(plan.leaf.keys) for plan in plans]
     if args.compress is not None:
         paths = [plan.leaf.path for plan in plans]
@@ -135,6 +139,8 @@ def _read(
 
 def _restore_args(leaf: StoredLeaf, sharding: Sharding | None) -> Any:
     """The arguments by which Orbax restores an array of a leaf."""
+    if _numbers.is_number(leaf):
+        return ocp.RestoreArgs()  # every process needs it, wherever it is to be
     if leaf.is_key or (sharding is not None and not sharding.is_fully_addressable):
         return ocp.ArrayRestoreArgs(
             restore_type=None if leaf.is_key else jax.Array, sharding=sharding

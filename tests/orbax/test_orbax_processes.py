@@ -128,3 +128,17 @@ with ocp.CheckpointManager(path) as manager:
 """
     for output in run_two(program, tmp_path):
         assert "damaged, checksums differ: layers has" in output
+
+
+def test_a_number_for_all_devices(tmp_path):
+    """The step of a train state, onto a mesh that no process has alone."""
+    program = """
+with ocp.CheckpointManager(path) as manager:
+    manager.save(0, args=DF11Save({"step": 7, "params": small}))
+    manager.wait_until_finished()
+    whole = NamedSharding(mesh, PartitionSpec())
+    target = {"step": jax.ShapeDtypeStruct((), np.int32, sharding=whole), "params": shapes(small)}
+    step = manager.restore(0, args=DF11Restore(target))["step"]
+assert step.sharding == whole and step.dtype == np.int32 and int(step) == 7
+"""
+    run_two(program, tmp_path)

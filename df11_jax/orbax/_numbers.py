@@ -1,0 +1,53 @@
+"""Python's numbers, which are stored with 64 bits, for targets of other dtypes of their kind.
+
+A train state is made with `step=0`, and `jax.eval_shape` of that has an int32 there.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from df11_jax._array import is_df11
+from df11_jax.orbax._manifest import StoredLeaf
+
+# The dtypes with which they are stored, and what targets may have.
+_KINDS: dict[str | None, Any] = {
+    "bool": jnp.bool_,
+    "int64": jnp.integer,
+    "float64": jnp.floating,
+}
+
+
+def is_number(leaf: StoredLeaf) -> bool:
+    """Whether a leaf was a bool, an int or a float; or a numpy scalar, which is stored likewise."""
+    return leaf.shape == () and leaf.shardings == (None,) and leaf.dtype in _KINDS
+
+
+def agrees(leaf: StoredLeaf, target: Any) -> bool:
+    """Whether a leaf is a number, and the target has an array of its kind."""
+    if not is_number(leaf) or is_df11(target) or not hasattr(target, "dtype"):
+        return False
+    return jnp.issubdtype(target.dtype, _KINDS[leaf.dtype])
+
+
+def as_array(value: Any, dtype: Any, name: str) -> np.ndarray:
+    """A number that was read as an array of the target's dtype. Floats are rounded.
+
+    Args:
+        value: the number.
+        dtype: the dtype of the target.
+        name: the name of the leaf, for messages.
+
+    Raises:
+        ValueError: the number is out of range.
+    """
+    with np.errstate(over="ignore"):
+        array = np.asarray(value).astype(dtype)
+    if jnp.issubdtype(dtype, jnp.integer):
+        fits = int(array) == int(value)
+    else:
+        fits = bool(np.isfinite(array)) or not np.isfinite(value)
+    if not fits:
+        raise ValueError(f"{name}: {value} is stored, which the target's {dtype} cannot hold")
+    return array
