@@ -69,7 +69,8 @@ class DF11Restore(ocp.args.CheckpointArgs):
     Attributes:
         item: the target: a pytree whose leaves are arrays, `jax.ShapeDtypeStruct`s, or
             `DF11Array`s of these. A stored leaf is decompressed where the target has an array, and
-            compressed where it has a `DF11Array`.
+            compressed where it has a `DF11Array`. `ocp.PLACEHOLDER` stays in the place of a leaf
+            that is not to be restored.
         compress: arguments of `compress_params`, but for `like` and `shardings`, such as
             `{"stacked": "^layers/"}`, or `{}`, to compress plain leaves as they are read, a few at
             a time; None to leave them as they are. This works with plain checkpoints of Orbax, too,

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 from df11_jax import _layout
 from df11_jax._array import is_df11
@@ -61,7 +62,8 @@ def plan_leaves(stored: StoredItem, args: DF11Restore) -> list[LeafPlan]:
         args: the arguments of the call to restore.
 
     Returns:
-        A plan for each leaf of the target, if there is one, or else of the checkpoint.
+        A plan for each leaf of the target but placeholders, if there is one, or else of the
+        checkpoint.
 
     Raises:
         ValueError: the target disagrees with the checkpoint, or the checkpoint is a plain one and
@@ -107,11 +109,13 @@ def _check_is_ours(stored: StoredItem, args: DF11Restore) -> None:
 
 
 def _match(stored: StoredItem, args: DF11Restore) -> list[tuple[StoredLeaf, Any]]:
-    """The stored leaf for each leaf of the target, in its order."""
+    """The stored leaf for each leaf of the target but placeholders, in its order."""
     by_keys = {leaf.keys: leaf for leaf in stored.manifest.leaves}
     pairs, problems = [], []
     for path, target in jax.tree.leaves_with_path(args.item, is_leaf=is_df11):
         leaf = by_keys.pop(_describe.stored_keys(path), None)
+        if target is ocp.PLACEHOLDER:
+            continue
         if leaf is None:
             problems.append(f"{path_name(path)}: is not in the checkpoint")
         else:

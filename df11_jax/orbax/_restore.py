@@ -65,7 +65,11 @@ def restore(stored: StoredItem, args: DF11Restore) -> PyTree:
             align_layers(paths, ordered)
     if args.item is None:
         return stored.manifest.unflatten(ordered)
-    restored = jax.tree.unflatten(jax.tree.structure(args.item, is_leaf=is_df11), ordered)
+    targets, treedef = jax.tree.flatten(args.item, is_leaf=is_df11)
+    for i, target in enumerate(targets):
+        if target is ocp.PLACEHOLDER:  # and stays one, as with Orbax
+            ordered.insert(i, target)
+    restored = jax.tree.unflatten(treedef, ordered)
     return restored if args.compress is None else open_boxes(restored, selection.takes_out_of_box)
 
 

@@ -20,6 +20,7 @@ from orbax_helpers import (
     save_plain,
 )
 from payloads import assert_same_bits, random_weights
+from test_orbax_damage import flip_a_bit
 
 import df11_jax
 from df11_jax._array import is_df11
@@ -173,6 +174,41 @@ def test_partial_restore(compressed, plain):
     assert_same_tree(restore(plain, abstract(part), partial_restore=True), part)
     large = {"head": plain_params()["head"]}
     assert_same_tree(restore(compressed, abstract(large), partial_restore=True), large)
+
+
+def test_placeholders(compressed, plain):
+    """In the place of any leaf, which is not read; and of one that the checkpoint lacks."""
+    small = compressed_params()
+    target = {"new": ocp.PLACEHOLDER, **abstract(small)}
+    target["embedding"] = target["head"]["bias"] = ocp.PLACEHOLDER
+
+    def check(back):
+        assert back.pop("new") is ocp.PLACEHOLDER
+        assert back.pop("embedding") is ocp.PLACEHOLDER
+        assert back["head"].pop("bias") is ocp.PLACEHOLDER
+        head = {"kernel": small["head"]["kernel"]}
+        assert_same_tree(back, {"layers": small["layers"], "head": head})
+
+    check(restore(compressed, target))
+    check(restore(plain, target))
+    del target["layers"]
+    with pytest.raises(ValueError, match="layers/norm: is not in the target\n  layers/up: is not"):
+        restore(compressed, target)
+    nothing = {"embedding": ocp.PLACEHOLDER}
+    assert restore(compressed, nothing, partial_restore=True) == nothing
+
+
+def test_placeholders_are_not_read(tmp_path):
+    """Damage there goes unnoticed."""
+    small = compressed_params()
+    save(tmp_path / "x", small)
+    flip_a_bit(tmp_path / "x", np.asarray(small["embedding"].sign_mantissa).tobytes())
+    with pytest.raises(ValueError, match="checksums differ: embedding"):
+        restore(tmp_path / "x", abstract(small))
+    back = restore(tmp_path / "x", abstract(small) | {"embedding": ocp.PLACEHOLDER})
+    assert back.pop("embedding") is ocp.PLACEHOLDER
+    del small["embedding"]
+    assert_same_tree(back, small)
 
 
 def test_partial_restore_out_of_lists(tmp_path):
