@@ -127,8 +127,11 @@ class DF11Array(ArrayOperators):
             self.sign_mantissa,
         )
 
-    def __getitem__(self, index: Any) -> "DF11Array":
+    def __getitem__(self, index: Any) -> "DF11Array | BFloat16[Array, '...']":
         """The compressed slice, or slices, at `index` along the first stack axis.
+
+        Of a tensor without stack axes, `a[...]` is all of it, decompressed: so modules read it that
+        read their parameters like that, as Flax's do.
 
         Args:
             index: an integer, a slice, or an integer array, also a traced one.
@@ -139,9 +142,13 @@ class DF11Array(ArrayOperators):
                 integer array.
         """
         if not self.stack_shape:
+            if index is ...:
+                return self.__jax_array__()
             raise TypeError(
                 f"{self!r} has no stack axis to index: only whole slices can be taken out of a "
-                "compressed stack. To index the weights, df11_jax.decompress(a)[index]"
+                "compressed stack. To index the weights, df11_jax.decompress(a)[index]. What code "
+                "of others indexes, such as an embedding, can be left plain: "
+                "compress_params(..., predicate=lambda path, leaf: 'embed' not in path)"
             )
         length = self.stack_shape[0]
         if not isinstance(index, (slice, jax.Array, np.ndarray)):
@@ -280,6 +287,11 @@ jax.export.register_pytree_node_serialization(
     serialize_auxdata=lambda static: b"",
     deserialize_auxdata=lambda data: (),
 )
+
+
+def raw_value(leaf: Any) -> Any:
+    """What a variable of nnx holds, which reads as the decompressed array; else the leaf itself."""
+    return leaf.get_raw_value() if hasattr(leaf, "get_raw_value") else leaf
 
 
 def is_df11_or_slice(leaf: Any) -> bool:

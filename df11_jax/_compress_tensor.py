@@ -199,6 +199,8 @@ def as_weights(
         )
     if isinstance(array, DF11Array):
         raise TypeError(f"{name}: is compressed already ({array!r})")
+    if isinstance(array, jax.ShapeDtypeStruct):
+        raise TypeError(f"{name}: expected an array, got the shape of one, {array}")
     to_weights = functools.partial(_to_weights, like=array, name=name, cast=cast, axis=axis)
     if where is None and isinstance(array, jax.Array):
         where = array.sharding

@@ -10,7 +10,7 @@ from jax import export
 from jaxtyping import Array, PyTree
 
 from df11_jax import _ffi
-from df11_jax._array import DF11Array, DF11Slice, is_df11, is_df11_or_slice
+from df11_jax._array import DF11Array, DF11Slice, is_df11, is_df11_or_slice, raw_value
 from df11_jax._identity import identity
 from df11_jax._slices import decode_slices, decode_stacks, tie
 
@@ -29,7 +29,7 @@ def decompress(a: DF11Array | DF11Slice | Array) -> Array:
     `export`. Its derivative is zero: the weights are constants.
 
     Args:
-        a: the compressed tensor, or an array of JAX or numpy.
+        a: the compressed tensor, or an array of JAX or numpy; also an nnx variable that holds it.
 
     Returns:
         The bfloat16 tensor of shape `a.shape`, bit for bit what was compressed. An array is
@@ -39,9 +39,10 @@ def decompress(a: DF11Array | DF11Slice | Array) -> Array:
         TypeError: `a` is neither.
         ValueError: its arrays do not fit each other.
         jax.errors.JaxRuntimeError: the payload is corrupt; this is raised when the program runs.
-            Where the same compiled program has run before, JAX makes a ValueError of it; both begin
-            with DATA_LOSS. (Where there is no compiled decoder, corrupt weights become NaNs.)
+            By when JAX notices, it is a ValueError in its place; both begin with DATA_LOSS. (On
+            GPUs, and where there is no compiled decoder, corrupt weights become NaNs.)
     """
+    a = raw_value(a)
     if isinstance(a, DF11Slice):
         return a.__jax_array__()
     if isinstance(a, (jax.Array, np.ndarray)):

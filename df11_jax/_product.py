@@ -16,7 +16,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int32
 
 from df11_jax import _ffi, _layout
-from df11_jax._array import DF11Array, DF11Slice
+from df11_jax._array import DF11Array, DF11Slice, raw_value
 from df11_jax._layout import Layout, View
 from df11_jax._leaves import is_array
 from df11_jax._slices import check_index, decode_slices
@@ -148,6 +148,7 @@ def _dot_all(x: Array, matrices: Sequence[Matrix], out_type: Any, exact: bool) -
 
 
 def _as_operand(matrix: Matrix, i: int, index: Int32[Array, ""]) -> DF11Slice | Float[Array, "k n"]:
+    matrix = raw_value(matrix)
     if isinstance(matrix, DF11Slice):
         if shape := np.shape(matrix.index):
             raise ValueError(

@@ -44,7 +44,7 @@ class LeafSize:
         return 8 * self.nbytes / max(1, math.prod(self.shape))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class SizeReport:
     """The sizes of all leaves of a pytree; `print` shows them as a table, `plot` as bars.
 
@@ -114,6 +114,8 @@ class SizeReport:
         ]
         rule = "-" * max(map(len, lines))
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+    __repr__ = __str__  # what a notebook shows
 
     def plot(self, ax: Any = None) -> Any:
         """Draws bytes before and now, a pair of bars for each leaf; for tied ones, at the first.

@@ -157,6 +157,8 @@ def compress(
         for path, param in nodes.items()
         if isinstance(param, nnx.Param) and _is_of_module(path, nodes)
     ]
+    for path, param in nodes.items():
+        _check_is_read_by_nnx(path, param, nodes, selection)
     # Adapters have shapes of their own.
     shapes = [
         (name, None if isinstance(p, nnx.LoRAParam) else plain_shape(p.get_raw_value()))
@@ -218,6 +220,26 @@ def _is_of_module(path: tuple[Any, ...], nodes: Mapping[tuple[Any, ...], Any]) -
         if not isinstance(nodes[path], (Mapping, list, tuple)):
             return isinstance(nodes[path], nnx.Pytree)
     return True
+
+
+def _check_is_read_by_nnx(
+    path: tuple[Any, ...],
+    param: Any,
+    nodes: Mapping[tuple[Any, ...], Any],
+    selection: Selection,
+) -> None:
+    """Raises TypeError for a parameter that is to be compressed and is a linen module's."""
+    if not isinstance(param, nnx.Param):
+        return
+    name = "/".join(map(str, path))
+    parents = (nodes.get(path[:i]) for i in range(len(path)))
+    if any(isinstance(parent, nnx.bridge.ToNNX) for parent in parents) and selection.has(
+        name, param.get_raw_value()
+    ):
+        raise TypeError(
+            f"{name}: is the parameter of a linen module, which does not know a CompressedParam. "
+            "nnx.update(model, df11_jax.compress_params(nnx.state(model))) compresses it"
+        )
 
 
 def _compress_tied(

@@ -32,6 +32,7 @@ USES = {
     "gelu": lambda a, x: jax.nn.gelu(a),
     "T": lambda a, x: a.T,
     "mT": lambda a, x: a.mT,
+    "all of it": lambda a, x: a[...] if isinstance(a, DF11Array) else jnp.asarray(a),
     "astype": lambda a, x: a.astype(jnp.float32),
     "reshape": lambda a, x: a.reshape(-1, 4),
     "transpose": lambda a, x: a.transpose(1, 0),

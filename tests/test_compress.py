@@ -203,6 +203,10 @@ class TestInputs:
         with pytest.raises(TypeError, match="is compressed already"):
             df11_jax.compress(df11_jax.compress(normal(64)))
 
+    def test_shapes_are_refused(self):
+        with pytest.raises(TypeError, match="array: expected an array, got the shape of one"):
+            df11_jax.compress(jax.ShapeDtypeStruct((256, 512), jnp.bfloat16))
+
     def test_too_many_axes(self):
         with pytest.raises(ValueError, match=r"array: .* at most 8 dimensions"):
             df11_jax.compress(np.zeros((1,) * 9, BF16))

@@ -192,6 +192,34 @@ def test_a_linen_module_in_an_nnx_model(x):
     assert_same_bits(run(model, x), expected)
 
 
+def test_a_linen_module_in_an_nnx_model_is_not_compressed_in_place(x):
+    dense = nn.Dense(256, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    inner = nnx.bridge.lazy_init(nnx.bridge.ToNNX(dense, rngs=nnx.Rngs(0)), x)
+    plain = nnx.Linear(128, 256, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    model = nnx.Dict(inner=inner, plain=plain)
+    with pytest.raises(TypeError, match=r"^inner/.*kernel: .* linen module.*nnx\.update"):
+        compress(model)
+    assert type(plain.kernel) is nnx.Param
+    compress(model, include="plain/")
+    assert type(plain.kernel) is CompressedParam
+
+
+def test_modules_read_compressed_arrays_in_plain_parameters():
+    x = random_weights((2, 128), seed=1, scale=1.0)
+    model = nnx.Linear(128, 256, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    small = df11_jax.compress_params(model)
+    assert df11_jax.size_report(small).nbytes < 0.7 * 2 * 128 * 256
+    run = nnx.jit(lambda model, x: model(x))
+    assert_same_bits(run(small, x), run(model, x))
+
+
+def test_dot_and_decompress_take_parameters(param):
+    x = random_weights((3, 256), seed=1, scale=1.0)
+    assert_same_bits(df11_jax.decompress(param), random_weights((256, 128)))
+    assert_same_bits(df11_jax.dot(x, param), df11_jax.dot(x, param.get_raw_value()))
+    assert_same_bits(df11_jax.dot(x, [nnx.Param(param[...])])[0], x @ param[...])
+
+
 def test_an_nnx_module_in_a_linen_model(x):
     model = nnx.bridge.to_linen(nnx.Linear, 128, 256, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     variables = model.init(jax.random.key(0), x)

@@ -53,6 +53,7 @@ def test_empty():
     report = df11_jax.size_report({})
     assert report.nbytes == 0
     assert "total" in str(report)
+    assert repr(report) == str(report)  # what a notebook shows
 
 
 def test_plot():

@@ -109,7 +109,8 @@ def dtype_name(name: str, dtype: Any) -> str:
     """
     known = DTYPE_NAMES.get(dtype)
     if known is None:
-        raise ValueError(f"{name}: safetensors files cannot hold the dtype {dtype}")
+        hint = ": jax.random.key_data makes an array of it" if "key<" in str(dtype) else ""
+        raise ValueError(f"{name}: safetensors files cannot hold the dtype {dtype}{hint}")
     return known
 
 

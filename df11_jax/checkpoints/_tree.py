@@ -66,9 +66,16 @@ def flatten(params: PyTree) -> tuple[dict[str, Any], Structure]:
             continue
         values = [key.key for key in keys if isinstance(key, DictKey)]
         if not keys or len(values) < len(keys) or not all(map(_is_key, values)):
+            others = [i for i, key in enumerate(keys) if not isinstance(key, DictKey)]
+            hint = (
+                f", and {path_name(keys[: others[0]])} is no dict. dict(enumerate(...)) makes one "
+                "of a list; df11_jax.orbax saves other containers, too"
+                if others
+                else ""
+            )
             raise ValueError(
                 f"{path_name(keys)}: only nested dicts can be saved, with keys that are integers, "
-                "or strings free of '/' and ':'"
+                f"or strings free of '/' and ':'{hint}"
             )
         paths = list(_paths(map(str, values)))
         for path, value in zip(paths, values, strict=True):
