@@ -46,6 +46,7 @@ def commands() -> None:
 def sizes() -> None:
     """Bits per weight in memory, everything included."""
     import df11_jax
+    from df11_jax import checkpoints
 
     normal = df11_jax.compress(_normal(NORMAL_WEIGHTS).reshape(8192, -1))
     print(f"normal(0, 0.02), 64 M weights: {_bits(normal):.4f} bits/weight")
@@ -54,6 +55,9 @@ def sizes() -> None:
     report = df11_jax.size_report(df11_jax.compress_params(params))
     print(report)
     print(f"MiniLM-L6, 2-D weights as bf16: {report.bits_per_weight:.4f} bits/weight")
+    path = importlib.resources.files("df11_jax") / "demo" / "checkpoint.safetensors"
+    report = df11_jax.size_report(checkpoints.load(str(path)))
+    print(f"the demo's model, all leaves: {report.bits_per_weight:.4f} bits/weight")
 
 
 @commands.command()

@@ -51,7 +51,9 @@ def dot(
     The weights that are multiplied are bit for bit those that were compressed. Where the product
     is fused, sums are in float32, in an order of its own that depends on the shape of the matrix
     alone: a row of the result has the same bits whatever other rows there are. That order is not
-    XLA's, so that results can differ from those of `x @ decompress(a)` in the last bit.
+    XLA's, so that results can differ from those of `x @ decompress(a)` in the last bit. Checksums
+    are not verified there: of a corrupt payload, what has a wrong header, code or length makes its
+    columns NaN.
 
     It is differentiable with respect to `x`, and works under the same transformations as
     `decompress`. Under `vmap`, mapped rows become rows of `x`.

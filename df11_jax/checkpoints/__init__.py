@@ -1,7 +1,7 @@
 """Checkpoints on disk: read tensor by tensor in any format, and written in the native one.
 
 `load` and `save` are for pytrees. `open_checkpoint` opens a checkpoint without loading it. The
-modules `convert`, `differences` and `summary` are for the command line, and not public.
+modules are for other packages of df11_jax, and not public.
 """
 
 from df11_jax._files.source import Source, TensorInfo, TensorSource

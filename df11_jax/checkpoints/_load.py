@@ -44,7 +44,8 @@ def load(
             `df11_jax.device_put`; None for the default device. What is divided otherwise in the
             checkpoint is compressed anew, on the host, so that each device gets its share alone.
         verify: whether to check leaves that are loaded compressed, by the checksums of their
-            chunks; to decode them later finds damage, too, but on a GPU as NaNs.
+            chunks; to decode them later finds damage, too, but on a GPU as NaNs, and not where
+            `dot` fuses it with the product.
         progress: whether to show a progress bar.
 
     Returns:

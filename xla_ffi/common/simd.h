@@ -1,5 +1,6 @@
 // Functions compiled several times, for the instruction sets of x86-64, and the choice among
-// them at run time. Elsewhere there is the portable version alone.
+// them at run time. Elsewhere there is the portable version alone, parts of which use NEON on
+// aarch64.
 #pragma once
 
 #include <atomic>

@@ -8,7 +8,8 @@
 // the launch.
 //
 // Nothing in a payload is trusted: nothing is read out of bounds and no copy is waited for that was
-// not issued, whatever it holds. Where a chunk is corrupt, its columns become NaN.
+// not issued, whatever it holds. Where a header, a codebook, an offset or a length is wrong, its
+// columns become NaN; checksums are not verified.
 #pragma once
 
 #include <cuda_runtime.h>
