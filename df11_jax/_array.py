@@ -127,7 +127,7 @@ class DF11Array(ArrayOperators):
             self.sign_mantissa,
         )
 
-    def __getitem__(self, index: Any) -> "DF11Array | BFloat16[Array, '...']":
+    def __getitem__(self, index: Any) -> Any:
         """The compressed slice, or slices, at `index` along the first stack axis.
 
         Of a tensor without stack axes, `a[...]` is all of it, decompressed: so modules read it that

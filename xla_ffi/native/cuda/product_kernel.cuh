@@ -74,12 +74,16 @@ struct ProductChunk {
 
 // A warp's chunks: those of its items, of which it has every `stride`th. Each lane finds one, so
 // that what is read of 32 chunks is waited for together. They are kept in shared memory, which has
-// more room than registers: 16 bytes of each lane, where its chunk is, then 8 bytes of each, its
-// offsets.
+// more room than registers: 16 bytes of each, where it is, then 8 bytes of each, its offsets. If a
+// warp has fewer, the list has room for these only.
 class ChunkList {
  public:
-  __device__ ChunkList(uint32_t memory, int first_item, int end_item, int stride)
-      : memory_(memory), first_item_(first_item), end_item_(end_item), stride_(stride) {}
+  __device__ ChunkList(uint32_t memory, int chunks, int first_item, int end_item, int stride)
+      : memory_(memory),
+        chunks_(chunks),
+        first_item_(first_item),
+        end_item_(end_item),
+        stride_(stride) {}
 
   // Finds the next 32 rows of items of which any are there, in whatever slice: at the end of a
   // column some may not be, or a whole item. Returns the number of the lane's chunk, -1 if there is
@@ -99,8 +103,10 @@ class ChunkList {
     return uint2{__ldg(from), __ldg(from + 1)};
   }
   __device__ __forceinline__ void keep(const uint2& offsets, int lane) {
-    store_shared(memory_ + 16 * kLanes + 8 * lane, offsets.x);
-    store_shared(memory_ + 16 * kLanes + 8 * lane + 4, offsets.y);
+    if (lane < chunks_) {
+      store_shared(offsets_of(lane), offsets.x);
+      store_shared(offsets_of(lane) + 4, offsets.y);
+    }
     __syncwarp();  // All are there.
   }
 
@@ -128,13 +134,15 @@ class ChunkList {
   __device__ __forceinline__ ProductChunk get(const Slice& slice, int number) const {
     ProductChunk chunk = place_of(slice, number);
     if (number < 0) return chunk;
-    const uint32_t at = memory_ + 16 * kLanes + 8 * number;
-    chunk.begin = load_shared(at);
-    chunk.end = load_shared(at + 4);
+    chunk.begin = load_shared(offsets_of(number));
+    chunk.end = load_shared(offsets_of(number) + 4);
     return chunk;
   }
 
  private:
+  __device__ __forceinline__ uint32_t offsets_of(int number) const {
+    return memory_ + 16 * chunks_ + 8 * number;
+  }
   __device__ __forceinline__ int find_rows(const MatrixWork& matrix, int lane) {
     const int at = row_ + lane, item_chunks = matrix.item_chunks;
     const int ahead = divide_by_reciprocal(at, matrix.item_chunks_reciprocal);
@@ -161,7 +169,7 @@ class ChunkList {
   }
 
   uint32_t memory_;
-  int first_item_, end_item_, stride_;
+  int chunks_, first_item_, end_item_, stride_;
   int row_ = 0;        // of all items' rows, the first that is not in the list yet
   uint32_t left_ = 0;  // a bit for each lane whose chunk is not taken
 };
@@ -171,7 +179,7 @@ class ChunkList {
 class WarpCopies {
  public:
   __device__ WarpCopies(uint32_t memory, const ProductMemory& plan)
-      : memory_(memory), barriers_(memory + kSlotBytes), record_bytes_(plan.record_bytes) {}
+      : memory_(memory), barriers_(memory + kSlotBytes), plan_(plan) {}
 
   __device__ void initialize() {
     if (elect_lane()) {
@@ -216,7 +224,7 @@ class WarpCopies {
   __device__ uint32_t steps() const { return memory_; }
   __device__ uint32_t list() const { return barriers_ + kBarrierBytes + kPlaceBytes; }
   __device__ uint32_t record(int buffer) const {
-    return memory_ + kBeforeRecords + buffer * record_bytes_;
+    return memory_ + plan_.before_records + buffer * plan_.record_bytes;
   }
 
  private:
@@ -227,7 +235,8 @@ class WarpCopies {
 
   static constexpr int kTurn = 3;  // a barrier behind those of the slot and of the records
 
-  uint32_t memory_, barriers_, record_bytes_;
+  uint32_t memory_, barriers_;
+  const ProductMemory& plan_;
   uint32_t phases_ = 0;  // a bit a barrier
 };
 
@@ -395,7 +404,7 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
     prefetch_global(matrix.arrived + column);
   }
   const int end_item = end * matrix.group_items;
-  ChunkList chunks(copies.list(),
+  ChunkList chunks(copies.list(), memory.list_chunks,
                    warp < matrix.warps ? begin * matrix.group_items + warp : end_item, end_item,
                    matrix.warps);
   const int first_chunk = chunks.find(matrix, lane), first = chunks.take();

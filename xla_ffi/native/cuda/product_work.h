@@ -14,11 +14,9 @@ inline constexpr int kSlotSteps = 2;  // steps whose signs and mantissas are cop
 inline constexpr int kSlotBytes = kSlotSteps * kStepWords * 4;
 // Scratch of the block in front of what warps have, by what product_kernel.cuh needs.
 inline constexpr uint32_t kBlockBytes = 3072;
-inline constexpr uint32_t kListBytes = 24 * kLanes;  // of 32 chunks
+inline constexpr uint32_t kListedBytes = 24;   // of a chunk in a warp's list
 inline constexpr uint32_t kBarrierBytes = 32;  // of the slot, of up to two records, and its turn
 inline constexpr uint32_t kPlaceBytes = 16;    // of the warp in its group
-// A warp's records come behind all that.
-inline constexpr uint32_t kBeforeRecords = kSlotBytes + kListBytes + kBarrierBytes + kPlaceBytes;
 
 // Divides by multiplying, for what a kernel divides where everything waits for it. Right as long as
 // the dividend times the divisor is less than 2^32: it is for 2^24 chunks, shared out among 28
@@ -57,9 +55,11 @@ struct MatrixWork {
 struct ProductMemory {
   int warps, warps_before_table;
   uint32_t table_log2_bytes;
-  uint32_t records;       // buffers of a warp
-  uint32_t record_words;  // longer ones are read where they are
-  uint32_t record_bytes;  // of a buffer: with room behind a record, which lanes may read
+  int list_chunks;          // that a warp's list has room for
+  uint32_t before_records;  // of a warp: what else it has
+  uint32_t records;         // buffers of a warp
+  uint32_t record_words;    // longer ones are read where they are
+  uint32_t record_bytes;    // of a buffer: with room behind a record, which lanes may read
   uint32_t warp_bytes;
   bool sums_in_records;             // of a group: of its first warp, which then has no other item
   int groups, groups_before_table;  // whose sums have room of their own
@@ -76,7 +76,7 @@ struct ProductMemory {
   }
   // What the items of one of the groups that are in work add up to.
   DF11_HD uint32_t sums(uint32_t base, int group, uint32_t first_warp) const {
-    if (sums_in_records) return first_warp + kBeforeRecords;
+    if (sums_in_records) return first_warp + before_records;
     const int behind = group - groups_before_table;
     return behind < 0 ? table(base) - static_cast<uint32_t>(group + 1) * group_bytes
                       : warp(base, warps) + static_cast<uint32_t>(behind) * group_bytes;
@@ -117,21 +117,30 @@ inline uint32_t usual_record_words(int steps) { return steps == 8 ? 760 : steps 
 // ahead.
 inline uint32_t overread_words(int steps) { return 6 * steps + 4; }
 
+// What a warp has at most.
+struct WarpShare {
+  int64_t items, chunks;
+};
+
 // Fits as many of `most_warps` warps as there is room for in `shared_bytes`; none if there is too
 // little. `group_items` is the least number of warps in a group whose sums need room, those of
 // `rows` rows; 1 if none do.
-inline ProductMemory plan_memory(int steps, int rows, int group_items, bool has_one_item_a_warp,
+inline ProductMemory plan_memory(int steps, int rows, int group_items, const WarpShare& share,
                                  int most_warps, uint32_t shared_bytes) {
   ProductMemory memory = {};
+  // Records lie at multiples of 16 bytes.
+  memory.list_chunks = static_cast<int>(std::min<int64_t>(round_up(share.chunks, 2), kLanes));
+  memory.before_records =
+      kSlotBytes + kBarrierBytes + kPlaceBytes + kListedBytes * memory.list_chunks;
   memory.record_words = usual_record_words(steps);
   memory.record_bytes = 4 * (memory.record_words + overread_words(steps));
   memory.group_bytes = kTileCols * 4 * round_up(rows, 2);
   const auto fit = [&](uint32_t table_log2_bytes, uint32_t records) {
     memory.table_log2_bytes = table_log2_bytes;
     memory.records = records;
-    memory.warp_bytes = kBeforeRecords + records * memory.record_bytes;
+    memory.warp_bytes = memory.before_records + records * memory.record_bytes;
     memory.sums_in_records =
-        has_one_item_a_warp && memory.group_bytes <= records * memory.record_bytes;
+        share.items == 1 && memory.group_bytes <= records * memory.record_bytes;
     const bool need_room = group_items > 1 && !memory.sums_in_records;
     const uint32_t room = memory.table(kMostSharedBase) - kMostSharedBase - kBlockBytes;
     for (memory.warps = most_warps; memory.warps > 0; --memory.warps) {
@@ -189,11 +198,16 @@ inline int assign_warps(ProductWork& work, int most) {
   return warps;
 }
 
-inline bool has_one_item_a_warp(const ProductWork& work) {
-  return std::all_of(work.matrices, work.matrices + work.count, [](const MatrixWork& matrix) {
-    const int groups = matrix.block_groups + (matrix.longer_blocks > 0);
-    return groups * matrix.group_items <= matrix.warps;
-  });
+inline WarpShare most_of_a_warp(const ProductWork& work) {
+  WarpShare most = {};
+  for (int i = 0; i < work.count; ++i) {
+    const MatrixWork& matrix = work.matrices[i];
+    if (matrix.warps == 0) continue;
+    const int64_t groups = matrix.block_groups + (matrix.longer_blocks > 0);
+    const int64_t items = divide_up(groups * matrix.group_items, matrix.warps);
+    most = {std::max(most.items, items), std::max(most.chunks, items * matrix.item_chunks)};
+  }
+  return most;
 }
 
 inline void set_items(MatrixWork& matrix, const ProductItems& items) {
@@ -275,7 +289,7 @@ inline bool share_out(ProductWork& work, int blocks, int most_warps, uint32_t sh
   const auto plan = [&](int most) {
     const int warps = assign_warps(work, most);
     work.memory =
-        plan_memory(steps, work.rows, least_group, has_one_item_a_warp(work), warps, shared_bytes);
+        plan_memory(steps, work.rows, least_group, most_of_a_warp(work), warps, shared_bytes);
     return work.memory.warps == warps;
   };
   for (int most = most_warps; !plan(most);) most = work.memory.warps;
