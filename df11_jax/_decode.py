@@ -39,7 +39,7 @@ def decompress(a: DF11Array | DF11Slice | Array) -> Array:
         TypeError: `a` is neither.
         ValueError: its arrays do not fit each other.
         jax.errors.JaxRuntimeError: the payload is corrupt; this is raised when the program runs.
-            By when JAX notices, it is a ValueError in its place; both begin with DATA_LOSS. (On
+            Depending on when JAX notices, a ValueError instead; both begin with DATA_LOSS. (On
             GPUs, and where there is no compiled decoder, corrupt weights become NaNs.)
     """
     a = raw_value(a)

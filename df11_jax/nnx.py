@@ -137,8 +137,9 @@ def compress(
         threads: the number of threads; None for all that this process may run on.
 
     Raises:
-        TypeError: a parameter to be compressed is traced; `include` or `stacked` is not a string;
-            `model` is no module and has no parameters, such as a pytree of arrays.
+        TypeError: a parameter to be compressed is traced, or a linen module's (`nnx.bridge.ToNNX`);
+            `include` or `stacked` is not a string; `model` is no module and has no parameters, such
+            as a pytree of arrays.
         ValueError: the parameters of a stack differ in the number of layers; `include` or `stacked`
             is not a regular expression.
         RuntimeError: verification failed, or an array was deleted. All errors about a parameter
@@ -155,10 +156,10 @@ def compress(
     params = [
         ("/".join(map(str, path)), param)
         for path, param in nodes.items()
-        if isinstance(param, nnx.Param) and _is_of_module(path, nodes)
+        if isinstance(param, nnx.Param)
+        and _is_of_module(path, nodes)
+        and not _is_of_linen(path, nodes, selection)
     ]
-    for path, param in nodes.items():
-        _check_is_read_by_nnx(path, param, nodes, selection)
     # Adapters have shapes of their own.
     shapes = [
         (name, None if isinstance(p, nnx.LoRAParam) else plain_shape(p.get_raw_value()))
@@ -222,24 +223,23 @@ def _is_of_module(path: tuple[Any, ...], nodes: Mapping[tuple[Any, ...], Any]) -
     return True
 
 
-def _check_is_read_by_nnx(
-    path: tuple[Any, ...],
-    param: Any,
-    nodes: Mapping[tuple[Any, ...], Any],
-    selection: Selection,
-) -> None:
-    """Raises TypeError for a parameter that is to be compressed and is a linen module's."""
-    if not isinstance(param, nnx.Param):
-        return
-    name = "/".join(map(str, path))
-    parents = (nodes.get(path[:i]) for i in range(len(path)))
-    if any(isinstance(parent, nnx.bridge.ToNNX) for parent in parents) and selection.has(
-        name, param.get_raw_value()
-    ):
+def _is_of_linen(
+    path: tuple[Any, ...], nodes: Mapping[tuple[Any, ...], Any], selection: Selection
+) -> bool:
+    """Whether a linen module, which does not know a CompressedParam, has the parameter at a path.
+
+    Raises:
+        TypeError: it has, and the parameter is to be compressed.
+    """
+    if not any(isinstance(nodes.get(path[:i]), nnx.bridge.ToNNX) for i in range(len(path))):
+        return False
+    param, name = nodes[path], "/".join(map(str, path))
+    if type(param) is nnx.Param and selection.has(name, param.get_raw_value()):
         raise TypeError(
             f"{name}: is the parameter of a linen module, which does not know a CompressedParam. "
             "nnx.update(model, df11_jax.compress_params(nnx.state(model))) compresses it"
         )
+    return True
 
 
 def _compress_tied(

@@ -68,8 +68,8 @@ def flatten(params: PyTree) -> tuple[dict[str, Any], Structure]:
         if not keys or len(values) < len(keys) or not all(map(_is_key, values)):
             others = [i for i, key in enumerate(keys) if not isinstance(key, DictKey)]
             hint = (
-                f", and {path_name(keys[: others[0]])} is no dict. dict(enumerate(...)) makes one "
-                "of a list; df11_jax.orbax saves other containers, too"
+                f"; {path_name(keys[: others[0]]) if others[0] else 'this'} is no dict. "
+                "dict(enumerate(...)) makes one of a list; df11_jax.orbax saves other containers"
                 if others
                 else ""
             )

@@ -54,8 +54,10 @@ def restore(stored: StoredItem, args: DF11Restore) -> PyTree:
         for plan in batch:
             value = leaves.pop(0)
             if _numbers.agrees(plan.leaf, plan.target):
-                name = f"{stored.name}: {plan.leaf.path}"
-                value = _numbers.as_array(value, plan.target.dtype, name)
+                name, dtype = f"{stored.name}: {plan.leaf.path}", plan.target.dtype
+                if sharding_of(plan.target) is not None:  # JAX may have no 64 bits
+                    dtype = jax.dtypes.canonicalize_dtype(dtype)
+                value = _numbers.as_array(value, dtype, name)
             values[plan.leaf.keys] = _convert_and_place(plan, value, selection, options)
     ordered = [values.pop(plan.leaf.keys) for plan in plans]
     if args.compress is not None:

@@ -17,12 +17,11 @@ def of_arrays(plan: LeafPlan) -> list[Sharding | None]:
     leaf, target = plan.leaf, plan.target
     texts = leaf.shardings
     if plan.conversion is Conversion.DECOMPRESS:
-        # To be decoded there, unless parts would have to be divided.
+        # To be decoded there, if the leaf is divided like that.
         assert leaf.layout is not None, "the leaf is compressed"
         where = of_weights(plan)
         if isinstance(where, (NamedSharding, SingleDeviceSharding)):
             return [payload_sharding(leaf.layout, len(leaf.shape), where)] * len(texts)
-        return [None] * len(texts)
     if plan.conversion is not Conversion.NONE:
         return [None] * len(texts)
     if leaf.layout and is_df11(target):

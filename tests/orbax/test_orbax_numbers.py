@@ -110,6 +110,14 @@ def test_what_does_not_fit(value, dtype, tmp_path):
         restore(tmp_path / "x", {"state": {"step": shape(dtype)}})
 
 
+def test_what_does_not_fit_on_a_device(tmp_path):
+    save(tmp_path / "x", {"step": 2**40})
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = {"step": jax.ShapeDtypeStruct((), np.int64, sharding=where)}
+    with pytest.raises(ValueError, match=r"x: step: .* which the target's int32 cannot"):
+        restore(tmp_path / "x", target)
+
+
 def test_what_just_fits(tmp_path):
     values = {"most": 2**31 - 1, "least": -(2**31), "inf": float("inf")}
     save(tmp_path / "x", values)

@@ -29,6 +29,12 @@ def test_look_ups_of_real_payloads():
     assert 1 <= found.refills.mean() < 3
 
 
+def test_copies_of_the_table():
+    array = compress(random_weights((256, 128)))
+    cycles = [count_conflicts.simulate(array, copies).lookups.mean() for copies in (1, 4, 32)]
+    assert cycles[0] > cycles[1] > cycles[2] == 1  # each lane has a copy of its own
+
+
 def test_raw_chunks_have_no_look_ups():
     noise = np.random.default_rng(0).integers(0, 65536, (128, 64), dtype=np.uint16)
     found = count_conflicts.simulate(compress(noise.view(random_weights(()).dtype)))

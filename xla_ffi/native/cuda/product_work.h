@@ -154,7 +154,8 @@ inline ProductMemory plan_memory(int steps, int rows, int group_items, const War
     }
     return memory.warps == most_warps;
   };
-  // First without which more warps would fit: a second record, then copies of the table over banks.
+  // Warps come first. For them goes the half of the table's copies, then a second record, then
+  // both, then all copies.
   static_assert(kMaxCodeBits + 2 == 14);
   if (!fit(16, 2) && !fit(15, 2) && !fit(16, 1) && !fit(15, 1) && !fit(14, 2)) fit(14, 1);
   return memory;
