@@ -250,16 +250,21 @@ LARGE = {
 }
 
 
+@functools.cache
+def compile_large(devices):
+    """The token loop, and the memory that weights and programs take, for so many devices."""
+    config = models.read_config(LARGE)
+    params = shapes.param_shapes(config, compress=True, devices=jax.devices()[:devices])
+    programs = models.compile_programs(params, config, batch=2, prompt=10, tokens=500)
+    return programs.decode, models.measure_memory(params, programs)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 4])
 def test_memory_of_each_device_is_that_of_its_shard(devices):
     config = models.read_config(LARGE)
-    plans = []
-    for count in (1, devices):
-        params = shapes.param_shapes(config, compress=True, devices=jax.devices()[:count])
-        programs = models.compile_programs(params, config, batch=2, prompt=10, tokens=500)
-        plans.append(models.measure_memory(params, programs))
-    one, each = plans
+    _, one = compile_large(1)
+    decode, each = compile_large(devices)
     for name in ("weights", "plain_weights", "cache"):
         whole, part = getattr(one, name), getattr(each, name)
         assert whole <= devices * part <= 1.03 * whole
@@ -267,7 +272,7 @@ def test_memory_of_each_device_is_that_of_its_shard(devices):
     piece = tables.PIECE_BYTES + 4 * 2 * 2 * config.vocab
     assert each.decode <= max(1.1 * shapes.block_nbytes(config) / devices, piece)
     # What comes from other devices are activations, and never weights.
-    text = programs.decode.as_text()
+    text = decode.as_text()
     moved = re.findall(r"= (\w+)\[([\d,]*)\]\S* (all-\w+|collective-\w+|reduce-scatter)\(", text)
     assert {what for _, _, what in moved} == {"all-reduce", "all-gather"}
     assert {(dtype, size) for dtype, size, what in moved if what == "all-gather"} == {
