@@ -289,11 +289,6 @@ jax.export.register_pytree_node_serialization(
 )
 
 
-def raw_value(leaf: Any) -> Any:
-    """What a variable of nnx holds, which reads as the decompressed array; else the leaf itself."""
-    return leaf.get_raw_value() if hasattr(leaf, "get_raw_value") else leaf
-
-
 def is_df11_or_slice(leaf: Any) -> bool:
     """Whether a leaf is a `DF11Array` or a `DF11Slice`."""
     return isinstance(leaf, DF11Array | DF11Slice)

@@ -10,8 +10,9 @@ from jax import export
 from jaxtyping import Array, PyTree
 
 from df11_jax import _ffi
-from df11_jax._array import DF11Array, DF11Slice, is_df11, is_df11_or_slice, raw_value
+from df11_jax._array import DF11Array, DF11Slice, is_df11, is_df11_or_slice
 from df11_jax._identity import identity
+from df11_jax._leaves import raw_value
 from df11_jax._slices import decode_slices, decode_stacks, tie
 
 # For `jax.export.export(..., disabled_checks=EXPORT_SAFETY_CHECKS)`. The FFI call is stable, but a

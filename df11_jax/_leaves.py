@@ -29,6 +29,11 @@ def as_array(leaf: Any) -> Any:
     return leaf.__jax_array__()
 
 
+def raw_value(leaf: Any) -> Any:
+    """What a variable of nnx holds, which reads as the decompressed array; else the leaf itself."""
+    return leaf.get_raw_value() if hasattr(leaf, "get_raw_value") else leaf
+
+
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is an array of JAX, traced or not, or of numpy."""
     return isinstance(leaf, (jax.Array, np.ndarray))

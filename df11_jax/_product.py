@@ -16,9 +16,9 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int32
 
 from df11_jax import _ffi, _layout
-from df11_jax._array import DF11Array, DF11Slice, raw_value
+from df11_jax._array import DF11Array, DF11Slice
 from df11_jax._layout import Layout, View
-from df11_jax._leaves import is_array
+from df11_jax._leaves import is_array, raw_value
 from df11_jax._slices import check_index, decode_slices
 
 # As many rows of x as the kernel takes. With 32, the products of a Llama-3.1-8B block take an H200

@@ -109,6 +109,7 @@ def dtype_name(name: str, dtype: Any) -> str:
     """
     known = DTYPE_NAMES.get(dtype)
     if known is None:
+        # A key of JAX, which this module does without.
         hint = ": jax.random.key_data makes an array of it" if "key<" in str(dtype) else ""
         raise ValueError(f"{name}: safetensors files cannot hold the dtype {dtype}{hint}")
     return known
