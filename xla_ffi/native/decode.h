@@ -116,6 +116,12 @@ DF11_INLINE void store(uint16_t* out, const Words& words) {
   std::memcpy(out, &words, sizeof words);
 }
 
+// Fetches what the same part of the next chunk will need, since the hardware's prefetchers
+// stop at page boundaries. Addresses past the end are harmless.
+DF11_INLINE void prefetch(const uint32_t* words, int count) {
+  for (int i = 0; i < count; i += 16) __builtin_prefetch(words + i, 0, 2);
+}
+
 // Merges the exponents of grid row t with their sign and mantissa, and writes the weights;
 // meanwhile fetches, from `next` on, a quarter of the sign and mantissa of the next chunk. Returns
 // its part of the checksum.
@@ -123,49 +129,46 @@ template <Simd kSimd, bool kStream>
 DF11_INLINE uint32_t merge_row(const RowExponents& exponents, const uint32_t* sign_mantissa, int t,
                                int half_steps, const Destination& to, const uint32_t* next) {
   using Words = typename VectorOf<kSimd>::Type;
-  // Vectors that fill a cache line, so that it is streamed at once: a core buffers few.
-  constexpr int kColumns = sizeof(Words) / 2, kVectorsOfLine = kCacheLine / sizeof(Words);
-  uint32_t even_sums[kTileCols / 2], odd_sums[kTileCols / 2];  // the accumulators, by columns
-  for (int first = 0; first < kTileCols; first += kColumns * kVectorsOfLine) {
-    Words even[kVectorsOfLine]{}, odd[kVectorsOfLine]{};
-    for (int half_step = 0; half_step < half_steps; ++half_step, next += 16) {
-      __builtin_prefetch(next, 0, 2);
-      uint16_t* out = to.out + (half_step / 2 * kStepRows + 4 * t + half_step % 2 * 2) * to.stride;
-      for (int i = 0; i < kVectorsOfLine; ++i) {
-        const int col = first + i * kColumns, l = col / kLanePairs;
-        // `words` are two pairs each, as they are stored; the others, two neighbours in a row.
-        Words both, words;
-        std::memcpy(&both, exponents.half_step[half_step][l], sizeof both);
-        load_lanes(sign_mantissa + half_step * kHalfStepWords + lane_word(t) + l * kRowStride,
-                   words);
-        const Words rotated = words << 8 | words >> 24;
-        const Words rest = (words & 0xffffu) | rotated << 16;
-        const Words next_rest = words >> 16 | (rotated & 0xffff0000u);
-        const Words row = (both << 7 & ~kSignMantissa) | (rest & kSignMantissa);
-        const Words next_row = (both >> 1 & ~kSignMantissa) | (next_rest & kSignMantissa);
-        store<kStream>(out + col, row);
-        store<kStream>(out + to.stride + col, next_row);
-        even[i] = even[i] * 0x9e3779b1u + ((row & 0xffffu) | next_row << 16);  // checksum_step
-        odd[i] = odd[i] * 0x9e3779b1u + (row >> 16 | (next_row & 0xffff0000u));
-        even[i] = even[i] << 13 | even[i] >> 19;
-        odd[i] = odd[i] << 13 | odd[i] >> 19;
-      }
+  constexpr int kColumns = sizeof(Words) / 2, kVectors = kTileCols / kColumns;
+  Words even[kVectors]{}, odd[kVectors]{};  // the checksum's accumulators, by columns
+  for (int half_step = 0; half_step < half_steps; ++half_step, next += 32) {
+    prefetch(next, 32);
+    uint16_t* out = to.out + (half_step / 2 * kStepRows + 4 * t + half_step % 2 * 2) * to.stride;
+    Words rows[kVectors], next_rows[kVectors];
+    for (int i = 0; i < kVectors; ++i) {
+      const int l = i * kColumns / kLanePairs;
+      // `words` are two pairs each, as they are stored; the others, two neighbours in a row.
+      Words both, words;
+      std::memcpy(&both, exponents.half_step[half_step][l], sizeof both);
+      load_lanes(sign_mantissa + half_step * kHalfStepWords + lane_word(t) + l * kRowStride, words);
+      const Words rotated = words << 8 | words >> 24;
+      const Words rest = (words & 0xffffu) | rotated << 16;
+      const Words next_rest = words >> 16 | (rotated & 0xffff0000u);
+      const Words row = (both << 7 & ~kSignMantissa) | (rest & kSignMantissa);
+      const Words next_row = (both >> 1 & ~kSignMantissa) | (next_rest & kSignMantissa);
+      even[i] = even[i] * 0x9e3779b1u + ((row & 0xffffu) | next_row << 16);  // checksum_step
+      odd[i] = odd[i] * 0x9e3779b1u + (row >> 16 | (next_row & 0xffff0000u));
+      even[i] = even[i] << 13 | even[i] >> 19;
+      odd[i] = odd[i] << 13 | odd[i] >> 19;
+      rows[i] = row;
+      next_rows[i] = next_row;
     }
-    std::memcpy(even_sums + first / 2, even, sizeof even);
-    std::memcpy(odd_sums + first / 2, odd, sizeof odd);
+    // One row after the other: a core that streams puts few cache lines together at a time, and
+    // fewer still where they are a power of two apart; memory prefers neighbouring ones.
+    for (int i = 0; i < kVectors; ++i) store<kStream>(out + i * kColumns, rows[i]);
+    for (int i = 0; i < kVectors; ++i) {
+      store<kStream>(out + to.stride + i * kColumns, next_rows[i]);
+    }
   }
+  uint32_t even_sums[kTileCols / 2], odd_sums[kTileCols / 2];
+  std::memcpy(even_sums, even, sizeof even);
+  std::memcpy(odd_sums, odd, sizeof odd);
   uint32_t sum = 0;
   for (int i = 0; i < kTileCols / 2; ++i) {
     const uint32_t place = t * kTileCols + 2 * i;
     sum += checksum_place(even_sums[i], place) + checksum_place(odd_sums[i], place + 1);
   }
   return sum;
-}
-
-// Fetches what the same part of the next chunk will need, since the hardware's prefetchers
-// stop at page boundaries. Addresses past the end are harmless.
-DF11_INLINE void prefetch(const uint32_t* words, int count) {
-  for (int i = 0; i < count; i += 16) __builtin_prefetch(words + i, 0, 2);
 }
 
 // Decodes a record into 16 * chunk.steps rows of 64 weights. The record must be followed by
