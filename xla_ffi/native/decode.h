@@ -10,6 +10,7 @@
 #endif
 
 #include "common/simd.h"
+#include "native/lane_vectors.h"
 #include "native/layout.h"
 #include "native/look_up.h"
 
@@ -42,52 +43,6 @@ DF11_INLINE void copy_row(const uint32_t* words, int half_steps, RowExponents& o
     }
   }
 }
-
-// Vectors of the compiler's, which it maps to the registers of the target: the words that one, two
-// or four lanes of a grid row have in a half-step.
-using OneLane = uint32_t __attribute__((vector_size(16)));
-using TwoLanes = uint32_t __attribute__((vector_size(32)));
-using FourLanes = uint32_t __attribute__((vector_size(64)));
-
-// Load the words of neighbouring lanes. Vectors are not passed by value: that would depend on the
-// target.
-DF11_INLINE void load_lanes(const uint32_t* from, OneLane& out) {
-  std::memcpy(&out, from, sizeof out);
-}
-#if __has_builtin(__builtin_shufflevector)
-DF11_INLINE void load_lanes(const uint32_t* from, TwoLanes& out) {
-  OneLane low, high;
-  load_lanes(from, low);
-  load_lanes(from + kRowStride, high);
-  out = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
-}
-DF11_INLINE void load_lanes(const uint32_t* from, FourLanes& out) {
-  TwoLanes low, high;
-  load_lanes(from, low);
-  load_lanes(from + 2 * kRowStride, high);
-  out = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-}
-#else  // Before GCC 12. Slower: the vectors are put together in memory.
-template <typename Lanes>
-DF11_INLINE void load_lanes(const uint32_t* from, Lanes& out) {
-  for (size_t i = 0; i < sizeof out / 16; ++i) {
-    std::memcpy(reinterpret_cast<char*>(&out) + 16 * i, from + i * kRowStride, 16);
-  }
-}
-#endif
-
-template <Simd kSimd>
-struct VectorOf {
-  using Type = OneLane;
-};
-template <>
-struct VectorOf<Simd::kAvx2> {
-  using Type = TwoLanes;
-};
-template <>
-struct VectorOf<Simd::kAvx512> {
-  using Type = FourLanes;
-};
 
 // Where a chunk's weights are written: rows are `stride` apart, and past the caches or not. For
 // that `out` and `stride` must be multiples of cache lines.
@@ -146,10 +101,8 @@ DF11_INLINE uint32_t merge_row(const RowExponents& exponents, const uint32_t* si
       const Words next_rest = words >> 16 | (rotated & 0xffff0000u);
       const Words row = (both << 7 & ~kSignMantissa) | (rest & kSignMantissa);
       const Words next_row = (both >> 1 & ~kSignMantissa) | (next_rest & kSignMantissa);
-      even[i] = even[i] * 0x9e3779b1u + ((row & 0xffffu) | next_row << 16);  // checksum_step
-      odd[i] = odd[i] * 0x9e3779b1u + (row >> 16 | (next_row & 0xffff0000u));
-      even[i] = even[i] << 13 | even[i] >> 19;
-      odd[i] = odd[i] << 13 | odd[i] >> 19;
+      fold(even[i], (row & 0xffffu) | next_row << 16);
+      fold(odd[i], row >> 16 | (next_row & 0xffff0000u));
       rows[i] = row;
       next_rows[i] = next_row;
     }

@@ -16,6 +16,7 @@
 #include "common/words.h"
 #include "native/code_table.h"
 #include "native/codebook.h"
+#include "native/lane_vectors.h"
 #include "native/layout.h"
 #include "native/pairs.h"
 
@@ -27,54 +28,51 @@ inline constexpr int64_t kTypicalStepWords = 88;
 // Pairs whose codes are joined before they are written to a stream.
 inline constexpr int kGroupPairs = 4;
 
-// A half-step's pairs, by grid places: their weights in rows k and k + 1, and what is made of them.
-struct HalfStep {
-  alignas(64) uint16_t row[kHalfStepPairs];
-  alignas(64) uint16_t next_row[kHalfStepPairs];
-  alignas(64) uint16_t index[kHalfStepPairs];    // the pairs' exponents
-  alignas(64) uint16_t entries[kHalfStepPairs];  // of CodeTable
-};
+// The checksum's accumulators, by grid places: of even ones, then of odd ones.
+using Accumulators = std::array<uint32_t, kHalfStepPairs>;
 
 // The first of a lane's grid places in a half-step.
 DF11_INLINE int grid_place(int lane) { return lane % 4 * kTileCols + lane / 4 * kLanePairs; }
 
-// Two neighbours in a row, as one word. The loops over them vectorize without shuffles.
+// Splits a half-step's pairs into what is stored as it is, and indices of CodeTable, by grid
+// places; and folds them into the checksum.
+template <Simd kSimd>
+DF11_INLINE void split_pairs(const HalfStepRows& rows, const Accumulators& __restrict acc,
+                             Accumulators& __restrict folded, uint16_t* __restrict index,
+                             uint32_t* __restrict sign_mantissa) {
+  using Words = typename VectorOf<kSimd>::Type;
+  constexpr int kColumns = sizeof(Words) / 2;
+  const auto load = [](const auto* from, Words& out) { std::memcpy(&out, from, sizeof out); };
+  const auto store = [](const Words& from, auto* to) { std::memcpy(to, &from, sizeof from); };
+  for (int t = 0; t < 4; ++t) {
+    const uint16_t *const from = rows.row[t], *const next_from = rows.next_row[t];
+    for (int i = 0; i < kTileCols / kColumns; ++i) {
+      const int place = t * kTileCols + i * kColumns, lane = i * kColumns / kLanePairs;
+      uint32_t *const even_out = &folded[place / 2], *const odd_out = even_out + kHalfStepPairs / 2;
+      Words row, next_row, even, odd;  // the rows: two neighbours a word
+      load(from + i * kColumns, row);
+      load(next_from + i * kColumns, next_row);
+      load(&acc[place / 2], even);
+      load(&acc[kHalfStepPairs / 2 + place / 2], odd);
+      store((row << 1 & 0xff00ff00u) | (next_row >> 7 & 0x00ff00ffu), index + place);
+      const Words first = (row & 0xffffu) | next_row << 16;
+      const Words second = row >> 16 | (next_row & 0xffff0000u);
+      const Words rest = second & kSignMantissa;
+      store_lanes(sign_mantissa + lane_word(t) + lane * kRowStride,
+                  (first & kSignMantissa) | rest << 24 | rest >> 8);
+      fold(even, first);
+      fold(odd, second);
+      store(even, even_out);
+      store(odd, odd_out);
+    }
+  }
+}
+
+// Two neighbours in a row, as one word. A loop over them vectorizes without shuffles.
 DF11_INLINE uint32_t load_two(const uint16_t* two) {
   uint32_t word;
   std::memcpy(&word, two, 4);
   return word;
-}
-
-// Loads the pairs, and splits them into what is stored as it is, and exponents.
-template <Simd>
-DF11_INLINE void load_pairs(const ChunkRows& chunk, const Extent& extent, int number, uint16_t pad,
-                            HalfStep& half_step, uint32_t* __restrict sign_mantissa) {
-  load_half_step(chunk, extent, number, pad, half_step.row, half_step.next_row);
-  uint32_t words[kHalfStepWords];  // by grid places
-  for (int i = 0; i < kHalfStepWords; ++i) {
-    const uint32_t row = load_two(half_step.row + 2 * i);
-    const uint32_t next_row = load_two(half_step.next_row + 2 * i);
-    const uint32_t a = (row & 0xffff) | next_row << 16, b = row >> 16 | (next_row & 0xffff0000);
-    words[i] = (a & kSignMantissa) | rotl(b & kSignMantissa, -8);
-  }
-  for (int lane = 0; lane < kLanes; ++lane) {
-    std::memcpy(sign_mantissa + lane_word(lane), words + grid_place(lane) / 2, 4 * kLaneWords);
-  }
-  for (int i = 0; i < kHalfStepPairs; ++i) {
-    half_step.index[i] = exponent_index(half_step.row[i], half_step.next_row[i]);
-  }
-}
-
-// Folds the pairs into the checksum's accumulators: those of even grid places, then of odd ones.
-template <Simd>
-DF11_INLINE void fold_pairs(const HalfStep& half_step, uint32_t* __restrict acc) {
-  for (int i = 0; i < kHalfStepPairs / 2; ++i) {
-    const uint32_t row = load_two(half_step.row + 2 * i);
-    const uint32_t next_row = load_two(half_step.next_row + 2 * i);
-    uint32_t& odd = acc[kHalfStepPairs / 2 + i];
-    acc[i] = checksum_step(acc[i], (row & 0xffff) | next_row << 16);
-    odd = checksum_step(odd, row >> 16 | (next_row & 0xffff0000));
-  }
 }
 
 // Joins the codes of kGroupPairs neighbours in a lane: up to 48 bits of codes, and their number in
@@ -140,18 +138,17 @@ DF11_INLINE int64_t write_streams(const uint64_t* groups, int half_steps, int mi
 
 // Those loops, compiled for an instruction set.
 struct EncoderLoops {
-  void (*load_pairs)(const ChunkRows&, const Extent&, int, uint16_t, HalfStep&, uint32_t*);
+  void (*split_pairs)(const HalfStepRows&, const Accumulators&, Accumulators&, uint16_t*,
+                      uint32_t*);
   LookUpCodes look_up_codes;
-  void (*fold_pairs)(const HalfStep&, uint32_t*);
   void (*join_codes)(const uint16_t*, uint64_t*);
   int64_t (*write_streams)(const uint64_t*, int, int, uint8_t*, std::array<int, kLanes>&);
 };
 
-DF11_FOR_EACH_SIMD(void, load_pairs,
-                   (const ChunkRows& chunk, const Extent& extent, int number, uint16_t pad,
-                    HalfStep& half_step, uint32_t* sign_mantissa),
-                   (chunk, extent, number, pad, half_step, sign_mantissa))
-DF11_FOR_EACH_SIMD(void, fold_pairs, (const HalfStep& half_step, uint32_t* acc), (half_step, acc))
+DF11_FOR_EACH_SIMD(void, split_pairs,
+                   (const HalfStepRows& rows, const Accumulators& acc, Accumulators& folded,
+                    uint16_t* index, uint32_t* sign_mantissa),
+                   (rows, acc, folded, index, sign_mantissa))
 DF11_FOR_EACH_SIMD(void, join_codes, (const uint16_t* entries, uint64_t* groups), (entries, groups))
 DF11_FOR_EACH_SIMD(int64_t, write_streams,
                    (const uint64_t* groups, int half_steps, int min_bits, uint8_t* stream,
@@ -159,8 +156,8 @@ DF11_FOR_EACH_SIMD(int64_t, write_streams,
                    (groups, half_steps, min_bits, stream, bits))
 
 inline EncoderLoops encoder_loops(Simd simd) {
-  return {DF11_SELECT(simd, load_pairs), best_look_up_codes(simd), DF11_SELECT(simd, fold_pairs),
-          DF11_SELECT(simd, join_codes), DF11_SELECT(simd, write_streams)};
+  return {DF11_SELECT(simd, split_pairs), best_look_up_codes(simd), DF11_SELECT(simd, join_codes),
+          DF11_SELECT(simd, write_streams)};
 }
 
 // Encodes chunks of one slice one after the other; holds the buffers they share.
@@ -179,10 +176,10 @@ class ChunkEncoder {
     half_steps_ = 2 * chunk.steps;
     extent_ = Extent(view_, chunk);
     rows_ = chunk_rows(weights_, view_, chunk, tile_);
-    sign_mantissa += chunk.sign_mantissa_word;
+    sign_mantissa_ = sign_mantissa + chunk.sign_mantissa_word;
     patches_.clear();
     padding_is_finite_ = true;
-    std::fill_n(acc_, kHalfStepPairs, 0u);
+    acc_[0].fill(0);
     for (int i = 0; i < half_steps_; ++i) {
       const int ahead = i + (view_.along_columns ? half_steps_ : kPrefetchHalfSteps);
       if (ahead < half_steps_) {
@@ -190,12 +187,12 @@ class ChunkEncoder {
       } else if (ahead < half_steps_ + 2 * next.steps) {
         prefetch_half_step(weights_, view_, next, ahead - half_steps_);
       }
-      loops_.load_pairs(rows_, extent_, i, codes_.pad(), pairs_,
-                        sign_mantissa + i * kHalfStepWords);
-      const bool uncoded = loops_.look_up_codes(pairs_.index, codes_, pairs_.entries);
-      if (uncoded) patch_uncoded(i);
-      loops_.fold_pairs(pairs_, acc_);
-      loops_.join_codes(pairs_.entries, groups_ + i * kHalfStepPairs / kGroupPairs);
+      const HalfStepRows rows = half_step_rows(rows_, extent_, i, codes_.pad(), copies_);
+      split_pairs(rows, i);
+      if (loops_.look_up_codes(index_, codes_, entries_)) {
+        split_pairs(patch_uncoded(i, rows), i);
+      }
+      loops_.join_codes(entries_, groups_ + i * kHalfStepPairs / kGroupPairs);
     }
 
     std::array<int, kLanes> bits;
@@ -226,12 +223,26 @@ class ChunkEncoder {
   }
 
  private:
-  static constexpr int kPrefetchHalfSteps = kMaxSteps;
+  static constexpr int kPrefetchHalfSteps = 3;
   // All codes at their longest, and the eight bytes that the last store may write.
   static constexpr int kMaxStreamBytes = kTileRows * kTileCols / 2 * kMaxCodeBits / 8 + 8;
 
-  // Puts substitutes in place of pairs without a code, and patches them.
-  void patch_uncoded(int half_step) {
+  void split_pairs(const HalfStepRows& rows, int half_step) {
+    loops_.split_pairs(rows, acc_[half_step % 2], acc_[(half_step + 1) % 2], index_,
+                       sign_mantissa_ + half_step * kHalfStepWords);
+  }
+
+  // Puts substitutes in place of pairs without a code, and patches them. Returns the rows with
+  // them.
+  HalfStepRows patch_uncoded(int half_step, HalfStepRows rows) {
+    for (int t = 0; t < 4; ++t) {
+      const auto copy = [&](const uint16_t*& row, uint16_t* to) {
+        if (row != to) std::memcpy(to, row, 2 * kTileCols);
+        row = to;
+      };
+      copy(rows.row[t], copies_.row + t * kTileCols);
+      copy(rows.next_row[t], copies_.next_row + t * kTileCols);
+    }
     const auto patch = [&](int row, int col, uint16_t& weight, uint8_t exponent) {
       if ((weight >> 7 & 255) == exponent) return;
       if (col < extent_.n_of(row)) {
@@ -242,30 +253,29 @@ class ChunkEncoder {
       weight = static_cast<uint16_t>((weight & kSignMantissa) | exponent << 7);
     };
     for (int i = 0; i < kHalfStepPairs; ++i) {
-      if (pairs_.entries[i]) continue;
-      const int symbol = codes_.substitute(pairs_.index[i] >> 8, pairs_.index[i] & 255);
+      if (entries_[i]) continue;
+      const int symbol = codes_.substitute(index_[i] >> 8, index_[i] & 255);
       const int row = pair_row(half_step, i / kTileCols), col = i % kTileCols;
-      patch(row, col, pairs_.row[i], codes_.first_exponent(symbol));
-      patch(row + 1, col, pairs_.next_row[i], codes_.second_exponent(symbol));
-      pairs_.entries[i] = codes_.by_symbol()[symbol];
+      patch(row, col, copies_.row[i], codes_.first_exponent(symbol));
+      patch(row + 1, col, copies_.next_row[i], codes_.second_exponent(symbol));
+      entries_[i] = codes_.by_symbol()[symbol];
     }
+    return rows;
   }
 
   void append_raw(int64_t index, Words& records) {
     const size_t start = records.size();
     records.extend(kRawRecordHeaderWords);
-    std::fill_n(acc_, kHalfStepPairs, 0u);
+    acc_[0].fill(0);
     for (int i = 0; i < half_steps_; ++i) {
       // Again, without the substitutes.
-      load_half_step(rows_, extent_, i, codes_.pad(), pairs_.row, pairs_.next_row);
-      loops_.fold_pairs(pairs_, acc_);
+      split_pairs(half_step_rows(rows_, extent_, i, codes_.pad(), copies_), i);
       uint32_t* words = records.extend(kHalfStepWords);
       for (int k = 0; k < kHalfStepWords; ++k) {
-        const auto bytes = [&](int at) {
-          return (pairs_.row[at] >> 7 & 255u) | (pairs_.next_row[at] >> 7 & 255u) << 8;
-        };
-        const int at = grid_place(k / kLaneWords) + k % kLaneWords * 2;
-        words[k] = bytes(at) | bytes(at + 1) << 16;
+        const uint16_t* two = index_ + grid_place(k / kLaneWords) + k % kLaneWords * 2;
+        const uint32_t firsts = two[0] >> 8 | (two[1] & 0xff00) << 8;
+        const uint32_t seconds = (two[0] & 255) << 8 | uint32_t(two[1] & 255) << 24;
+        words[k] = firsts | seconds;
       }
     }
     records.data()[start] = checksum(index);
@@ -275,8 +285,8 @@ class ChunkEncoder {
   uint32_t checksum(int64_t index) const {
     uint32_t sum = checksum_chunk(index);
     for (int i = 0; i < kHalfStepPairs / 2; ++i) {
-      sum += checksum_place(acc_[i], 2 * i);
-      sum += checksum_place(acc_[kHalfStepPairs / 2 + i], 2 * i + 1);
+      sum += checksum_place(acc_[0][i], 2 * i);
+      sum += checksum_place(acc_[0][kHalfStepPairs / 2 + i], 2 * i + 1);
     }
     return sum;
   }
@@ -289,9 +299,12 @@ class ChunkEncoder {
   Extent extent_{View(), Chunk()};
   ChunkRows rows_{};
   bool padding_is_finite_ = true;
-  HalfStep pairs_;
+  uint32_t* sign_mantissa_ = nullptr;
+  HalfStepWeights copies_;
+  alignas(64) uint16_t index_[kHalfStepPairs];    // the pairs' exponents
+  alignas(64) uint16_t entries_[kHalfStepPairs];  // of CodeTable
+  alignas(64) Accumulators acc_[2];               // before a half-step, and after it
   alignas(64) uint16_t tile_[kTileRows * kTileCols];
-  alignas(64) uint32_t acc_[kHalfStepPairs];
   alignas(64) uint64_t groups_[kTileRows * kTileCols / 2 / kGroupPairs];
   std::vector<uint8_t> stream_;
   std::vector<uint32_t> patches_;

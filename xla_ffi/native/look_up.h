@@ -61,9 +61,6 @@ DF11_FOR_EACH_SIMD(void, fill_entries, (const uint16_t* symbols, uint32_t* entri
 // must follow several lanes to be busy.
 inline constexpr int kRowLanes = kLanes / 4;
 
-// From one lane of a grid row to the next, in the words of a half-step.
-inline constexpr int kRowStride = 4 * kLaneWords;
-
 // What the look-ups of a grid row find, lane by lane: entries of the table. That they are put
 // together later, and not at once, leaves a look-up five instructions, and the windows of all
 // lanes in registers.

@@ -79,24 +79,36 @@ inline ChunkRows chunk_rows(const uint16_t* weights, const View& view, const Chu
   return {tile, kTileCols};
 }
 
-// The weights of a half-step's pairs, by grid places, with padding filled by `pad`.
-DF11_INLINE void load_half_step(const ChunkRows& chunk, const Extent& extent, int half_step,
-                                uint16_t pad, uint16_t* __restrict rows,
-                                uint16_t* __restrict next_rows) {
-  for (int t = 0; t < 4; ++t, rows += kTileCols, next_rows += kTileCols) {
-    const int row = pair_row(half_step, t);
-    const uint16_t* first = chunk.first + row * chunk.stride;
-    const int64_t count = extent.n_of(row), next_count = extent.n_of(row + 1);
-    if (next_count == kTileCols) {
-      std::memcpy(rows, first, 2 * kTileCols);
-      std::memcpy(next_rows, first + chunk.stride, 2 * kTileCols);
-      continue;
-    }
-    std::memcpy(rows, first, 2 * count);
-    std::memcpy(next_rows, first + chunk.stride, 2 * next_count);
-    std::fill(rows + count, rows + kTileCols, pad);
-    std::fill(next_rows + next_count, next_rows + kTileCols, pad);
+// Room for a half-step's weights, by grid places.
+struct HalfStepWeights {
+  alignas(64) uint16_t row[kHalfStepPairs];
+  alignas(64) uint16_t next_row[kHalfStepPairs];
+};
+
+// Where the weights of a half-step's pairs are: those of grid row t in rows k and k + 1.
+struct HalfStepRows {
+  const uint16_t* row[4];
+  const uint16_t* next_row[4];
+};
+
+// Finds the rows of a half-step; those with padding are copied, and it is filled by `pad`.
+DF11_INLINE HalfStepRows half_step_rows(const ChunkRows& chunk, const Extent& extent, int half_step,
+                                        uint16_t pad, HalfStepWeights& copies) {
+  HalfStepRows rows;
+  for (int t = 0; t < 4; ++t) {
+    const int k = pair_row(half_step, t);
+    rows.row[t] = chunk.first + k * chunk.stride;
+    rows.next_row[t] = rows.row[t] + chunk.stride;
+    if (extent.n_of(k + 1) == kTileCols) continue;
+    const auto copy = [&](const uint16_t*& row, int64_t count, uint16_t* to) {
+      std::memcpy(to, row, 2 * count);
+      std::fill(to + count, to + kTileCols, pad);
+      row = to;
+    };
+    copy(rows.row[t], extent.n_of(k), copies.row + t * kTileCols);
+    copy(rows.next_row[t], extent.n_of(k + 1), copies.next_row + t * kTileCols);
   }
+  return rows;
 }
 
 // Counts pairs of exponents, leaving out those with padding. Of a
@@ -117,7 +129,8 @@ inline std::vector<uint32_t> count_pairs(const uint16_t* weights, const View& vi
   parallel_for(tables.size(), threads, [&](int64_t slot) {
     std::vector<uint32_t>& counts = tables[slot];
     counts.assign(2 * 65536, 0);
-    uint16_t rows[kHalfStepPairs], next_rows[kHalfStepPairs], at[kHalfStepPairs];
+    HalfStepWeights padded;
+    uint16_t indices[kTileCols];
     uint16_t tile[kTileRows * kTileCols];
     for (int64_t batch; (batch = next.fetch_add(1)) < batches;) {
       const int64_t end = std::min((batch + 1) * kEncodeBatch, size);
@@ -128,10 +141,11 @@ inline std::vector<uint32_t> count_pairs(const uint16_t* weights, const View& vi
         const ChunkRows source = chunk_rows(weights, view, chunk, tile);
         for (int half_step = 0; half_step < 2 * chunk.steps; ++half_step) {
           prefetch_half_step(weights, view, following, half_step);
-          load_half_step(source, extent, half_step, 0, rows, next_rows);
-          for (int k = 0; k < kHalfStepPairs; ++k) at[k] = exponent_index(rows[k], next_rows[k]);
+          const HalfStepRows rows = half_step_rows(source, extent, half_step, 0, padded);
           for (int t = 0; t < 4; ++t) {
-            const uint16_t* indices = at + t * kTileCols;
+            for (int k = 0; k < kTileCols; ++k) {
+              indices[k] = exponent_index(rows.row[t][k], rows.next_row[t][k]);
+            }
             const int64_t count = extent.n_of(pair_row(half_step, t) + 1);
             for (int64_t k = 0; k + 1 < count; k += 2) {
               ++counts[indices[k]];

@@ -216,7 +216,9 @@ void check_encoder_loops(const Source& source) {
   const CodeTable codes(choose_codebook(count_pairs(weights.data(), view, 1), kMaxCodeBits));
 
   struct Result {
-    std::vector<uint32_t> sign_mantissa, acc = std::vector<uint32_t>(kHalfStepPairs);
+    std::vector<uint32_t> sign_mantissa;
+    std::array<Accumulators, 2> acc{};
+    std::vector<uint16_t> index;
     std::vector<uint16_t> entries;
     std::vector<uint64_t> groups;
     std::vector<uint8_t> stream;
@@ -228,14 +230,18 @@ void check_encoder_loops(const Source& source) {
     result.sign_mantissa.resize(count / 2);
     result.groups.resize(count / kGroupPairs);
     result.stream.resize(count * kMaxCodeBits / 8 + 8);
-    const auto pairs = std::make_unique<HalfStep>();
+    result.index.resize(count);
+    result.entries.resize(count);
+    const Extent extent(view, locate_chunk(view, 0));
+    HalfStepWeights copies;
     for (int i = 0; i < 2 * kMaxSteps; ++i) {
-      loops.load_pairs({weights.data(), view.n}, Extent(view, locate_chunk(view, 0)), i, 0, *pairs,
-                       result.sign_mantissa.data() + i * kHalfStepPairs / 2);
-      result.uncoded.push_back(loops.look_up_codes(pairs->index, codes, pairs->entries));
-      result.entries.insert(result.entries.end(), pairs->entries, pairs->entries + kHalfStepPairs);
-      loops.fold_pairs(*pairs, result.acc.data());
-      loops.join_codes(pairs->entries, result.groups.data() + i * kHalfStepPairs / kGroupPairs);
+      uint16_t *const index = &result.index[i * kHalfStepPairs],
+                      *const entries = &result.entries[i * kHalfStepPairs];
+      loops.split_pairs(half_step_rows({weights.data(), view.n}, extent, i, 0, copies),
+                        result.acc[i % 2], result.acc[(i + 1) % 2], index,
+                        &result.sign_mantissa[i * kHalfStepWords]);
+      result.uncoded.push_back(loops.look_up_codes(index, codes, entries));
+      loops.join_codes(entries, &result.groups[i * kHalfStepPairs / kGroupPairs]);
     }
     loops.write_streams(result.groups.data(), 2 * kMaxSteps, 0, result.stream.data(), result.bits);
     return result;
@@ -244,9 +250,9 @@ void check_encoder_loops(const Source& source) {
   for (int simd = 1; simd <= static_cast<int>(best_simd()); ++simd) {
     const Result result = run(encoder_loops(static_cast<Simd>(simd)));
     check(result.sign_mantissa == expected.sign_mantissa && result.acc == expected.acc &&
-              result.entries == expected.entries && result.groups == expected.groups &&
-              result.stream == expected.stream && result.bits == expected.bits &&
-              result.uncoded == expected.uncoded,
+              result.index == expected.index && result.entries == expected.entries &&
+              result.groups == expected.groups && result.stream == expected.stream &&
+              result.bits == expected.bits && result.uncoded == expected.uncoded,
           "loops of an instruction set", view);
   }
 }
