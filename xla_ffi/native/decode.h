@@ -13,6 +13,7 @@
 #include "native/lane_vectors.h"
 #include "native/layout.h"
 #include "native/look_up.h"
+#include "native/prefetch.h"
 
 namespace df11::native {
 
@@ -50,6 +51,7 @@ struct Destination {
   uint16_t* out;
   int64_t stride;
   bool stream;
+  const WeightsAhead* compared = nullptr;  // with what is written: fetched meanwhile
 };
 
 template <bool kStream, typename Words>
@@ -71,12 +73,6 @@ DF11_INLINE void store(uint16_t* out, const Words& words) {
   std::memcpy(out, &words, sizeof words);
 }
 
-// Fetches what the same part of the next chunk will need, since the hardware's prefetchers
-// stop at page boundaries. Addresses past the end are harmless.
-DF11_INLINE void prefetch(const uint32_t* words, int count) {
-  for (int i = 0; i < count; i += 16) __builtin_prefetch(words + i, 0, 2);
-}
-
 // Merges the exponents of grid row t with their sign and mantissa, and writes the weights;
 // meanwhile fetches, from `next` on, a quarter of the sign and mantissa of the next chunk. Returns
 // its part of the checksum.
@@ -88,6 +84,7 @@ DF11_INLINE uint32_t merge_row(const RowExponents& exponents, const uint32_t* si
   Words even[kVectors]{}, odd[kVectors]{};  // the checksum's accumulators, by columns
   for (int half_step = 0; half_step < half_steps; ++half_step, next += 32) {
     prefetch(next, 32);
+    if (to.compared) prefetch(*to.compared, t * half_steps + half_step);
     uint16_t* out = to.out + (half_step / 2 * kStepRows + 4 * t + half_step % 2 * 2) * to.stride;
     Words rows[kVectors], next_rows[kVectors];
     for (int i = 0; i < kVectors; ++i) {

@@ -177,16 +177,14 @@ class ChunkEncoder {
     extent_ = Extent(view_, chunk);
     rows_ = chunk_rows(weights_, view_, chunk, tile_);
     sign_mantissa_ = sign_mantissa + chunk.sign_mantissa_word;
+    const WeightsAhead here(weights_, view_, chunk, half_steps_);
+    const WeightsAhead following(weights_, view_, next, half_steps_);
     patches_.clear();
     padding_is_finite_ = true;
     acc_[0].fill(0);
     for (int i = 0; i < half_steps_; ++i) {
       const int ahead = i + (view_.along_columns ? half_steps_ : kPrefetchHalfSteps);
-      if (ahead < half_steps_) {
-        prefetch_half_step(weights_, view_, chunk, ahead);
-      } else if (ahead < half_steps_ + 2 * next.steps) {
-        prefetch_half_step(weights_, view_, next, ahead - half_steps_);
-      }
+      prefetch(ahead < half_steps_ ? here : following, ahead % half_steps_);
       const HalfStepRows rows = half_step_rows(rows_, extent_, i, codes_.pad(), copies_);
       split_pairs(rows, i);
       if (loops_.look_up_codes(index_, codes_, entries_)) {

@@ -10,6 +10,7 @@
 #include "common/bits.h"
 #include "common/parallel.h"
 #include "native/layout.h"
+#include "native/prefetch.h"
 #include "native/transpose.h"
 
 namespace df11::native {
@@ -19,30 +20,6 @@ inline constexpr int64_t kEncodeBatch = 64;
 
 DF11_INLINE int pair_row(int half_step, int t) {
   return half_step / 2 * kStepRows + 4 * t + 2 * (half_step % 2);
-}
-
-// Fetches the weights of a half-step, whose rows are too far from each other for the hardware to
-// guess; and often by a power of two, so that they would compete for places in the first cache.
-// Addresses past the end are harmless.
-DF11_INLINE void prefetch_half_step(const uint16_t* weights, const View& view, const Chunk& chunk,
-                                    int half_step) {
-  const uint16_t* first = weights + chunk.element;
-  if (view.along_columns) {
-    // 32 k of each n are a cache line: an eighth of them with each of its half-steps.
-    constexpr int kColumns = kTileCols / 4;
-    const uint16_t* line = first + half_step / 4 * 2 * kStepRows;
-    for (int i = 0; i < kColumns; ++i) {
-      __builtin_prefetch(line + (half_step % 4 * kColumns + i) * view.k, 0, 2);
-    }
-    return;
-  }
-  for (int t = 0; t < 4; ++t) {
-    const uint16_t* row = first + pair_row(half_step, t) * view.n;
-    for (const uint16_t* of : {row, row + view.n}) {
-      for (int i = 0; i < kTileCols; i += 32) __builtin_prefetch(of + i, 0, 2);
-      __builtin_prefetch(of + kTileCols - 1, 0, 2);  // numpy's arrays begin within a cache line
-    }
-  }
 }
 
 // How many of a chunk's k and n are no padding; of a flat view's last k, only some n are.
@@ -137,10 +114,11 @@ inline std::vector<uint32_t> count_pairs(const uint16_t* weights, const View& vi
       for (int64_t i = batch * kEncodeBatch; i < end; ++i) {
         const Chunk chunk = locate_chunk(view, sample[i]);
         const Chunk following = locate_chunk(view, sample[std::min(i + 1, size - 1)]);
+        const WeightsAhead weights_ahead(weights, view, following, 2 * chunk.steps);
         const Extent extent(view, chunk);
         const ChunkRows source = chunk_rows(weights, view, chunk, tile);
         for (int half_step = 0; half_step < 2 * chunk.steps; ++half_step) {
-          prefetch_half_step(weights, view, following, half_step);
+          prefetch(weights_ahead, half_step);
           const HalfStepRows rows = half_step_rows(source, extent, half_step, 0, padded);
           for (int t = 0; t < 4; ++t) {
             for (int k = 0; k < kTileCols; ++k) {

@@ -92,8 +92,8 @@ class ChunkDecoder {
   }
 
   // Decodes into a tile of full rows.
-  bool decode_tile(int64_t index, const Chunk& chunk) {
-    return decode_rows(index, chunk, {tile_, kTileCols, false});
+  bool decode_tile(int64_t index, const Chunk& chunk, const WeightsAhead* compared = nullptr) {
+    return decode_rows(index, chunk, {tile_, kTileCols, false, compared});
   }
 
   // Makes what was streamed visible to other threads; to be called once, after the last chunk.
@@ -134,9 +134,9 @@ class ChunkDecoder {
   // The first element at which the chunk does not decode to `weights`, or -1.
   int64_t find_difference(int64_t index, const uint16_t* weights) {
     const View& view = slice_.view;
-    const Chunk chunk = locate_chunk(view, index), next = locate_chunk(view, index + 1);
-    if (!decode_tile(index, chunk)) return chunk.element;
-    for (int i = 0; i < 2 * next.steps; ++i) prefetch_half_step(weights, view, next, i);
+    const Chunk chunk = locate_chunk(view, index);
+    const WeightsAhead compared(weights, view, chunk, 8 * chunk.steps);
+    if (!decode_tile(index, chunk, &compared)) return chunk.element;
     const Extent extent(view, chunk);
     const uint16_t* place = weights + chunk.element;
     if (!view.along_columns && extent.is_whole(chunk) &&
