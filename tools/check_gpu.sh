@@ -108,5 +108,5 @@ failed=0
     printf '%-20s %-12s %6s  %s\n' "$name" "$result" "$took" "$last"
   done
 } | tee "$RESULTS/summary.txt"
-cat "$RESULTS"/*.result 2> /dev/null | grep -qE '^(FAILED|TOO LONG)' && failed=1
+grep -qsE '^(FAILED|TOO LONG)' "$RESULTS"/*.result && failed=1
 exit "$failed"

@@ -40,24 +40,24 @@ template <Simd kSimd>
 DF11_INLINE void split_pairs(const HalfStepRows& rows, const Accumulators& __restrict acc,
                              Accumulators& __restrict folded, uint16_t* __restrict index,
                              uint32_t* __restrict sign_mantissa) {
-  using Words = typename VectorOf<kSimd>::Type;
-  constexpr int kColumns = sizeof(Words) / 2;
-  const auto load = [](const auto* from, Words& out) { std::memcpy(&out, from, sizeof out); };
-  const auto store = [](const Words& from, auto* to) { std::memcpy(to, &from, sizeof from); };
+  using Lanes = typename VectorOf<kSimd>::Type;
+  constexpr int kColumns = sizeof(Lanes) / 2;
+  const auto load = [](const auto* from, Lanes& out) { std::memcpy(&out, from, sizeof out); };
+  const auto store = [](const Lanes& from, auto* to) { std::memcpy(to, &from, sizeof from); };
   for (int t = 0; t < 4; ++t) {
     const uint16_t *const from = rows.row[t], *const next_from = rows.next_row[t];
     for (int i = 0; i < kTileCols / kColumns; ++i) {
       const int place = t * kTileCols + i * kColumns, lane = i * kColumns / kLanePairs;
       uint32_t *const even_out = &folded[place / 2], *const odd_out = even_out + kHalfStepPairs / 2;
-      Words row, next_row, even, odd;  // the rows: two neighbours a word
+      Lanes row, next_row, even, odd;  // the rows: two neighbours a word
       load(from + i * kColumns, row);
       load(next_from + i * kColumns, next_row);
       load(&acc[place / 2], even);
       load(&acc[kHalfStepPairs / 2 + place / 2], odd);
       store((row << 1 & 0xff00ff00u) | (next_row >> 7 & 0x00ff00ffu), index + place);
-      const Words first = (row & 0xffffu) | next_row << 16;
-      const Words second = row >> 16 | (next_row & 0xffff0000u);
-      const Words rest = second & kSignMantissa;
+      const Lanes first = (row & 0xffffu) | next_row << 16;
+      const Lanes second = row >> 16 | (next_row & 0xffff0000u);
+      const Lanes rest = second & kSignMantissa;
       store_lanes(sign_mantissa + lane_word(t) + lane * kRowStride,
                   (first & kSignMantissa) | rest << 24 | rest >> 8);
       fold(even, first);
@@ -221,6 +221,7 @@ class ChunkEncoder {
   }
 
  private:
+  // Of rows a power of two apart, a second cache holds few.
   static constexpr int kPrefetchHalfSteps = 3;
   // All codes at their longest, and the eight bytes that the last store may write.
   static constexpr int kMaxStreamBytes = kTileRows * kTileCols / 2 * kMaxCodeBits / 8 + 8;
@@ -230,8 +231,7 @@ class ChunkEncoder {
                        sign_mantissa_ + half_step * kHalfStepWords);
   }
 
-  // Puts substitutes in place of pairs without a code, and patches them. Returns the rows with
-  // them.
+  // Puts substitutes in place of pairs without a code, and patches them. Returns the new rows.
   HalfStepRows patch_uncoded(int half_step, HalfStepRows rows) {
     for (int t = 0; t < 4; ++t) {
       const auto copy = [&](const uint16_t*& row, uint16_t* to) {
