@@ -221,7 +221,8 @@ class ChunkEncoder {
   }
 
  private:
-  // Of rows a power of two apart, a second cache holds few.
+  // At least two, which share the rows of a step; few, since of rows a power of two apart a second
+  // cache holds few.
   static constexpr int kPrefetchHalfSteps = 3;
   // All codes at their longest, and the eight bytes that the last store may write.
   static constexpr int kMaxStreamBytes = kTileRows * kTileCols / 2 * kMaxCodeBits / 8 + 8;
@@ -301,7 +302,7 @@ class ChunkEncoder {
   HalfStepWeights copies_;
   alignas(64) uint16_t index_[kHalfStepPairs];    // the pairs' exponents
   alignas(64) uint16_t entries_[kHalfStepPairs];  // of CodeTable
-  alignas(64) Accumulators acc_[2];               // before a half-step, and after it
+  alignas(64) Accumulators acc_[2];  // half-step i, of an even number, folds [i % 2] into the other
   alignas(64) uint16_t tile_[kTileRows * kTileCols];
   alignas(64) uint64_t groups_[kTileRows * kTileCols / 2 / kGroupPairs];
   std::vector<uint8_t> stream_;

@@ -17,7 +17,7 @@ DF11_INLINE void prefetch(const uint32_t* words, int count) {
 struct WeightsAhead {
   const uint16_t* first;
   int64_t stride;
-  int columns, rows;  // of a part; as they lie in memory, so that of a view along columns k is one
+  int columns, rows;  // of a part; along columns, a row is one n, and its columns k
 
   WeightsAhead(const uint16_t* weights, const View& view, const Chunk& chunk, int parts)
       : first(weights + chunk.element), stride(view.n), columns(kTileCols) {
@@ -26,7 +26,7 @@ struct WeightsAhead {
       stride = view.k;
       std::swap(columns, all_rows);
     }
-    rows = all_rows / parts;
+    rows = (all_rows + parts - 1) / parts;
   }
 };
 
@@ -35,7 +35,8 @@ DF11_INLINE void prefetch(const WeightsAhead& weights, int part) {
   const uint16_t* row = weights.first + part * weights.rows * weights.stride;
   for (int k = 0; k < weights.rows; ++k, row += weights.stride) {
     for (int i = 0; i < weights.columns; i += 32) __builtin_prefetch(row + i, 0, 2);
-    __builtin_prefetch(row + weights.columns - 1, 0, 2);  // numpy's begin within a cache line
+    // numpy's arrays begin within a cache line.
+    __builtin_prefetch(row + weights.columns - 1, 0, 2);
   }
 }
 
