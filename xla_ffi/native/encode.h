@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
@@ -271,10 +272,9 @@ class ChunkEncoder {
       split_pairs(half_step_rows(rows_, extent_, i, codes_.pad(), copies_), i);
       uint32_t* words = records.extend(kHalfStepWords);
       for (int k = 0; k < kHalfStepWords; ++k) {
-        const uint16_t* two = index_ + grid_place(k / kLaneWords) + k % kLaneWords * 2;
-        const uint32_t firsts = two[0] >> 8 | (two[1] & 0xff00) << 8;
-        const uint32_t seconds = (two[0] & 255) << 8 | uint32_t(two[1] & 255) << 24;
-        words[k] = firsts | seconds;
+        // The index has the first exponent above the second, the record below it.
+        const uint32_t two = load_two(index_ + grid_place(k / kLaneWords) + k % kLaneWords * 2);
+        words[k] = (two >> 8 & 0x00ff00ff) | (two & 0x00ff00ff) << 8;
       }
     }
     records.data()[start] = checksum(index);
@@ -302,7 +302,9 @@ class ChunkEncoder {
   HalfStepWeights copies_;
   alignas(64) uint16_t index_[kHalfStepPairs];    // the pairs' exponents
   alignas(64) uint16_t entries_[kHalfStepPairs];  // of CodeTable
-  alignas(64) Accumulators acc_[2];  // half-step i, of an even number, folds [i % 2] into the other
+  // Half-step i goes from [i % 2] to the other, so that it can be split again. There is an even
+  // number of them, which begin and end with [0].
+  alignas(64) Accumulators acc_[2];
   alignas(64) uint16_t tile_[kTileRows * kTileCols];
   alignas(64) uint64_t groups_[kTileRows * kTileCols / 2 / kGroupPairs];
   std::vector<uint8_t> stream_;

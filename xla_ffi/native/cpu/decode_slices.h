@@ -15,6 +15,7 @@
 #include "common/words.h"
 #include "native/decode.h"
 #include "native/pairs.h"
+#include "native/prefetch.h"
 #include "native/tensor_slices.h"
 #include "native/transpose.h"
 
