@@ -176,7 +176,7 @@ def encode_tensor(
     small = DF11Array.from_payload(encode(weights.array, name, layout, **options), layout)
     if form is not None:
         small = form.fit(small, name)
-    return jax.tree.map(lambda array: jax.device_put(array, weights.device), small)
+    return jax.device_put(small, weights.device)
 
 
 def as_weights(

@@ -252,13 +252,18 @@ class ChunkEncoder {
       }
       weight = static_cast<uint16_t>((weight & kSignMantissa) | exponent << 7);
     };
-    for (int i = 0; i < kHalfStepPairs; ++i) {
-      if (entries_[i]) continue;
-      const int symbol = codes_.substitute(index_[i] >> 8, index_[i] & 255);
-      const int row = pair_row(half_step, i / kTileCols), col = i % kTileCols;
-      patch(row, col, copies_.row[i], codes_.first_exponent(symbol));
-      patch(row + 1, col, copies_.next_row[i], codes_.second_exponent(symbol));
-      entries_[i] = codes_.by_symbol()[symbol];
+    constexpr int kAtOnce = 32;  // few have none: most are passed by many at once
+    for (int begin = 0; begin < kHalfStepPairs; begin += kAtOnce) {
+      const int end = begin + kAtOnce;
+      if (!std::count(entries_ + begin, entries_ + end, 0)) continue;
+      for (int i = begin; i < end; ++i) {
+        if (entries_[i]) continue;
+        const int symbol = codes_.substitute(index_[i] >> 8, index_[i] & 255);
+        const int row = pair_row(half_step, i / kTileCols), col = i % kTileCols;
+        patch(row, col, copies_.row[i], codes_.first_exponent(symbol));
+        patch(row + 1, col, copies_.next_row[i], codes_.second_exponent(symbol));
+        entries_[i] = codes_.by_symbol()[symbol];
+      }
     }
     return rows;
   }
@@ -318,46 +323,53 @@ inline Words encode_slice(const uint16_t* weights, const View& view, const CodeT
   const int64_t chunks = view.chunks(), batches = (chunks + kEncodeBatch - 1) / kEncodeBatch;
   Words records;
   records.reserve(chunks * kTypicalStepWords * view.steps);
-  // Batches are encoded by any thread, but appended in order.
-  std::atomic<int64_t> next{0};
-  int64_t appended = 0;
-  bool failed = false;
-  std::mutex mutex;
-  std::condition_variable turn;
-  const auto encode_batches = [&] {
-    const auto encoder = std::make_unique<ChunkEncoder>(weights, view, codes);
-    Words part;
-    for (int64_t batch; (batch = next.fetch_add(1)) < batches;) {
-      const int64_t first = batch * kEncodeBatch, end = std::min(first + kEncodeBatch, chunks);
-      part.clear();
-      for (int64_t c = first; c < end; ++c) {
-        chunk_offsets[c] = static_cast<uint32_t>(part.size());
-        encoder->encode(c, part, sign_mantissa);
-      }
-      std::unique_lock<std::mutex> lock(mutex);
-      turn.wait(lock, [&] { return appended == batch || failed; });
-      if (failed) return;
-      for (int64_t c = first; c < end; ++c) {
-        chunk_offsets[c] += static_cast<uint32_t>(records.size());
-      }
-      records.append(part.data(), part.size());
-      ++appended;
-      turn.notify_all();
+  const auto encode_chunks = [&](ChunkEncoder& encoder, int64_t first, int64_t end, Words& to) {
+    for (int64_t c = first; c < end; ++c) {
+      chunk_offsets[c] = static_cast<uint32_t>(to.size());
+      encoder.encode(c, to, sign_mantissa);
     }
   };
-  parallel_for(std::min<int64_t>(threads, batches), threads, [&](int64_t) {
-    try {
-      encode_batches();
-    } catch (...) {
-      // Whoever waits for its turn must not wait for this thread.
-      {
-        const std::lock_guard<std::mutex> lock(mutex);
-        failed = true;
+  if (std::min<int64_t>(threads, batches) <= 1) {
+    encode_chunks(*std::make_unique<ChunkEncoder>(weights, view, codes), 0, chunks, records);
+  } else {
+    // Batches are encoded by any thread, but appended in order.
+    std::atomic<int64_t> next{0};
+    int64_t appended = 0;
+    bool failed = false;
+    std::mutex mutex;
+    std::condition_variable turn;
+    const auto encode_batches = [&] {
+      const auto encoder = std::make_unique<ChunkEncoder>(weights, view, codes);
+      Words part;
+      for (int64_t batch; (batch = next.fetch_add(1)) < batches;) {
+        const int64_t first = batch * kEncodeBatch, end = std::min(first + kEncodeBatch, chunks);
+        part.clear();
+        encode_chunks(*encoder, first, end, part);
+        std::unique_lock<std::mutex> lock(mutex);
+        turn.wait(lock, [&] { return appended == batch || failed; });
+        if (failed) return;
+        for (int64_t c = first; c < end; ++c) {
+          chunk_offsets[c] += static_cast<uint32_t>(records.size());
+        }
+        records.append(part.data(), part.size());
+        ++appended;
+        turn.notify_all();
       }
-      turn.notify_all();
-      throw;
-    }
-  });
+    };
+    parallel_for(std::min<int64_t>(threads, batches), threads, [&](int64_t) {
+      try {
+        encode_batches();
+      } catch (...) {
+        // Whoever waits for its turn must not wait for this thread.
+        {
+          const std::lock_guard<std::mutex> lock(mutex);
+          failed = true;
+        }
+        turn.notify_all();
+        throw;
+      }
+    });
+  }
   if (records.size() > UINT32_MAX) {
     throw std::length_error("the compressed exponents of one slice exceed 2^32 words");
   }
