@@ -105,6 +105,7 @@ def check_stacks(arrays: Sequence[Compressed], names: Sequence[str]) -> int:
     """The number of slices, which stacks have in common.
 
     Raises:
+        TypeError: a stack holds the shapes of arrays in place of arrays.
         ValueError: the arrays of a stack do not fit each other, the stacks differ in length, or
             one is sharded that is not divided.
     """
@@ -112,6 +113,11 @@ def check_stacks(arrays: Sequence[Compressed], names: Sequence[str]) -> int:
     # Elsewhere, an axis of a stack that is taken for one of parts would go unnoticed.
     some_parts = bool(jax.sharding.get_abstract_mesh().manual_axes)
     for array, name in zip(arrays, names, strict=True):
+        if any(isinstance(part, jax.ShapeDtypeStruct) for part in array.payload):
+            raise TypeError(
+                f"{name}: expected compressed arrays, got their shapes. jax.eval_shape passes "
+                "shapes to a function, and returns the shapes of what that returns"
+            )
         stack = _layout.check_payload(array.payload, array.layout, name, some_parts=some_parts)
         if not array.layout.parts and any(_is_split(leaf) for leaf in array.payload):
             raise ValueError(

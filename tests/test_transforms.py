@@ -195,6 +195,12 @@ def test_eval_shape(stack):
     assert jax.eval_shape(decompress, abstract) == out
 
 
+def test_shapes_are_not_decoded(stack):
+    shapes = jax.eval_shape(lambda: stack)
+    with pytest.raises(TypeError, match="a/w: expected compressed arrays, got their shapes"):
+        decompress_params({"a": {"w": shapes}})
+
+
 def test_disable_jit(weights, stack):
     with jax.disable_jit():
         assert_same_bits(decompress(stack), weights)

@@ -75,10 +75,25 @@ inline void check(bool ok, const char* what) {
 inline constexpr unsigned kMostThreads = 1024;
 inline constexpr size_t kStackBytes = 1 << 19;
 
-// The thread whose turn it is. Fibers and their scheduler share some variables without an order
-// that ThreadSanitizer is to know of, which is why these are atomic.
-inline std::atomic<uint32_t> running{0};
-inline uint32_t this_thread() { return running.load(std::memory_order_relaxed); }
+// A variable that fibers and their scheduler share, of whose accesses ThreadSanitizer is to learn
+// no order. (Another atomic would give one, and take most of the time.)
+template <typename T>
+class Unordered {
+ public:
+  Unordered(T value = {}) : value_(value) {}
+  operator T() const { return value_.load(std::memory_order_relaxed); }
+  Unordered& operator=(T value) {
+    value_.store(value, std::memory_order_relaxed);
+    return *this;
+  }
+
+ private:
+  std::atomic<T> value_;
+};
+
+// The thread whose turn it is.
+inline Unordered<uint32_t> running;
+inline uint32_t this_thread() { return running; }
 
 // A variable that each thread of a block has one of.
 template <typename T>
@@ -114,19 +129,19 @@ class Fibers {
 #endif
     for (unsigned i = 0; i < count; ++i) {
       if (!fibers_[i].stack) make(fibers_[i]);
-      fibers_[i].ended.store(false, kRelaxed);
+      fibers_[i].ended = false;
     }
     unsigned left = count, in_vain = 0;
     while (left) {
       const unsigned first = random_() % count, step = random_() % 2 ? 1 : count - 1;
       for (unsigned k = 0; k < count; ++k) {
         Fiber& fiber = fibers_[(first + k * uint64_t{step}) % count];
-        if (fiber.ended.load(kRelaxed)) continue;
-        running.store(static_cast<uint32_t>(&fiber - fibers_), kRelaxed);
-        in_vain_.store(false, kRelaxed);
+        if (fiber.ended) continue;
+        running = static_cast<uint32_t>(&fiber - fibers_);
+        in_vain_ = false;
         change(scheduler_, fiber);
-        left -= fiber.ended.load(kRelaxed);
-        in_vain = in_vain_.load(kRelaxed) ? in_vain + 1 : 0;
+        left -= fiber.ended;
+        in_vain = in_vain_ ? in_vain + 1 : 0;
         check(in_vain <= 2 * count, "the threads of a block wait for ever");
       }
     }
@@ -137,14 +152,12 @@ class Fibers {
   template <typename Condition>
   void wait_until(const Condition& condition) {
     for (bool again = false; !condition(); again = true) {
-      in_vain_.store(again, kRelaxed);
+      in_vain_ = again;
       change(fibers_[this_thread()], scheduler_);
     }
   }
 
  private:
-  static constexpr std::memory_order kRelaxed = std::memory_order_relaxed;
-
   struct Fiber {
 #ifdef __x86_64__
     void* context = nullptr;  // the top of its stack
@@ -154,7 +167,7 @@ class Fibers {
     const void* stack = nullptr;
     size_t stack_bytes = 0;
     void *tsan = nullptr, *fake_stack = nullptr;
-    std::atomic<bool> ended{false};
+    Unordered<bool> ended;
   };
 
   static void make(Fiber& fiber) {
@@ -201,8 +214,8 @@ class Fibers {
 
   Fiber scheduler_, fibers_[kMostThreads];
   const std::function<void()>* body_ = nullptr;
-  std::atomic<bool> in_vain_{false};  // whether who waited is waiting still
-  uint64_t begun_ = 0, ended_ = 0;    // whose addresses stand for the begin and the end of a launch
+  Unordered<bool> in_vain_;         // whether who waited is waiting still
+  uint64_t begun_ = 0, ended_ = 0;  // whose addresses stand for the begin and the end of a launch
   std::minstd_rand random_{1};
 };
 
@@ -218,7 +231,7 @@ inline void Fibers::begin() {
     (*fibers.body_)();
     release(&fibers.ended_);
     Fiber& self = fibers.fibers_[this_thread()];
-    self.ended.store(true, kRelaxed);
+    self.ended = true;
     change(self, fibers.scheduler_);
   }
 }
@@ -228,22 +241,23 @@ class Barrier {
   explicit Barrier(unsigned count) : count_(count) {}
 
   void arrive_and_wait() {
-    const unsigned phase = phase_.load(std::memory_order_relaxed);
+    const unsigned phase = phase_;
     // One of two, since who has passed this phase may arrive at the next before all have left.
     uint64_t* const order = &orders_[phase % 2];
     release(order);
-    if (arrived_.fetch_add(1, std::memory_order_relaxed) + 1 == count_) {
-      arrived_.store(0, std::memory_order_relaxed);
-      phase_.store(phase + 1, std::memory_order_relaxed);
+    arrived_ = arrived_ + 1;
+    if (arrived_ == count_) {
+      arrived_ = 0;
+      phase_ = phase + 1;
     } else {
-      fibers.wait_until([&] { return phase_.load(std::memory_order_relaxed) != phase; });
+      fibers.wait_until([&] { return phase_ != phase; });
     }
     acquire(order);
   }
 
  private:
   const unsigned count_;
-  std::atomic<unsigned> arrived_{0}, phase_{0};
+  Unordered<unsigned> arrived_, phase_;
   uint64_t orders_[2] = {};
 };
 

@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -52,7 +51,7 @@ class SharedMemory {
         // Of exactly the size, in an allocation of its own: so that sanitizers see what leaves it.
         bytes_(new std::byte[bytes]),
         cells_(new Cell[bytes / 2]),
-        fences_(new std::atomic<uint32_t>[threads]),
+        fences_(new Unordered<uint32_t>[threads]),
         threads_(threads) {
     check(bytes <= kMostShared, "there is not as much shared memory");
     reset();
@@ -94,7 +93,7 @@ class SharedMemory {
       cell.read = 0;
     });
   }
-  void fence() { ++fences_[this_thread()]; }
+  void fence() { fences_[this_thread()] = fences_[this_thread()] + 1; }
 
   // The asynchronous proxy: a copy that arrives with a phase of a barrier, and a store that reads
   // later.
@@ -114,20 +113,20 @@ class SharedMemory {
     for_each_cell(address, bytes, [&](Cell& cell) {
       check_write_is_visible(cell.write);
       check_write_is_fenced(cell.write);
-      ++cell.stores;
+      cell.stores = cell.stores + 1;
     });
   }
   void end_store(uint32_t address, size_t bytes) {
     for_each_cell(address, bytes, [&](Cell& cell) {
-      --cell.stores;
+      cell.stores = cell.stores - 1;
       note_read(cell);
     });
   }
 
  private:
   struct Cell {
-    std::atomic<uint64_t> write{0}, read{0};
-    std::atomic<uint32_t> stores{0};  // that have not read it yet
+    Unordered<uint64_t> write, read;
+    Unordered<uint32_t> stores;  // that have not read it yet
   };
   enum Kind : uint32_t { kNone, kGeneric, kAsync };
   // By a thread: its number, its time, how many fences it had made. By a copy: the barrier and
@@ -171,20 +170,16 @@ class SharedMemory {
           "no proxy fence between a thread's store and an asynchronous access");
   }
   static void note_read(Cell& cell) {
-    const uint64_t mine = pack({kGeneric, this_thread(), now->warp, now->block, 0});
-    uint64_t before = cell.read, after;
-    do {
-      const Write r = unpack(before);
-      after = mine;
-      if (r.kind != kNone && r.block == (now->block & 0xffff)) {
-        if (r.thread / 32 != this_thread() / 32 || (before & kByWarps)) {
-          after |= kByWarps;
-        }
-        if (r.warp == (now->warp & 0xfffff) && (r.thread != this_thread() || (before & kByLanes))) {
-          after |= kByLanes;
-        }
+    const uint64_t before = cell.read;
+    uint64_t after = pack({kGeneric, this_thread(), now->warp, now->block, 0});
+    const Write r = unpack(before);
+    if (r.kind != kNone && r.block == (now->block & 0xffff)) {
+      if (r.thread / 32 != this_thread() / 32 || (before & kByWarps)) after |= kByWarps;
+      if (r.warp == (now->warp & 0xfffff) && (r.thread != this_thread() || (before & kByLanes))) {
+        after |= kByLanes;
       }
-    } while (!cell.read.compare_exchange_weak(before, after));
+    }
+    cell.read = after;
   }
   static void check_reads_are_over(const Cell& cell) {
     check(cell.stores == 0, "what a store has not read yet is overwritten");
@@ -201,7 +196,7 @@ class SharedMemory {
   size_t size_;
   std::unique_ptr<std::byte[]> bytes_;
   std::unique_ptr<Cell[]> cells_;
-  std::unique_ptr<std::atomic<uint32_t>[]> fences_;  // that each thread has made
+  std::unique_ptr<Unordered<uint32_t>[]> fences_;  // that each thread has made
   size_t threads_;
   std::minstd_rand random_{1};
 };
