@@ -11,7 +11,7 @@
 
 #include "encoded_slice.h"
 #include "native/cpu/decode_slices.h"
-#include "thread_sanitizer.h"
+#include "../thread_sanitizer.h"
 
 namespace df11::native {
 namespace {

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "device_payload.h"
-#include "thread_sanitizer.h"
+#include "../thread_sanitizer.h"
 
 namespace df11::native {
 namespace {

@@ -15,7 +15,7 @@
 #include "../kernel_driver.h"
 #include "compressed_matrix.h"
 #include "native/cuda/product_work.h"
-#include "thread_sanitizer.h"
+#include "../thread_sanitizer.h"
 
 namespace df11::native {
 namespace {

@@ -1,6 +1,7 @@
 """Reads PTX: the instructions, labels and symbols of a kernel."""
 
 import dataclasses
+import functools
 import re
 
 SHARED_BASE = 1 << 10  # address of the first byte of shared memory, as on a GPU
@@ -56,3 +57,9 @@ class Kernel:
         self.static_shared = -(-self.static_shared // 1024) * 1024
         for name in dynamic:
             self.symbols[name] = SHARED_BASE + self.static_shared
+
+
+@functools.lru_cache(maxsize=8)
+def read_kernel(ptx: str, entry: str) -> Kernel:
+    """The same kernel, for launches that do not change it."""
+    return Kernel(ptx, entry)

@@ -13,7 +13,7 @@ import pytest
 from compiling import ROOT, needs_nvcc
 from device_memory import GlobalMemory, KernelError
 from payloads import random_weights
-from ptx_kernel import Kernel
+from ptx_kernel import read_kernel
 from ptx_machine import launch
 
 import df11_jax
@@ -150,7 +150,7 @@ def decode_native(ptx, arrays, indices, *, blocks=2, moved=None, seed=0):
         batch.count += 1
         chunks = len(index) * view.chunks
         batch.first_chunk[batch.count] = batch.first_chunk[batch.count - 1] + chunks
-    kernel = Kernel(ptx, "decode_kernel")
+    kernel = read_kernel(ptx, "decode_kernel")
     launch(kernel, memory, bytes(batch), blocks=blocks, threads=THREADS, seed=seed)
     return [memory.read_back(tensor.out).view(np.uint16) for tensor in batch.tensors[: batch.count]]
 
@@ -172,7 +172,7 @@ def decode_groups(ptx, chunks, arrays, indices, *, blocks=2, seed=0):
         end = batch.first_block[i] + min(own, len(index) * groups)
         batch.first_block[i + 1 :] = [end] * (11 - i)
         batch.count += 1
-    kernel = Kernel(ptx, "bulk_decode_kernel")
+    kernel = read_kernel(ptx, "bulk_decode_kernel")
     (dynamic,) = re.findall(r"kBulkBytes = (\d+);", ptx)
     launch(
         kernel,
@@ -196,7 +196,7 @@ def decode_published(ptx, unit, *, blocks=2):
     param.positions, param.rows = unit.output_positions.size, len(unit.luts) - 1
     (dynamic,) = re.findall(r"kBlockStateBytes = (\d+);", ptx)
     launch(
-        Kernel(ptx, "decode_kernel"),
+        read_kernel(ptx, "decode_kernel"),
         memory,
         bytes(param),
         blocks=blocks,

@@ -1,7 +1,7 @@
 // Whether this is compiled under ThreadSanitizer.
 #pragma once
 
-namespace df11::native {
+namespace df11 {
 
 // It takes ten times as long: drivers give it a part of their tests, of every kind some.
 #ifdef __SANITIZE_THREAD__
@@ -10,4 +10,4 @@ inline constexpr bool kIsSlow = true;
 inline constexpr bool kIsSlow = false;
 #endif
 
-}  // namespace df11::native
+}  // namespace df11
