@@ -9,9 +9,9 @@
 #include <random>
 #include <vector>
 
+#include "../thread_sanitizer.h"
 #include "encoded_slice.h"
 #include "native/cpu/decode_slices.h"
-#include "../thread_sanitizer.h"
 
 namespace df11::native {
 namespace {

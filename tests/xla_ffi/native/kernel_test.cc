@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
-#include "device_payload.h"
 #include "../thread_sanitizer.h"
+#include "device_payload.h"
 
 namespace df11::native {
 namespace {

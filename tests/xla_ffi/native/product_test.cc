@@ -13,9 +13,9 @@
 #include <vector>
 
 #include "../kernel_driver.h"
+#include "../thread_sanitizer.h"
 #include "compressed_matrix.h"
 #include "native/cuda/product_work.h"
-#include "../thread_sanitizer.h"
 
 namespace df11::native {
 namespace {
