@@ -37,7 +37,7 @@ def decompress(a: DF11Array | DF11Slice | Array) -> Array:
         returned as it is.
 
     Raises:
-        TypeError: `a` is neither.
+        TypeError: `a` is neither, or holds the shapes of arrays in place of arrays.
         ValueError: its arrays do not fit each other.
         jax.errors.JaxRuntimeError: the payload is corrupt; this is raised when the program runs.
             Depending on when JAX notices, a ValueError instead; both begin with DATA_LOSS. (On
@@ -72,7 +72,8 @@ def decompress_params(params: PyTree) -> PyTree:
         other leaves are untouched.
 
     Raises:
-        ValueError: the arrays of a leaf do not fit each other; the message has the leaf's path.
+        TypeError: a leaf holds the shapes of arrays in place of arrays.
+        ValueError: the arrays of a leaf do not fit each other. Both messages have the leaf's path.
     """
     with_paths, treedef = jax.tree.flatten_with_path(params, is_leaf=is_df11_or_slice)
     leaves = [leaf for _, leaf in with_paths]

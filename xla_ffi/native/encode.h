@@ -171,8 +171,18 @@ class ChunkEncoder {
         loops_(encoder_loops(best_simd())),
         stream_(kMaxStreamBytes) {}
 
-  // Appends the chunk's record and writes its part of sign_mantissa.
-  void encode(int64_t index, Words& records, uint32_t* sign_mantissa) {
+  // Appends the records of chunks [first, end), and writes where they begin in `records` and their
+  // parts of sign_mantissa.
+  void encode(int64_t first, int64_t end, uint32_t* chunk_offsets, Words& records,
+              uint32_t* sign_mantissa) {
+    for (int64_t index = first; index < end; ++index) {
+      chunk_offsets[index] = static_cast<uint32_t>(records.size());
+      encode_chunk(index, records, sign_mantissa);
+    }
+  }
+
+ private:
+  void encode_chunk(int64_t index, Words& records, uint32_t* sign_mantissa) {
     const Chunk chunk = locate_chunk(view_, index), next = locate_chunk(view_, index + 1);
     half_steps_ = 2 * chunk.steps;
     extent_ = Extent(view_, chunk);
@@ -221,7 +231,6 @@ class ChunkEncoder {
     records.append(patches_.data(), patches_.size());
   }
 
- private:
   // At least two, which share the rows of a step; few, since of rows a power of two apart a second
   // cache holds few.
   static constexpr int kPrefetchHalfSteps = 3;
@@ -316,59 +325,61 @@ class ChunkEncoder {
   std::vector<uint32_t> patches_;
 };
 
+// Encodes the chunks of a slice by several threads: a batch by any of them, appended in order.
+inline void encode_in_batches(const uint16_t* weights, const View& view, const CodeTable& codes,
+                              int threads, uint32_t* chunk_offsets, Words& records,
+                              uint32_t* sign_mantissa) {
+  const int64_t chunks = view.chunks(), batches = (chunks + kEncodeBatch - 1) / kEncodeBatch;
+  std::atomic<int64_t> next{0};
+  int64_t appended = 0;
+  bool failed = false;
+  std::mutex mutex;
+  std::condition_variable turn;
+  const auto encode_batches = [&] {
+    const auto encoder = std::make_unique<ChunkEncoder>(weights, view, codes);
+    Words part;
+    for (int64_t batch; (batch = next.fetch_add(1)) < batches;) {
+      const int64_t first = batch * kEncodeBatch, end = std::min(first + kEncodeBatch, chunks);
+      part.clear();
+      encoder->encode(first, end, chunk_offsets, part, sign_mantissa);
+      std::unique_lock<std::mutex> lock(mutex);
+      turn.wait(lock, [&] { return appended == batch || failed; });
+      if (failed) return;
+      for (int64_t c = first; c < end; ++c) {
+        chunk_offsets[c] += static_cast<uint32_t>(records.size());
+      }
+      records.append(part.data(), part.size());
+      ++appended;
+      turn.notify_all();
+    }
+  };
+  parallel_for(std::min<int64_t>(threads, batches), threads, [&](int64_t) {
+    try {
+      encode_batches();
+    } catch (...) {
+      // Whoever waits for its turn must not wait for this thread.
+      {
+        const std::lock_guard<std::mutex> lock(mutex);
+        failed = true;
+      }
+      turn.notify_all();
+      throw;
+    }
+  });
+}
+
 // Encodes one slice of view.size weights. The caller provides chunks() + 1 and
 // sign_mantissa_words() words; the records come back.
 inline Words encode_slice(const uint16_t* weights, const View& view, const CodeTable& codes,
                           int threads, uint32_t* chunk_offsets, uint32_t* sign_mantissa) {
-  const int64_t chunks = view.chunks(), batches = (chunks + kEncodeBatch - 1) / kEncodeBatch;
+  const int64_t chunks = view.chunks();
   Words records;
   records.reserve(chunks * kTypicalStepWords * view.steps);
-  const auto encode_chunks = [&](ChunkEncoder& encoder, int64_t first, int64_t end, Words& to) {
-    for (int64_t c = first; c < end; ++c) {
-      chunk_offsets[c] = static_cast<uint32_t>(to.size());
-      encoder.encode(c, to, sign_mantissa);
-    }
-  };
-  if (std::min<int64_t>(threads, batches) <= 1) {
-    encode_chunks(*std::make_unique<ChunkEncoder>(weights, view, codes), 0, chunks, records);
+  if (threads > 1 && chunks > kEncodeBatch) {
+    encode_in_batches(weights, view, codes, threads, chunk_offsets, records, sign_mantissa);
   } else {
-    // Batches are encoded by any thread, but appended in order.
-    std::atomic<int64_t> next{0};
-    int64_t appended = 0;
-    bool failed = false;
-    std::mutex mutex;
-    std::condition_variable turn;
-    const auto encode_batches = [&] {
-      const auto encoder = std::make_unique<ChunkEncoder>(weights, view, codes);
-      Words part;
-      for (int64_t batch; (batch = next.fetch_add(1)) < batches;) {
-        const int64_t first = batch * kEncodeBatch, end = std::min(first + kEncodeBatch, chunks);
-        part.clear();
-        encode_chunks(*encoder, first, end, part);
-        std::unique_lock<std::mutex> lock(mutex);
-        turn.wait(lock, [&] { return appended == batch || failed; });
-        if (failed) return;
-        for (int64_t c = first; c < end; ++c) {
-          chunk_offsets[c] += static_cast<uint32_t>(records.size());
-        }
-        records.append(part.data(), part.size());
-        ++appended;
-        turn.notify_all();
-      }
-    };
-    parallel_for(std::min<int64_t>(threads, batches), threads, [&](int64_t) {
-      try {
-        encode_batches();
-      } catch (...) {
-        // Whoever waits for its turn must not wait for this thread.
-        {
-          const std::lock_guard<std::mutex> lock(mutex);
-          failed = true;
-        }
-        turn.notify_all();
-        throw;
-      }
-    });
+    const auto encoder = std::make_unique<ChunkEncoder>(weights, view, codes);
+    encoder->encode(0, chunks, chunk_offsets, records, sign_mantissa);
   }
   if (records.size() > UINT32_MAX) {
     throw std::length_error("the compressed exponents of one slice exceed 2^32 words");
