@@ -7,7 +7,6 @@
 
 #include <functional>
 #include <map>
-#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -42,18 +41,17 @@ struct PhaseBarrier {
   size_t expected = 0, under_way = 0;
   std::vector<std::function<void()>> copies;
 };
-inline std::mutex barriers_mutex;
 inline std::map<uint32_t, PhaseBarrier> barriers;  // by address
 inline PerThread<std::vector<uint32_t>> unfenced_barriers;
 
 inline void init_barrier(uint32_t address) {
   store_shared(address, uint2{});
-  const std::lock_guard lock(barriers_mutex);
+  const Unseen unseen;
   barriers[address] = {};
   unfenced_barriers->push_back(address);
 }
 inline void fence_barriers() {
-  const std::lock_guard lock(barriers_mutex);
+  const Unseen unseen;
   for (const uint32_t address : *unfenced_barriers) barriers.at(address).fenced = true;
   unfenced_barriers->clear();
 }
@@ -73,31 +71,39 @@ inline void check_arrival(const PhaseBarrier& barrier) {
 }
 inline void arrive(uint32_t address) {
   shared->before_load(address, sizeof(uint2));
-  const std::lock_guard lock(barriers_mutex);
+  const Unseen unseen;
   PhaseBarrier& barrier = find_barrier(address);
   check_arrival(barrier);
   learn(barrier.known, *known);
   uint32_t& mine = barrier.known[this_thread() / 32];
   mine = std::max(mine, now->warp);
+  release(&barrier);
   ++barrier.phase;
 }
 inline void expect_bytes(uint32_t address, uint32_t bytes) {
   shared->before_load(address, sizeof(uint2));
-  const std::lock_guard lock(barriers_mutex);
+  const Unseen unseen;
   PhaseBarrier& barrier = find_barrier(address);
   check_arrival(barrier);
   barrier.armed = true;
   barrier.armed_by = this_thread();
   barrier.armed_at = *now;
   barrier.expected += bytes;
+  release(&barrier);
+}
+inline uint32_t find_phase_of_copy(uint32_t address) {
+  const Unseen unseen;
+  const PhaseBarrier& barrier = find_barrier(address);
+  check(barrier.fenced, "no fence between a barrier's initialization and a copy");
+  return barrier.phase;
 }
 inline void copy_to_shared(uint32_t to, const void* from, uint32_t bytes, uint32_t address) {
   check(bytes > 0 && bytes % 16 == 0 && to % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0,
         "a bulk copy is not aligned");
-  const std::lock_guard lock(barriers_mutex);
+  shared->begin_copy(to, bytes, address, find_phase_of_copy(address));
+  const Unseen unseen;  // its arrival; its begin is seen
   PhaseBarrier& barrier = find_barrier(address);
-  check(barrier.fenced, "no fence between a barrier's initialization and a copy");
-  shared->begin_copy(to, bytes, address, barrier.phase);
+  release(&barrier);
   barrier.under_way += bytes;
   barrier.copies.push_back(
       [=, target = shared->at(to, bytes)] { std::memcpy(target, from, bytes); });
@@ -105,7 +111,7 @@ inline void copy_to_shared(uint32_t to, const void* from, uint32_t bytes, uint32
 inline void wait_for_phase(uint32_t address, uint32_t parity) {
   shared->before_load(address, sizeof(uint2));
   fibers.wait_until([=] {
-    const std::lock_guard lock(barriers_mutex);
+    const Unseen unseen;
     PhaseBarrier& barrier = find_barrier(address);
     if (barrier.phase % 2 == parity && barrier.armed && barrier.under_way == barrier.expected) {
       for (const auto& copy : barrier.copies) copy();
@@ -116,6 +122,7 @@ inline void wait_for_phase(uint32_t address, uint32_t parity) {
     }
     if (barrier.phase % 2 == parity) return false;
     if (barrier.armed) check_is_before(barrier.armed_by, barrier.armed_at);
+    acquire(&barrier);
     barrier.seen[this_thread()] = *now;
     learn(*known, barrier.known);
     (*observed_phases)[address] = barrier.phase;
@@ -174,7 +181,7 @@ inline void end_block() {
   *known = {};
 }
 inline void reset_barriers() {
-  const std::lock_guard lock(barriers_mutex);
+  const Unseen unseen;
   for (const auto& [address, barrier] : barriers) {
     check(!barrier.armed && barrier.copies.empty(), "a block ends before its copies");
   }

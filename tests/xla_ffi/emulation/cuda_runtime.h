@@ -56,7 +56,7 @@ inline constexpr int kMultiprocessors = 5;
 struct Warp {
   Barrier barrier{kWarpSize};
   // Used in turn: when a lane writes one, all lanes have read what it held before.
-  uint32_t slots[2][kWarpSize];
+  Unordered<uint32_t> slots[2][kWarpSize];
 };
 
 struct Block {
@@ -80,12 +80,12 @@ inline PerThread<unsigned> exchanges;
 inline Warp& warp() { return *block->warps[threadIdx.x / kWarpSize]; }
 inline int lane() { return static_cast<int>(threadIdx.x % kWarpSize); }
 
-// Gives every lane the values of all lanes.
-inline const uint32_t* exchange(unsigned mask, uint32_t value) {
+// Gives every lane the values of all lanes, which orders no memory.
+inline const Unordered<uint32_t>* exchange(unsigned mask, uint32_t value) {
   check(mask == 0xffffffffu, "a warp function needs all lanes");
-  uint32_t* slots = warp().slots[(*exchanges)++ % 2];
+  Unordered<uint32_t>* slots = warp().slots[(*exchanges)++ % 2];
   slots[lane()] = value;
-  warp().barrier.arrive_and_wait();
+  warp().barrier.meet();
   return slots;
 }
 
@@ -117,13 +117,13 @@ inline uint32_t __shfl_up_sync(unsigned mask, uint32_t value, unsigned delta) {
   return cuda_emulation::exchange(mask, value)[source < 0 ? lane : source];
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  const uint32_t* votes = cuda_emulation::exchange(mask, predicate != 0);
+  const auto* votes = cuda_emulation::exchange(mask, predicate != 0);
   unsigned ballot = 0;
   for (int i = 0; i < cuda_emulation::kWarpSize; ++i) ballot |= votes[i] << i;
   return ballot;
 }
 inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
-  const uint32_t* values = cuda_emulation::exchange(mask, value);
+  const auto* values = cuda_emulation::exchange(mask, value);
   unsigned sum = 0;
   for (int i = 0; i < cuda_emulation::kWarpSize; ++i) sum += values[i];
   return sum;

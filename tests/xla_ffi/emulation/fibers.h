@@ -2,7 +2,7 @@
 // wait for others. In which order they take their turns changes from round to round.
 //
 // Sanitizers are told of the fibers. ThreadSanitizer is told of no order between them but that of
-// barriers and mutexes, so that it sees the races that there are between CUDA threads.
+// barriers, so that it sees the races that there are between CUDA threads.
 //
 // Included by cuda_runtime.h.
 #pragma once
@@ -27,6 +27,10 @@ void* __tsan_create_fiber(unsigned flags);
 void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 void __tsan_acquire(void* address);
 void __tsan_release(void* address);
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
 }
 #endif
 #ifdef __SANITIZE_ADDRESS__
@@ -89,6 +93,25 @@ class Unordered {
 
  private:
   std::atomic<T> value_;
+};
+
+// While there is one, ThreadSanitizer sees no accesses: to what the emulation itself keeps, and
+// fibers access in turn.
+class Unseen {
+ public:
+#ifdef __SANITIZE_THREAD__
+  Unseen() {
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+  }
+  ~Unseen() {
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+  }
+#else
+  Unseen() {}
+#endif
+  Unseen(const Unseen&) = delete;
 };
 
 // The thread whose turn it is.
@@ -241,10 +264,15 @@ class Barrier {
   explicit Barrier(unsigned count) : count_(count) {}
 
   void arrive_and_wait() {
-    const unsigned phase = phase_;
     // One of two, since who has passed this phase may arrive at the next before all have left.
-    uint64_t* const order = &orders_[phase % 2];
+    uint64_t* const order = &orders_[phase_ % 2];
     release(order);
+    meet();
+    acquire(order);
+  }
+  // Waits for the others, and orders no memory.
+  void meet() {
+    const unsigned phase = phase_;
     arrived_ = arrived_ + 1;
     if (arrived_ == count_) {
       arrived_ = 0;
@@ -252,7 +280,6 @@ class Barrier {
     } else {
       fibers.wait_until([&] { return phase_ != phase; });
     }
-    acquire(order);
   }
 
  private:

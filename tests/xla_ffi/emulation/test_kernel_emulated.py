@@ -22,7 +22,15 @@ def test_what_is_left_out_is_noticed(tmp_path):
 @pytest.mark.parametrize(
     ("sanitizer", "faults"),
     [
-        ("thread", {"race within a warp": "data race", "race between warps": "data race"}),
+        (
+            "thread",
+            {
+                "race within a warp": "data race",
+                "race across a shuffle": "data race",
+                "race between warps": "data race",
+                "race across another barrier": "data race",
+            },
+        ),
         # Elsewhere, fibers are changed by what makes it forget the stack: see fibers.h.
         pytest.param(
             "address,undefined",
