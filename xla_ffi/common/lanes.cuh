@@ -21,14 +21,37 @@ DF11_HD bool is_aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % sizeof(uint4) == 0;
 }
 
-// The inclusive prefix sum over the lanes of a warp.
+// The inclusive prefix sum over the lanes of a warp, or over the first `kCount` of them.
+template <int kCount = kLanes>
 __device__ __forceinline__ uint32_t sum_up_to(uint32_t x, int lane) {
 #pragma unroll
-  for (int distance = 1; distance < kLanes; distance *= 2) {
+  for (int distance = 1; distance < kCount; distance *= 2) {
     const uint32_t below = __shfl_up_sync(kAllLanes, x, distance);
     if (lane >= distance) x += below;
   }
   return x;
+}
+
+// A value that is computed before this place and then is in registers: the compiler does not
+// compute it anew, nor before it what follows from it.
+template <typename T>
+__device__ __forceinline__ T keep(T value) {
+#ifdef __CUDACC__
+  if constexpr (sizeof(T) == 4) {
+    asm volatile("" : "+r"(value));
+  } else {
+    asm volatile("" : "+l"(value));
+  }
+#endif
+  return value;
+}
+
+// What is before it is issued before what is behind it: the compiler would wait for loads, where
+// other work could go on meanwhile. All lanes must be there. Other threads learn nothing from it.
+__device__ __forceinline__ void keep_order() {
+#ifdef __CUDACC__
+  __syncwarp();
+#endif
 }
 
 // Stores to global memory. The compiler does not see that a pointer that comes from shared

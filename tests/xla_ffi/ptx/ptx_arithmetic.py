@@ -22,6 +22,7 @@ COMPARISONS: dict[str, Callable[..., Any]] = {
 _SIMPLE: dict[str, Callable[..., Any]] = {
     "add": np.add,
     "and": np.bitwise_and,
+    "dp4a": lambda a, b, c: sum(((a >> i & 255) * (b >> i & 255) for i in range(0, 32, 8)), c),
     "mad": lambda a, b, c: a * b + c,
     "max": np.maximum,
     "min": np.minimum,

@@ -11,27 +11,20 @@
 
 namespace df11::native {
 
+// Symbols are sorted in parts, a lane a symbol.
+inline constexpr int kParts = kSymbols / kLanes;
+
 // Codes are of 12 bits here, whatever is shorter filled up behind.
 struct CanonicalCodes {
   // By length: what precedes its codes, symbols in the low 9 bits and above them the first code.
   uint32_t first[16];
   uint32_t sorted[kSymbols];  // table entries in canonical order
+  uint2 counts[16];           // by length: how many codes each part has, a byte a part
   bool sound;                 // the code is complete, and none is longer than allowed
 
   static constexpr uint32_t kCountMask = 511;
 };
-
-// How many symbols have each length from 1 to 12: ten bits for each, three in a word.
-struct LengthCounts {
-  uint32_t words[4];
-
-  __device__ static int shift(int length) { return 10 * ((length - 1) % 3); }
-  __device__ __forceinline__ uint32_t of(int length) const {
-    const int at = (length - 1) / 3;
-    const uint32_t word = at == 0 ? words[0] : at == 1 ? words[1] : at == 2 ? words[2] : words[3];
-    return word >> shift(length) & 1023;
-  }
-};
+static_assert(kParts == sizeof(uint2));
 
 // A lane's words of a codebook.
 struct CodebookWords {
@@ -42,65 +35,88 @@ __device__ __forceinline__ CodebookWords load_codebook(const uint32_t* codebook,
   return {__ldg(codebook + kCodedExponents / 4 + lane), __ldg(codebook + lane % 4)};
 }
 
-// Fills `codes`, by all threads of a block; the first eight warps do it. A barrier has to follow.
+// The lengths of a part's codes.
+struct PartLengths {
+  uint32_t own = 0;         // the lane's
+  uint32_t planes[4] = {};  // all lanes', bit by bit
+
+  // The lanes whose code has this length.
+  __device__ __forceinline__ uint32_t lanes_with(uint32_t length) const {
+    uint32_t lanes = kAllLanes;
+#pragma unroll
+    for (int bit = 0; bit < 4; ++bit) lanes &= planes[bit] ^ ((length >> bit & 1) - 1);
+    return lanes;
+  }
+};
+__device__ __forceinline__ PartLengths lengths_of_part(const CodebookWords& codebook, int part,
+                                                       int lane) {
+  PartLengths lengths;
+  const uint32_t word = __shfl_sync(kAllLanes, codebook.lengths, 4 * part + lane / 8);
+  lengths.own = word >> (4 * (lane % 8)) & 15;
+#pragma unroll
+  for (int bit = 0; bit < 4; ++bit) {
+    lengths.planes[bit] = __ballot_sync(kAllLanes, lengths.own >> bit & 1);
+  }
+  return lengths;
+}
+
+// The sum of those of the eight bytes that are in the mask.
+__device__ __forceinline__ uint32_t sum_bytes(const uint2& bytes, uint64_t mask) {
+  constexpr uint32_t kOnes = 0x01010101;
+  const uint32_t upper = __dp4a(bytes.y & static_cast<uint32_t>(mask >> 32), kOnes, 0u);
+  return __dp4a(bytes.x & static_cast<uint32_t>(mask), kOnes, upper);
+}
+
+// Fills `codes`, by all threads of a block; the first eight warps do it. There is a barrier within,
+// and another has to follow.
 __device__ inline void sort_codes(const CodebookWords& codebook, uint32_t longest,
                                   CanonicalCodes& codes) {
-  constexpr int kParts = 8;  // a lane has the lengths of as many symbols, in a word
-  static_assert(kSymbols == kParts * kLanes);
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int warps = static_cast<int>(blockDim.x / kLanes);
-  if (warp >= kParts) return;
-  const uint32_t lengths = codebook.lengths;
-  const auto exponent = [&](int number) {
-    return __shfl_sync(kAllLanes, codebook.exponents, number / 4) >> (8 * (number % 4)) & 255;
+  const auto count = [&](int part) {
+    const PartLengths lengths = lengths_of_part(codebook, part, lane);
+    const int of_length = __popc(lengths.lanes_with(lane));  // a lane a length
+    if (lane < 16) reinterpret_cast<uint8_t*>(codes.counts + lane)[part] = of_length;
+    return lengths;
   };
-  const uint32_t first_exponent = exponent(lane / 2);
-
-  // Of the lane's symbols, four bits for each length from 0 to 15.
-  uint64_t counts = 0;
-#pragma unroll
-  for (int i = 0; i < kParts; ++i) counts += uint64_t{1} << (4 * (lengths >> (4 * i) & 15));
-  const bool too_long = __ballot_sync(kAllLanes, counts >> (4 * longest) >> 4 != 0);
-
-  // Of the symbols in lanes before this one, and of all.
-  LengthCounts before, all;
-#pragma unroll
-  for (int word = 0; word < 4; ++word) {
-    uint32_t own = 0;
-#pragma unroll
-    for (int i = 0; i < 3; ++i) {
-      own |= static_cast<uint32_t>(counts >> (4 * (3 * word + i + 1)) & 15) << (10 * i);
-    }
-    const uint32_t inclusive = sum_up_to(own, lane);
-    before.words[word] = inclusive - own;
-    all.words[word] = __shfl_sync(kAllLanes, inclusive, kLanes - 1);
-  }
+  PartLengths lengths;
+  if (warp < kParts) lengths = count(warp);
+#pragma unroll 1
+  for (int part = warp + warps; part < kParts; part += warps) count(part);
+  __syncthreads();
+  if (warp >= kParts) return;
 
   // A lane a length: what precedes it.
+  const uint2 counts = codes.counts[lane % 16];
+  const uint32_t symbols = sum_bytes(counts, ~uint64_t{0});
   const bool is_length = lane >= 1 && lane <= kMaxCodeBits;
-  const uint32_t count = is_length ? all.of(lane) : 0;
-  const uint32_t own = is_length ? (count << (kMaxCodeBits - lane)) << 9 | count : 0;
-  const uint32_t inclusive = sum_up_to(own, lane);
+  const uint32_t own = is_length ? (symbols << (kMaxCodeBits - lane)) << 9 | symbols : 0;
+  const uint32_t inclusive = sum_up_to<16>(own, lane);
   const uint32_t first = inclusive - own;
   // Kraft's sum.
-  const bool complete = __shfl_sync(kAllLanes, inclusive, kLanes - 1) >> 9 == kTableSize;
-  const bool sound = complete && !too_long;
+  const bool complete = __shfl_sync(kAllLanes, inclusive, 15) >> 9 == kTableSize;
+  const bool is_too_long = symbols > 0 && static_cast<uint32_t>(lane % 16) > longest;
+  const bool sound = complete && !__ballot_sync(kAllLanes, is_too_long);
   if (warp == 0) {
     if (lane < 16) codes.first[lane] = first;
     if (lane == 0) codes.sound = sound;
   }
 
+  const auto exponent = [&](int number) {
+    return __shfl_sync(kAllLanes, codebook.exponents, number / 4) >> (8 * (number % 4)) & 255;
+  };
+#pragma unroll 1
   for (int part = warp; part < kParts; part += warps) {
-    const uint32_t length = lengths >> (4 * part) & 15;
-    const uint32_t preceding = __shfl_sync(kAllLanes, first, length) & CanonicalCodes::kCountMask;
-    const uint32_t second_exponent = exponent(lane % 2 * kParts + part);
-    if (length == 0 || !sound) continue;
-    // Of the word's lengths before this one, those that are equal: their difference is 0.
-    const uint32_t other = lengths ^ length * 0x11111111u;
-    const uint32_t differs = (other | other >> 1 | other >> 2 | other >> 3) & 0x11111111u;
-    const uint32_t equal = ~differs & 0x11111111u & ((1u << (4 * part)) - 1);
-    codes.sorted[preceding + before.of(static_cast<int>(length)) + __popc(equal)] =
-        table_entry(first_exponent, second_exponent, length);
+    if (part > warp) lengths = lengths_of_part(codebook, part, lane);
+    // Of a lane's length, those in parts before this one, and of shorter ones all.
+    const uint32_t preceding =
+        (first & CanonicalCodes::kCountMask) + sum_bytes(counts, (uint64_t{1} << (8 * part)) - 1);
+    const uint32_t equal = lengths.lanes_with(lengths.own) & ((1u << lane) - 1);
+    const uint32_t at = __shfl_sync(kAllLanes, preceding, lengths.own) + __popc(equal);
+    const uint32_t first_exponent = exponent(2 * part + lane / 16);
+    const uint32_t second_exponent = exponent(lane % 16);
+    if (lengths.own == 0 || !sound) continue;
+    codes.sorted[at] = table_entry(first_exponent, second_exponent, lengths.own);
   }
 }
 

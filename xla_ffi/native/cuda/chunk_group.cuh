@@ -125,6 +125,7 @@ class GroupDecoder {
       }
       prefetch_map(map);
     }
+    keep_order();
     staged_ = stage_records(slice, first, buffer_);
   }
 

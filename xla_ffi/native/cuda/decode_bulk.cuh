@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "common/lanes.cuh"
 #include "native/cuda/canonical_codes.cuh"
 #include "native/cuda/chunk_group.cuh"
 #include "native/cuda/open_slice.cuh"
@@ -110,12 +111,11 @@ struct BulkWork {
   uint32_t warp;
   Slice slice;
   Grid grid;
-  int32_t index;  // of the first tensor
-  SliceHeader header;
-  const uint32_t* codebook;
-  int row;                // of the slice's first weight, in the map's matrix
-  uint32_t first, count;  // groups or single chunks of the slice
-  uint32_t turn, turns;   // so many blocks take groups of these in turn, of which this is one
+  int32_t index;                      // of the first tensor
+  const uint32_t *header, *codebook;  // of the slice
+  int row;                            // of the slice's first weight, in the map's matrix
+  uint32_t first, count;              // groups or single chunks of the slice
+  uint32_t turn, turns;  // so many blocks take groups of these in turn, of which this is one
   GroupPlace<kChunks> first_group;  // of the warp, if these are groups and it has any
   bool singles;
   int tensor;
@@ -175,14 +175,29 @@ struct BulkWork {
       at += count;
       // All tensors of a program's call have the same index.
       const bool known = of.batch == 1 && of.index == batch.tensors[0].index;
-      const int64_t wanted = known ? of.slice_at(0, index) : of.slice_of(b);
-      // While the index is on its way. Of single chunks it means nothing.
+      // While the index is on its way: all that it does not change, as for the first slice. Of
+      // single chunks the group means nothing.
       first_group = place_group(grid, of.view, first + group_of_round(0));
+      first_group.chunk = keep(first_group.chunk);
+      first_group.sign_mantissa_word = keep(first_group.sign_mantissa_word);
+      row = keep(static_cast<int>(b * of.view.batch * of.view.k));
+      header = keep(of.header);
+      codebook = keep(of.codebook);
+      slice = {of.view,
+               keep(of.chunk_offsets),
+               keep(of.exponents),
+               keep(of.sign_mantissa),
+               keep(of.exponents_words),
+               of.out + b * of.view.size};
+      const uint32_t offsets = keep(grid.chunks() + 1);
+      const int64_t sign_mantissa_words = keep(grid.sign_mantissa_words());
+      const int64_t wanted = known ? of.slice_at(0, keep(index)) : of.slice_of(b);
       if (wanted < 0) continue;
-      header = load_header(of, wanted);
-      codebook = codebook_of(of, wanted);
-      slice = locate_slice(of, wanted, b, grid.chunks(), grid.sign_mantissa_words());
-      row = static_cast<int>(b * of.view.batch * of.view.k);
+      header += wanted * kHeaderWords;
+      codebook += wanted * kCodebookWords;
+      slice.chunk_offsets += wanted * offsets;
+      slice.exponents += wanted * slice.exponents_words;
+      slice.sign_mantissa += wanted * sign_mantissa_words;
       return true;
     }
   }
@@ -239,7 +254,6 @@ __global__ void __launch_bounds__(kWarps* kLanes, 1)
     bulk_decode_kernel(const __grid_constant__ BulkBatch batch) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   using Memory = BulkMemory<kWarps>;
-  const int32_t index = __ldg(batch.tensors[0].index);  // Everything waits for it.
   DF11_DYNAMIC_SHARED(memory);
   const uint32_t base_address = shared_address(memory);
   auto& state = *reinterpret_cast<typename Memory::State*>(memory);
@@ -250,23 +264,25 @@ __global__ void __launch_bounds__(kWarps* kLanes, 1)
   const WarpMemory warp_memory = Memory::of_warp(shared_address(state.barriers), warp);
   GroupDecoder<kChunks> decoder(warp_memory, lane, batch.zero);
   __syncwarp();
+  // Everything waits for it. Not by __ldg, which the compiler would put before the fence of the
+  // barriers, and that could wait for it, too.
+  const int32_t index = *batch.tensors[0].index;
 
   TableKey table_of = {};
   BulkWork<kWarps, kChunks> work(batch, warp, index);
   while (work.next(batch)) {
-    const CodebookWords codebook = load_codebook(work.codebook, lane.number);
     uint32_t base = 0, i = work.group_of_round(base);
     const bool groups = !work.singles && i < work.count;
     ChunkGroup<kChunks> group = {};
-    if (groups) {
-      group = work.first_group.of(work.slice, work.row);
-      decoder.begin_slice(work.slice, group, batch.maps[work.tensor]);
-    }
-    const bool header_sound = work.header.geometry == batch.tensors[work.tensor].geometry;
-    if (header_sound && !table_of.serves(work.codebook, work.header)) {
+    if (groups) group = work.first_group.of(work.slice, work.row);
+    const CodebookWords codebook = load_codebook(work.codebook, lane.number);
+    const SliceHeader header = load_header(work.header);
+    if (groups) decoder.begin_slice(work.slice, group, batch.maps[work.tensor]);
+    const bool header_sound = header.geometry == batch.tensors[work.tensor].geometry;
+    if (header_sound && !table_of.serves(work.codebook, header)) {
       sort_codes(codebook, kMaxCodeBits, state.codes);
       __syncthreads();  // And no warp needs the former table any more.
-      const uint32_t* id = work.header.codebook_id;
+      const uint32_t* id = header.codebook_id;
       table_of = {work.codebook, {id[0], id[1]}, state.codes.sound};
       if (table_of.sound) {
         fill_table<4>(state.codes, kMaxCodeBits,

@@ -16,14 +16,9 @@ struct SliceHeader {
   uint32_t geometry;  // stands for all that says how a slice is cut
   uint32_t codebook_id[2];
 };
-__device__ __forceinline__ SliceHeader load_header(const TensorSlices& tensor, int64_t at) {
-  const uint32_t* header = tensor.header + at * kHeaderWords;
+__device__ __forceinline__ SliceHeader load_header(const uint32_t* header) {
   return {__ldg(header + kGeometryWord),
           {__ldg(header + kCodebookIdWord), __ldg(header + kCodebookIdWord + 1)}};
-}
-
-__device__ __forceinline__ const uint32_t* codebook_of(const TensorSlices& tensor, int64_t at) {
-  return tensor.codebook + at * kCodebookWords;
 }
 
 // What the block's table was made of.
@@ -65,8 +60,8 @@ __device__ inline OpenSlice open_slice(const TensorSlices& tensor, int64_t b, Sl
   if (at < 0) return {true, false, false};
   const View& view = tensor.view;
   slice = locate_slice(tensor, at, b, view.chunks(), view.sign_mantissa_words());
-  const SliceHeader header = load_header(tensor, at);
-  const uint32_t* codebook = codebook_of(tensor, at);
+  const SliceHeader header = load_header(tensor.header + at * kHeaderWords);
+  const uint32_t* codebook = tensor.codebook + at * kCodebookWords;
   // Comes with the header, for all warps will wait for it.
   prefetch_global(codebook);
   prefetch_global(codebook + kCodebookWords - 1);

@@ -385,9 +385,14 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
   // The same in all lanes, and the compiler knows it.
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / kLanes, 0);
 
-  const int index = __ldg(work.index);  // Everything waits for it: nothing is to come before.
   WarpCopies copies(memory.warp(base, warp), memory);
   copies.initialize();
+  keep_order();
+  // Everything waits for it. Not by __ldg, which the compiler would put before the fence of the
+  // barriers, and that could wait for it, too. And what is loaded for all lanes alike it puts into
+  // a uniform register, and waits for it there and then: so it must not know.
+  const int unknown_zero = lane & static_cast<int>(work.zero);
+  const int index = work.index[unknown_zero];
   int number = 0;
   while (number + 1 < work.count &&
          static_cast<int>(blockIdx.x) >= work.matrices[number + 1].first_block) {
@@ -412,24 +417,24 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
   const int wanted = __shfl_sync(kAllLanes, index, 0);
   if (wanted == -1) return;
   const Slice slice{matrix, wanted < 0 ? 0 : min(wanted, matrix.stack - 1)};
-  const uint32_t geometry = __ldg(slice.header() + kGeometryWord);
-  const CodebookWords codebook = load_codebook(slice.codebook(), lane);
   const uint2 offsets = chunks.load_offsets(slice, first_chunk);
+  const CodebookWords codebook = load_codebook(slice.codebook(), lane);
+  const uint32_t geometry = __ldg(slice.header() + kGeometryWord + unknown_zero);
   // The first copies are under way while the table is made.
   ProductChunk chunk = chunks.place_of(slice, first);
   if (chunk.steps() > 0) copies.fetch_steps(matrix, chunk.first_step, chunk.steps());
   const RowsOfX<kTiles> x(work.x, work.rows, lane);
   const LookupTable table{memory.table(base), memory.table_log2_bytes,
                           static_cast<uint32_t>(matrix.code_bits)};
-  sort_codes(codebook, table.code_bits, scratch.codes);
+  copies.keep(PlaceInGroup(memory, matrix, base, warp));  // while the offsets are on their way
   chunks.keep(offsets, lane);
   chunk = chunks.get(slice, first);
   if (chunk.is_staged(matrix, memory)) copies.fetch_record(0, slice, chunk);
+  sort_codes(codebook, table.code_bits, scratch.codes);
   __syncthreads();
   if (scratch.codes.sound) fill_lookup_table(scratch.codes, table);
   __syncthreads();
-  const bool sound = scratch.codes.sound && geometry == matrix.geometry;
-  copies.keep(PlaceInGroup(memory, matrix, base, warp));  // while the first record is on its way
+  const bool sound = scratch.codes.sound && __shfl_sync(kAllLanes, geometry, 0) == matrix.geometry;
 
   float sums[kTiles][4][4];
   set_sums(sums, 0);

@@ -15,15 +15,6 @@
 
 namespace df11::native {
 
-// A value that is computed once: the compiler would rather compute it anew than keep it in a
-// register.
-__device__ __forceinline__ uint32_t keep(uint32_t value) {
-#ifdef __CUDACC__
-  asm volatile("" : "+r"(value));
-#endif
-  return value;
-}
-
 // Rows of x as the second operand of multiply_add: lane 4 g + t has x[8 tile + g][k + 4 t ..],
 // since the lane's weights of a step are of these k. In memory, 32 k of all rows lie together, and
 // of a row what a lane needs for two steps. Rows that x has not are read as its last one, and their

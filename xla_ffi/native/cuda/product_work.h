@@ -13,7 +13,7 @@ namespace df11::native {
 inline constexpr int kSlotSteps = 2;  // steps whose signs and mantissas are copied together
 inline constexpr int kSlotBytes = kSlotSteps * kStepWords * 4;
 // Scratch of the block in front of what warps have, by what product_kernel.cuh needs.
-inline constexpr uint32_t kBlockBytes = 3072;
+inline constexpr uint32_t kBlockBytes = 1280;
 inline constexpr uint32_t kListedBytes = 24;   // of a chunk in a warp's list
 inline constexpr uint32_t kBarrierBytes = 32;  // of the slot, of up to two records, and its turn
 inline constexpr uint32_t kPlaceBytes = 16;    // of the warp in its group
