@@ -45,12 +45,20 @@ class ArrayOperators:
     __floordiv__, __rfloordiv__ = _both(operator.floordiv)
     __mod__, __rmod__ = _both(operator.mod)
     __pow__, __rpow__ = _both(operator.pow)
+    __lt__, __gt__ = _both(operator.lt)
+    __le__, __ge__ = _both(operator.le)
 
     def __jax_array__(self) -> Array:
         raise NotImplementedError  # the class that has these operators says what it stands for
 
     def __neg__(self) -> Array:
         return -self.__jax_array__()
+
+    def __pos__(self) -> Array:
+        return +self.__jax_array__()
+
+    def __bool__(self) -> bool:
+        return bool(self.__jax_array__())
 
     def __abs__(self) -> Array:
         return abs(self.__jax_array__())

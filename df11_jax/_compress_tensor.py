@@ -4,7 +4,6 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jaxtyping import Array, BFloat16
@@ -148,10 +147,12 @@ class Whole(NamedTuple):
     Attributes:
         array: the weights, in bfloat16 and contiguous.
         device: where the compressed tensor is to be; None for the default device.
+        is_committed: whether it is to stay there in computations with what is elsewhere.
     """
 
     array: np.ndarray
     device: jax.Device | jax.sharding.Sharding | None
+    is_committed: bool
 
 
 def encode_tensor(
@@ -176,7 +177,10 @@ def encode_tensor(
     small = DF11Array.from_payload(encode(weights.array, name, layout, **options), layout)
     if form is not None:
         small = form.fit(small, name)
-    return jax.device_put(small, weights.device)
+    if weights.is_committed:
+        return jax.device_put(small, weights.device)
+    with jax.default_device(weights.device):
+        return jax.device_put(small)
 
 
 def as_weights(
@@ -202,12 +206,11 @@ def as_weights(
     if isinstance(array, jax.ShapeDtypeStruct):
         raise TypeError(f"{name}: expected an array, got the shape of one, {array}")
     to_weights = functools.partial(_to_weights, like=array, name=name, cast=cast, axis=axis)
+    is_committed = where is not None
     if where is None and isinstance(array, jax.Array):
-        where = array.sharding
-        is_default = not array.committed and array.devices() == _default_device()
-        if isinstance(where, SingleDeviceSharding):
-            (device,) = array.devices()
-            where = None if is_default else device
+        where, is_committed = array.sharding, array.committed
+        if not is_committed and isinstance(where, SingleDeviceSharding):
+            (where,) = array.devices()
     if isinstance(where, NamedSharding):
         return Shards.of(array, where, axis, to_weights)
     if isinstance(where, jax.sharding.Sharding) and len(where.device_set) > 1:
@@ -215,7 +218,7 @@ def as_weights(
             f"{name}: expected a NamedSharding, got {type(where).__name__}: bring it onto a mesh "
             "first, jax.device_put(array, NamedSharding(mesh, PartitionSpec(...)))"
         )
-    return Whole(to_weights(to_host(array)), where)
+    return Whole(to_weights(to_host(array)), where, is_committed)
 
 
 def _to_weights(weights: np.ndarray, like: Any, name: str, cast: bool, axis: int) -> np.ndarray:
@@ -235,7 +238,3 @@ def _to_weights(weights: np.ndarray, like: Any, name: str, cast: bool, axis: int
             "Cast it first, if rounding is acceptable: array.astype(jax.numpy.bfloat16)"
         )
     return np.ascontiguousarray(weights).reshape(weights.shape)
-
-
-def _default_device() -> set[jax.Device]:
-    return jnp.zeros(()).devices()

@@ -113,7 +113,11 @@ def check_is_like(path: str, leaf: Any, target: Any, *, cast: bool) -> None:
         hint = "pass the weights themselves"
     elif is_df11(target) and not is_candidate_dtype(dtype, cast):
         hint = "cast it first, or pass cast=True, if rounding is acceptable"
-    elif not is_df11(target) and dtype != _dtype(target):
+    elif (
+        not is_df11(target)
+        and dtype != _dtype(target)
+        and _dtype_in_programs(leaf) != _dtype_in_programs(target)
+    ):
         hint = "cast it first, or compress without like"
     else:
         return
@@ -122,6 +126,14 @@ def check_is_like(path: str, leaf: Any, target: Any, *, cast: bool) -> None:
 
 def _dtype(leaf: Any) -> Any:
     return getattr(leaf, "dtype", type(leaf))
+
+
+def _dtype_in_programs(leaf: Any) -> Any:
+    """Of a number, or an array of a type that jax rounds to another, what programs see."""
+    if not (isinstance(leaf, int | float | complex) or hasattr(leaf, "dtype")):
+        return type(leaf)
+    seen = jax.eval_shape(lambda x: x, leaf)
+    return seen.dtype, seen.weak_type
 
 
 def _describe(leaf: Any) -> str:

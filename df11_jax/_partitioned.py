@@ -8,9 +8,11 @@ the weights are laid out as the plain ones would be.
 JAX tells in three ways how arrays are divided. With explicit axes of a mesh, their types say it.
 With automatic axes, which are the default, XLA knows it once it has partitioned the program, and
 asks. In a `jax.shard_map`, the program sees what one device has, and there is nothing to ask. (If
-that is over some axes of a mesh only, and others divide the payload, it is gathered along those.)
+that is over some axes of a mesh only, explicit ones of the others divide what it sees, and along
+automatic ones it is gathered.)
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -46,9 +48,12 @@ def decode_divided(
         ValueError: stacks are sharded over explicit axes in another way than they were compressed
             for.
     """
-    if jax.sharding.get_abstract_mesh().manual_axes:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.manual_axes and not mesh.explicit_axes:
         return decode_local(decoding, index, *payloads)
-    return _decode_in_place(decoding, index, *payloads)
+    # Without jit there is nothing to partition.
+    with jax.disable_jit(False) if jax.config.jax_disable_jit else contextlib.nullcontext():
+        return _decode_in_place(decoding, index, *payloads)
 
 
 # Under jit even where the caller is not: there is nothing to partition otherwise.
@@ -114,7 +119,12 @@ def _mappable(decoding: Decoding, mapped: tuple[tuple[bool, ...], ...]) -> Any:
         _check_explicit(decoding, arrays, into)
         if not mesh.auto_axes:
             decode_shards = jax.shard_map(
-                decode, mesh=mesh, in_specs=tuple(into), out_specs=out, check_vma=False
+                decode,
+                mesh=mesh,
+                in_specs=tuple(into),
+                out_specs=out,
+                axis_names=set(mesh.explicit_axes) if mesh.manual_axes else set(),  # or all
+                check_vma=False,
             )
             return decode_shards(*arrays)
 

@@ -41,9 +41,10 @@ USES = {
     "sum": lambda a, x: a.sum(axis=0),
     "mean": lambda a, x: a.mean(),
     "negative": lambda a, x: -a,
+    "positive": lambda a, x: +a,
     "abs": lambda a, x: abs(a),
 }
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod"):
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "lt", "le", "gt", "ge"):
     _operator = getattr(operator, _name)
     USES[_name] = lambda a, x, f=_operator: f(a, 3)
     USES[f"r{_name}"] = lambda a, x, f=_operator: f(2.5, a)
@@ -66,7 +67,7 @@ def stack():
 def assert_same(result, expected):
     """The same bits, of any dtype."""
     assert result.dtype == expected.dtype
-    bits = f"u{expected.dtype.itemsize}"
+    bits = bool if expected.dtype == bool else f"u{expected.dtype.itemsize}"
     np.testing.assert_array_equal(np.asarray(result).view(bits), np.asarray(expected).view(bits))
 
 
@@ -177,3 +178,9 @@ def test_arrays_inside_that_become_floats(change, small):
 def test_gradients_with_respect_to_it_are_refused(small):
     with pytest.raises(TypeError, match="uint32"):
         jax.grad(lambda a: (X @ a).astype(jnp.float32).sum())(small)
+
+
+def test_truth_is_that_of_the_array(small):
+    assert not compress(jnp.zeros((), jnp.bfloat16)) and compress(jnp.ones((), jnp.bfloat16))
+    with pytest.raises(ValueError, match="truth value of an array with more than one element"):
+        bool(small)

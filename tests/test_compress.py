@@ -159,21 +159,43 @@ class TestInputs:
 
     def test_reads_where_it_lies(self):
         array = jnp.asarray(normal(300, 64))
-        weights, _ = _compress_tensor.as_weights(array, "array", cast=False)
+        weights, *_ = _compress_tensor.as_weights(array, "array", cast=False)
         assert weights.ctypes.data == array.unsafe_buffer_pointer()
-        weights, _ = _compress_tensor.as_weights(np.asarray(array), "array", cast=False)
+        weights, *_ = _compress_tensor.as_weights(np.asarray(array), "array", cast=False)
         assert weights.ctypes.data == array.unsafe_buffer_pointer()
 
     def test_placement(self):
         first, second = jax.devices("cpu")[:2]
         weights = normal(300, 64)
-        assert not df11_jax.compress(jnp.asarray(weights)).header.committed
+        with jax.default_device(second):
+            array = jnp.asarray(weights)
+        for uncommitted in (weights, jnp.asarray(weights), array):
+            small = df11_jax.compress(uncommitted)
+            assert not small.header.committed
+            assert small.header.devices() == jnp.asarray(uncommitted).devices()
         moved = df11_jax.compress(jax.device_put(weights, second))
         assert moved.header.devices() == {second}
         assert moved.header.committed
+        on_host = jax.sharding.SingleDeviceSharding(second, memory_kind="pinned_host")
+        moved = df11_jax.compress(jax.device_put(weights, on_host))
+        assert {array.sharding for array in moved.payload} == {on_host}
         mesh = jax.sharding.Mesh(np.array([first, second]), ("rows",))
         split = jax.device_put(weights, jax.NamedSharding(mesh, jax.P("rows")))
         assert round_trip(split).sharding.is_equivalent_to(split.sharding, 2)
+
+    def test_beside_a_mesh(self):
+        # What is made under a mesh without a sharding is on all of its devices.
+        array = jnp.asarray(normal(64, 64))
+        mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:2]), ("rows",))
+        x = jax.device_put(normal(2, 64), jax.NamedSharding(mesh, jax.P("rows")))
+        with jax.set_mesh(mesh):
+            small = df11_jax.compress(array)
+            product = jax.jit(lambda a, x: x @ a)
+            assert_same_bits(product(small, x), product(array, x))
+
+    def test_of_a_constant_while_tracing(self):
+        array = jnp.asarray(normal(64, 64))
+        assert_same_bits(jax.jit(lambda: df11_jax.decompress(df11_jax.compress(array)))(), array)
 
     def test_read_only(self):
         weights = normal(300, 64)

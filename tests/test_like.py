@@ -124,6 +124,13 @@ class TestTrees:
         for name in ("embedding", "layers", "small"):
             assert_same_bits(decompress(other[name]), params[name])
 
+    def test_numbers_and_arrays_of_64_bits(self):
+        params = self.params() | {"step": 3, "rate": 0.5, "table": np.arange(4), "mean": np.ones(3)}
+        like = jax.eval_shape(lambda: compress_params(params))
+        other = compress_params(params, like=like)
+        assert shapes(jax.tree.map(jnp.asarray, other)) == shapes(like)
+        assert other["table"] is params["table"] and other["rate"] is params["rate"]
+
     def test_leaves_that_are_compressed_already(self):
         small = self.small()
         long = lengthened(small, 4)

@@ -201,6 +201,36 @@ def test_meshes_of_both_types_of_axes():
     assert not gathers_payload(decode, small)
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_in_a_shard_map_over_some_axes(axis_type):
+    mesh = make_mesh({"fsdp": 2, "tp": 2}, axis_type)
+    plain = jax.device_put(random_weights((2, D, 128)), NamedSharding(mesh, P(None, "fsdp", "tp")))
+    small = df11_jax.compress(plain, stack_axes=1)
+    spec = P(None, None, "tp")
+    with jax.set_mesh(mesh):
+        decode = jax.jit(
+            jax.shard_map(
+                df11_jax.decompress,
+                in_specs=spec,
+                out_specs=spec,
+                axis_names={"tp"},
+                check_vma=axis_type == AxisType.Explicit,  # else JAX refuses
+            )
+        )
+        assert_same_bits(decode(small), plain)
+        if axis_type == AxisType.Explicit:
+            assert decode(small).sharding.is_equivalent_to(plain.sharding, 3)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_disable_jit(axis_type):
+    where = NamedSharding(make_mesh({"tp": 4}, axis_type), P(None, None, "tp"))
+    plain = jax.device_put(random_weights((2, D, 128)), where)
+    small = df11_jax.compress(plain, stack_axes=1)
+    with jax.disable_jit():
+        assert_same_bits(df11_jax.decompress(small), plain)
+
+
 def test_programs_of_different_layouts_differ():
     """The cache of compiled programs knows them by their text, which has no callbacks in it."""
     where = NamedSharding(make_mesh({"tp": 4}), P(None, "tp"))

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
 from df11_jax._array import DF11Array, is_df11
-from df11_jax._brief import listed
+from df11_jax._brief import brief, listed
 from df11_jax._files.atomic import new_directory
 from df11_jax._files.directory import INDEX, JOURNAL, write_index
 from df11_jax._files.journal import incomplete
@@ -122,7 +122,10 @@ def _as_array(name: str, leaf: Any) -> Any:
             f"{name}: expected an array or a number, got {type(leaf).__name__}, which safetensors "
             "files cannot hold"
         )
-    return jnp.asarray(leaf)
+    array = np.asarray(leaf)  # jax would round it
+    if array.dtype == object:
+        raise ValueError(f"{name}: expected a number of at most 64 bits, got {brief(leaf)}")
+    return array
 
 
 def _check_is_replaceable(path: Path) -> None:

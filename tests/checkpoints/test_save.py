@@ -73,6 +73,10 @@ def test_trees_come_back_or_are_refused(tmp_path, tree, directory):
         ({"a": {"\ud800": jnp.zeros(1)}}, r"'a/\\ud800': is no Unicode text"),
         ({"w" * 1001: jnp.zeros(1)}, "a name of 1,001 characters, expected up to 1,000"),
         ({"a": {"b": "llama"}}, "a/b: expected an array or a number, got str"),
+        (
+            {"a": {"b": 2**64}},
+            "a/b: expected a number of at most 64 bits, got 18446744073709551616",
+        ),
         ({"a": {"b": None}}, "there is no array in it"),
         ({"b": [jnp.zeros(1)]}, "b/0: only nested dicts can be saved.*; b is no dict.*orbax"),
         ({"a": {(1, 2): jnp.zeros(1)}}, "only nested dicts can be saved"),
@@ -86,6 +90,13 @@ def test_what_is_refused(tmp_path, params, message):
         with pytest.raises(ValueError, match=message):
             checkpoints.save(params, path)
     assert not list(tmp_path.iterdir())
+
+
+def test_numbers_are_kept_as_they_are(tmp_path):
+    numbers = {"rate": 0.1, "most": 1e300, "count": -(2**40), "flag": True}
+    checkpoints.save(numbers, tmp_path / "x.safetensors")
+    loaded = checkpoints.load(tmp_path / "x.safetensors")
+    assert {name: array.item() for name, array in loaded.items()} == numbers
 
 
 def test_empty_stacks(tmp_path):
