@@ -205,6 +205,8 @@ def as_weights(
         raise TypeError(f"{name}: is compressed already ({array!r})")
     if isinstance(array, jax.ShapeDtypeStruct):
         raise TypeError(f"{name}: expected an array, got the shape of one, {array}")
+    if isinstance(array, np.ma.MaskedArray):  # JAX refuses them, too
+        raise TypeError(f"{name}: expected an array, got a masked one: pass array.filled(value)")
     to_weights = functools.partial(_to_weights, like=array, name=name, cast=cast, axis=axis)
     is_committed = where is not None
     if where is None and isinstance(array, jax.Array):

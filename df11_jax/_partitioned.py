@@ -12,7 +12,6 @@ that is over some axes of a mesh only, explicit ones of the others divide what i
 automatic ones it is gathered.)
 """
 
-import contextlib
 import functools
 import hashlib
 import itertools
@@ -51,8 +50,7 @@ def decode_divided(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.manual_axes and not mesh.explicit_axes:
         return decode_local(decoding, index, *payloads)
-    # Without jit there is nothing to partition.
-    with jax.disable_jit(False) if jax.config.jax_disable_jit else contextlib.nullcontext():
+    with jax.disable_jit(False):  # there is nothing to partition otherwise
         return _decode_in_place(decoding, index, *payloads)
 
 

@@ -234,7 +234,8 @@ def _apply_patches(
 ) -> tuple[UInt16[Array, "H N C T G J 2"], UInt32[Array, "N C"]]:
     """The weights, and the patches' part of the checksums."""
     weights = jax.lax.bitcast_convert_type(pairs, jnp.uint16)
-    n, c = jnp.indices(records.start.shape)
+    slices, chunks = records.start.shape
+    n, c = jnp.arange(slices)[:, None], jnp.arange(chunks)
 
     def patch_all_chunks(
         i: Int32[Array, ""], state: tuple[Array, Array]

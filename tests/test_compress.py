@@ -228,6 +228,9 @@ class TestInputs:
     def test_shapes_are_refused(self):
         with pytest.raises(TypeError, match="array: expected an array, got the shape of one"):
             df11_jax.compress(jax.ShapeDtypeStruct((256, 512), jnp.bfloat16))
+        masked = np.ma.masked_array(normal(2, 64), mask=True)
+        with pytest.raises(TypeError, match="array: expected an array, got a masked one"):
+            df11_jax.compress(masked)
 
     def test_too_many_axes(self):
         with pytest.raises(ValueError, match=r"array: .* at most 8 dimensions"):

@@ -125,3 +125,13 @@ def test_importing(libraries, tmp_path):
     )
     expected = f"{package / '__init__.py'}\n"
     assert (run.returncode, run.stdout, run.stderr) == (0, expected, "")
+
+
+def test_for_any_number_of_layers():
+    stack = df11_jax.compress(WEIGHTS, stack_axes=1)
+    (layers,) = export.symbolic_shape("layers")
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((layers, *a.shape[1:]), a.dtype), stack)
+    exported = export.export(
+        jax.jit(df11_jax.decompress), disabled_checks=df11_jax.EXPORT_SAFETY_CHECKS
+    )(shapes)
+    assert_same_bits(exported.call(stack), WEIGHTS)

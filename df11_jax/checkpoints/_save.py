@@ -115,6 +115,8 @@ def save(
 
 
 def _as_array(name: str, leaf: Any) -> Any:
+    if isinstance(leaf, np.ma.MaskedArray):
+        raise ValueError(f"{name}: expected an array, got a masked one: save array.filled(value)")
     if hasattr(leaf, "nbytes"):
         return leaf
     if not isinstance(leaf, int | float | complex):

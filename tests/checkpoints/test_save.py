@@ -77,6 +77,7 @@ def test_trees_come_back_or_are_refused(tmp_path, tree, directory):
             {"a": {"b": 2**64}},
             "a/b: expected a number of at most 64 bits, got 18446744073709551616",
         ),
+        ({"a": {"b": np.ma.masked_array([1, 2], [0, 1])}}, "a/b: expected an array, got a masked"),
         ({"a": {"b": None}}, "there is no array in it"),
         ({"b": [jnp.zeros(1)]}, "b/0: only nested dicts can be saved.*; b is no dict.*orbax"),
         ({"a": {(1, 2): jnp.zeros(1)}}, "only nested dicts can be saved"),
