@@ -88,6 +88,22 @@ def test_what_is_refused(tmp_path, params, message):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("is_compressed", [False, True])
+def test_leaves_without_elements(tmp_path, is_compressed):
+    def check(leaf, message):
+        with pytest.raises(ValueError, match=f"^a/b: {message}"):
+            checkpoints.save({"a": {"b": leaf}}, tmp_path / "x")
+
+    leaf = random_weights((96, 64))
+    leaf = df11_jax.compress(leaf) if is_compressed else leaf
+    check(jax.eval_shape(lambda: leaf), "expected an array, got a ShapeDtypeStruct")
+    jax.jit(lambda traced: check(traced, "is traced"))(leaf)
+    for array in jax.tree.leaves(leaf):
+        array.delete()
+    check(leaf, "was deleted")
+    assert not list(tmp_path.iterdir())
+
+
 def test_empty_stacks(tmp_path):
     stack = df11_jax.compress(random_weights((2, 96, 64)), stack_axes=1)
     empty = DF11Array.from_payload([part[:0] for part in stack.payload], stack.layout)
