@@ -176,6 +176,15 @@ def test_sizes_of_shards(tmp_path, size, count):
     assert set(checkpoints.load(tmp_path / "x")) == set(tree)
 
 
+def test_a_file_or_a_link_to_nothing_is_no_directory(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for name, what in (("file", "a file"), ("link", "a link to nothing")):
+        with pytest.raises(FileExistsError, match=f"{name}: exists already, and is {what}; expec"):
+            checkpoints.save({"a": np.zeros(1)}, tmp_path / name)
+    assert not (tmp_path / "nothing").exists()
+
+
 @pytest.mark.parametrize("size", ["big", "-1", 0, "0GB", 1.5])
 def test_what_is_no_size(tmp_path, size):
     with pytest.raises((ValueError, TypeError), match=r"size|max_shard_size"):
