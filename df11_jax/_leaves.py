@@ -50,6 +50,33 @@ def plain_shape(leaf: Any) -> tuple[int, ...] | None:
     return tuple(leaf.shape) if is_array(leaf) else None
 
 
+def check_elements(path: str, leaf: Any) -> None:
+    """Checks that the arrays of a leaf have elements that can be saved.
+
+    Raises:
+        ValueError: one is a shape alone, is traced, was deleted, or is masked, which would lose the
+            mask; the message has the path.
+    """
+    for array in jax.tree.leaves(leaf):
+        if isinstance(array, np.ma.MaskedArray):
+            raise ValueError(f"{path}: expected an array, got a masked one: save array.filled(...)")
+        if isinstance(array, jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"{path}: expected an array, got a ShapeDtypeStruct, which has no elements to be "
+                "saved"
+            )
+        if isinstance(array, jax.core.Tracer):
+            raise ValueError(
+                f"{path}: is traced, and has no elements before the function that is being traced "
+                "runs: save what it returns"
+            )
+        if isinstance(array, jax.Array) and array.is_deleted():
+            raise ValueError(
+                f"{path}: was deleted, perhaps because it was donated to a function: save it "
+                "before that, or save what the function returned"
+            )
+
+
 @contextlib.contextmanager
 def naming(path: str, doing: str = "compressing") -> Iterator[None]:
     """Errors name the leaf: what numpy and jax raise (for deleted arrays, say) does not."""

@@ -233,6 +233,11 @@ def _tensors(folder: Folder, name: str) -> dict[str, TensorFile]:
 
 def _indexed_tensors(folder: Folder, index: str) -> dict[str, TensorFile]:
     weight_map = read_index(folder, index)
+    if not weight_map and folder.tensor_files:  # without files, it is that of an empty tree
+        raise ValueError(
+            f"{folder.directory / index}: is damaged: its weight_map is empty, and there are "
+            f"{listed(folder.tensor_files)} beside it. Get another copy of it"
+        )
     checksums = _header_checksums(folder, index, set(weight_map.values()))
     tensors: dict[str, TensorFile] = {}
     for shard in sorted(set(weight_map.values())):

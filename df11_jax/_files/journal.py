@@ -38,9 +38,10 @@ def incomplete(path: Path, job: Job) -> Iterator[Path]:
         BlockingIOError: another process is writing to it.
     """
     journal = path / JOURNAL
-    is_new = not path.exists()
+    is_new = not os.path.lexists(path)
     if not is_new and not path.is_dir():
-        raise FileExistsError(f"{path}: exists already, and is a file; expected a new directory")
+        what = "a file" if path.exists() else "a link to nothing"
+        raise FileExistsError(f"{path}: exists already, and is {what}; expected a new directory")
     not_empty = f"{path}: exists already, and is not empty; nothing was changed"
     if not is_new and _is_begun(path) and not os.path.lexists(journal):
         raise FileExistsError(not_empty)

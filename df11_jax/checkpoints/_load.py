@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from df11_jax._array import DF11Array
+from df11_jax._brief import brief
 from df11_jax._compress import align_layers
 from df11_jax._files.source import Source, unchanged
 from df11_jax._progress import ProgressBar
@@ -53,14 +54,20 @@ def load(
 
     Raises:
         FileNotFoundError: nothing is there, or a shard is missing.
+        TypeError: `checkpoint` is neither a path nor a checkpoint.
         ValueError: the checkpoint has none of the formats, is of another version, or is damaged, a
             file was changed while it was read, or numpy has no such dtype; the message names the
             file and the leaf. Or a leaf cannot be divided as `device` says; a note names it.
     """
     if isinstance(checkpoint, (str, os.PathLike)):
         source = open_checkpoint(checkpoint, shapes=shapes)
-    else:
+    elif isinstance(checkpoint, Source):
         source = checkpoint
+    else:
+        raise TypeError(
+            "load: expected the path of a checkpoint, or one that open_checkpoint has opened, got "
+            f"{brief(checkpoint)}"
+        )
     structure = source.structure if isinstance(source, NativeCheckpoint) else Structure()
     where = str(source.path)
     names = list(source.tensors)

@@ -20,6 +20,7 @@ from df11_jax._files.journal import incomplete
 from df11_jax._files.safetensors import Tensor, check_name, dtype_name
 from df11_jax._host_arrays import to_host
 from df11_jax._host_codec import verify
+from df11_jax._leaves import check_elements
 from df11_jax._units import parse_bytes
 from df11_jax.checkpoints._native_format import (
     METADATA,
@@ -60,9 +61,10 @@ def save(
             but a native checkpoint.
         OSError: writing failed.
         ValueError: a key contains `/` or `:` or is of another type, a container is not a dict, a
-            leaf is neither an array nor a number, there is no name for its dtype, it is spread over
-            several processes (which `df11_jax.orbax` saves), or it could not be loaded again, since
-            it is corrupt or is an empty stack; the message names it.
+            leaf is neither an array nor a number, is traced or was deleted, there is no name for
+            its dtype, it is spread over several processes (which `df11_jax.orbax` saves), or it
+            could not be loaded again, since it is corrupt or is an empty stack; the message names
+            it.
     """
     leaves, structure = flatten(params)
     leaves = {name: _as_array(name, leaf) for name, leaf in leaves.items()}
@@ -115,8 +117,7 @@ def save(
 
 
 def _as_array(name: str, leaf: Any) -> Any:
-    if isinstance(leaf, np.ma.MaskedArray):
-        raise ValueError(f"{name}: expected an array, got a masked one: save array.filled(value)")
+    check_elements(name, leaf)
     if hasattr(leaf, "nbytes"):
         return leaf
     if not isinstance(leaf, int | float | complex):

@@ -100,12 +100,17 @@ def write_orbax(source: Source, path: Path, *, progress: bool = False) -> None:
         ImportError: Orbax is not installed.
         OSError: reading or writing failed.
         ValueError: the source is corrupt, was changed while it was read, or has a dtype that numpy
-            lacks.
+            lacks, or a tensor whose name is empty.
     """
     from df11_jax.orbax.items import save_item  # Orbax is optional
 
     if path.exists():
         raise FileExistsError(f"{path}: exists already; expected a new directory")
+    if "" in source.tensors:
+        raise ValueError(
+            f"{source.path}: '': a tensor without a name, which would get another one in an Orbax "
+            "checkpoint; rename it"
+        )
     source.check_current()
     with jax.default_device(cpu_device()):
         params = load(source, progress=progress)

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from df11_jax._brief import listed
+from df11_jax._layout import MAX_DIMS
 from df11_jax._progress import say
 from df11_jax._select import MIN_SIZE, is_candidate
 from df11_jax._units import format_bytes
@@ -157,7 +158,10 @@ def _is_candidate(info: TensorInfo) -> bool:
 
 def _why_not(source: Source) -> str:
     """Why nothing became smaller."""
-    reason = f"Nothing got smaller: only bfloat16 tensors of {MIN_SIZE:,} weights and more do"
+    reason = (
+        f"Nothing got smaller: only bfloat16 tensors of {MIN_SIZE:,} weights and more, and of up "
+        f"to {MAX_DIMS} dimensions, do"
+    )
     if method := find_quantization(source.tensors, source.model_config()):
         return f"{reason}, and the model is quantized already ({method})."
     return f"{reason}."

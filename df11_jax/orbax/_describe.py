@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from df11_jax import _layout
@@ -22,7 +23,8 @@ def describe(params: PyTree) -> tuple[Manifest, list[Any]]:
             recorded as Orbax does it: as dicts, or as lists if their children have no names.
 
     Raises:
-        TypeError: a leaf is neither an array nor a number nor a text.
+        TypeError: a leaf is neither an array nor a number nor a text, or of a type that Orbax
+            does not save.
         ValueError: two leaves would be stored in one place, or one is in too many containers.
     """
     values: list[Any] = []
@@ -53,6 +55,10 @@ def describe(params: PyTree) -> tuple[Manifest, list[Any]]:
             dtype, "fields", None
         ):
             raise TypeError(f"{path}: Orbax cannot save a {type(value).__name__} of {dtype}")
+        if not ocp.type_handlers.has_type_handler(type(value)):
+            raise TypeError(
+                f"{path}: Orbax cannot save a {type(value).__name__}; save numpy.asarray of it"
+            )
         if not getattr(dtype, "isnative", True):
             raise TypeError(
                 f"{path}: Orbax would not give back the byte order of {dtype}; save "

@@ -140,6 +140,8 @@ class StoredLeaf:
         return dataclasses.replace(self, has_tables=False).arrays
 
     def __str__(self) -> str:
+        if self.dtype is None:
+            return "a text"
         shape = f"{self.dtype}[{','.join(map(str, self.shape))}]"
         if self.layout is None:
             return shape

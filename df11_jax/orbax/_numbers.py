@@ -1,6 +1,7 @@
 """Python's numbers, which are stored with 64 bits, for targets of other dtypes of their kind.
 
-A train state is made with `step=0`, and `jax.eval_shape` of that has an int32 there.
+A train state is made with `step=0`, and `jax.eval_shape` of that has an int32 there. The other way
+round, numbers and texts in a target tell the kind of what is stored, and no more.
 """
 
 from typing import Any
@@ -17,6 +18,13 @@ _KINDS: dict[str | None, Any] = {
     "int64": jnp.integer,
     "float64": jnp.floating,
 }
+# What numbers of targets may stand for. A bool is an int to Python, so it comes first.
+_TYPES: dict[type, Any] = {
+    bool: jnp.bool_,
+    int: jnp.integer,
+    float: jnp.floating,
+    complex: jnp.complexfloating,
+}
 
 
 def is_number(leaf: StoredLeaf) -> bool:
@@ -29,6 +37,14 @@ def agrees(leaf: StoredLeaf, target: Any) -> bool:
     if not is_number(leaf) or is_df11(target) or not hasattr(target, "dtype"):
         return False
     return jnp.issubdtype(target.dtype, _KINDS[leaf.dtype])
+
+
+def is_of_kind(leaf: StoredLeaf, target: Any) -> bool:
+    """Whether a leaf is of the kind of a target without a dtype: a text, or one of the numbers."""
+    if leaf.dtype is None or isinstance(target, str):
+        return leaf.dtype is None and isinstance(target, str)
+    kind = next((kind for type_, kind in _TYPES.items() if isinstance(target, type_)), None)
+    return kind is not None and not leaf.is_key and jnp.issubdtype(np.dtype(leaf.dtype), kind)
 
 
 def as_array(value: Any, dtype: Any, name: str) -> np.ndarray:

@@ -157,13 +157,16 @@ def _disagreement(plan: LeafPlan, casts: bool) -> Iterator[str]:
     if target is None:
         return
     agrees = tuple(np.shape(target)) == leaf.shape
-    if hasattr(target, "dtype") and not casts:
+    if leaf.dtype is None or isinstance(target, str) or not hasattr(target, "dtype"):
+        agrees = agrees and _numbers.is_of_kind(leaf, target)
+    elif not casts:
         is_same = str(target.dtype) == leaf.dtype or _numbers.agrees(leaf, target)
         agrees = agrees and is_same
     if is_df11(target) and leaf.is_compressed:
         agrees = agrees and _undivided(target.layout) == _undivided(leaf.layout)
     if not agrees:
-        dtype = str(getattr(target, "dtype", type(target).__name__))
+        is_text = isinstance(target, str)
+        dtype = None if is_text else str(getattr(target, "dtype", type(target).__name__))
         layout = target.layout if is_df11(target) else None
         shown = StoredLeaf("", (), tuple(np.shape(target)), dtype, (), layout)
         yield f"{leaf.path}: the target has {shown}, stored is {leaf}"

@@ -16,7 +16,7 @@ from df11_jax._decode import path_name
 from df11_jax._files import crc32
 from df11_jax._host_arrays import cpu_device, to_host
 from df11_jax._identity import identity
-from df11_jax._leaves import is_array, plain_shape
+from df11_jax._leaves import check_elements, is_array, plain_shape
 from df11_jax._select import Selection
 from df11_jax.orbax import _describe, _leaf_arrays, _manifest
 
@@ -37,12 +37,16 @@ def to_orbax(
         save.
 
     Raises:
-        TypeError: a leaf is neither an array nor a number nor a text.
-        ValueError: a leaf's arrays do not fit its shape, two leaves have the same name in Orbax,
-            or the user's metadata has an entry of the same name as the manifest.
+        TypeError: a leaf is neither an array nor a number nor a text, or of a type that Orbax
+            does not save.
+        ValueError: a leaf is a shape, is traced or was deleted, its arrays do not fit its shape,
+            two leaves have the same name in Orbax, or the user's metadata has an entry of the same
+            name as the manifest.
     """
     if custom_metadata is not None and _manifest.KEY in custom_metadata:
         raise ValueError(f"custom_metadata has the key {_manifest.KEY!r}, which df11_jax uses")
+    for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_df11):
+        check_elements(path_name(path), leaf)
     if compress is not None:
         params = _compress_on_host(params, compress)
     manifest, values = _describe.describe(params)

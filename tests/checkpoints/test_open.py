@@ -51,6 +51,15 @@ def test_what_the_index_does_not_name_is_not_read(tmp_path, weights):
     model_files.assert_holds(checkpoints.open_checkpoint(path), expected)
 
 
+def test_an_index_that_names_nothing_beside_shards(tmp_path, weights):
+    path = model_files.write_model(tmp_path / "model", weights, shards=2)
+    index = path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {}}')
+    shard = r"model-00001-of-00002\.safetensors"
+    with pytest.raises(ValueError, match=f"{index}: is damaged: its weight_map is empty.*{shard}"):
+        checkpoints.open_checkpoint(path)
+
+
 def test_opening_a_native_checkpoint_tells_what_it_takes(tmp_path, weights):
     plain = checkpoints.open_checkpoint(model_files.write_model(tmp_path / "plain", weights))
     write_native(plain, tmp_path / "native")

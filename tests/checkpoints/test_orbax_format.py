@@ -74,6 +74,17 @@ def test_what_compress_refuses(tmp_path):
     assert "exists already" in run("compress", plain, path, "--format", "orbax", status=2)
 
 
+def test_a_tensor_without_a_name(tmp_path):
+    """Paths of leaves, which Orbax's checkpoints have, cannot be empty."""
+    weights = {"": np.asarray(random_weights((256, 128)))}
+    plain = model_files.write_model(tmp_path / "plain", weights)
+    output = run("compress", plain, tmp_path / "orbax", "--format", "orbax", status=2)
+    assert f"{plain}: '': a tensor without a name" in output
+    assert not (tmp_path / "orbax").exists()
+    run("compress", plain, tmp_path / "native")
+    assert "bit-identical" in run("verify", plain, tmp_path / "native")
+
+
 def test_load_keeps_stacks(tmp_path):
     params = df11_jax.compress_params(
         {"layers": {"w": random_weights((3, 256, 128))}, "norm": random_weights((128,))},

@@ -65,6 +65,15 @@ def test_a_model_without_parameters(tmp_path):
         assert checkpoints.load(path) == {}
 
 
+def test_what_is_no_checkpoint(tmp_path):
+    checkpoints.save({}, tmp_path / "file.safetensors")
+    with open(tmp_path / "file.safetensors", "rb") as file:
+        for other in (None, 3, b"file", {"a": 1}, file):
+            with pytest.raises(TypeError, match=r"load: expected the path .* got ") as refused:
+                checkpoints.load(other)
+            assert repr(other)[:20] in str(refused.value)
+
+
 def test_keys_that_are_empty_or_numbers(tmp_path):
     path = tmp_path / "model.safetensors"
     checkpoints.save({"": jnp.zeros(1), "tensor": {"": jnp.zeros(2), "b": jnp.zeros(3)}}, path)

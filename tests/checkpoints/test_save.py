@@ -100,6 +100,22 @@ def test_numbers_are_kept_as_they_are(tmp_path):
     assert {name: array.item() for name, array in loaded.items()} == numbers
 
 
+@pytest.mark.parametrize("is_compressed", [False, True])
+def test_leaves_without_elements(tmp_path, is_compressed):
+    def check(leaf, message):
+        with pytest.raises(ValueError, match=f"^a/b: {message}"):
+            checkpoints.save({"a": {"b": leaf}}, tmp_path / "x")
+
+    leaf = random_weights((96, 64))
+    leaf = df11_jax.compress(leaf) if is_compressed else leaf
+    check(jax.eval_shape(lambda: leaf), "expected an array, got a ShapeDtypeStruct")
+    jax.jit(lambda traced: check(traced, "is traced"))(leaf)
+    for array in jax.tree.leaves(leaf):
+        array.delete()
+    check(leaf, "was deleted")
+    assert not list(tmp_path.iterdir())
+
+
 def test_empty_stacks(tmp_path):
     stack = df11_jax.compress(random_weights((2, 96, 64)), stack_axes=1)
     empty = DF11Array.from_payload([part[:0] for part in stack.payload], stack.layout)
@@ -170,6 +186,15 @@ def test_sizes_of_shards(tmp_path, size, count):
     shards = list((tmp_path / "x").glob("*.safetensors"))
     assert len(shards) == count
     assert set(checkpoints.load(tmp_path / "x")) == set(tree)
+
+
+def test_a_file_or_a_link_to_nothing_is_no_directory(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for name, what in (("file", "a file"), ("link", "a link to nothing")):
+        with pytest.raises(FileExistsError, match=f"{name}: exists already, and is {what}; expec"):
+            checkpoints.save({"a": np.zeros(1)}, tmp_path / name)
+    assert not (tmp_path / "nothing").exists()
 
 
 @pytest.mark.parametrize("size", ["big", "-1", 0, "0GB", 1.5])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from commands import die, process, run
 
+from df11_jax._host_arrays import BFLOAT16
 from df11_jax.checkpoints import open_checkpoint
 from df11_jax.cli import main
 
@@ -133,9 +134,12 @@ def test_differences(tmp_path, plain, weights):
 @pytest.mark.parametrize("format_", ["native", "orbax"])
 def test_nothing_to_gain(tmp_path, format_):
     small = {"a": np.zeros(16_383, np.float32)}
-    path = model_files.write_model(tmp_path / "small", small)
-    output = run("compress", path, tmp_path / "out", "--format", format_)
-    assert "Nothing got smaller: only bfloat16 tensors of 16,384 weights and more do." in output
+    of_many_dimensions = {"a": np.zeros((128, 128, *[1] * 7), BFLOAT16)}
+    for i, tensors in enumerate((small, of_many_dimensions)):
+        path = model_files.write_model(tmp_path / f"{i}", tensors)
+        output = run("compress", path, tmp_path / f"out {i}", "--format", format_)
+        assert "Nothing got smaller: only bfloat16 tensors of 16,384 weights and more, " in output
+        assert "and of up to 8 dimensions, do." in output
     path = model_files.write_model(tmp_path / "plain", model_files.tensors())
     output = run("compress", path, tmp_path / "compressed", "--format", format_)
     assert "Nothing got smaller" not in output

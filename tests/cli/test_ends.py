@@ -241,17 +241,19 @@ def test_a_closed_output(plain):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="has no /dev/full")
-def test_a_full_disk_behind_the_output(plain):
+@pytest.mark.parametrize("args", [("info", "."), ("info", "--help"), ("--help",), ("--version",)])
+def test_a_full_disk_behind_the_output(plain, args):
     with open("/dev/full", "w") as full:
-        ended = process("info", plain, stdout=full)
+        ended = process(*args, stdout=full, cwd=plain)
     assert ended.returncode == 2
     assert ended.stderr == "Error: No space left on device\n"
 
 
-def test_nobody_reads_the_output(plain):
+@pytest.mark.parametrize("args", [("info", "."), ("--help",)])
+def test_nobody_reads_the_output(plain, args):
     read, write = os.pipe()
     os.close(read)
-    ended = process("info", plain, stdout=write)
+    ended = process(*args, stdout=write, cwd=plain)
     os.close(write)
     assert (ended.returncode, ended.stderr) == (141, "")
 

@@ -102,6 +102,29 @@ def test_names_that_orbax_confuses_are_refused(tmp_path):
 def test_leaves_that_cannot_be_saved(tmp_path):
     with pytest.raises(TypeError, match="a/0: Orbax cannot save a object"):
         save(tmp_path / "x", {"a": [object()]})
+    for number in (1j, jnp.bfloat16.dtype.type(1.5)):  # of which Orbax knows arrays only
+        name = type(number).__name__
+        with pytest.raises(TypeError, match=f"a/0: Orbax cannot save a {name}; save numpy.asarray"):
+            save(tmp_path / "x", {"a": [number]})
+        save(tmp_path / name, {"a": [np.asarray(number)]})  # as it says
+        assert restore(tmp_path / name)["a"][0] == number
+
+
+@pytest.mark.parametrize("options", [{}, {"compress": {}}])
+@pytest.mark.parametrize("is_compressed", [False, True])
+def test_leaves_without_elements(tmp_path, is_compressed, options):
+    def check(leaf, message):
+        with pytest.raises(ValueError, match=f"^a/b: {message}"):
+            save(tmp_path / "x", {"a": {"b": leaf}}, **options)
+
+    leaf = random_weights((128, 130))
+    leaf = df11_jax.compress(leaf) if is_compressed else leaf
+    check(jax.eval_shape(lambda: leaf), "expected an array, got a ShapeDtypeStruct")
+    jax.jit(lambda traced: check(traced, "is traced"))(leaf)
+    for array in jax.tree.leaves(leaf):
+        array.delete()
+    check(leaf, "was deleted")
+    assert not (tmp_path / "x").exists()
 
 
 def test_as_deep_as_can_be_restored(tmp_path):

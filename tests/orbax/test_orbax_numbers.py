@@ -94,6 +94,56 @@ def test_other_kinds_disagree(name, dtype, numbers):
         restore(numbers, {name: shape(dtype)}, partial_restore=True)
 
 
+STORED = {
+    "int": (7, "int64[]"),
+    "float": (0.5, "float64[]"),
+    "bool": (True, "bool[]"),
+    "text": ("gelu", "a text"),
+    "scalar": (jnp.int32(7), "int32[]"),
+    "key": (jax.random.key(0), "key<fry>[]"),
+    "array": (jnp.arange(3), "int32[3]"),
+}
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    path = tmp_path_factory.mktemp("stored") / "x"
+    save(path, {"a": {name: value for name, (value, _) in STORED.items()}})
+    return path
+
+
+@pytest.mark.parametrize(
+    "target, shown, agreeing",
+    [
+        (3, "int[]", {"int", "scalar"}),
+        (1.5, "float[]", {"float"}),
+        (False, "bool[]", {"bool"}),
+        ("", "a text", {"text"}),
+        (np.str_("x"), "a text", {"text"}),
+        (print, "builtin_function_or_method[]", set()),
+        (shape("float32"), "float32[]", {"float"}),
+        (df11_jax.compress(jnp.zeros((), jnp.bfloat16)), "bfloat16[], compressed", set()),
+    ],
+)
+def test_kinds_of_what_is_no_array(stored, target, shown, agreeing):
+    for name, (value, description) in STORED.items():
+        item = {"a": {name: target}}
+        if name in agreeing:
+            back = restore(stored, item, partial_restore=True)["a"][name]
+            assert back == value and isinstance(back, str) == isinstance(value, str)
+            continue
+        with pytest.raises(ValueError) as caught:
+            restore(stored, item, partial_restore=True)
+        assert f"a/{name}: the target has {shown}" in str(caught.value)
+        assert str(caught.value).endswith(f", stored is {description}")
+
+
+def test_a_cast_makes_no_text_of_a_number(stored):
+    item = {"a": {"text": shape("float32")}}
+    with pytest.raises(ValueError, match=r"a/text: the target has float32\[\], stored is a text"):
+        restore(stored, item, partial_restore=True, compress={"cast": True})
+
+
 def test_a_compressed_target_disagrees(numbers):
     small = df11_jax.compress(jnp.zeros((), jnp.bfloat16))
     with pytest.raises(ValueError, match=r"float: the target has bfloat16\[\], compressed"):
