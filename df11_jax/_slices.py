@@ -106,8 +106,8 @@ def check_stacks(arrays: Sequence[Compressed], names: Sequence[str]) -> int:
 
     Raises:
         TypeError: a stack holds the shapes of arrays in place of arrays.
-        ValueError: the arrays of a stack do not fit each other, the stacks differ in length, or
-            one is sharded that is not divided.
+        ValueError: the arrays of a stack do not fit each other, the stacks differ in length, one
+            is sharded that is not divided, or one is in the host's memory.
     """
     lengths = []
     # Elsewhere, an axis of a stack that is taken for one of parts would go unnoticed.
@@ -117,6 +117,11 @@ def check_stacks(arrays: Sequence[Compressed], names: Sequence[str]) -> int:
             raise TypeError(
                 f"{name}: expected compressed arrays, got their shapes. jax.eval_shape passes "
                 "shapes to a function, and returns the shapes of what that returns"
+            )
+        if any(jax.typeof(part).memory_space == jax.memory.Space.Host for part in array.payload):
+            raise ValueError(
+                f"{name}: is in the host's memory, and is decompressed in the device's: "
+                "jax.device_put(array, jax.memory.Space.Device) copies it there"
             )
         stack = _layout.check_payload(array.payload, array.layout, name, some_parts=some_parts)
         if not array.layout.parts and any(_is_split(leaf) for leaf in array.payload):

@@ -201,6 +201,14 @@ def test_shapes_are_not_decoded(stack):
         decompress_params({"a": {"w": shapes}})
 
 
+def test_in_host_memory(weights, stack):
+    there = jax.device_put(stack, jax.memory.Space.Host)
+    for function in (decompress_params, jax.jit(decompress_params)):
+        with pytest.raises(ValueError, match="a/w: is in the host's memory"):
+            function({"a": {"w": there}})
+    assert_same_bits(decompress(jax.device_put(there, jax.memory.Space.Device)), weights)
+
+
 def test_disable_jit(weights, stack):
     with jax.disable_jit():
         assert_same_bits(decompress(stack), weights)
