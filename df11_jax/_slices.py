@@ -107,7 +107,7 @@ def check_stacks(arrays: Sequence[Compressed], names: Sequence[str]) -> int:
     Raises:
         TypeError: a stack holds the shapes of arrays in place of arrays.
         ValueError: the arrays of a stack do not fit each other, the stacks differ in length, one
-            is sharded that is not divided, or one is in the host's memory.
+            is sharded that is not divided, or is in the host's memory.
     """
     lengths = []
     # Elsewhere, an axis of a stack that is taken for one of parts would go unnoticed.
@@ -118,12 +118,12 @@ def check_stacks(arrays: Sequence[Compressed], names: Sequence[str]) -> int:
                 f"{name}: expected compressed arrays, got their shapes. jax.eval_shape passes "
                 "shapes to a function, and returns the shapes of what that returns"
             )
-        if any(jax.typeof(part).memory_space == jax.memory.Space.Host for part in array.payload):
+        stack = _layout.check_payload(array.payload, array.layout, name, some_parts=some_parts)
+        if stack and any(map(_is_in_host_memory, array.payload)):  # JAX refuses the index there
             raise ValueError(
-                f"{name}: is in the host's memory, and is decompressed in the device's: "
+                f"{name}: is a stack in the host's memory, expected one in the device's: "
                 "jax.device_put(array, jax.memory.Space.Device) copies it there"
             )
-        stack = _layout.check_payload(array.payload, array.layout, name, some_parts=some_parts)
         if not array.layout.parts and any(_is_split(leaf) for leaf in array.payload):
             raise ValueError(
                 f"{name}: is sharded over explicit axes of a mesh, and was not compressed for "
@@ -163,6 +163,10 @@ def tie(arrays: Arrays, inputs: PyTree) -> Arrays:
     # Without stop_gradient, the barrier would give the arrays tangents, as arrays of zeros.
     leaves = [jax.lax.stop_gradient(leaf) for leaf in jax.tree.leaves(inputs) if _is_number(leaf)]
     return jax.lax.optimization_barrier((arrays, leaves))[0] if leaves else arrays
+
+
+def _is_in_host_memory(leaf: Array) -> bool:
+    return jax.typeof(leaf).memory_space == jax.memory.Space.Host
 
 
 def _is_split(leaf: Any) -> bool:
