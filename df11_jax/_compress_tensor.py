@@ -177,7 +177,7 @@ def encode_tensor(
     small = DF11Array.from_payload(encode(weights.array, name, layout, **options), layout)
     if form is not None:
         small = form.fit(small, name)
-    if weights.is_committed:
+    if weights.is_committed or weights.device is None:
         return jax.device_put(small, weights.device)
     with jax.default_device(weights.device):
         return jax.device_put(small)

@@ -130,9 +130,10 @@ def _dtype(leaf: Any) -> Any:
 
 def _dtype_in_programs(leaf: Any) -> Any:
     """Of a number, or an array of a type that jax rounds to another, what programs see."""
-    if not (isinstance(leaf, int | float | complex) or hasattr(leaf, "dtype")):
-        return type(leaf)
-    seen = jax.eval_shape(lambda x: x, leaf)
+    try:
+        seen = jax.eval_shape(lambda x: x, leaf)
+    except (TypeError, OverflowError):  # nothing that programs take
+        return _dtype(leaf)
     return seen.dtype, seen.weak_type
 
 

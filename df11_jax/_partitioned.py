@@ -8,8 +8,7 @@ the weights are laid out as the plain ones would be.
 JAX tells in three ways how arrays are divided. With explicit axes of a mesh, their types say it.
 With automatic axes, which are the default, XLA knows it once it has partitioned the program, and
 asks. In a `jax.shard_map`, the program sees what one device has, and there is nothing to ask. (If
-that is over some axes of a mesh only, explicit ones of the others divide what it sees, and along
-automatic ones it is gathered.)
+that is over some axes of a mesh only, and others divide the payload, it is gathered along those.)
 """
 
 import functools
@@ -48,13 +47,15 @@ def decode_divided(
             for.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.manual_axes and not mesh.explicit_axes:
+    if mesh.manual_axes:
+        if mesh.explicit_axes:  # which reshapes cannot merge, where they divide an axis
+            payloads = tuple(jax.sharding.reshard(part, PartitionSpec()) for part in payloads)
         return decode_local(decoding, index, *payloads)
-    with jax.disable_jit(False):  # there is nothing to partition otherwise
+    with jax.disable_jit(False):
         return _decode_in_place(decoding, index, *payloads)
 
 
-# Under jit even where the caller is not: there is nothing to partition otherwise.
+# Under jit even where the caller is not, or has disabled it: there would be nothing to partition.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _decode_in_place(decoding: Decoding, index: Array, *payloads: Array) -> list[Array]:
     return _mappable(decoding, ())(index, *payloads)
@@ -117,12 +118,7 @@ def _mappable(decoding: Decoding, mapped: tuple[tuple[bool, ...], ...]) -> Any:
         _check_explicit(decoding, arrays, into)
         if not mesh.auto_axes:
             decode_shards = jax.shard_map(
-                decode,
-                mesh=mesh,
-                in_specs=tuple(into),
-                out_specs=out,
-                axis_names=set(mesh.explicit_axes) if mesh.manual_axes else set(),  # or all
-                check_vma=False,
+                decode, mesh=mesh, in_specs=tuple(into), out_specs=out, check_vma=False
             )
             return decode_shards(*arrays)
 

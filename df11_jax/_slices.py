@@ -119,9 +119,9 @@ def check_stacks(arrays: Sequence[Compressed], names: Sequence[str]) -> int:
                 "shapes to a function, and returns the shapes of what that returns"
             )
         stack = _layout.check_payload(array.payload, array.layout, name, some_parts=some_parts)
-        if stack and any(map(_is_in_host_memory, array.payload)):  # JAX refuses the index there
+        if any(map(_is_in_host_memory, array.payload)):
             raise ValueError(
-                f"{name}: is a stack in the host's memory, expected one in the device's: "
+                f"{name}: is in the host's memory, and is decompressed in the device's: "
                 "jax.device_put(array, jax.memory.Space.Device) copies it there"
             )
         if not array.layout.parts and any(_is_split(leaf) for leaf in array.payload):

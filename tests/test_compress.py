@@ -169,6 +169,7 @@ class TestInputs:
         weights = normal(300, 64)
         with jax.default_device(second):
             array = jnp.asarray(weights)
+            assert df11_jax.compress(weights).header.devices() == {second}
         for uncommitted in (weights, jnp.asarray(weights), array):
             small = df11_jax.compress(uncommitted)
             assert not small.header.committed

@@ -156,6 +156,11 @@ class TestTrees:
             ({"norm": np.ones(256, np.float32)}, r"norm: .*got float32\[256\]: cast it first"),
             ({"norm": compress(random_weights((256,)))}, r"norm: .*compressed.*decompress it"),
             ({"step": 3}, r"step: expected int32\[\], as in like, got 3: cast it first"),
+            ({"step": 2**40}, r"step: expected int32\[\], as in like, got 1099511627776: cast"),
+            (
+                {"step": np.array("text")},
+                r"step: expected int32\[\], as in like, got <U4\[\]: cast",
+            ),
             ({"layers": random_weights(SHAPE[1:])}, r"layers: expected .*\[4, 256, 256\], stack"),
             ({"layers": compress(random_weights(SHAPE))}, r"layers: .* stacked along 0: decompr"),
             (

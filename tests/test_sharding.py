@@ -207,19 +207,28 @@ def test_in_a_shard_map_over_some_axes(axis_type):
     plain = jax.device_put(random_weights((2, D, 128)), NamedSharding(mesh, P(None, "fsdp", "tp")))
     small = df11_jax.compress(plain, stack_axes=1)
     spec = P(None, None, "tp")
-    with jax.set_mesh(mesh):
-        decode = jax.jit(
+
+    def here(function, out_spec):
+        is_checked = axis_type == AxisType.Explicit  # else JAX refuses the decoder's call
+        return jax.jit(
             jax.shard_map(
-                df11_jax.decompress,
-                in_specs=spec,
-                out_specs=spec,
+                function,
+                in_specs=(P(), spec),
+                out_specs=out_spec,
                 axis_names={"tp"},
-                check_vma=axis_type == AxisType.Explicit,  # else JAX refuses
+                check_vma=is_checked,
             )
         )
-        assert_same_bits(decode(small), plain)
-        if axis_type == AxisType.Explicit:
-            assert decode(small).sharding.is_equivalent_to(plain.sharding, 3)
+
+    def total(x, a):
+        weights = df11_jax.decompress(a) if isinstance(a, df11_jax.DF11Array) else a
+        return jax.lax.psum((x * weights.astype(jnp.float32)).sum(), "tp")
+
+    x = jnp.float32(3)
+    with jax.set_mesh(mesh):
+        assert_same_bits(here(lambda _, a: df11_jax.decompress(a), spec)(x, small), plain)
+        gradient = jax.grad(here(total, P()))
+        np.testing.assert_allclose(gradient(x, small), gradient(x, plain), rtol=1e-5)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])

@@ -47,7 +47,7 @@ def save(
 
     Args:
         params: nested dicts of arrays and `DF11Array`s, with keys that are strings or integers.
-            Where there is None or an empty dict, that is kept.
+            Where there is None or an empty dict, that is kept. Numbers are kept with 64 bits.
         path: the path of a file, if it ends in `.safetensors`; otherwise of a directory, new or
             empty, which gets one shard or several.
         max_shard_size: the most bytes of a shard, as a number or a text such as `"5GB"`; a leaf
@@ -120,7 +120,7 @@ def _as_array(name: str, leaf: Any) -> Any:
     check_elements(name, leaf)
     if hasattr(leaf, "nbytes"):
         return leaf
-    if not isinstance(leaf, int | float | complex):
+    if not isinstance(leaf, int | float):
         raise ValueError(
             f"{name}: expected an array or a number, got {type(leaf).__name__}, which safetensors "
             "files cannot hold"

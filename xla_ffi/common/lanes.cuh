@@ -32,8 +32,7 @@ __device__ __forceinline__ uint32_t sum_up_to(uint32_t x, int lane) {
   return x;
 }
 
-// A value that is computed before this place and then is in registers: the compiler does not
-// compute it anew, nor before it what follows from it.
+// A value of which nvcc computes nothing earlier than here, nor it anew later. (ptxas still may.)
 template <typename T>
 __device__ __forceinline__ T keep(T value) {
 #ifdef __CUDACC__
@@ -46,8 +45,8 @@ __device__ __forceinline__ T keep(T value) {
   return value;
 }
 
-// What is before it is issued before what is behind it: the compiler would wait for loads, where
-// other work could go on meanwhile. All lanes must be there. Other threads learn nothing from it.
+// The compiler moves nothing past it: neither up what waits for loads, in front of other work, nor
+// up loads, in front of a fence that waits for them. All lanes must be there. It orders no memory.
 __device__ __forceinline__ void keep_order() {
 #ifdef __CUDACC__
   __syncwarp();

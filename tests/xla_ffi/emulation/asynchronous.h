@@ -101,7 +101,9 @@ inline void copy_to_shared(uint32_t to, const void* from, uint32_t bytes, uint32
   check(bytes > 0 && bytes % 16 == 0 && to % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0,
         "a bulk copy is not aligned");
   shared->begin_copy(to, bytes, address, find_phase_of_copy(address));
-  const Unseen unseen;  // its arrival; its begin is seen
+  // The arrival is not seen, the begin is. It tells who waits for it what the thread that begins it
+  // has done, as expect_bytes does before; of what lies between the two, a GPU would not.
+  const Unseen unseen;
   PhaseBarrier& barrier = find_barrier(address);
   release(&barrier);
   barrier.under_way += bytes;

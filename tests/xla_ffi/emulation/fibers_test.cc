@@ -31,6 +31,8 @@ void kernel(uint32_t* out) {
   }
   const uint32_t neighbour = values[threadIdx.x ^ 1];
   if (threadIdx.x % 32 == 0) arrive(mine);
+  // Until the other warp has arrived: its own barrier alone tells it nothing even then.
+  for (int i = 0; i < 20 && fault == "race across another barrier"; ++i) __syncwarp();
   if (fault != "race between warps") {
     wait_for_phase(fault == "race across another barrier" ? mine : other, 0);
   }

@@ -175,8 +175,8 @@ struct BulkWork {
       at += count;
       // All tensors of a program's call have the same index.
       const bool known = of.batch == 1 && of.index == batch.tensors[0].index;
-      // While the index is on its way: all that it does not change, as for the first slice. Of
-      // single chunks the group means nothing.
+      // While the index is on its way: the place of the first slice, from which the index leads to
+      // that of the wanted one. Of single chunks the group means nothing.
       first_group = place_group(grid, of.view, first + group_of_round(0));
       first_group.chunk = keep(first_group.chunk);
       first_group.sign_mantissa_word = keep(first_group.sign_mantissa_word);
