@@ -49,6 +49,9 @@ def generate(
             or is too long for the cache; or a number, which the message names, makes no sense.
     """
     sampling = (sampling or Sampling()).checked()
+    if not 0 <= seed < 2**32:
+        # All that jax.random.key tells apart.
+        raise ValueError(f"seed is {seed}, expected 0 to {2**32 - 1}")
     if every < 1:
         raise ValueError(f"every is {every}, expected at least 1")
     length = check_prompts(prompts, config, tokens, length)

@@ -47,6 +47,17 @@ _WITH_PARTIAL_ROPE = ("phi3", "glm", "glm4", *_QWEN_3_5)
 # Families whose layers all have the window that `sliding_window` says, whatever else is there.
 _WITH_ONE_WINDOW = ("mistral", "ministral3", "phi3", "mixtral")
 
+# Families whose layers have none, whatever is there.
+_WITHOUT_WINDOWS = ("llama", "glm", "glm4")
+# Fields that transformers reads in some families alone.
+_GEMMA = ("gemma3_text", *_GEMMA_4)
+_READ_IN = {
+    "attn_logit_softcapping": _GEMMA,
+    "final_logit_softcapping": _GEMMA,
+    "hidden_activation": _GEMMA,
+    "query_pre_attn_scalar": _GEMMA,
+}
+
 # Fields that change what is computed, with the values under which they do not.
 _NOT_IMPLEMENTED = {
     "use_bidirectional_attention": (None, False, "vision"),  # which is among images
@@ -81,9 +92,13 @@ def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config
     # Null says something only of a window, and not in a family whose layers say which have one; and
     # of embeddings for layers.
     keeps = {"sliding_window", "hidden_size_per_layer_input"}
-    if family in ("gemma3_text", *_GEMMA_4):
+    if family in _GEMMA:
         keeps.remove("sliding_window")
-    said = {k: v for k, v in fields.items() if v is not None or k in keeps}
+    said = {
+        k: v
+        for k, v in fields.items()
+        if (v is not None or k in keeps) and family in _READ_IN.get(k, (family,))
+    }
     f = Fields(_DEFAULTS[family] | said, where)
     for name, harmless in _NOT_IMPLEMENTED.items():
         if f.get(name) not in harmless:
@@ -196,6 +211,8 @@ def _sliding_layers(f: Fields, layers: int, family: str) -> tuple[bool, ...]:
                 f"{_SLIDING} are"
             )
         said = tuple(type_ == _SLIDING for type_ in types)
+    if family in _WITHOUT_WINDOWS:
+        return (False,) * layers
     if family in _WITH_ONE_WINDOW:
         flags = (has_window,) * layers
         if said not in (None, flags):
@@ -204,7 +221,7 @@ def _sliding_layers(f: Fields, layers: int, family: str) -> tuple[bool, ...]:
                 f"{family}, whose layers all have the sliding_window; for ministral they are"
             )
         return flags
-    if said is None and family in ("gemma3_text", *_GEMMA_4):
+    if said is None and family in _GEMMA:
         pattern = f.size("sliding_window_pattern")
         said = tuple((i + 1) % pattern != 0 for i in range(layers))
     if said is not None:
@@ -215,7 +232,7 @@ def _sliding_layers(f: Fields, layers: int, family: str) -> tuple[bool, ...]:
     if f.flag("use_sliding_window") and has_window:
         if family == "qwen3_moe":
             return (True,) * layers
-        first = f.size("max_window_layers", 28)
+        first = 0 if f.get("max_window_layers") == 0 else f.size("max_window_layers", 28)
         if family == "qwen2_moe":
             return tuple(i % 2 == 0 and i < first for i in range(layers))
         return tuple(i >= first for i in range(layers))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Int
 
+from df11_jax._brief import brief
 from df11_jax.models._config import Config
 
 if TYPE_CHECKING:
@@ -19,12 +20,15 @@ def encode(tokenizer: "tokenizers.Tokenizer", prompts: Sequence[str]) -> list[li
     """The tokens of texts, with special ones in front as the tokenizer puts them there.
 
     Raises:
-        TypeError: `prompts` is a single text.
+        TypeError: `prompts` is a single text, or one of them is none.
         ValueError: a text is empty, no Unicode text, or one that the tokenizer cannot encode.
     """
     if isinstance(prompts, str):
         raise TypeError("prompts is a single text, expected a list of texts")
+    prompts = list(prompts)
     for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompts[{i}]: expected a text, got {brief(prompt)}")
         if not prompt:
             raise ValueError(f"prompts[{i}] is empty: expected some text")
         try:
@@ -32,7 +36,7 @@ def encode(tokenizer: "tokenizers.Tokenizer", prompts: Sequence[str]) -> list[li
         except UnicodeEncodeError as error:
             raise ValueError(f"prompts[{i}] is no Unicode text: {error}") from None
     try:
-        return [encoding.ids for encoding in tokenizer.encode_batch(list(prompts))]
+        return [encoding.ids for encoding in tokenizer.encode_batch(prompts)]
     except Exception as error:  # such as an unknown token that is not in the vocabulary
         raise ValueError(
             f"the model's tokenizer.json cannot encode the prompts ({error})"
@@ -80,8 +84,8 @@ def check_prompts(
         length: the length of the cache; None for the least that is needed.
 
     Raises:
-        ValueError: there are no prompts, or one is empty, has tokens that the model does not know,
-            or is too long for the cache or the model.
+        ValueError: there are no prompts, or one is empty, has tokens that are no integers or that
+            the model does not know, or is too long for the cache or the model.
     """
     if not len(prompts):
         raise ValueError("prompts is empty: expected at least one prompt")
@@ -90,6 +94,8 @@ def check_prompts(
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompts[{i}] is empty: expected at least one token")
+        if np.asarray(prompt).dtype.kind not in "iu":
+            raise ValueError(f"prompts[{i}]: expected integers, got {brief(prompt)}")
         if not 0 <= min(prompt) <= max(prompt) < config.vocab:
             raise ValueError(
                 f"prompts[{i}] has tokens from {min(prompt)} to {max(prompt)}, expected 0 to "

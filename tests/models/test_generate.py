@@ -281,6 +281,8 @@ def test_tables_in_pieces(monkeypatch, tokens, piece):
         ([[-1]], {}, r"prompts\[0\] has tokens from -1"),
         ([[1]], {"tokens": 0}, "tokens is 0"),
         ([[1]], {"every": 0}, "every is 0"),
+        ([[1]], {"seed": 2**32}, "seed is 4294967296, expected 0 to 4294967295"),
+        ([[1.5]], {}, r"prompts\[0\]: expected integers, got \[1.5\]"),
         (
             [[1], [1] * 20],
             {"length": 28},

@@ -232,6 +232,29 @@ def test_null_means_nothing_said():
     assert (config.kv_heads, config.head_dim) == (4, 16)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"query_pre_attn_scalar": 99},
+        {"attn_logit_softcapping": 3.0},
+        {"final_logit_softcapping": 3.0},
+        {"hidden_activation": "gelu_pytorch_tanh"},
+        {"sliding_window": 8, "layer_types": ["sliding_attention"] * 16},
+        {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
+    ],
+    ids=lambda more: [*more][-1],
+)
+def test_fields_of_other_families_mean_nothing(more):
+    llama = KNOWN["Llama-3.2-1B"]
+    assert read_config(llama | more) == read_config(llama)
+
+
+def test_windows_from_the_first_layer_on():
+    fields = families.CONFIGS["qwen2"] | {"use_sliding_window": True, "sliding_window": 8}
+    config = read_config(fields | {"max_window_layers": 0})
+    assert config.window == 8 and all(config.sliding)
+
+
 def test_families_differ_where_they_should():
     read = {family: read_config(fields) for family, fields in families.CONFIGS.items()}
     biased = {"llama-biases", "qwen2", "qwen2_moe", "glm"}

@@ -108,6 +108,8 @@ def test_texts_of_bytes(tokens, parts):
 def test_texts_that_are_none(model):
     with pytest.raises(TypeError, match="prompts is a single text"):
         model.generate(PROMPT)
+    with pytest.raises(TypeError, match=r"prompts\[1\]: expected a text, got 5"):
+        model.generate(x for x in ("a", 5))
     with pytest.raises(ValueError, match=r"prompts\[1\] is no Unicode text.*surrogates"):
         model.generate(["a", "\udcff"])
 
