@@ -183,21 +183,14 @@ struct BulkWork {
       row = keep(static_cast<int>(b * of.view.batch * of.view.k));
       header = keep(of.header);
       codebook = keep(of.codebook);
-      slice = {of.view,
-               keep(of.chunk_offsets),
-               keep(of.exponents),
-               keep(of.sign_mantissa),
-               keep(of.exponents_words),
-               of.out + b * of.view.size};
-      const uint32_t offsets = keep(grid.chunks() + 1);
+      slice = first_slice(of, b);
+      const uint32_t chunks = keep(grid.chunks());
       const int64_t sign_mantissa_words = keep(grid.sign_mantissa_words());
       const int64_t wanted = known ? of.slice_at(0, keep(index)) : of.slice_of(b);
       if (wanted < 0) continue;
       header += wanted * kHeaderWords;
       codebook += wanted * kCodebookWords;
-      slice.chunk_offsets += wanted * offsets;
-      slice.exponents += wanted * slice.exponents_words;
-      slice.sign_mantissa += wanted * sign_mantissa_words;
+      move_slice(slice, wanted, chunks, sign_mantissa_words);
       return true;
     }
   }

@@ -35,15 +35,21 @@ struct TableKey {
   }
 };
 
-// Slice `at` of the payload, for batch element `b`.
-__device__ __forceinline__ Slice locate_slice(const TensorSlices& tensor, int64_t at, int64_t b,
-                                              int64_t chunks, int64_t sign_mantissa_words) {
+// The first slice of the payload, for batch element `b`; move_slice leads to others.
+__device__ __forceinline__ Slice first_slice(const TensorSlices& tensor, int64_t b) {
   return {tensor.view,
-          tensor.chunk_offsets + at * (chunks + 1),
-          tensor.exponents + at * tensor.exponents_words,
-          tensor.sign_mantissa + at * sign_mantissa_words,
-          tensor.exponents_words,
+          keep(tensor.chunk_offsets),
+          keep(tensor.exponents),
+          keep(tensor.sign_mantissa),
+          keep(tensor.exponents_words),
           tensor.out + b * tensor.view.size};
+}
+// To the one that is `count` slices further in the payload.
+__device__ __forceinline__ void move_slice(Slice& slice, int64_t count, int64_t chunks,
+                                           int64_t sign_mantissa_words) {
+  slice.chunk_offsets += count * (chunks + 1);
+  slice.exponents += count * slice.exponents_words;
+  slice.sign_mantissa += count * sign_mantissa_words;
 }
 
 // What the block needs to know of batch element `b` of a tensor, beside the slice itself.
@@ -59,7 +65,8 @@ __device__ inline OpenSlice open_slice(const TensorSlices& tensor, int64_t b, Sl
   const int64_t at = tensor.slice_of(b);
   if (at < 0) return {true, false, false};
   const View& view = tensor.view;
-  slice = locate_slice(tensor, at, b, view.chunks(), view.sign_mantissa_words());
+  slice = first_slice(tensor, b);
+  move_slice(slice, at, view.chunks(), view.sign_mantissa_words());
   const SliceHeader header = load_header(tensor.header + at * kHeaderWords);
   const uint32_t* codebook = tensor.codebook + at * kCodebookWords;
   // Comes with the header, for all warps will wait for it.
