@@ -232,7 +232,7 @@ def _sliding_layers(f: Fields, layers: int, family: str) -> tuple[bool, ...]:
     if f.flag("use_sliding_window") and has_window:
         if family == "qwen3_moe":
             return (True,) * layers
-        first = 0 if f.get("max_window_layers") == 0 else f.size("max_window_layers", 28)
+        first = f.size("max_window_layers", 28, least=0)
         if family == "qwen2_moe":
             return tuple(i % 2 == 0 and i < first for i in range(layers))
         return tuple(i >= first for i in range(layers))

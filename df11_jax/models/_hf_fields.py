@@ -24,10 +24,12 @@ class Fields:
     def get(self, name: str) -> Any:
         return self._fields.get(name)
 
-    def size(self, name: str, default: int | None = None, most: int = MOST) -> int:
+    def size(
+        self, name: str, default: int | None = None, *, least: int = 1, most: int = MOST
+    ) -> int:
         value = self._fields.get(name, default)
-        if type(value) is not int or not 1 <= value <= most:
-            raise self.error(name, f"an integer from 1 to {most}")
+        if type(value) is not int or not least <= value <= most:
+            raise self.error(name, f"an integer from {least} to {most}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
