@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from df11_jax import _cpu_library, _layout
 from df11_jax._array import DF11Array
@@ -31,6 +32,25 @@ def assert_same_bits(actual: Any, expected: Any) -> None:
     # numpy would compare a scalar with every element of an array.
     assert np.shape(actual) == np.shape(expected)
     np.testing.assert_array_equal(bits(actual), bits(expected))
+
+
+def check_leaves_without_elements(leaf: Any, save: Callable[[Any], None]) -> None:
+    """Checks that `save`, which saves a leaf as `a/b`, refuses its shape, tracers and deleted ones.
+
+    Args:
+        leaf: a plain or compressed leaf, whose arrays are deleted.
+        save: saves the leaf that it is given.
+    """
+
+    def check(leaf: Any, message: str) -> None:
+        with pytest.raises(ValueError, match=f"^a/b: {message}"):
+            save(leaf)
+
+    check(jax.eval_shape(lambda: leaf), "expected an array, got a ShapeDtypeStruct")
+    jax.jit(lambda traced: check(traced, "is traced"))(leaf)
+    for array in jax.tree.leaves(leaf):
+        array.delete()
+    check(leaf, "was deleted")
 
 
 def from_payload(payload: Any, slice_shape: tuple[int, ...], **cut: Any) -> DF11Array:
