@@ -3,8 +3,8 @@
     pip install "jax[cuda13]" flax optax
     python benchmarks/compile_flax_for_gpu.py
 
-Prints one line of JSON a program: temporary memory in dense blocks, calls of the decoder, and how
-many compressed words are copied or sliced; for steps of LoRA, all memory that they need.
+Prints one line of JSON a program: temporary memory in dense blocks, calls of the decoder, fused
+products, and how many compressed words are copied or sliced; for steps of LoRA, all memory that they need.
 """
 
 import importlib.util
@@ -52,9 +52,11 @@ class Unrolled(nn.Module):
 
 LINEN = {
     "scan": df11_jax.linen.scan(Block, **SCAN)(),
+    "scan, fused": df11_jax.linen.scan(Block, fused=True, **SCAN)(),
     "nn.scan of compressed": nn.scan(df11_jax.linen.compressed(Block), **SCAN)(),
     "nn.scan": nn.scan(Block, **SCAN)(),
     "unrolled compressed": Unrolled(df11_jax.linen.compressed(Block)),
+    "unrolled compressed, fused": Unrolled(df11_jax.linen.compressed(Block, fused=True)),
     "unrolled": Unrolled(Block),
 }
 
@@ -91,13 +93,19 @@ class NnxScanned(nnx.Module):
 
 
 class NnxScanBlocks(NnxScanned):
+    lazy = False
+
     def __call__(self, x):
         graphdef, stacked = nnx.split(self.layers)
 
         def run(x, layer, _):
             return nnx.merge(graphdef, layer, copy=True)(x), None
 
-        return df11_jax.scan_blocks(run, x, stacked)[0]
+        return df11_jax.scan_blocks(run, x, stacked, lazy=self.lazy)[0]
+
+
+class NnxLazyBlocks(NnxScanBlocks):
+    lazy = True
 
 
 def models() -> Iterator[tuple[str, Any, Any]]:
@@ -110,11 +118,14 @@ def models() -> Iterator[tuple[str, Any, Any]]:
         yield f"linen {name}", lambda w, x, model=model: model.apply(w, x, None)[0], weights
     for name, model_type in (
         ("remat", NnxUnrolled),
+        ("remat, fused", NnxUnrolled),
         ("nnx.scan of remat", NnxScanned),
         ("scan_blocks", NnxScanBlocks),
+        ("scan_blocks, fused", NnxLazyBlocks),
     ):
         model = model_type(nnx.Rngs(0))
-        df11_jax.nnx.compress(model, stacked=None if name == "remat" else ".")
+        stacked = None if model_type is NnxUnrolled else "."
+        df11_jax.nnx.compress(model, stacked=stacked, fused="fused" in name)
         graphdef, state = nnx.split(model)
         yield f"nnx {name}", lambda w, x, g=graphdef: nnx.merge(g, w, copy=True)(x), state
 
@@ -142,6 +153,7 @@ def main() -> None:
                             compiled.memory_analysis().temp_size_in_bytes / BLOCK_BYTES, 3
                         ),
                         "decode_calls": text.count('custom_call_target="df11_decode"'),
+                        "products": text.count('custom_call_target="df11_product"'),
                         "words_moved": sum(math.prod(map(int, m.split(","))) for m in moved),
                     }
                 ),

@@ -280,6 +280,17 @@ class DF11Slice(ArrayOperators):
 
     __array__ = DF11Array.__array__
 
+    # To flax.linen it is a box, like a `DF11Array`.
+    unbox = DF11Array.unbox
+    replace_boxed = DF11Array.replace_boxed
+
+    def remove_axis(self, index: int, params: Mapping[Any, Any]) -> Any:
+        """Raises ValueError: what it stands for is a tensor that is not decompressed yet."""
+        raise ValueError(
+            f"a slice of {self.stack!r} cannot be mapped over: fused=True passes the parameters of "
+            "a layer compressed. Leave it out where modules in a layer map over their parameters"
+        )
+
 
 jax.export.register_pytree_node_serialization(
     DF11Slice,

@@ -1,7 +1,7 @@
 """Compression of pytrees, leaf by leaf."""
 
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,8 @@ def compress_params(
     include: str | None = None,
     stacked: str | None = None,
     stack_axis: int = 0,
+    row_axes: Mapping[str, int] | None = None,
+    along_columns: str | None = None,
     predicate: Callable[[str, Any], bool] | None = None,
     min_size: int = MIN_SIZE,
     cast: bool = False,
@@ -67,9 +69,9 @@ def compress_params(
         like: the same tree of another checkpoint, compressed; its arrays may be shapes
             (`jax.ShapeDtypeStruct`). A leaf is compressed if it is compressed there, even if that
             makes it larger, and then has arrays of the same shapes; all others stay plain. So
-            `include`, `stacked`, `stack_axis`, `predicate` and `min_size` are left out. Where
-            arrays are, `params` says, or `shardings`. Leaves of `params` that are compressed
-            already are only made longer or shorter.
+            `include`, `stacked`, `stack_axis`, `row_axes`, `along_columns`, `predicate` and
+            `min_size` are left out. Where arrays are, `params` says, or `shardings`. Leaves of
+            `params` that are compressed already are only made longer or shorter.
         shardings: where the leaves are to be, before a stack axis is moved: a sharding or device
             for all, or a tree of them, as for `jax.device_put`; None for where they are. Leaves on
             the host, or elsewhere, are cut on the host, so that no device gets any weights that
@@ -81,6 +83,12 @@ def compress_params(
             paths are the same as far as it is found are one stack, and have as many layers.
         stack_axis: the axis of stacks that counts their layers; 1 for MaxText (by default) and
             T5X. In the result it is the first axis of all stacks, of those that stay plain, too.
+        row_axes: regular expressions, and how many axes, after that of a stack, are the rows of the
+            matrix that `dot` multiplies with where they are found in a path, the first that is
+            found: `{"query|key|value": 1}` for kernels `[d, heads, head_dim]`. Elsewhere all axes
+            but the last are.
+        along_columns: a regular expression; leaves in whose path it is found are stored for
+            products with their transpose: a table `[vocab, d]` for `h @ E.T`.
         predicate: a function of a path and a leaf, which may refuse leaves that all other
             arguments admit.
         min_size: leaves with fewer weights stay as they are (a stack counts as a whole).
@@ -98,10 +106,10 @@ def compress_params(
 
     Raises:
         TypeError: `params` is no container and no array, such as a model or a path; a leaf to be
-            compressed is traced; `include` or `stacked` is not a string; `threads` is not an
-            integer.
+            compressed is traced; a pattern is not a string; `threads` is not an integer.
         ValueError: the leaves of a stack differ in the number of layers; a leaf to be stacked has
-            no such axis; `include` or `stacked` is not a regular expression; a leaf is not divided
+            no such axis, or has fewer axes than `row_axes` says; a pattern is not a regular
+            expression; a leaf is not divided
             evenly, or is on several devices and no mesh. Or `like` is another
             tree; a leaf has another shape or type there, is compressed and plain there, or does
             not fit into the arrays there; or there is another argument for what `like` says. Or
@@ -111,8 +119,8 @@ def compress_params(
 
     Warns:
         UserWarning: no leaf is compressed, and some would have been if they were not float32 or
-            float16, which Flax makes by default; `include` or `stacked` is found in no path; there
-            are arrays of other libraries, such as torch's.
+            float16, which Flax makes by default; a pattern is found in no path; there are arrays of
+            other libraries, such as torch's.
     """
     if like is not None:
         structure = jax.tree.structure(like, is_leaf=is_df11)
@@ -133,6 +141,8 @@ def compress_params(
             min_size=min_size,
             cast=cast,
             stack_axis=stack_axis,
+            row_axes=row_axes,
+            along_columns=along_columns,
         )
         shapes = [(path, plain_shape(leaf)) for path, leaf in named]
         compressed = [path for path, leaf in named if is_df11(leaf)]
@@ -143,10 +153,13 @@ def compress_params(
         )
         paths = [path for path, _ in named]
         selection.warn_if_futile("compress_params", zip(paths, leaves, strict=True), stacklevel=2)
-    elif (include, stacked, stack_axis, predicate, min_size) != (None, None, 0, None, MIN_SIZE):
+    elif (include, stacked, stack_axis, row_axes, along_columns, predicate, min_size) != (
+        *(None, None, 0, None, None, None),
+        MIN_SIZE,
+    ):
         raise ValueError(
-            "like says which leaves are compressed: leave out include, stacked, stack_axis, "
-            "predicate and min_size"
+            "like says which leaves are compressed, and how: leave out include, stacked, "
+            "stack_axis, row_axes, along_columns, predicate and min_size"
         )
     else:
 
@@ -209,10 +222,11 @@ def compress_leaves(
         has = selection.has(path, leaf)
         is_placed = where is not None and (is_array(leaf) or is_df11(leaf))
         is_changed = has or selection.moves(path, leaf) or is_placed
-        hows.append((selection.stack_axes(path), has, where) if is_changed else None)
+        way = (selection.stack_axes(path), selection.matrix(path), has, where)
+        hows.append(way if is_changed else None)
 
-    def compress_or_move(path: str, leaf: Any, how: tuple[int, bool, Any]) -> Any:
-        _, has, where = how
+    def compress_or_move(path: str, leaf: Any, how: tuple[Any, Any, bool, Any]) -> Any:
+        *_, has, where = how
         if has:
             return compress_leaf(path, leaf, selection, where, verify=verify, threads=threads)
         return _plain(path, leaf, selection, where)
@@ -258,6 +272,7 @@ def compress_leaf(
     selection: Selection,
     where: jax.sharding.Sharding | jax.Device | None = None,
     *,
+    matrix: tuple[int | None, bool] | None = None,
     verify: bool = True,
     threads: int | None = None,
 ) -> Any:
@@ -268,9 +283,11 @@ def compress_leaf(
         leaf: an array that is one of the selection.
         selection: tells whether the leaf is a stack, and whether to round it to bfloat16.
         where: where it is to be, before the axis is moved; None for where it is.
+        matrix: how a slice is a matrix; None for how the selection says.
         verify: see `compress_params`.
         threads: see `compress_params`.
     """
+    row_axes, along_columns = selection.matrix(path) if matrix is None else matrix
     with naming(path):
         small = compress_tensor(
             leaf,
@@ -281,6 +298,8 @@ def compress_leaf(
             cast=selection.cast,
             axis=selection.stack_axis if selection.moves(path, leaf) else 0,
             where=where,
+            row_axes=row_axes,
+            along_columns=along_columns,
         )
     if is_worth_keeping(small.compressed_nbytes, leaf.nbytes):
         return small

@@ -15,7 +15,7 @@ import jax
 from jaxtyping import PyTree
 
 from df11_jax import _layout
-from df11_jax._array import DF11Array, is_df11
+from df11_jax._array import DF11Array, DF11Slice, is_df11
 from df11_jax._brief import brief
 from df11_jax._decode import path_name
 
@@ -86,6 +86,7 @@ def _register_box(meta: Any) -> None:
     # imported, it has no such class yet.
     if hasattr(meta, "AxisMetadata"):
         meta.AxisMetadata.register(DF11Array)
+        meta.AxisMetadata.register(DF11Slice)
 
 
 def _register_state(serialization: Any) -> None:

@@ -24,7 +24,7 @@ from df11_jax._slices import check_index, decode_slices
 # As many rows of x as the kernel takes. With 32, the products of a Llama-3.1-8B block take an H200
 # 297 us, and decoding first takes about 320 (docs/figures.md).
 MOST_FUSED_ROWS = 32
-_FUSED_TYPES = (jnp.bfloat16, jnp.float32)  # of results
+FUSED_TYPES = (jnp.bfloat16, jnp.float32)  # of results
 _MATRICES_PER_CALL = 4
 # An item of the kernel's work is so many chunks that there are about as many items: see
 # xla_ffi/native/cuda/product.h.
@@ -111,8 +111,8 @@ class _Call(NamedTuple):
 def _dot_all(x: Array, matrices: Sequence[Matrix], out_type: Any, exact: bool) -> list[Array]:
     x = jnp.asarray(x)
     out_dtype = np.dtype(out_type or jnp.promote_types(x.dtype, jnp.bfloat16))
-    has_kernel = x.dtype == jnp.bfloat16 and out_dtype in _FUSED_TYPES
-    if out_type is not None and out_dtype not in _FUSED_TYPES:
+    has_kernel = x.dtype == jnp.bfloat16 and out_dtype in FUSED_TYPES
+    if out_type is not None and out_dtype not in FUSED_TYPES:
         raise TypeError(
             f"dot: preferred_element_type has to be bfloat16 or float32, got {out_dtype}"
         )

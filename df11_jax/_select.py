@@ -83,6 +83,10 @@ class Selection:
         min_size: the number of weights that they have at least.
         cast: whether float32 and float16 leaves are among them.
         stack_axis: the axis of stacks that is to be brought to the front.
+        row_axes: patterns, and how many axes of a slice are the rows of a matrix where they are
+            found in a path.
+        along_columns: a pattern that is found in the paths of matrices whose pairs are along their
+            columns; None if there are none.
     """
 
     include: re.Pattern[str] | None = None
@@ -91,6 +95,8 @@ class Selection:
     min_size: int = MIN_SIZE
     cast: bool = False
     stack_axis: int = 0
+    row_axes: tuple[tuple[re.Pattern[str], int], ...] = ()
+    along_columns: re.Pattern[str] | None = None
 
     @classmethod
     def from_options(
@@ -102,12 +108,15 @@ class Selection:
         min_size: int = MIN_SIZE,
         cast: bool = False,
         stack_axis: int = 0,
+        row_axes: Mapping[str, int] | None = None,
+        along_columns: str | None = None,
     ) -> Self:
         """The leaves that `compress_params` compresses if it is called with these options.
 
         Raises:
-            TypeError: `include` or `stacked` is not a string, or `stack_axis` no integer.
-            ValueError: one of them is not a regular expression, or `stack_axis` is negative, or
+            TypeError: a pattern is not a string, `stack_axis` or a number of rows' axes no integer,
+                or `row_axes` no mapping.
+            ValueError: a pattern is not a regular expression, or `stack_axis` is negative, or
                 given without `stacked`.
         """
         patterns = _compile_pattern("include", include), _compile_pattern("stacked", stacked)
@@ -117,7 +126,17 @@ class Selection:
                 f"stack_axis={stack_axis}: expected the number of an axis, counted from 0, of the "
                 "leaves that stacked=... names"
             )
-        return cls(*patterns, predicate, min_size, cast, stack_axis)
+        if not isinstance(row_axes or {}, Mapping):
+            raise TypeError(
+                "row_axes: expected a dict of regular expressions for paths and numbers of axes, "
+                f"got {brief(row_axes)}"
+            )
+        rows = tuple(
+            (_compile("row_axes", pattern), operator.index(axes))
+            for pattern, axes in (row_axes or {}).items()
+        )
+        columns = _compile_pattern("along_columns", along_columns)
+        return cls(*patterns, predicate, min_size, cast, stack_axis, rows, columns)
 
     @classmethod
     def split(cls, options: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
@@ -139,6 +158,12 @@ class Selection:
     def stack_axes(self, path: str) -> int:
         """The number of stack axes of a leaf."""
         return 0 if self.stack_of(path) is None else 1
+
+    def matrix(self, path: str) -> tuple[int | None, bool]:
+        """How a slice of a leaf is a matrix: `row_axes` and `along_columns` of `compress`."""
+        rows = (axes for pattern, axes in self.row_axes if pattern.search(path))
+        columns = self.along_columns is not None and self.along_columns.search(path) is not None
+        return next(rows, None), columns
 
     def moves(self, path: str, leaf: Any) -> bool:
         """Whether a leaf is an array with a stack axis that is not in front."""
@@ -184,7 +209,13 @@ class Selection:
                     f"{path}: is compressed already, and its layers are along axis 0, like those "
                     f"of the leaves beside it: leave out stack_axis={self.stack_axis}"
                 )
-        for argument, pattern in (("include", self.include), ("stacked", self.stacked)):
+        patterns = [
+            ("include", self.include),
+            ("stacked", self.stacked),
+            *(("row_axes", pattern) for pattern, _ in self.row_axes),
+            ("along_columns", self.along_columns),
+        ]
+        for argument, pattern in patterns:
             if pattern and leaves and not any(pattern.search(path) for path, _ in leaves):
                 warnings.warn(
                     f"{caller}: {argument}={brief(pattern.pattern)} is found in no path of a leaf. "
@@ -295,8 +326,10 @@ class Selection:
 
 
 def _compile_pattern(argument: str, pattern: str | None) -> re.Pattern[str] | None:
-    if pattern is None:
-        return None
+    return None if pattern is None else _compile(argument, pattern)
+
+
+def _compile(argument: str, pattern: str) -> re.Pattern[str]:
     if not isinstance(pattern, (str, re.Pattern)):
         raise TypeError(
             f"{argument}: expected a regular expression for paths, got {brief(pattern)}"

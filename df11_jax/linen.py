@@ -24,10 +24,11 @@ from flax.core.scope import Scope, in_filter, union_filters
 from flax.linen import transforms
 from jaxtyping import PyTree
 
-from df11_jax._array import DF11Array, is_df11
+from df11_jax import _module_products
+from df11_jax._array import DF11Array, DF11Slice, is_df11
 from df11_jax._decode import after, decompress_params, path_name
 from df11_jax._lengths import common_length
-from df11_jax._slices import decode_slices
+from df11_jax._slices import decode_slices, tie
 
 ModuleClass = TypeVar("ModuleClass", bound=Callable[..., nn.Module])
 Variables = dict[str, PyTree]  # by collection
@@ -39,7 +40,9 @@ _STACKS, _INDEX = "df11_stacks", "df11_index"
 __all__ = ["compressed", "scan"]
 
 
-def compressed(module: ModuleClass, *, methods: Sequence[str] = ("__call__",)) -> ModuleClass:
+def compressed(
+    module: ModuleClass, *, methods: Sequence[str] = ("__call__",), fused: bool = False
+) -> ModuleClass:
     """The same module class, whose parameters may be compressed.
 
     A call of a method decompresses all of the module's parameters, those of its submodules
@@ -54,6 +57,10 @@ def compressed(module: ModuleClass, *, methods: Sequence[str] = ("__call__",)) -
     Args:
         module: a module class, or a `functools.partial` of one. This can be a class decorator.
         methods: the methods that use parameters; their results are arrays, or pytrees of them.
+        fused: multiply without decompressing, as `df11_jax.dot` does and where it can, in `Dense`,
+            `DenseGeneral`, `Einsum` and `Embed.attend`, be it in submodules. So sums are in another
+            order than XLA's. All other parameters are decompressed where they are read, each by a
+            call of its own.
 
     Returns:
         A subclass with the same name, so that parameters keep their paths.
@@ -61,7 +68,7 @@ def compressed(module: ModuleClass, *, methods: Sequence[str] = ("__call__",)) -
     Raises:
         TypeError: `module` is not a module class.
     """
-    return _transform(_decompressing, "", module, methods=tuple(methods))
+    return _transform(_decompressing, "", module, methods=tuple(methods), fused=fused)
 
 
 def scan(
@@ -70,6 +77,7 @@ def scan(
     variable_axes: Mapping[Any, Any],
     variable_broadcast: Any = False,
     methods: Sequence[str] = ("__call__",),
+    fused: bool = False,
     **options: Any,
 ) -> ModuleClass:
     """`nn.scan` over layers whose stacked parameters may be compressed.
@@ -84,6 +92,7 @@ def scan(
             compressed: `compress_params(..., stacked=..., stack_axis=...)` brings it to the front.
         variable_broadcast: see `nn.scan`.
         methods: see `nn.scan`.
+        fused: see `compressed`.
         **options: all other options of `nn.scan`.
 
     Returns:
@@ -101,6 +110,7 @@ def scan(
         methods=tuple(methods),
         variable_axes=variable_axes,
         variable_broadcast=variable_broadcast,
+        fused=fused,
         **options,
     )
 
@@ -118,8 +128,10 @@ def _transform(transform: Callable[..., Any], prefix: str, module: Any, **option
     return transformed
 
 
-def _decompressing(function: Callable[..., Any]) -> Callable[..., Any]:
+def _decompressing(function: Callable[..., Any], fused: bool) -> Callable[..., Any]:
     """The transform behind `compressed`, of functions of scopes as `flax.core.lift` has them."""
+    if fused:
+        function = _fusing(function)
 
     def wrapper(scopes: Sequence[Scope], *args: Any, **kwargs: Any) -> Any:
         if not _any_compressed(scopes):
@@ -129,6 +141,8 @@ def _decompressing(function: Callable[..., Any]) -> Callable[..., Any]:
 
         def decompress(variables: Variables, *args: Any, **kwargs: Any) -> Variables:
             tree = after(variables.get("params", {}), (args, kwargs))
+            if fused:
+                return {"params": tree}
             for name in reversed(path):  # the decoder's errors say where a leaf is
                 tree = {name: tree}
             tree = decompress_params(tree)
@@ -145,6 +159,7 @@ def _scanning(
     function: Callable[..., Any],
     variable_axes: Mapping[Any, Any],
     variable_broadcast: Any,
+    fused: bool,
     **options: Any,
 ) -> Callable[..., Any]:
     """The transform behind `scan`."""
@@ -154,14 +169,14 @@ def _scanning(
 
     def wrapper(scopes: Sequence[Scope], *args: Any, **kwargs: Any) -> Any:
         if not is_stacked or not _any_compressed(scopes):
-            scanned = lift.scan(
-                _decompressing(function), variable_axes, variable_broadcast, **options
-            )
+            body = _decompressing(function, fused)
+            scanned = lift.scan(body, variable_axes, variable_broadcast, **options)
             return scanned(scopes, *args, **kwargs)
         path = _common_path(scopes)
         # lax.scan would slice the stacks, which copies them: they go in whole, with an index.
         collections = ("params", _STACKS, _INDEX)
-        inner = _with_variables(function, collections, functools.partial(_take_layer, path))
+        take_layer = functools.partial(_take_layer, path, fused)
+        inner = _with_variables(_fusing(function) if fused else function, collections, take_layer)
         axes_and_index = {"params": 0, **others, _INDEX: 0}  # the first that names a collection
         broadcast = union_filters(variable_broadcast, _STACKS)
         scanned = lift.scan(inner, axes_and_index, broadcast, **options)
@@ -169,6 +184,65 @@ def _scanning(
         return lift.map_variables(scanned, collections, split)(scopes, *args, **kwargs)
 
     return wrapper
+
+
+def _fusing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, in which modules multiply with what is still compressed."""
+
+    def wrapper(scopes: Sequence[Scope], *args: Any, **kwargs: Any) -> Any:
+        with nn.intercept_methods(_fuse):
+            return function(scopes, *args, **kwargs)
+
+    return wrapper
+
+
+def _fuse(
+    method: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+) -> Any:
+    """Calls a method of a module, with other products if it is one that multiplies."""
+    module, name = context.module, context.method_name
+    if isinstance(module, (nn.Dense, nn.DenseGeneral)) and name == "__call__":
+        if module.dot_general is None and module.dot_general_cls is None:
+            # Modules are frozen dataclasses; Flax, too, sets fields of theirs in this way.
+            object.__setattr__(module, "dot_general", _module_products.dot_general)
+            try:
+                return method(*args, **kwargs)
+            finally:
+                object.__setattr__(module, "dot_general", None)
+    y = None
+    if isinstance(module, nn.Einsum) and name == "__call__":
+        y = _einsum(module, *args, **kwargs)
+    elif isinstance(module, nn.Embed) and name == "attend":
+        y = _attend(module, *args, **kwargs)
+    return method(*args, **kwargs) if y is None else y
+
+
+def _attend(module: nn.Embed, query: jax.Array) -> jax.Array | None:
+    """What `Embed.attend` does, fused; None if it cannot be."""
+    promoted: Any = module.promote_dtype(query, module.embedding, dtype=module.dtype)
+    x, embedding = promoted
+    return _module_products.fused(x, embedding, (((x.ndim - 1,), (1,)), ((), ())))
+
+
+def _einsum(
+    module: nn.Einsum, inputs: jax.Array, einsum_str: str | None = None
+) -> jax.Array | None:
+    """What `Einsum` does, which lets nobody replace its product, fused; None if it cannot be."""
+    names = ("kernel", "bias") if module.use_bias else ("kernel",)
+    kernel, *bias = (nn.meta.unbox(module.get_variable("params", name)) for name in names)
+    if kernel is None:  # while the module is initialised
+        return None
+    promoted: Any = module.promote_dtype(inputs, kernel, *bias, dtype=module.dtype)
+    x, kernel, *bias = promoted
+    subscripts = (einsum_str or module.einsum_str or "").replace(" ", "")
+    out_dtype = module.preferred_element_type
+    y = _module_products.fused_einsum(subscripts, x, kernel, preferred_element_type=out_dtype)
+    if y is None or not bias:
+        return y
+    operands, _, result = subscripts.partition("->")
+    of_kernel = operands.partition(",")[2]
+    sizes = [n if label in of_kernel else 1 for label, n in zip(result, y.shape, strict=True)]
+    return y + bias[0].reshape(sizes)
 
 
 def _with_variables(
@@ -224,8 +298,10 @@ def _split_stacks(path: tuple[str, ...], variables: Variables) -> Variables:
     }
 
 
-def _take_layer(path: tuple[str, ...], variables: Variables, carry: Any, *_: Any) -> Variables:
-    """The parameters of one layer, from what `_split_stacks` made."""
+def _take_layer(
+    path: tuple[str, ...], fused: bool, variables: Variables, carry: Any, *_: Any
+) -> Variables:
+    """The parameters of one layer, from what `_split_stacks` made; compressed, to be fused."""
     index = variables[_INDEX].get("index")
     with_paths, treedef = jax.tree.flatten_with_path(variables["params"], is_leaf=_is_none)
     leaves = [leaf for _, leaf in with_paths]
@@ -235,6 +311,11 @@ def _take_layer(path: tuple[str, ...], variables: Variables, carry: Any, *_: Any
             leaves[i] = stack[index]  # has layers within layers, for another scan to take
         elif is_df11(stack):
             stacks[i] = stack
+    if fused:
+        index = tie(index, carry)
+        slices = {i: DF11Slice(stack, index) for i, stack in stacks.items()}
+        leaves = [slices.get(i, leaf) for i, leaf in enumerate(leaves)]
+        return {"params": jax.tree.unflatten(treedef, leaves)}
     names = [path_name((*path, *with_paths[i][0])) for i in stacks]
     weights = decode_slices(list(stacks.values()), index, names=names, after=carry)
     for i, weight in zip(stacks, weights, strict=True):
@@ -259,3 +340,4 @@ def _common_path(scopes: Sequence[Scope]) -> tuple[str, ...]:
 # To linen, a compressed parameter is a box of metadata, which it opens where a module reads it.
 # `DF11Array` registers itself, but for those that were made before Flax was imported.
 nn.meta.AxisMetadata.register(DF11Array)
+nn.meta.AxisMetadata.register(DF11Slice)

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from df11_jax import _decode
-from df11_jax._array import DF11Array, is_df11
+from df11_jax import _decode, _module_products
+from df11_jax._array import is_df11, is_df11_or_slice
 from df11_jax._compress import align_layers, compress_leaf
 from df11_jax._identity import identity
 from df11_jax._leaves import plain_shape
@@ -41,7 +41,7 @@ __all__ = ["CompressedParam", "compress", "decompress"]
 class CompressedParam(nnx.Param[Any]):
     """A parameter whose raw value is a `DF11Array`, and which reads as the bfloat16 array.
 
-    It takes all that `nnx.Param` takes as well, and is one if it holds a plain array. It has no
+    In `scan_blocks(lazy=True)`, the raw value is a `DF11Slice`. It takes all that `nnx.Param` takes as well, and is one if it holds a plain array. It has no
     gradient: filter it out where parameters are differentiated or optimised, by this type.
     """
 
@@ -52,10 +52,11 @@ class CompressedParam(nnx.Param[Any]):
             TypeError: an optimizer is to train this parameter, and has made its state of it.
         """
         raw = self.get_raw_value()
-        if is_df11(raw):
-            _check_is_weights(raw)
+        if is_df11_or_slice(raw):
+            header = getattr(raw, "stack", raw).header
+            _check_is_weights(header)
             # Parameters of an abstract model read as shapes, as plain ones do.
-            is_abstract = isinstance(raw.header, jax.ShapeDtypeStruct)
+            is_abstract = isinstance(header, jax.ShapeDtypeStruct)
             weights = jax.eval_shape(_decode.decompress, raw) if is_abstract else read(raw)
             return self.copy(weights).get_value(**index)
         return super().get_value(**index)
@@ -66,7 +67,7 @@ class CompressedParam(nnx.Param[Any]):
         Raises:
             TypeError: only a part of a compressed array is to be replaced.
         """
-        if is_df11(self.get_raw_value()):
+        if is_df11_or_slice(self.get_raw_value()):
             if index.get("index", ...) is not ...:
                 raise TypeError(
                     f"{self.get_raw_value()!r} cannot be changed in place; replace all of it"
@@ -78,15 +79,15 @@ class CompressedParam(nnx.Param[Any]):
     def shape(self) -> tuple[int, ...]:
         """Shape of the array, which is not decompressed for this."""
         raw = self.get_raw_value()
-        return raw.shape if is_df11(raw) else super().shape
+        return raw.shape if is_df11_or_slice(raw) else super().shape
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             # What arrays have, such as `.T`, but not what flax or jax merely ask for.
-            private = name.startswith("_")
-            if private or not hasattr(jax.Array, name) or not is_df11(self.get_raw_value()):
+            is_of_arrays = hasattr(jax.Array, name) and not name.startswith("_")
+            if not is_of_arrays or not is_df11_or_slice(self.get_raw_value()):
                 raise
             return getattr(self.get_value(), name)
 
@@ -111,6 +112,7 @@ def compress(
     predicate: Callable[[str, Any], bool] | None = None,
     min_size: int = MIN_SIZE,
     cast: bool = False,
+    fused: bool = False,
     verify: bool = True,
     threads: int | None = None,
 ) -> None:
@@ -133,6 +135,11 @@ def compress(
             arguments admit.
         min_size: parameters with fewer weights stay as they are.
         cast: round float32 and float16 to bfloat16 first, which is not lossless.
+        fused: multiply without decompressing, as `df11_jax.dot` does and where it can, in
+            `nnx.Linear`, `LinearGeneral`, `Einsum` and `Embed.attend`, unless they were given a
+            product of another kind; parameters of theirs are then compressed as the matrices that
+            they are. So sums are in another order than XLA's. Under `nnx.jit` alone: elsewhere,
+            what is not needed is decompressed nevertheless.
         verify: decode each parameter and compare it bit by bit before going on.
         threads: the number of threads; None for all that this process may run on.
 
@@ -172,8 +179,9 @@ def compress(
         if not param.hijax:
             tied.setdefault(identity(param.get_raw_value()), []).append((name, param))
     seen: list[tuple[str, nnx.Param[Any]]] = []
+    matrices = _matrices(nodes) if fused else {}
     for members in tied.values():
-        seen += _compress_tied(members, selection, verify=verify, threads=threads)
+        seen += _compress_tied(members, selection, matrices, verify=verify, threads=threads)
     if not params and not isinstance(model, nnx.Module):
         raise TypeError(
             f"expected an nnx.Module, or a container with some, got {type(model).__name__} without "
@@ -186,6 +194,9 @@ def compress(
     for (_, param), value in zip(seen, values, strict=True):
         if is_df11(value):
             param.set_raw_value(value)
+    if fused:
+        for module in nodes.values():
+            _set_products(module, True)
 
 
 def decompress(model: Any) -> None:
@@ -198,17 +209,18 @@ def decompress(model: Any) -> None:
         model: an `nnx.Module`, or any container of them.
     """
     decoded: dict[Hashable, Any] = {}
-    for _, param in nnx.iter_graph(model, graph=True):
-        if not isinstance(param, CompressedParam):
+    for _, node in nnx.iter_graph(model, graph=True):
+        _set_products(node, False)
+        if not isinstance(node, CompressedParam):
             continue
-        value = param.get_raw_value()
+        value = node.get_raw_value()
         if is_df11(value):
             key = identity(value)
             if key not in decoded:
                 decoded[key] = _decode.decompress(value)
             value = decoded[key]
-        param.__class__ = _plain_type(type(param))  # type: ignore[assignment]
-        param.set_raw_value(value)
+        node.__class__ = _plain_type(type(node))  # type: ignore[assignment]
+        node.set_raw_value(value)
 
 
 def _is_of_module(path: tuple[Any, ...], nodes: Mapping[tuple[Any, ...], Any]) -> bool:
@@ -242,20 +254,74 @@ def _is_of_linen(
     return True
 
 
+class FusedEmbed(nnx.Embed):
+    """An `nnx.Embed` whose `attend` multiplies without decompressing."""
+
+    def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """See `nnx.Embed.attend`."""
+        x, embedding = self.promote_dtype((query, self.embedding[...]), dtype=self.dtype)
+        summed = ((x.ndim - 1,), (1,))
+        y = _module_products.fused(x, embedding, (summed, ((), ())), out_sharding=out_sharding)
+        return super().attend(query, out_sharding) if y is None else y
+
+
+def _matrices(nodes: Mapping[tuple[Any, ...], Any]) -> dict[str, tuple[int, bool]]:
+    """How the weights of modules are matrices, for the product that they take part in."""
+    matrices = {}
+    for path, module in nodes.items():
+        name, axes = "kernel", None
+        if isinstance(module, nnx.Linear):
+            axes = _module_products.matrix_axes([0], 2)
+        elif isinstance(module, nnx.LinearGeneral) and not module.batch_axis:
+            summed = len(module.axis)
+            axes = _module_products.matrix_axes(range(summed), summed + len(module.out_features))
+        elif isinstance(module, nnx.Einsum):
+            found = _module_products.contraction(module.einsum_str)
+            axes = found and _module_products.matrix_axes(found.axes, found.ndim)
+        elif isinstance(module, nnx.Embed):
+            name, axes = "embedding", _module_products.matrix_axes([1], 2)
+        if axes is not None:
+            matrices["/".join(map(str, (*path, name)))] = axes
+    return matrices
+
+
+# What multiplies in Flax's modules: the type of a module, its attribute, Flax's and ours.
+_PRODUCTS = (
+    (nnx.Linear, "dot_general", jax.lax.dot_general, _module_products.dot_general),
+    (nnx.LinearGeneral, "dot_general", None, _module_products.dot_general),
+    (nnx.Einsum, "einsum_op", jnp.einsum, _module_products.einsum),
+    (nnx.Embed, "__class__", nnx.Embed, FusedEmbed),
+)
+
+
+def _set_products(module: Any, fused: bool) -> None:
+    """Has a module of Flax's multiply by our products or by Flax's own, unless it has others."""
+    for kind, attribute, plain, ours in _PRODUCTS:
+        before, after = (plain, ours) if fused else (ours, plain)
+        if isinstance(module, kind) and getattr(module, attribute, ...) is before:
+            # nnx records the attributes that are set, of which the class is none.
+            put = object.__setattr__ if attribute == "__class__" else setattr
+            put(module, attribute, after)
+
+
 def _compress_tied(
-    params: Sequence[tuple[str, nnx.Param[Any]]], selection: Selection, **options: Any
+    params: Sequence[tuple[str, nnx.Param[Any]]],
+    selection: Selection,
+    matrices: Mapping[str, tuple[int, bool]],
+    **options: Any,
 ) -> list[tuple[str, nnx.Param[Any]]]:
     """Compresses parameters that hold one array; returns those that are no adapters."""
-    compressed: dict[int, Any] = {}  # by the number of stack axes
+    compressed: dict[Any, Any] = {}  # by the number of stack axes, and how it is a matrix
     seen = []
     for name, param in params:
         value = param.get_raw_value()
         is_adapter = isinstance(param, nnx.LoRAParam)  # which is there to be trained
         if selection.has(name, value) and not is_adapter:
-            axes = selection.stack_axes(name)
-            if axes not in compressed:
-                compressed[axes] = compress_leaf(name, value, selection, **options)
-            value = compressed[axes]
+            matrix = matrices.get(name)
+            way = selection.stack_axes(name), matrix
+            if way not in compressed:
+                compressed[way] = compress_leaf(name, value, selection, matrix=matrix, **options)
+            value = compressed[way]
         if is_df11(value):
             # Other modules may refer to the same parameter, so it has to remain the same object.
             param.__class__ = _compressed_type(type(param))
@@ -265,9 +331,8 @@ def _compress_tied(
     return seen
 
 
-def _check_is_weights(raw: DF11Array) -> None:
-    """Raises TypeError for what `jax.tree.map` makes of a compressed array, such as zeros."""
-    header = raw.header
+def _check_is_weights(header: Any) -> None:
+    """Raises TypeError for the header of what `jax.tree.map` makes of weights, such as zeros."""
     made = header.dtype != jnp.uint32
     if isinstance(header, jax.Array) and not isinstance(header, jax.core.Tracer):
         # It is small, and jax keeps what it has fetched once.

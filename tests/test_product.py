@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu_programs import count_calls, needs_product
 from jax import export
 from payloads import assert_same_bits, count_decodes, random_weights
 
 import df11_jax
-from df11_jax import _ffi, _layout, _product
+from df11_jax import _layout, _product
 
 K, N = 192, 256
 
@@ -180,30 +181,18 @@ def test_vmap(weights):
     assert_same_bits(actual, jnp.stack([rows(2) @ matrix for matrix in both]))
 
 
-def calls(function, *args):
-    """The compiled calls of a program for a GPU, of which there need not be one here."""
-    exported = export.export(
-        jax.jit(function), platforms=["cuda"], disabled_checks=df11_jax.EXPORT_SAFETY_CHECKS
-    )(*args)
-    text = exported.mlir_module()
-    return [text.count(f"@{target}(") for target in (_ffi.PRODUCT_TARGET, _ffi.DECODE_TARGET)]
-
-
-@pytest.mark.skipif(
-    not _ffi.platforms(_ffi.PRODUCT_TARGET),
-    reason="needs the CUDA library: install df11_jax with nvcc on PATH",
-)
+@needs_product
 def test_calls_on_a_gpu(weights):
     a = df11_jax.compress(weights)
     few, many = rows(_product.MOST_FUSED_ROWS), rows(_product.MOST_FUSED_ROWS + 1)
-    assert calls(df11_jax.dot, few, a) == [1, 0]
-    assert calls(df11_jax.dot, many, a) == [0, 1]
-    assert calls(lambda x, a: df11_jax.dot(x, a, exact=True), few, a) == [0, 1]
-    assert calls(df11_jax.dot, few.astype(jnp.float32), a) == [0, 1]
-    assert calls(lambda x, a: df11_jax.dot(x, [a, a, a]), few, a) == [1, 0]
-    assert calls(jax.vmap(df11_jax.dot, in_axes=(0, None)), few, a) == [1, 0]
+    assert count_calls(df11_jax.dot, few, a) == [1, 0]
+    assert count_calls(df11_jax.dot, many, a) == [0, 1]
+    assert count_calls(lambda x, a: df11_jax.dot(x, a, exact=True), few, a) == [0, 1]
+    assert count_calls(df11_jax.dot, few.astype(jnp.float32), a) == [0, 1]
+    assert count_calls(lambda x, a: df11_jax.dot(x, [a, a, a]), few, a) == [1, 0]
+    assert count_calls(jax.vmap(df11_jax.dot, in_axes=(0, None)), few, a) == [1, 0]
     flat = df11_jax.compress(random_weights((K, 100)))
-    assert calls(df11_jax.dot, few, flat) == [0, 1]
+    assert count_calls(df11_jax.dot, few, flat) == [0, 1]
 
 
 def test_workspace():
