@@ -4,7 +4,8 @@
     python benchmarks/compile_flax_for_gpu.py
 
 Prints one line of JSON a program: temporary memory in dense blocks, calls of the decoder, fused
-products, and how many compressed words are copied or sliced; for steps of LoRA, all memory that they need.
+products, and how many compressed words are copied or sliced; for steps of LoRA, all memory that
+they need.
 """
 
 import importlib.util

@@ -41,8 +41,9 @@ __all__ = ["CompressedParam", "compress", "decompress"]
 class CompressedParam(nnx.Param[Any]):
     """A parameter whose raw value is a `DF11Array`, and which reads as the bfloat16 array.
 
-    In `scan_blocks(lazy=True)`, the raw value is a `DF11Slice`. It takes all that `nnx.Param` takes as well, and is one if it holds a plain array. It has no
-    gradient: filter it out where parameters are differentiated or optimised, by this type.
+    In `scan_blocks(lazy=True)`, the raw value is a `DF11Slice`. It takes all that `nnx.Param` takes
+    as well, and is one if it holds a plain array. It has no gradient: filter it out where
+    parameters are differentiated or optimised, by this type.
     """
 
     def get_value(self, **index: Any) -> Any:

@@ -82,6 +82,20 @@ __device__ __forceinline__ void store_global(uint16_t* to, uint16_t weight) {
 #endif
 }
 
+// A load that the compiler leaves where it is.
+__device__ __forceinline__ int32_t load_here(const int32_t* from) {
+#ifdef __CUDACC__
+  int32_t value;
+  asm volatile("ld.global.s32 %0, [%1];"
+               : "=r"(value)
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
+  return value;
+#else
+  return *from;
+#endif
+}
+
 // Brings what is there to L2.
 __device__ __forceinline__ void prefetch_global(const void* from) {
 #ifdef __CUDACC__

@@ -111,7 +111,6 @@ struct BulkWork {
   uint32_t warp;
   Slice slice;
   Grid grid;
-  int32_t index;                      // of the first tensor
   const uint32_t *header, *codebook;  // of the slice
   int row;                            // of the slice's first weight, in the map's matrix
   uint32_t first, count;              // groups or single chunks of the slice
@@ -125,8 +124,8 @@ struct BulkWork {
   // one for each of their warps, in turn, so that what is in work at a time lies close together in
   // memory. Of several slices each block has a contiguous share, so that it meets few of them: it
   // makes a table for each.
-  __device__ BulkWork(const BulkBatch& batch, uint32_t warp, int32_t index)
-      : warp(warp), grid(batch.tensors[0].view), index(index) {
+  __device__ BulkWork(const BulkBatch& batch, uint32_t warp)
+      : warp(warp), grid(batch.tensors[0].view) {
     const uint32_t block = blockIdx.x;
     singles = false;
     tensor = 0;
@@ -166,6 +165,8 @@ struct BulkWork {
         while (at >= batch.first_single[tensor + 1]) ++tensor;
         in_tensor -= batch.first_single[tensor];
       }
+      // Nothing above may wait for it, as the head of this loop would.
+      const int32_t index = load_here(batch.tensors[0].index);
       const TensorSlices& of = batch.tensors[tensor];
       grid = Grid(of.view);
       const uint32_t in_slice = singles ? grid.singles() : grid.groups();
@@ -257,12 +258,11 @@ __global__ void __launch_bounds__(kWarps* kLanes, 1)
   const WarpMemory warp_memory = Memory::of_warp(shared_address(state.barriers), warp);
   GroupDecoder<kChunks> decoder(warp_memory, lane, batch.zero);
   __syncwarp();
-  // Everything waits for it. Not by __ldg, which the compiler would put before the fence of the
-  // barriers, and that could wait for it, too.
-  const int32_t index = *batch.tensors[0].index;
+  // Everything waits for it. Behind the fence of the barriers, which could wait for it, too.
+  prefetch_global(batch.tensors[0].index);
 
   TableKey table_of = {};
-  BulkWork<kWarps, kChunks> work(batch, warp, index);
+  BulkWork<kWarps, kChunks> work(batch, warp);
   while (work.next(batch)) {
     uint32_t base = 0, i = work.group_of_round(base);
     const bool groups = !work.singles && i < work.count;

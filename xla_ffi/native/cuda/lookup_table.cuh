@@ -50,6 +50,12 @@ __device__ inline void fill_lookup_table(const CanonicalCodes& codes, const Look
   const auto store = [&](uint32_t index, uint32_t entry) {
     store_copies(table, copies, index, entry);
   };
+  // The usual one, without a loop for each store.
+  if (table.code_bits == 12 && copies == 4) {
+    return fill_table<3>(codes, 12, [&](uint32_t index, uint32_t entry) {
+      store_shared(table.address + 16 * index, uint4{entry, entry, entry, entry});
+    });
+  }
   switch (table.code_bits) {
     case 9:
       return fill_table<0>(codes, 9, store);

@@ -96,10 +96,10 @@ class ChunkList {
     } while (is_to_be_filled(matrix));
     return chunk;
   }
-  // The offsets of a lane's chunk, which are to be kept when they have arrived.
+  // The offsets of a lane's chunk, which are to be kept when they have arrived. Where there is
+  // none, nobody reads them: a choice of zeros would wait for the load.
   __device__ __forceinline__ static uint2 load_offsets(const Slice& slice, int chunk) {
-    if (chunk < 0) return uint2{0, 0};
-    const uint32_t* from = slice.chunk_offsets() + chunk;
+    const uint32_t* from = slice.chunk_offsets() + max(chunk, 0);
     return uint2{__ldg(from), __ldg(from + 1)};
   }
   __device__ __forceinline__ void keep(const uint2& offsets, int lane) {

@@ -142,18 +142,18 @@ __device__ inline void add_columns(const ProductWork& work, const MatrixWork& ma
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
   const int per_column = matrix.column_groups;
 
+  // All that does not depend on other warps is computed before they are waited for.
+  int first = keep(columns.number[0]), last = keep(columns.number[1]);
+  const bool is_last = threadIdx.x == 1;
+  const int column = keep(is_last ? last : first), column_begin = column * per_column;
+  const int groups = keep(min(end, column_begin + per_column) - max(begin, column_begin));
+  const int is_alone = keep(static_cast<int>(groups == per_column || (is_last && first == last)));
   __syncthreads();
-  int first = columns.number[0], last = columns.number[1];
   // What the block has stored is seen by whoever sees its count; and what others have counted,
   // here.
   if (threadIdx.x < 2) {
-    const bool is_last = threadIdx.x == 1;
-    const int column = columns.number[is_last], column_begin = column * per_column;
-    const int groups = min(end, column_begin + per_column) - max(begin, column_begin);
     const uint32_t before =
-        groups == per_column || (is_last && first == last)
-            ? 0
-            : add_in_order(matrix.arrived + column, static_cast<uint32_t>(groups));
+        is_alone ? 0 : add_in_order(matrix.arrived + column, static_cast<uint32_t>(groups));
     const bool complete = static_cast<int>(before) + groups == per_column;
     columns.complete[is_last] = complete;
     if (complete && before > 0) matrix.arrived[column] = 0;  // as it was
