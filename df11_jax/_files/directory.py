@@ -9,7 +9,7 @@ from typing import Any
 
 from df11_jax._brief import brief, listed
 from df11_jax._files.atomic import new_file
-from df11_jax._files.folder import CONFIG, INDEX_SUFFIX, Folder, JsonFile
+from df11_jax._files.folder import CONFIG, Folder, JsonFile, is_index
 from df11_jax._files.safetensors import TensorFile
 
 INDEX = "model.safetensors.index.json"
@@ -19,7 +19,7 @@ JOURNAL = "df11_jax-incomplete.json"
 _HEADER_CHECKSUMS = "header_crc32"
 
 _WEIGHTS = re.compile(
-    r".*\.(safetensors|safetensors\.index\.json|bin|bin\.index\.json|pt|pth|ckpt|pkl|h5|gguf"
+    r".*\.(safetensors|(safetensors|bin)\.index(\.[\w-]+)?\.json|bin|pt|pth|ckpt|pkl|h5|gguf"
     r"|msgpack|onnx|onnx_data|npz|npy|partial)"
 )
 _ONE_OF_SEVERAL = re.compile(r".*-\d{5}-of-(?!00001)\d{5}\.safetensors")
@@ -103,7 +103,7 @@ def find_index(folder: Folder) -> str | None:
 
 def find_indices(folder: Folder) -> list[str]:
     """The names of all indices in a directory."""
-    return [name for name in folder.names if name.endswith(INDEX_SUFFIX)]
+    return [name for name in folder.names if is_index(name)]
 
 
 def read_index(folder: Folder, name: str) -> dict[str, str]:

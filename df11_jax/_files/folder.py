@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import stat
 import weakref
 from pathlib import Path
@@ -14,9 +15,15 @@ from df11_jax._files.safetensors import TensorFile
 from df11_jax._files.untrusted_json import MAX_BYTES, parse_json
 
 CONFIG = "config.json"
-INDEX_SUFFIX = ".safetensors.index.json"
+# Of a variant: `model.fp16.safetensors.index.json` or `model.safetensors.index.fp16.json`.
+_INDEX = re.compile(r".*\.safetensors\.index(\.[\w-]+)?\.json", re.DOTALL)
 
 _Kind = TypeVar("_Kind", bound=OpenedFile)
+
+
+def is_index(name: str) -> bool:
+    """Whether the name of a file is that of an index of shards."""
+    return _INDEX.fullmatch(name) is not None
 
 
 class SmallFile(OpenedFile):
@@ -102,9 +109,8 @@ class Folder:
             raise FileNotFoundError(f"{path}: does not exist")
         self.path = path
         is_directory = path.is_dir()
-        is_index = not is_directory and path.name.endswith(INDEX_SUFFIX)
-        self.index = path.name if is_index else None
-        self.is_file = not is_directory and not is_index
+        self.index = path.name if not is_directory and is_index(path.name) else None
+        self.is_file = not is_directory and self.index is None
         self.directory = path if is_directory else path.parent
         self._opened: dict[str, OpenedFile] = {}
         self._used: set[str] = set()

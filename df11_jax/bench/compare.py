@@ -41,15 +41,14 @@ def compare_ways(task: Task, without: Collection[str]) -> Iterator[Event]:
         RuntimeError: a way failed before it began to measure.
     """
     device: dict[str, Any] | None = None
-    for way in (way for way in WAYS if way not in without):
+    for way, kinds in kinds_by_way(task.weights, without).items():
         if device is not None and device["platform"] != "gpu":
             why = f"XLA's flag {WAYS[way]} is for GPUs: here this way is the same as the other"
             yield {"event": "left out", "xla": way, "why": why}
             continue
-        kinds = [kind for kind in task.weights if kind in _KINDS_OF[way]]
         first = device is None
         own = dataclasses.replace(task, weights=kinds, longest=task.longest and first)
-        for event in _events(own, way) if kinds else ():
+        for event in _events(own, way):
             if event["event"] == "start":
                 device = event["device"]
             if event["event"] == "error" and device is None:
@@ -57,6 +56,16 @@ def compare_ways(task: Task, without: Collection[str]) -> Iterator[Event]:
             # What all ways have in common is told once.
             if first or event["event"] not in ("start", "weights"):
                 yield event | {"xla": way}
+
+
+def kinds_by_way(weights: Collection[str], without: Collection[str]) -> dict[str, list[str]]:
+    """The kinds of weights that are measured in each way; ways without any are left out."""
+    ways = {
+        way: [kind for kind in weights if kind in kinds]
+        for way, kinds in _KINDS_OF.items()
+        if way not in without
+    }
+    return {way: kinds for way, kinds in ways.items() if kinds}
 
 
 def _events(task: Task, way: str) -> Iterator[Event]:

@@ -327,7 +327,9 @@ class GenerationFigures:
                 lines.append(
                     f"Batch {batch}: tokens and logits of {what} are the same, bit by bit."
                 )
-        return lines or ["Nothing was compared: fewer than two kinds of weights were run."]
+        return lines or [
+            "Nothing was compared: fewer than two kinds of weights were run by XLA's defaults."
+        ]
 
 
 def _decompressing(row: Row) -> str:

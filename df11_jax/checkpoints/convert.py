@@ -1,7 +1,9 @@
 """Writes a checkpoint in another format, with little of it in memory at a time."""
 
 import json
+import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,8 +106,9 @@ def write_orbax(source: Source, path: Path, *, progress: bool = False) -> None:
     """
     from df11_jax.orbax.items import save_item  # Orbax is optional
 
-    if path.exists():
-        raise FileExistsError(f"{path}: exists already; expected a new directory")
+    if os.path.lexists(path):
+        what = "is a link to nothing" if not path.exists() else "exists already"
+        raise FileExistsError(f"{path}: {what}; expected a new directory")
     if "" in source.tensors:
         raise ValueError(
             f"{source.path}: '': a tensor without a name, which would get another one in an Orbax "
@@ -115,7 +118,17 @@ def write_orbax(source: Source, path: Path, *, progress: bool = False) -> None:
     with jax.default_device(cpu_device()):
         params = load(source, progress=progress)
     source.check_current()
-    save_item(params, path.resolve())
+    target, absl = path.resolve(), logging.getLogger("absl")
+    level = absl.level
+    try:
+        # Orbax's threads log what they raise, with tracebacks.
+        absl.setLevel(logging.CRITICAL)
+        save_item(params, target)
+    except BaseException:
+        shutil.rmtree(f"{target}.orbax-checkpoint-tmp", ignore_errors=True)
+        raise
+    finally:
+        absl.setLevel(level)
 
 
 class _PlainTarget:

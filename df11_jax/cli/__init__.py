@@ -1,5 +1,6 @@
 """The command line, `df11-jax`: a module for each command, named like it."""
 
+import contextlib
 import io
 import os
 import sys
@@ -10,11 +11,25 @@ from df11_jax.cli._require import require
 def main() -> None:
     """Runs the command line; says what to install if that is missing."""
     require("cli", "click", "packaging", "rich")
-    from df11_jax.cli._commands import commands
+    try:
+        from df11_jax.cli._commands import commands
+        from df11_jax.cli._errors import INTERRUPTED
+    except KeyboardInterrupt:
+        print("Error: interrupted", file=sys.stderr)
+        os._exit(130)
 
     if sys.stdout is None:  # closed by who started this
         sys.stdout = open(os.devnull, "w")
     # A terminal may lack characters that names have. (The standard error is like that already.)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    commands(prog_name="df11-jax")
+    try:
+        commands(prog_name="df11-jax")
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            # A thread of XLA's may go on compiling, and would crash below it as Python ends.
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError, AttributeError):
+                    stream.flush()
+            os._exit(INTERRUPTED)
+        raise

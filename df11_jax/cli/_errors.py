@@ -36,6 +36,8 @@ def failures() -> Iterator[None]:
     """Turns every exception of a command into a message and a status."""
     try:
         yield
+    except click.exceptions.NoArgsIsHelpError:  # the help itself
+        raise
     except click.UsageError as error:  # repeats arguments
         error.message = printable(error.message)  # type: ignore[misc]
         raise

@@ -1,6 +1,7 @@
 """Arguments, options and examples that several commands share."""
 
 import importlib.util
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,21 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(1, 2**31 - 1)
-TEMPERATURE = click.FloatRange(min=0)
+
+
+class _Temperature(click.FloatRange):
+    """A finite number that is not negative."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not finite.", param, ctx)
+        return number
+
+
+TEMPERATURE = _Temperature(min=0)
 
 
 def examples(*lines: str) -> str:

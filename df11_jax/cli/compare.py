@@ -81,7 +81,7 @@ def compare(
     and logits of all that do the same products are the same, bit for bit.
     """
     require("models", "flax")
-    from df11_jax.bench.compare import KINDS, compare_ways
+    from df11_jax.bench.compare import KINDS, compare_ways, kinds_by_way
     from df11_jax.bench.generation_figures import GenerationFigures
     from df11_jax.bench.one_way import Task
 
@@ -95,6 +95,8 @@ def compare(
         longest="longest" not in without,
         progress=show_progress(),
     )
+    if not kinds_by_way(task.weights, without):
+        raise click.UsageError("--without leaves out everything: there is nothing to measure")
     figures = GenerationFigures()
     try:
         for event in compare_ways(task, without):

@@ -1,15 +1,16 @@
 """Text generation: the loop on the host, which runs the two programs and collects the tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import numpy as np
 from jaxtyping import Int
 
+from df11_jax._brief import brief
 from df11_jax.models._config import Config
 from df11_jax.models._devices import find_mesh
 from df11_jax.models._programs import NO_TOKEN, decode, prefill
-from df11_jax.models._sampling import Sampling
+from df11_jax.models._sampling import Sampling, check_integers
 from df11_jax.models._transformer import Params
 from df11_jax.models.prompts import check_prompts, pad_prompts, padded_length
 
@@ -45,10 +46,13 @@ def generate(
         The new tokens of each prompt.
 
     Raises:
-        ValueError: there are no prompts, or one is empty, has tokens that the model does not know,
-            or is too long for the cache; or a number, which the message names, makes no sense.
+        TypeError: what should be an integer is none; the message names it.
+        ValueError: there are no prompts, or one is no sequence, is empty, has tokens that the model
+            does not know, or is too long for the cache; or a number, which the message names, makes
+            no sense.
     """
-    sampling = (sampling or Sampling()).checked()
+    sampling, prompts = (sampling or Sampling()).checked(), list(prompts)
+    check_integers(tokens=tokens, seed=seed, every=every)
     if not 0 <= seed < 2**32:
         # All that jax.random.key tells apart.
         raise ValueError(f"seed is {seed}, expected 0 to {2**32 - 1}")
@@ -59,6 +63,9 @@ def generate(
     padded = pad_prompts(prompts, padded_length(longest, tokens, length))
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     keys = jax.random.split(jax.random.key(seed), len(prompts))
+    if not isinstance(stop, Iterable):
+        raise TypeError(f"stop is {brief(stop)}, expected the tokens that end a row")
+    stop = [token for token in stop if token < 2**31]  # the others are no tokens of a model
     stops = np.array(sorted(set(stop)), np.int32)
     ends = {NO_TOKEN, *stop}
     mesh = find_mesh(params)

@@ -1,11 +1,14 @@
 """Choosing tokens from logits."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from df11_jax._brief import brief
 
 
 @jax.tree_util.register_dataclass
@@ -30,8 +33,11 @@ class Sampling:
         """The same sampling in its simplest form, so that equal ones use one program.
 
         Raises:
+            TypeError: `top_k` is no integer.
             ValueError: a value makes no sense; the message names it.
         """
+        if self.top_k is not None:
+            check_integers(top_k=self.top_k)
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature}, expected 0 or more")
         if self.top_k is not None and self.top_k < 1:
@@ -43,6 +49,13 @@ class Sampling:
             return Sampling()
         top_p = float(self.top_p) if self.top_p is not None and self.top_p < 1 else None
         return Sampling(float(self.temperature), self.top_k, top_p)
+
+
+def check_integers(**numbers: Any) -> None:
+    """Raises TypeError, with its name, for what is no integer."""
+    for name, number in numbers.items():
+        if not isinstance(number, (int, np.integer)):
+            raise TypeError(f"{name} is {brief(number)}, expected an integer")
 
 
 def choose(

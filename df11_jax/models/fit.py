@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from df11_jax._files.directory import read_json
-from df11_jax._files.folder import CONFIG, INDEX_SUFFIX, Folder
+from df11_jax._files.folder import CONFIG, Folder, is_index
 from df11_jax._select import is_castable
 from df11_jax.checkpoints import Source, TensorInfo, open_checkpoint
 from df11_jax.checkpoints.detect import has_weights
@@ -265,7 +265,7 @@ def read_model(path: Path) -> Model:
             f"{path}: does not exist; expected the directory of a model, its config.json, or a "
             "checkpoint. Of a model on the Hugging Face Hub, config.json is all that is needed"
         )
-    if path.suffix == ".json" and not path.name.endswith(INDEX_SUFFIX):
+    if path.suffix == ".json" and not is_index(path.name):
         return _read_config_alone(path, read_json(path))
     folder = Folder(path)
     if not folder.is_file and folder.config and not has_weights(folder):

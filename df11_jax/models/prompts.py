@@ -84,14 +84,16 @@ def check_prompts(
         length: the length of the cache; None for the least that is needed.
 
     Raises:
-        ValueError: there are no prompts, or one is empty, has tokens that are no integers or that
-            the model does not know, or is too long for the cache or the model.
+        ValueError: there are no prompts, or one is no sequence, is empty, has tokens that are no
+            integers or that the model does not know, or is too long for the cache or the model.
     """
     if not len(prompts):
         raise ValueError("prompts is empty: expected at least one prompt")
     if tokens < 1:
         raise ValueError(f"tokens is {tokens}, expected at least 1")
     for i, prompt in enumerate(prompts):
+        if not hasattr(prompt, "__len__"):
+            raise ValueError(f"prompts[{i}]: expected the tokens of a prompt, got {brief(prompt)}")
         if not len(prompt):
             raise ValueError(f"prompts[{i}] is empty: expected at least one token")
         if np.asarray(prompt).dtype.kind not in "iu":

@@ -228,9 +228,9 @@ class Checkpoint(FolderSource):
             if self._model.family is not None:
                 reason = f"config.json is of the model type {brief(self._model.family)}"
             raise ValueError(
-                f"{where}: its shape in the model is not known ({reason}). Pass shapes=... "
-                "(--shapes), the original model's safetensors file, index or directory, or shapes "
-                "by name"
+                f"{where}: its shape in the model is not known ({reason}). Pass shapes=..., the "
+                "original model's safetensors file, index or directory, or shapes by name; "
+                "`df11-jax compress --shapes` makes a native checkpoint with them, which needs none"
             )
         check_shape(shape, size, where)
         return shape

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from df11_jax._brief import brief
 from df11_jax._files.directory import read_index
-from df11_jax._files.folder import Folder
+from df11_jax._files.folder import Folder, is_index
 
 Shapes = Mapping[str, Sequence[int]] | str | os.PathLike[str]
 
@@ -29,7 +29,7 @@ def read_shapes(shapes: Shapes | None) -> dict[str, tuple[int, ...]]:
     if isinstance(shapes, Mapping):
         return {name: _as_shape(name, shape) for name, shape in shapes.items()}
     path = Path(shapes)
-    if path.name.endswith(".index.json"):
+    if is_index(path.name):
         folder = Folder(path.parent)
         files = list(dict.fromkeys(read_index(folder, path.name).values()))
     else:

@@ -131,6 +131,20 @@ def test_the_other_way_without_what_is_left_out(folder):
     assert found["summary"][0]["longest"] == {}
 
 
+@pytest.mark.parametrize(
+    "without",
+    [
+        ["default", "cublas"],
+        ["compressed", "exact", "plain", "offloaded"],
+        ["default", "compressed", "plain"],
+    ],
+)
+def test_nothing_is_left_to_measure(folder, without):
+    result = invoke(folder / "config.json", *(f"--without={part}" for part in without))
+    assert result.exit_code == 2
+    assert "--without leaves out everything" in result.stderr
+
+
 def test_each_way_has_xla_flags_of_its_own(monkeypatch):
     monkeypatch.setattr(compare, "_COMMAND", [sys.executable, "-c", PRINT_FLAGS])
     monkeypatch.setenv("XLA_FLAGS", "--xla_a=1 --xla_gpu_enable_triton_gemm=false")

@@ -159,6 +159,26 @@ def test_of_several_variants_one_can_be_given(tmp_path, shards):
             assert (back / file.name).exists() and (native / "tokenizer.json").exists()
 
 
+def test_a_variant_with_its_name_at_the_end_of_its_index(tmp_path):
+    """As transformers and diffusers write it."""
+    tensors = {f"w{i}": random_weights((192, 128), i) for i in range(3)}
+    path = model_files.write_model(tmp_path / "model", tensors, 2)
+    for file in path.glob("model*.safetensors"):
+        file.rename(path / file.name.replace("model", "model.fp16", 1))
+    text = (path / f"model{INDEX}").read_text().replace("model-", "model.fp16-")
+    (path / f"model{INDEX}").unlink()
+    index = path / "model.safetensors.index.fp16.json"
+    index.write_text(text)
+    for given in (path, index):
+        model_files.assert_holds(checkpoints.open_checkpoint(given), tensors)
+
+    write_native(checkpoints.open_checkpoint(path), tmp_path / "native")
+    model_files.assert_holds(checkpoints.open_checkpoint(tmp_path / "native"), tensors)
+    (path / f"model{INDEX}").write_text("{}")  # another variant, of which nothing is copied
+    write_native(checkpoints.open_checkpoint(index), tmp_path / "one")
+    assert not (tmp_path / "one" / f"model{INDEX}").exists()
+
+
 def test_the_index_of_a_native_checkpoint(tmp_path):
     params = {"w": random_weights((256, 128)), "b": np.ones(3, np.float32)}
     path = tmp_path / "native"

@@ -282,6 +282,30 @@ def test_generate_downloads_nothing():
     assert "hf download" in output
 
 
+def test_without_arguments():
+    result = process("")
+    assert result.returncode == 2
+    assert "\nCommands:\n" in result.stderr and "\\n" not in result.stderr
+
+
+def test_a_temperature_that_is_none():
+    result = process("", "demo", "--temperature", "nan")
+    assert result.returncode == 2
+    assert "nan is not finite" in result.stderr
+
+
+def test_an_orbax_checkpoint_that_cannot_be_written(tmp_path, plain):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nowhere")
+    assert "is a link to nothing" in run("compress", plain, link, "--format=orbax", status=2)
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))"
+    full = process(limit, "compress", plain, tmp_path / "full", "--format=orbax")
+    assert full.returncode == 2
+    assert "Traceback" not in full.stderr and full.stderr.splitlines()[-1].startswith("Error: ")
+    assert [path.name for path in tmp_path.iterdir() if "full" in path.name] == []
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_help(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["df11-jax", "--help"])
     with pytest.raises(SystemExit) as end:

@@ -283,6 +283,7 @@ def test_tables_in_pieces(monkeypatch, tokens, piece):
         ([[1]], {"every": 0}, "every is 0"),
         ([[1]], {"seed": 2**32}, "seed is 4294967296, expected 0 to 4294967295"),
         ([[1.5]], {}, r"prompts\[0\]: expected integers, got \[1.5\]"),
+        ([1, 2], {}, r"prompts\[0\]: expected the tokens of a prompt, got 1"),
         (
             [[1], [1] * 20],
             {"length": 28},
@@ -298,6 +299,28 @@ def test_what_cannot_be_generated(llama, prompts, options, message):
     params, config = llama
     with pytest.raises(ValueError, match=message):
         models.generate(params, prompts, config, **({"tokens": 10} | options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens": 2.5}, "tokens is 2.5, expected an integer"),
+        ({"every": 2.0}, "every is 2.0, expected an integer"),
+        ({"stop": 3}, "stop is 3, expected the tokens that end a row"),
+        ({"sampling": models.Sampling(1.0, 2.5)}, "top_k is 2.5, expected an integer"),
+    ],
+)
+def test_numbers_that_are_none(llama, options, message):
+    params, config = llama
+    with pytest.raises(TypeError, match=message):
+        models.generate(params, [[1]], config, **({"tokens": 10} | options))
+
+
+def test_prompts_that_come_one_by_one_and_a_stop_token_of_no_model(llama):
+    params, config = llama
+    expected = models.generate(params, [[1], [2]], config, tokens=3)
+    prompts = ([i] for i in (1, 2))
+    assert models.generate(params, prompts, config, tokens=3, stop=[10**12]) == expected
 
 
 def test_prompts_longer_than_the_cache(llama):
