@@ -30,6 +30,7 @@ def compress_params(
     include: str | None = None,
     stacked: str | None = None,
     stack_axis: int = 0,
+    batch_axes: Mapping[str, int] | None = None,
     row_axes: Mapping[str, int] | None = None,
     along_columns: str | None = None,
     predicate: Callable[[str, Any], bool] | None = None,
@@ -69,9 +70,10 @@ def compress_params(
         like: the same tree of another checkpoint, compressed; its arrays may be shapes
             (`jax.ShapeDtypeStruct`). A leaf is compressed if it is compressed there, even if that
             makes it larger, and then has arrays of the same shapes; all others stay plain. So
-            `include`, `stacked`, `stack_axis`, `row_axes`, `along_columns`, `predicate` and
-            `min_size` are left out. Where arrays are, `params` says, or `shardings`. Leaves of
-            `params` that are compressed already are only made longer or shorter.
+            `include`, `stacked`, `stack_axis`, `batch_axes`, `row_axes`, `along_columns`,
+            `predicate` and `min_size` are left out. Where arrays are, `params` says, or
+            `shardings`. Leaves of `params` that are compressed already are only made longer or
+            shorter.
         shardings: where the leaves are to be, before a stack axis is moved: a sharding or device
             for all, or a tree of them, as for `jax.device_put`; None for where they are. Leaves on
             the host, or elsewhere, are cut on the host, so that no device gets any weights that
@@ -83,10 +85,12 @@ def compress_params(
             paths are the same as far as it is found are one stack, and have as many layers.
         stack_axis: the axis of stacks that counts their layers; 1 for MaxText (by default) and
             T5X. In the result it is the first axis of all stacks, of those that stay plain, too.
-        row_axes: regular expressions, and how many axes, after that of a stack, are the rows of the
-            matrix that `dot` multiplies with where they are found in a path, the first that is
-            found: `{"query|key|value": 1}` for kernels `[d, heads, head_dim]`. Elsewhere all axes
-            but the last are.
+        batch_axes: regular expressions, and how many axes, after that of a stack, count matrices
+            where they are found in a path, the first that is found: `{"query": 1}` for kernels
+            `[heads, d, head_dim]`.
+        row_axes: the same for the axes after these that are the rows of the matrix that `dot`
+            multiplies with: `{"query|key|value": 1}` for kernels `[d, heads, head_dim]`. Elsewhere
+            all axes but the last are.
         along_columns: a regular expression; leaves in whose path it is found are stored for
             products with their transpose: a table `[vocab, d]` for `h @ E.T`.
         predicate: a function of a path and a leaf, which may refuse leaves that all other
@@ -108,7 +112,7 @@ def compress_params(
         TypeError: `params` is no container and no array, such as a model or a path; a leaf to be
             compressed is traced; a pattern is not a string; `threads` is not an integer.
         ValueError: the leaves of a stack differ in the number of layers; a leaf to be stacked has
-            no such axis, or has fewer axes than `row_axes` says; a pattern is not a regular
+            no such axis, or has not so many axes; a pattern is not a regular
             expression; a leaf is not divided
             evenly, or is on several devices and no mesh. Or `like` is another
             tree; a leaf has another shape or type there, is compressed and plain there, or does
@@ -141,6 +145,7 @@ def compress_params(
             min_size=min_size,
             cast=cast,
             stack_axis=stack_axis,
+            batch_axes=batch_axes,
             row_axes=row_axes,
             along_columns=along_columns,
         )
@@ -153,13 +158,13 @@ def compress_params(
         )
         paths = [path for path, _ in named]
         selection.warn_if_futile("compress_params", zip(paths, leaves, strict=True), stacklevel=2)
-    elif (include, stacked, stack_axis, row_axes, along_columns, predicate, min_size) != (
-        *(None, None, 0, None, None, None),
-        MIN_SIZE,
-    ):
+    elif (include, stacked, batch_axes, row_axes, along_columns, predicate) != (None,) * 6 or (
+        stack_axis,
+        min_size,
+    ) != (0, MIN_SIZE):
         raise ValueError(
             "like says which leaves are compressed, and how: leave out include, stacked, "
-            "stack_axis, row_axes, along_columns, predicate and min_size"
+            "stack_axis, batch_axes, row_axes, along_columns, predicate and min_size"
         )
     else:
 
@@ -272,7 +277,7 @@ def compress_leaf(
     selection: Selection,
     where: jax.sharding.Sharding | jax.Device | None = None,
     *,
-    matrix: tuple[int | None, bool] | None = None,
+    matrix: tuple[int, int | None, bool] | None = None,
     verify: bool = True,
     threads: int | None = None,
 ) -> Any:
@@ -287,7 +292,7 @@ def compress_leaf(
         verify: see `compress_params`.
         threads: see `compress_params`.
     """
-    row_axes, along_columns = selection.matrix(path) if matrix is None else matrix
+    batch_axes, row_axes, along_columns = selection.matrix(path) if matrix is None else matrix
     with naming(path):
         small = compress_tensor(
             leaf,
@@ -298,6 +303,7 @@ def compress_leaf(
             cast=selection.cast,
             axis=selection.stack_axis if selection.moves(path, leaf) else 0,
             where=where,
+            batch_axes=batch_axes,
             row_axes=row_axes,
             along_columns=along_columns,
         )

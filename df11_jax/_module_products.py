@@ -71,7 +71,8 @@ def fused(
         or x.dtype != jnp.bfloat16
         or out_dtype not in FUSED_TYPES
         or weights.ndim != len(layout.shape)
-        or matrix_axes(axes, weights.ndim) != (layout.row_axes, layout.along_columns)
+        or matrix_axes(axes, weights.ndim)
+        != (layout.batch_axes, layout.row_axes, layout.along_columns)
         or not can_fuse(stack, math.prod(rows))
     ):
         return None
@@ -124,7 +125,7 @@ def contraction(subscripts: str) -> Contraction | None:
     return Contraction(x_axes, axes, order, len(first), len(second))
 
 
-def matrix_axes(summed: Sequence[int], ndim: int) -> tuple[int, bool] | None:
+def matrix_axes(summed: Sequence[int], ndim: int) -> tuple[int, int, bool] | None:
     """How weights are compressed for products that sum up some of their axes.
 
     Args:
@@ -132,14 +133,10 @@ def matrix_axes(summed: Sequence[int], ndim: int) -> tuple[int, bool] | None:
         ndim: the number of the weights' axes.
 
     Returns:
-        The arguments `row_axes` and `along_columns` of `compress`; None if there are none for it,
-        because the axes are neither all of the first nor all of the last ones.
+        The arguments `batch_axes`, `row_axes` and `along_columns` of `compress`; None if there are
+        none for it, because the axes are not next to each other, or all that there are.
     """
-    count = len(summed)
-    if not 0 < count < ndim:
+    count, first = len(summed), min(summed, default=0)
+    if not 0 < count < ndim or sorted(summed) != list(range(first, first + count)):
         return None
-    if sorted(summed) == list(range(count)):
-        return count, False
-    if sorted(summed) == list(range(ndim - count, ndim)):
-        return ndim - count, True
-    return None
+    return (0, first, True) if first + count == ndim else (first, count, False)

@@ -5,6 +5,7 @@ are fused in that way. Others decode the matrix first and leave the product to X
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -62,7 +63,8 @@ def dot(
         x: the rows to multiply. Only bfloat16 ones are multiplied by the fused product.
         a: a compressed matrix without stack axes, or a slice of a stack; or several of these,
             which are read by one call. See `compress` for the axes that are rows. Of an array, all
-            axes but the last are.
+            axes but the last are. If there are batch axes, the matrices stand side by side: for
+            `[heads, k, head_dim]`, `n` is `heads * head_dim`.
         preferred_element_type: bfloat16 or float32, the type of the result; None for the type of
             `x` and the weights together.
         exact: decode first, and use XLA's product: the results are those of plain weights. (So do
@@ -121,7 +123,7 @@ def _dot_all(x: Array, matrices: Sequence[Matrix], out_type: Any, exact: bool) -
     first = jnp.int32(0)
     operands = [_as_operand(matrix, i, first) for i, matrix in enumerate(matrices)]
     for i, a in enumerate(operands):
-        k = _matrix_shape(a.stack)[0] if isinstance(a, DF11Slice) else a.shape[0]
+        k = _matrix_shape(a.stack)[1] if isinstance(a, DF11Slice) else a.shape[0]
         if x.ndim < 1 or x.shape[-1] != k:
             raise ValueError(
                 f"dot: x has shape {x.shape}, expected [..., {k}] for matrix {i} of shape {a.shape}"
@@ -189,27 +191,33 @@ def _runs(slices: Sequence[DF11Slice]) -> list[tuple[int, int]]:
 
 
 def _is_matrix(layout: Layout) -> bool:
-    return not layout.batch_axes and 0 < layout.row_axes < len(layout.shape)
+    return 0 < layout.row_axes < len(layout.shape) - layout.batch_axes
 
 
-def _matrix_shape(stack: DF11Array) -> tuple[int, int]:
-    """K and N of the matrix that x is multiplied with; of a flat view, too."""
+def _matrix_shape(stack: DF11Array) -> tuple[int, int, int]:
+    """The number of matrices that stand side by side, and K and N of each; of a flat view, too."""
     layout, shape = stack.layout, stack.slice_shape
     if not _is_matrix(layout):
         raise ValueError(
             f"dot: slices of shape {shape} with {layout.batch_axes} batch axes and "
             f"{layout.row_axes} row axes are no matrices: see the arguments of compress"
         )
-    rows, cols = math.prod(shape[: layout.row_axes]), math.prod(shape[layout.row_axes :])
-    return (cols, rows) if layout.along_columns else (rows, cols)
+    axes = (0, layout.batch_axes, layout.batch_axes + layout.row_axes, len(shape))
+    batch, rows, cols = (math.prod(shape[i:j]) for i, j in itertools.pairwise(axes))
+    return (batch, cols, rows) if layout.along_columns else (batch, rows, cols)
 
 
 def _can_fuse(stack: DF11Array) -> bool:
     """Whether the kernel reads slices of a stack: matrices, of which one device has all."""
     view = stack.layout.view
+    if view.batch > 1 and (
+        view.n % _layout.TILE_COLS or view.batch * view.tiles_n * view.tiles_n >> 32
+    ):
+        return False
     is_here = jax.sharding.get_abstract_mesh().are_all_axes_manual
     parts = stack.parts if is_here else stack.layout.parts
-    return view.size > 0 and math.prod(parts) == 1 and (view.k, view.n) == _matrix_shape(stack)
+    is_one = view.size > 0 and math.prod(parts) == 1
+    return is_one and (view.batch, view.k, view.n) == _matrix_shape(stack)
 
 
 def _platforms(rows: int) -> tuple[str, ...]:
@@ -296,18 +304,19 @@ def _decode_first(call: _Call, x: Array, index: Array, *payloads: Array) -> list
     ]
     results = []
     for stack, weights in zip(stacks, decode_slices(stacks, index), strict=True):
-        k, n = _matrix_shape(stack)
-        matrix = weights.reshape((n, k) if stack.layout.along_columns else (k, n))
-        contracted = 1 if stack.layout.along_columns else 0
+        batch, k, n = _matrix_shape(stack)
+        matrix = weights.reshape((batch, n, k) if stack.layout.along_columns else (batch, k, n))
+        contracted = 2 if stack.layout.along_columns else 1
+        if batch == 1:
+            matrix, contracted = matrix[0], contracted - 1
         dtype = jnp.promote_types(x.dtype, matrix.dtype)
-        results.append(
-            jax.lax.dot_general(
-                x.astype(dtype),
-                matrix.astype(dtype),
-                (((1,), (contracted,)), ((), ())),
-                preferred_element_type=call.out_dtype,
-            )
+        product = jax.lax.dot_general(
+            x.astype(dtype),
+            matrix.astype(dtype),
+            (((1,), (contracted,)), ((), ())),
+            preferred_element_type=call.out_dtype,
         )
+        results.append(product.reshape(x.shape[0], batch * n))
     return results
 
 
@@ -322,6 +331,6 @@ def workspace_words(views: Sequence[View], rows: int) -> int:
     """
     items = 0
     for view in views:
-        chunks = min(view.tiles_k, -(-view.tiles_k * view.tiles_n // _ITEMS))
-        items += view.tiles_n * -(-view.tiles_k // chunks)
+        chunks = min(view.tiles_k, -(-view.chunks // _ITEMS))
+        items += view.batch * view.tiles_n * -(-view.tiles_k // chunks)
     return _layout.TILE_COLS * rows * items

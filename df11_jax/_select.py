@@ -83,8 +83,9 @@ class Selection:
         min_size: the number of weights that they have at least.
         cast: whether float32 and float16 leaves are among them.
         stack_axis: the axis of stacks that is to be brought to the front.
-        row_axes: patterns, and how many axes of a slice are the rows of a matrix where they are
-            found in a path.
+        batch_axes: patterns, and how many axes of a slice count matrices where they are found in a
+            path.
+        row_axes: the same for the axes after these that are the rows of a matrix.
         along_columns: a pattern that is found in the paths of matrices whose pairs are along their
             columns; None if there are none.
     """
@@ -95,6 +96,7 @@ class Selection:
     min_size: int = MIN_SIZE
     cast: bool = False
     stack_axis: int = 0
+    batch_axes: tuple[tuple[re.Pattern[str], int], ...] = ()
     row_axes: tuple[tuple[re.Pattern[str], int], ...] = ()
     along_columns: re.Pattern[str] | None = None
 
@@ -108,14 +110,15 @@ class Selection:
         min_size: int = MIN_SIZE,
         cast: bool = False,
         stack_axis: int = 0,
+        batch_axes: Mapping[str, int] | None = None,
         row_axes: Mapping[str, int] | None = None,
         along_columns: str | None = None,
     ) -> Self:
         """The leaves that `compress_params` compresses if it is called with these options.
 
         Raises:
-            TypeError: a pattern is not a string, `stack_axis` or a number of rows' axes no integer,
-                or `row_axes` no mapping.
+            TypeError: a pattern is not a string, a number of axes no integer, or `batch_axes` or
+                `row_axes` no mapping.
             ValueError: a pattern is not a regular expression, or `stack_axis` is negative, or
                 given without `stacked`.
         """
@@ -126,17 +129,9 @@ class Selection:
                 f"stack_axis={stack_axis}: expected the number of an axis, counted from 0, of the "
                 "leaves that stacked=... names"
             )
-        if not isinstance(row_axes or {}, Mapping):
-            raise TypeError(
-                "row_axes: expected a dict of regular expressions for paths and numbers of axes, "
-                f"got {brief(row_axes)}"
-            )
-        rows = tuple(
-            (_compile("row_axes", pattern), operator.index(axes))
-            for pattern, axes in (row_axes or {}).items()
-        )
+        counts = _compile_counts("batch_axes", batch_axes), _compile_counts("row_axes", row_axes)
         columns = _compile_pattern("along_columns", along_columns)
-        return cls(*patterns, predicate, min_size, cast, stack_axis, rows, columns)
+        return cls(*patterns, predicate, min_size, cast, stack_axis, *counts, columns)
 
     @classmethod
     def split(cls, options: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
@@ -159,11 +154,14 @@ class Selection:
         """The number of stack axes of a leaf."""
         return 0 if self.stack_of(path) is None else 1
 
-    def matrix(self, path: str) -> tuple[int | None, bool]:
-        """How a slice of a leaf is a matrix: `row_axes` and `along_columns` of `compress`."""
-        rows = (axes for pattern, axes in self.row_axes if pattern.search(path))
+    def matrix(self, path: str) -> tuple[int, int | None, bool]:
+        """How a slice of a leaf is a matrix: `batch_axes`, `row_axes`, `along_columns`."""
+        batch, rows = (
+            next((axes for pattern, axes in counts if pattern.search(path)), None)
+            for counts in (self.batch_axes, self.row_axes)
+        )
         columns = self.along_columns is not None and self.along_columns.search(path) is not None
-        return next(rows, None), columns
+        return batch or 0, rows, columns
 
     def moves(self, path: str, leaf: Any) -> bool:
         """Whether a leaf is an array with a stack axis that is not in front."""
@@ -212,6 +210,7 @@ class Selection:
         patterns = [
             ("include", self.include),
             ("stacked", self.stacked),
+            *(("batch_axes", pattern) for pattern, _ in self.batch_axes),
             *(("row_axes", pattern) for pattern, _ in self.row_axes),
             ("along_columns", self.along_columns),
         ]
@@ -327,6 +326,20 @@ class Selection:
 
 def _compile_pattern(argument: str, pattern: str | None) -> re.Pattern[str] | None:
     return None if pattern is None else _compile(argument, pattern)
+
+
+def _compile_counts(
+    argument: str, counts: Mapping[str, int] | None
+) -> tuple[tuple[re.Pattern[str], int], ...]:
+    if counts is not None and not isinstance(counts, Mapping):
+        raise TypeError(
+            f"{argument}: expected a dict of regular expressions for paths and numbers of axes, "
+            f"got {brief(counts)}"
+        )
+    return tuple(
+        (_compile(argument, pattern), operator.index(axes))
+        for pattern, axes in (counts or {}).items()
+    )
 
 
 def _compile(argument: str, pattern: str) -> re.Pattern[str]:

@@ -266,7 +266,7 @@ class FusedEmbed(nnx.Embed):
         return super().attend(query, out_sharding) if y is None else y
 
 
-def _matrices(nodes: Mapping[tuple[Any, ...], Any]) -> dict[str, tuple[int, bool]]:
+def _matrices(nodes: Mapping[tuple[Any, ...], Any]) -> dict[str, tuple[int, int, bool]]:
     """How the weights of modules are matrices, for the product that they take part in."""
     matrices = {}
     for path, module in nodes.items():
@@ -308,7 +308,7 @@ def _set_products(module: Any, fused: bool) -> None:
 def _compress_tied(
     params: Sequence[tuple[str, nnx.Param[Any]]],
     selection: Selection,
-    matrices: Mapping[str, tuple[int, bool]],
+    matrices: Mapping[str, tuple[int, int, bool]],
     **options: Any,
 ) -> list[tuple[str, nnx.Param[Any]]]:
     """Compresses parameters that hold one array; returns those that are no adapters."""

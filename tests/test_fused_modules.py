@@ -129,7 +129,10 @@ class Einsums(nn.Module):
         ),
         ("td,vd -> tv", (256, 128), (3, 128), {}, False),  # compressed for another product
         ("btd,dnh->btnh", (128, 2, 64), (2, 3, 128), {}, False),
-        ("btd,ndh->btnh", (2, 128, 64), (2, 3, 128), {}, False),  # as many matrices as heads
+        ("btd,ndh->btnh", (2, 128, 64), (2, 3, 128), {"batch_axes": {"kernel": 1}}, True),
+        ("btd,ndh->btnh", (2, 128, 64), (2, 3, 128), {}, False),
+        ("btd,ndh->btnh", (2, 128, 96), (2, 3, 128), {"batch_axes": {"kernel": 1}}, True),
+        ("btd,cdnh->cbtnh", (2, 128, 2, 64), (2, 3, 128), {}, False),
         ("bnd,ndh->bnh", (2, 128, 64), (3, 2, 128), {}, False),
         ("...d,dh->...h", (128, 256), (3, 128), {}, False),
         ("td,dh->th", (128, 256), (33, 128), {}, False),  # too many rows
@@ -198,12 +201,13 @@ class Layer(nnx.Module):
         self.attention = nnx.MultiHeadAttention(2, WIDTH, rngs=rngs, decode=False, **bf16)
         self.split = nnx.Einsum("btd,dnh->btnh", (WIDTH, 2, 64), (2, 64), rngs=rngs, **bf16)
         self.join = nnx.Einsum("btnh,mnh->btm", (WIDTH, 2, 64), rngs=rngs, **bf16)
+        self.heads = nnx.Einsum("btd,ndh->btnh", (2, WIDTH, 64), rngs=rngs, **bf16)
         self.up = nnx.Linear(WIDTH, 4 * WIDTH, rngs=rngs, **bf16)
         self.down = nnx.Linear(4 * WIDTH, WIDTH, rngs=rngs, **bf16)
 
     def __call__(self, x):
         x = x + self.attention(x)
-        x = x + self.join(self.split(x))
+        x = x + self.join(self.split(x) + self.heads(x))
         return x + self.down(nnx.gelu(self.up(x)))
 
 
@@ -219,7 +223,7 @@ class Network(nnx.Module):
         return self.embed.attend(x)
 
 
-PRODUCTS = 2 * 8 + 1
+PRODUCTS = 2 * 9 + 1
 run = nnx.jit(lambda network, tokens: network(tokens))
 
 
@@ -289,7 +293,7 @@ def test_nnx_layers_in_scan_blocks(lazy, fused_products):
     df11_jax.nnx.compress(layers, stacked=".", fused=True)
     graphdef, small = nnx.split(layers)
     assert_same_bits(run(x, small), expected)
-    assert len(fused_products) == (8 if lazy else 0)  # else the layer's weights are no reads
+    assert len(fused_products) == (9 if lazy else 0)  # else the layer's weights are no reads
 
 
 def test_nnx_products_of_ones_own_stay(fused_products):
@@ -311,9 +315,18 @@ def test_matrices_of_a_tree():
     plain = {"q": random_weights((3, 128, 2, 64)), "o": random_weights((3, 2, 64, 128))}
     plain |= {"table": random_weights((256, 128)), "both": random_weights((3, 2, 64, 128))}
     options = {"stacked": "^[qo]|both", "row_axes": {"q": 1, "both": 2, "^b": 1}}
-    small = df11_jax.compress_params(plain, along_columns="table", **options)
-    layouts = {name: (a.layout.row_axes, a.layout.along_columns) for name, a in small.items()}
-    assert layouts == {"q": (1, False), "o": (2, False), "table": (1, True), "both": (2, False)}
+    plain["heads"] = random_weights((2, 128, 64))
+    options |= {"batch_axes": {"heads": 1}, "along_columns": "table"}
+    small = df11_jax.compress_params(plain, **options)
+    names = ("batch_axes", "row_axes", "along_columns")
+    layouts = {key: tuple(getattr(a.layout, name) for name in names) for key, a in small.items()}
+    assert layouts == {
+        "q": (0, 1, False),
+        "o": (0, 2, False),
+        "both": (0, 2, False),
+        "table": (0, 1, True),
+        "heads": (1, 1, False),
+    }
     jax.tree.map(assert_same_bits, df11_jax.decompress_params(small), plain)
 
 
@@ -328,6 +341,7 @@ def test_a_tied_leaf_that_is_two_matrices():
     [
         ({"row_axes": {"a": 4}}, ValueError, r"^a: .* \(128, 2, 64\) .* 4 row axes"),
         ({"row_axes": {"a": 1.5}}, TypeError, "float"),
+        ({"batch_axes": {"a": 4}}, ValueError, r"^a: .* 4 batch axes"),
         ({"row_axes": {"(": 1}}, ValueError, "row_axes: '\\(' is not a regular expression"),
         ({"row_axes": 1}, TypeError, "row_axes: expected a dict of .*, got 1"),
         ({"along_columns": True}, TypeError, "along_columns: expected a regular expression"),

@@ -51,6 +51,17 @@ def test_rows_may_be_several_axes():
     )
 
 
+@pytest.mark.parametrize("n", [64, 96])
+@pytest.mark.parametrize("along_columns", [False, True])
+def test_matrices_side_by_side(along_columns, n):
+    weights = random_weights((3, n, K) if along_columns else (3, K, n))
+    a = df11_jax.compress(weights, batch_axes=1, along_columns=along_columns)
+    x = rows(2)
+    spec = "tk,bnk->tbn" if along_columns else "tk,bkn->tbn"
+    assert_same_bits(df11_jax.dot(x, a), jnp.einsum(spec, x, weights).reshape(2, 3 * n))
+    assert _product.can_fuse(a, 2) == (n == 64 and bool(_product._platforms(2)))
+
+
 @pytest.mark.parametrize("out", [None, jnp.float32])
 def test_some_may_be_plain(weights, out):
     x, a = rows(4), df11_jax.compress(weights)
@@ -191,6 +202,8 @@ def test_calls_on_a_gpu(weights):
     assert count_calls(df11_jax.dot, few.astype(jnp.float32), a) == [0, 1]
     assert count_calls(lambda x, a: df11_jax.dot(x, [a, a, a]), few, a) == [1, 0]
     assert count_calls(jax.vmap(df11_jax.dot, in_axes=(0, None)), few, a) == [1, 0]
+    heads = df11_jax.compress(random_weights((3, K, 64)), batch_axes=1)
+    assert count_calls(lambda x, a: df11_jax.dot(x, [a, heads]), few, a) == [1, 0]
     flat = df11_jax.compress(random_weights((K, 100)))
     assert count_calls(df11_jax.dot, few, flat) == [0, 1]
 
@@ -224,4 +237,4 @@ def test_what_cannot_be_multiplied(weights):
     with pytest.raises(ValueError, match="are no matrices"):
         df11_jax.dot(rows(2), df11_jax.compress(random_weights((K,))))
     with pytest.raises(ValueError, match="are no matrices"):
-        df11_jax.dot(rows(2), df11_jax.compress(random_weights((2, K, 64)), batch_axes=1))
+        df11_jax.dot(rows(2), df11_jax.compress(random_weights((2, K, 64)), row_axes=0))

@@ -31,6 +31,13 @@ inline Layout layout_of(const std::vector<int64_t>& dims, bool along_columns, in
   return layout;
 }
 
+// The first axis counts matrices.
+inline Layout as_batch(Layout layout) {
+  layout.batch_axes = 1;
+  layout.row_axes -= 1;
+  return layout;
+}
+
 struct CompressedMatrix {
   Layout layout;
   View view;
@@ -62,9 +69,11 @@ struct CompressedMatrix {
     pad_together(records);
   }
 
+  // Columns are counted over the matrices of a batch.
   uint16_t weight(int32_t index, int64_t k, int64_t n) const {
-    const int64_t slice = std::clamp<int64_t>(index, 0, stack - 1);
-    return weights[slice * view.size + k * view.stride_k() + n * view.stride_n()];
+    const int64_t slice = std::clamp<int64_t>(index, 0, stack - 1), b = n / view.n;
+    return weights[slice * view.size + b * view.k * view.n + k * view.stride_k() +
+                   (n - b * view.n) * view.stride_n()];
   }
 
   // The same weights in raw records only. Padding has other exponents.
@@ -74,6 +83,7 @@ struct CompressedMatrix {
     for (int64_t i = 0; i < stack; ++i) {
       for (int64_t c = 0; c < view.chunks(); ++c) {
         const Chunk chunk = locate_chunk(view, c);
+        const int64_t first_n = c / (view.tiles_k() * view.tiles_n()) * view.n;
         raw.chunk_offsets[i * (view.chunks() + 1) + c] = records[i].size();
         records[i].insert(records[i].end(), {0, kRawChunk});
         for (int word = 0; word < chunk.steps * kStepWords; ++word) {
@@ -83,7 +93,7 @@ struct CompressedMatrix {
           uint32_t bytes = 0;
           for (int b = 0; b < 4; ++b) {
             const bool inside = k + b % 2 < view.k && n + b / 2 < view.n;
-            if (inside) bytes |= (weight(i, k + b % 2, n + b / 2) >> 7 & 255u) << (8 * b);
+            if (inside) bytes |= (weight(i, k + b % 2, first_n + n + b / 2) >> 7 & 255u) << (8 * b);
           }
           records[i].push_back(bytes);
         }
@@ -97,21 +107,21 @@ struct CompressedMatrix {
 
   // Of slice 0: whether the kernel should find nothing wrong with what it needs for a column of
   // chunks.
-  bool column_is_sound(int64_t tile_n) const {
+  bool column_is_sound(int64_t column) const {
     if (header[kGeometryWord] != geometry || !codebook_is_sound()) return false;
     for (int64_t tile_k = 0; tile_k < view.tiles_k(); ++tile_k) {
-      if (!chunk_is_sound(tile_k * view.tiles_n() + tile_n)) return false;
+      if (!chunk_is_sound(chunk_of(tile_k, column))) return false;
     }
     return true;
   }
 
   // Whether it has the same bytes for a column of chunks.
-  bool column_equals(const CompressedMatrix& other, int64_t tile_n) const {
+  bool column_equals(const CompressedMatrix& other, int64_t column) const {
     if (header[kGeometryWord] != other.header[kGeometryWord] || codebook != other.codebook) {
       return false;
     }
     for (int64_t tile_k = 0; tile_k < view.tiles_k(); ++tile_k) {
-      const int64_t c = tile_k * view.tiles_n() + tile_n;
+      const int64_t c = chunk_of(tile_k, column);
       const uint32_t begin = chunk_offsets[c], end = chunk_offsets[c + 1];
       if (begin != other.chunk_offsets[c] || end != other.chunk_offsets[c + 1] ||
           !std::equal(exponents.begin() + begin + 1, exponents.begin() + end,
@@ -123,6 +133,11 @@ struct CompressedMatrix {
   }
 
  private:
+  int64_t chunk_of(int64_t tile_k, int64_t column) const {
+    const int64_t b = column / view.tiles_n();
+    return (b * view.tiles_k() + tile_k) * view.tiles_n() + column % view.tiles_n();
+  }
+
   void pad_together(const std::vector<std::vector<uint32_t>>& records) {
     exponents_words = 0;
     for (const auto& slice : records) {

@@ -71,7 +71,7 @@ Results multiply(const Call& call) {
     inputs.push_back(std::make_unique<DeviceMatrix>(m));
     const int halves = call.float_out ? 2 : 1;
     outs.push_back(std::make_unique<Buffer<uint16_t>>(
-        std::vector<uint16_t>(call.rows * m.view.n * halves, 0x5a5a)));
+        std::vector<uint16_t>(call.rows * product_n(m.view) * halves, 0x5a5a)));
     ProductMatrix& matrix = product.matrices[i];
     matrix.slices.view = m.view;
     matrix.slices.geometry = m.geometry;
@@ -109,7 +109,7 @@ Results multiply(const Call& call) {
   Results results;
   for (int i = 0; i < product.count; ++i) {
     const std::vector<uint16_t> out = outs[i]->copy();
-    std::vector<uint32_t> words(call.rows * call.matrices[i]->view.n);
+    std::vector<uint32_t> words(call.rows * product_n(call.matrices[i]->view));
     for (size_t at = 0; at < words.size(); ++at) {
       words[at] =
           call.float_out ? out[2 * at] | uint32_t{out[2 * at + 1]} << 16 : uint32_t{out[at]} << 16;
@@ -137,7 +137,7 @@ void compare(const Call& call, const Results& results, const std::string& what) 
     const CompressedMatrix& m = *call.matrices[i];
     double worst = 0;
     for (int row = 0; row < call.rows; ++row) {
-      for (int64_t n = 0; n < m.view.n; ++n) {
+      for (int64_t n = 0; n < product_n(m.view); ++n) {
         double sum = 0, mass = 0;
         for (int64_t k = 0; k < m.view.k; ++k) {
           const double product = double(to_float(uint32_t{m.weight(call.index, k, n)} << 16)) *
@@ -145,7 +145,7 @@ void compare(const Call& call, const Results& results, const std::string& what) 
           sum += product;
           mass += std::fabs(product);
         }
-        const double found = to_float(results[i][row * m.view.n + n]);
+        const double found = to_float(results[i][row * product_n(m.view) + n]);
         const double allowed = 1e-5 * mass + (call.float_out ? 0 : std::fabs(sum) / 255);
         const double error = std::fabs(found - sum);
         if (!(error <= allowed)) worst = std::max(worst, std::isnan(found) ? 1e30 : error / mass);
@@ -157,9 +157,9 @@ void compare(const Call& call, const Results& results, const std::string& what) 
 }
 
 std::string name_of(const CompressedMatrix& m) {
-  return std::to_string(m.view.k) + " x " + std::to_string(m.view.n) + " steps " +
-         std::to_string(m.view.steps) + " bits " + std::to_string(m.layout.code_bits) +
-         (m.view.along_columns ? " along columns" : "");
+  return std::to_string(m.view.batch) + " of " + std::to_string(m.view.k) + " x " +
+         std::to_string(m.view.n) + " steps " + std::to_string(m.view.steps) + " bits " +
+         std::to_string(m.layout.code_bits) + (m.view.along_columns ? " along columns" : "");
 }
 
 // All rows and all ways to share the work out give the same bits; raw records, too.
@@ -171,7 +171,7 @@ void check_matrix(const CompressedMatrix& matrix) {
   const CompressedMatrix raw = matrix.as_raw();
   const auto same = [&](Call other, const std::string& what) {
     const Results found = multiply(other);
-    const size_t count = other.rows * matrix.view.n;
+    const size_t count = other.rows * product_n(matrix.view);
     expect(std::equal(found[0].begin(), found[0].end(), all[0].begin(), all[0].begin() + count),
            name_of(matrix) + ": other bits " + what);
   };
@@ -213,6 +213,24 @@ void shapes() {
       check(along_columns ? 504 : 523, along_columns ? 127 : 64);  // and k
     }
   }
+}
+
+// Matrices that stand side by side.
+void side_by_side() {
+  const auto check = [](const std::vector<int64_t>& dims, bool along_columns, int steps) {
+    check_matrix(CompressedMatrix(as_batch(layout_of(dims, along_columns, steps, 11)), rare_weight,
+                                  kIsSlow ? 1 : 2));
+  };
+  check({3, 272, 128}, false, 4);
+  if (kIsSlow) return;
+  check({5, 144, 64}, false, 2);
+  check({2, 128, 304}, true, 8);
+  const Layout halves = as_batch(layout_of({3, 256, 96}, false, 8, 12));
+  Product product;
+  product.count = product.rows = 1;
+  product.matrices[0].slices.view = make_view(halves);
+  ProductWork work;
+  expect(!describe_product(product, nullptr, work), "tiles of two matrices");
 }
 
 // A launch of several: each as it is alone.
@@ -279,7 +297,7 @@ void long_items() {
     // Three items and four: a group and an item in each column.
     const int chunks = group == 2 ? 40 : 33;
     Call call{{&matrix}, random_x(2, matrix.view.k), 2};
-    call.items = {chunks, group, 2, 2 * matrix.view.tiles_n()};
+    call.items = {chunks, group, 2, 2 * product_tiles_n(matrix.view)};
     call.shares = {1, 3 * group, 96 * 1024};
     compare(call, multiply(call), name_of(matrix) + ", long items");
   }
@@ -351,13 +369,14 @@ void damage_of(const Layout& layout, const Weights& weights, int tries) {
     other.matrices = {&bad};
     other.shares.blocks = 1 + int(random_below(4));
     const Results found = multiply(other);
-    for (int64_t n = 0; n < good.view.n; ++n) {
+    const int64_t columns = product_n(good.view);
+    for (int64_t n = 0; n < columns; ++n) {
       const bool unsound = !bad.column_is_sound(n / kTileCols);
       const bool unchanged = bad.column_equals(good, n / kTileCols);
       for (int row = 0; row < 2; ++row) {
-        const uint32_t bits = found[0][row * good.view.n + n];
+        const uint32_t bits = found[0][row * columns + n];
         expect(!unsound || std::isnan(to_float(bits)), "what is damaged is not NaN");
-        expect(!unchanged || bits == expected[0][row * good.view.n + n], "damage spreads");
+        expect(!unchanged || bits == expected[0][row * columns + n], "damage spreads");
         ++checked;
         poisoned += unsound;
       }
@@ -371,10 +390,12 @@ void damage() {
   damage_of(layout_of({300, 192}, false, 8, 12), rare_weight, tries);
   damage_of(layout_of({304, 128}, false, 4, 9), rare_weight, tries);
   damage_of(layout_of({250, 64}, true, 2, 10), noise, tries);
+  damage_of(as_batch(layout_of({2, 304, 64}, false, 8, 11)), rare_weight, tries);
 }
 
 int run() {
   section("shapes", "results", shapes);
+  section("side by side", "results", side_by_side);
   section("partners", "results", partners);
   section("devices", "results", devices);
   section("items", "results", items);

@@ -22,12 +22,21 @@ inline int64_t place_in_x(int64_t rows, int64_t row, int64_t k) {
   return (k / kXGroup * rows + row) * kXGroup + in_group;
 }
 
-// One W, k x n in the sense of its view: a slice of `slices`, whose `out` is not used.
+// One W: a slice of `slices`, whose `out` is not used. If that is a batch of matrices, they stand
+// side by side in W, and must have whole tiles of columns.
 struct ProductMatrix {
   TensorSlices slices;
   int code_bits = kMaxCodeBits;
-  void* out = nullptr;  // [rows, n], bfloat16 or float32; aligned to 8 bytes
+  void* out = nullptr;  // [rows, product_n], bfloat16 or float32; aligned to 8 bytes
 };
+inline int64_t product_n(const View& view) { return view.batch * view.n; }
+inline int64_t product_tiles_n(const View& view) { return view.batch * view.tiles_n(); }
+inline bool can_multiply(const View& view) {
+  const bool has_whole_tiles = view.n % kTileCols == 0;
+  // Less than 2^32: see reciprocal().
+  const bool is_divided = product_tiles_n(view) * view.tiles_n() >> 32 == 0;
+  return !view.is_flat && view.size > 0 && (view.batch == 1 || (has_whole_tiles && is_divided));
+}
 
 struct Product {
   // bfloat16[rows, k] in the order in which lanes read it: [k / 32, rows, 4, 2, 4], where
@@ -61,7 +70,7 @@ inline ProductItems cut_into_items(const View& view) {
   if (view.size == 0) return {};
   const int64_t most = view.tiles_k();
   const int64_t items = divide_up(most, std::min(most, divide_up(view.chunks(), kProductItems)));
-  const int64_t chunks = divide_up(most, items), all_items = items * view.tiles_n();
+  const int64_t chunks = divide_up(most, items), all_items = items * product_tiles_n(view);
   // Groups are what blocks share out, so large ones leave some of them with more to do than others;
   // but each costs the time of its sums. In cycles of the busiest block, as they were measured or
   // computed for an H200, of GPUs with as many blocks as an H200 and a B200 have.
@@ -73,7 +82,7 @@ inline ProductItems cut_into_items(const View& view) {
   ProductItems best = {};
   int64_t least = INT64_MAX;
   for (int group = 1; group <= kMostItemsPerGroup; ++group) {
-    const int64_t per_column = divide_up(items, group), groups = per_column * view.tiles_n();
+    const int64_t per_column = divide_up(items, group), groups = per_column * product_tiles_n(view);
     int64_t cycles = 0;
     for (const int blocks : kBlocks) {
       const int64_t busiest =
@@ -90,7 +99,9 @@ inline ProductItems cut_into_items(const View& view) {
 // Counters that a product needs, one for each column of chunks. It leaves them as they were: all 0.
 inline int64_t product_counters(const Product& product) {
   int64_t columns = 0;
-  for (int i = 0; i < product.count; ++i) columns += product.matrices[i].slices.view.tiles_n();
+  for (int i = 0; i < product.count; ++i) {
+    columns += product_tiles_n(product.matrices[i].slices.view);
+  }
   return columns;
 }
 
@@ -103,7 +114,7 @@ inline int64_t product_workspace_words(const Product& product) {
   return groups * product.rows * kTileCols;
 }
 
-// Enqueues a product. All matrices have the same k, none is flat or a batch of several. Pointers in
+// Enqueues a product. All matrices have the same k, and can be multiplied. Pointers in
 // `product` are device pointers. `exponents` and `sign_mantissa` must be aligned to 16 bytes.
 // Nothing is allocated, synchronized or queried on the stream, so that the call can be captured in
 // a CUDA graph; the first call on a device allocates the memory that counters are taken from.

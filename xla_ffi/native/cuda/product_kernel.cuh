@@ -153,19 +153,24 @@ class ChunkList {
     const int above = column * matrix.column_groups * matrix.group_items;
     const int begin = (item - above) * item_chunks, row = begin + in_item;
     const bool is_there = item < end_item_ && row < matrix.tiles_k;
+    // Of matrices that stand side by side, the one that has the column.
+    const int number = divide_by_reciprocal(column, matrix.one_tiles_n_reciprocal);
+    const int tiles_n = matrix.one_tiles_n, tile_n = column - number * tiles_n;
     __syncwarp();  // All lanes have read what was in the list.
     if (is_there) {
       const int step = row * matrix.steps, steps = min(matrix.steps, matrix.steps_k - step);
       const bool ends = row + 1 == min(begin + item_chunks, matrix.tiles_k);
-      store_shared(memory_ + 16 * lane,
-                   uint4{static_cast<uint32_t>(step * kStepRows | steps),
-                         static_cast<uint32_t>(2 * item + ends),
-                         static_cast<uint32_t>(step * matrix.tiles_n + column * steps), 0});
+      store_shared(
+          memory_ + 16 * lane,
+          uint4{static_cast<uint32_t>(step * kStepRows | steps),
+                static_cast<uint32_t>(2 * item + ends),
+                static_cast<uint32_t>((number * matrix.steps_k + step) * tiles_n + tile_n * steps),
+                0});
     }
     left_ = __ballot_sync(kAllLanes, is_there);
     row_ += kLanes;
     __syncwarp();  // All places are there.
-    return is_there ? row * matrix.tiles_n + column : -1;
+    return is_there ? (number * matrix.tiles_k + row) * tiles_n + tile_n : -1;
   }
 
   uint32_t memory_;

@@ -2,9 +2,9 @@
 //
 // Operands: x bf16[ceil(k / 32), rows, 32], in the order that product.h tells, index s32[], then
 // for each matrix header, codebook, chunk_offsets, exponents, sign_mantissa as u32[stack, words].
-// Results: for each matrix bf16[rows, n] or f32[rows, n], then the workspace u32[words], of
-// product_workspace_words. Attributes: names, those of the matrices, one a line; headers, the one
-// that the slices of each have to have, but for the codebook's id.
+// Results: for each matrix bf16[rows, n] or f32[rows, n], n of product_n, then the workspace
+// u32[words], of product_workspace_words. Attributes: names, those of the matrices, one a line;
+// headers, the one that the slices of each have to have, but for the codebook's id.
 #pragma once
 
 #include <string>
@@ -25,9 +25,8 @@ inline ffi::Error read_matrix(ffi::RemainingArgs args, ffi::RemainingRets result
   slices.geometry = header[kGeometryWord];
   matrix.code_bits = layout.code_bits;
   const auto x_dims = args.get<ffi::AnyBuffer>(0)->dimensions();
-  if (slices.view.is_flat || slices.view.batch != 1 ||
-      round_up(slices.view.k, kXGroup) != x_dims[0] * kXGroup) {
-    return error("is not one matrix that x " + describe(x_dims) + " can be multiplied with");
+  if (!can_multiply(slices.view) || round_up(slices.view.k, kXGroup) != x_dims[0] * kXGroup) {
+    return error("is no matrix that x " + describe(x_dims) + " can be multiplied with");
   }
   auto out = results.get<ffi::AnyBuffer>(i);
   const auto type = product.float_out ? ffi::DataType::F32 : ffi::DataType::BF16;
@@ -35,9 +34,10 @@ inline ffi::Error read_matrix(ffi::RemainingArgs args, ffi::RemainingRets result
     return error("the results must all be bfloat16, or all float32");
   }
   const auto dims = (*out)->dimensions();
-  if (dims.size() != 2 || dims[0] != product.rows || dims[1] != slices.view.n) {
+  const int64_t n = product_n(slices.view);
+  if (dims.size() != 2 || dims[0] != product.rows || dims[1] != n) {
     return error("the result has shape " + describe(dims) + ", expected [" +
-                 std::to_string(product.rows) + "," + std::to_string(slices.view.n) + "]");
+                 std::to_string(product.rows) + "," + std::to_string(n) + "]");
   }
   matrix.out = (*out)->untyped_data();
   ffi::AnyBuffer::Dimensions payload_dims{};

@@ -41,7 +41,9 @@ struct MatrixWork {
   uint32_t* arrived;  // by columns of chunks: groups whose sums are there
   uint32_t exponents_words, geometry;
   int stack, chunks;
-  int n, tiles_k, tiles_n, steps_k, steps, code_bits;
+  int n, tiles_k, tiles_n, steps_k, steps, code_bits;  // n and tiles_n of all that stand together
+  int one_tiles_n;                                     // of one of these
+  uint32_t one_tiles_n_reciprocal;
   // Items are numbered as if every group had all of its items.
   int item_chunks, group_items, column_groups;
   uint32_t item_chunks_reciprocal, group_items_reciprocal, column_groups_reciprocal;
@@ -243,10 +245,10 @@ inline bool describe_product(const Product& product, uint32_t* counters, Product
   for (int i = 0; i < product.count; ++i) {
     const TensorSlices& slices = product.matrices[i].slices;
     const View& view = slices.view;
-    if (view.is_flat || view.batch != 1 || view.size == 0 || view.k != first.k ||
-        slices.batch != 1 || slices.batch_axes != 0 || view.n >= 1 << 26 ||
-        view.chunks() >= 1 << 24 || slices.exponents_words > UINT32_MAX || slices.stack > kMost ||
-        slices.stack < 1 || slices.index != work.index) {
+    if (!can_multiply(view) || view.k != first.k || slices.batch != 1 || slices.batch_axes != 0 ||
+        product_n(view) >= 1 << 26 || view.chunks() >= 1 << 24 ||
+        slices.exponents_words > UINT32_MAX || slices.stack > kMost || slices.stack < 1 ||
+        slices.index != work.index) {
       return false;
     }
     const ProductItems items = cut_into_items(view);
@@ -263,9 +265,12 @@ inline bool describe_product(const Product& product, uint32_t* counters, Product
     matrix.geometry = slices.geometry;
     matrix.stack = static_cast<int>(slices.stack);
     matrix.chunks = static_cast<int>(view.chunks());
-    matrix.n = static_cast<int>(view.n);
+    matrix.n = static_cast<int>(product_n(view));
     matrix.tiles_k = static_cast<int>(view.tiles_k());
-    matrix.tiles_n = static_cast<int>(view.tiles_n());
+    matrix.tiles_n = static_cast<int>(product_tiles_n(view));
+    matrix.one_tiles_n = static_cast<int>(view.tiles_n());
+    // Of one matrix, the quotient is 0.
+    matrix.one_tiles_n_reciprocal = view.batch == 1 ? 1 : reciprocal(view.tiles_n());
     matrix.steps_k = static_cast<int>(view.steps_k());
     matrix.steps = view.steps;
     matrix.code_bits = product.matrices[i].code_bits;
