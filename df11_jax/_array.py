@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import jax
 import jax.export
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, BFloat16, Int32, UInt32
 
@@ -281,7 +282,11 @@ class DF11Slice(ArrayOperators):
     __array__ = DF11Array.__array__
 
     # To flax.linen it is a box, like a `DF11Array`.
-    unbox = DF11Array.unbox
+
+    def unbox(self) -> BFloat16[Array, "..."]:
+        """The decompressed slice."""
+        return read(DF11Slice(self.stack, jnp.asarray(self.index)))
+
     replace_boxed = DF11Array.replace_boxed
 
     def remove_axis(self, index: int, params: Mapping[Any, Any]) -> Any:

@@ -78,12 +78,13 @@ def decompress_params(params: PyTree) -> PyTree:
     with_paths, treedef = jax.tree.flatten_with_path(params, is_leaf=is_df11_or_slice)
     leaves = [leaf for _, leaf in with_paths]
     identities = [identity(leaf) if is_df11_or_slice(leaf) else None for leaf in leaves]
-    # Those that one call decodes: of the same stack axes, or at the same index.
+    # What one call decodes has the same stack axes or the same index, and the same devices.
     groups: dict[Hashable, dict[Hashable, tuple[str, Any]]] = {}
     for (path, leaf), own in zip(with_paths, identities, strict=True):
         if own is not None:
             stack, index = (leaf.stack, leaf.index) if isinstance(leaf, DF11Slice) else (leaf, None)
-            key = stack.stack_shape, None if index is None else identity(index)
+            where = None if isinstance(stack.header, jax.core.Tracer) else _devices(stack.header)
+            key = stack.stack_shape, None if index is None else identity(index), where
             groups.setdefault(key, {}).setdefault(own, (path_name(path), leaf))
     weights: dict[Hashable, Array] = {}
     for members in groups.values():
@@ -100,6 +101,11 @@ def decompress_params(params: PyTree) -> PyTree:
             for leaf, own in zip(leaves, identities, strict=True)
         ],
     )
+
+
+def _devices(array: Any) -> Hashable:
+    """Where an array is, as far as one call of the decoder has to know."""
+    return frozenset(array.sharding.device_set) if isinstance(array, jax.Array) else None
 
 
 def after(params: PyTree, inputs: PyTree) -> PyTree:

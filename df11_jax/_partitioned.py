@@ -6,9 +6,9 @@ PartitionSpec divides them, and each device decodes the parts that it has: nothi
 the weights are laid out as the plain ones would be.
 
 JAX tells in three ways how arrays are divided. With explicit axes of a mesh, their types say it.
-With automatic axes, which are the default, XLA knows it once it has partitioned the program, and
-asks. In a `jax.shard_map`, the program sees what one device has, and there is nothing to ask. (If
-that is over some axes of a mesh only, and others divide the payload, it is gathered along those.)
+With automatic axes, XLA knows it once it has partitioned the program, and asks. In a
+`jax.shard_map`, the program sees what one device has, and there is nothing to ask. (If that is over
+some axes of a mesh only, and others divide the payload, it is gathered along those.)
 """
 
 import functools

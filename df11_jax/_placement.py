@@ -1,11 +1,14 @@
 """`device_put` of trees with compressed leaves, which are divided as their shards are."""
 
+import contextlib
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
-from df11_jax._array import is_df11
+from df11_jax._array import DF11Array, is_df11
 from df11_jax._compress_tensor import compress_as
 from df11_jax._decode import decompress, path_name
 from df11_jax._leaves import is_array, naming
@@ -41,6 +44,18 @@ def device_put(params: PyTree, shardings: PyTree) -> PyTree:
     return jax.tree.unflatten(treedef, placed)
 
 
+def own_mesh(leaf: DF11Array) -> contextlib.AbstractContextManager[Any]:
+    """A context in which a leaf is computed with where it is, whatever mesh the caller has set."""
+    sharding = leaf.sharding if isinstance(leaf.header, jax.Array) else None
+    if sharding is None or jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+        return jax.set_mesh(sharding.mesh)
+    if len(sharding.device_set) == 1:
+        return jax.set_mesh(Mesh(np.array(list(sharding.device_set)), ("device",)))
+    return contextlib.nullcontext()
+
+
 def place(leaf: Any, where: Any, name: str) -> Any:
     """`df11_jax.device_put` of one leaf.
 
@@ -55,6 +70,7 @@ def place(leaf: Any, where: Any, name: str) -> Any:
     if onto is not None:
         return jax.device_put(leaf, onto)
     layout = divided_as(leaf.layout, leaf.ndim, where)
-    # In host memory, programs compute nothing.
-    weights = decompress(jax.device_put(leaf, jax.memory.Space.Device))
+    with own_mesh(leaf):
+        # In host memory, programs compute nothing.
+        weights = decompress(jax.device_put(leaf, jax.memory.Space.Device))
     return compress_as(weights, layout, name, where)

@@ -20,7 +20,7 @@ from df11_jax import _ffi, _layout
 from df11_jax._array import DF11Array, DF11Slice
 from df11_jax._layout import Layout, View
 from df11_jax._leaves import is_array, raw_value
-from df11_jax._slices import check_index, decode_slices
+from df11_jax._slices import check_index, decode_slices, is_split
 
 # As many rows of x as the kernel takes. With 32, the products of a Llama-3.1-8B block take an H200
 # 297 us, and decoding first takes about 320 (docs/figures.md).
@@ -57,7 +57,8 @@ def dot(
     columns NaN.
 
     It is differentiable with respect to `x`, and works under the same transformations as
-    `decompress`. Under `vmap`, mapped rows become rows of `x`.
+    `decompress`, but for `jax.linear_transpose` and `jax.experimental.jet`, which need
+    `x @ decompress(a)`. Under `vmap`, mapped rows become rows of `x`.
 
     Args:
         x: the rows to multiply. Only bfloat16 ones are multiplied by the fused product.
@@ -129,7 +130,6 @@ def _dot_all(x: Array, matrices: Sequence[Matrix], out_type: Any, exact: bool) -
                 f"dot: x has shape {x.shape}, expected [..., {k}] for matrix {i} of shape {a.shape}"
             )
     slices = [a for a in operands if isinstance(a, DF11Slice)]
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     results: list[Array] = []
     # A launch reads matrices of one stack index; others have launches of their own.
     for begin, end in _runs(slices):
@@ -137,18 +137,18 @@ def _dot_all(x: Array, matrices: Sequence[Matrix], out_type: Any, exact: bool) -
         call = _Call(
             tuple(a.stack.layout for a in run),
             out_dtype,
-            has_kernel and not exact and all(_can_fuse(a.stack) for a in run),
+            has_kernel and not exact and not is_split(x) and all(_can_fuse(a.stack) for a in run),
         )
         payloads = [
             leaf.reshape(math.prod(a.stack.stack_shape), *leaf.shape[len(a.stack.stack_shape) :])
             for a in run
             for leaf in a.stack.payload
         ]
-        results += _product(call, rows, run[0].index, *payloads)
+        results += _product(call, x, run[0].index, *payloads)
     for i, a in enumerate(operands):
         if not isinstance(a, DF11Slice):
-            results.insert(i, jnp.dot(rows, a, preferred_element_type=out_type))
-    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in results]
+            results.insert(i, jnp.dot(x, a, preferred_element_type=out_type))
+    return results
 
 
 def _as_operand(matrix: Matrix, i: int, index: Int32[Array, ""]) -> DF11Slice | Float[Array, "k n"]:
@@ -247,7 +247,8 @@ def _batched(call: _Call) -> Any:
 
     @custom_vmap
     def product(x: Array, index: Array, *payloads: Array) -> list[Array]:
-        return _choose(call, x, index, *payloads)
+        platforms = _platforms(math.prod(x.shape[:-1])) if call.is_fused else ()
+        return _choose(call, platforms, x, index, *payloads)
 
     @product.def_vmap
     def rule(size: int, batched: Any, x: Array, *others: Array) -> Any:
@@ -256,23 +257,25 @@ def _batched(call: _Call) -> Any:
             axes = (0 if is_x else None, *(0 if is_other else None for is_other in are_others))
             out = jax.vmap(functools.partial(_decode_first, call), in_axes=axes)(x, *others)
         else:
-            _, rows, k = x.shape
-            results = product(x.reshape(size * rows, k), *others)
-            out = [y.reshape(size, rows, y.shape[-1]) for y in results]
+            out = product(x, *others)
         return out, [True] * len(out)
 
     return product
 
 
-def _choose(call: _Call, x: Array, index: Array, *payloads: Array) -> list[Array]:
+# Under jit even where the caller is not: it would else be compiled each time.
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _choose(
+    call: _Call, platforms: tuple[str, ...], x: Array, index: Array, *payloads: Array
+) -> list[Array]:
     decode_first = functools.partial(_decode_first, call)
-    platforms = _platforms(x.shape[0]) if call.is_fused else ()
     compiled = dict.fromkeys(platforms, functools.partial(_fused, call))
     return jax.lax.platform_dependent(x, index, *payloads, **compiled, default=decode_first)
 
 
 def _fused(call: _Call, x: Array, index: Array, *payloads: Array) -> list[Array]:
     views = [layout.view for layout in call.layouts]
+    batch, x = x.shape[:-1], x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     words = workspace_words(views, x.shape[0])
 
     # Not only shapes: in a shard_map, the types also say along which axes results differ.
@@ -286,7 +289,7 @@ def _fused(call: _Call, x: Array, index: Array, *payloads: Array) -> list[Array]
     fused = jax.ffi.ffi_call(_ffi.PRODUCT_TARGET, out)
     payloads = tuple(leaf.reshape(-1, leaf.shape[-1]) for leaf in payloads)
     *results, _ = fused(_in_kernel_order(x), index, *payloads, names=names, headers=headers)
-    return results
+    return [y.reshape(*batch, y.shape[-1]) for y in results]
 
 
 def _in_kernel_order(x: Array) -> Array:
@@ -313,10 +316,10 @@ def _decode_first(call: _Call, x: Array, index: Array, *payloads: Array) -> list
         product = jax.lax.dot_general(
             x.astype(dtype),
             matrix.astype(dtype),
-            (((1,), (contracted,)), ((), ())),
+            (((x.ndim - 1,), (contracted,)), ((), ())),
             preferred_element_type=call.out_dtype,
         )
-        results.append(product.reshape(x.shape[0], batch * n))
+        results.append(product if batch == 1 else product.reshape(*x.shape[:-1], batch * n))
     return results
 
 

@@ -27,8 +27,9 @@ def scan_blocks(
 ) -> tuple[Carry, PyTree]:
     """Runs a stack of blocks, one after the other, decompressing one block at a time.
 
-    The same as `jax.lax.scan` over the decompressed stack, bit for bit, but only one block's
-    weights exist decompressed at any time.
+    The same as `jax.lax.scan` over the decompressed stack, with the same weights bit for bit, but
+    only one block's weights exist decompressed at any time. Call it in a jitted function: outside
+    of one, it is compiled each time.
 
     When differentiated, a block with compressed weights is run again in the backward pass, as under
     `jax.checkpoint`: only its arguments are stored, and it is decompressed once more.

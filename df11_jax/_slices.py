@@ -64,7 +64,8 @@ def decode_slices(
     names = tuple(names) if names is not None else tuple(f"tensor {i}" for i in range(len(arrays)))
     length = check_stacks(arrays, names)
     check_index(index, length, names[0])
-    index = jnp.asarray(index, jnp.int32)
+    # Clamped in its own type first, in which it may be larger than in this one.
+    index = jnp.minimum(jnp.asarray(index), length).astype(jnp.int32)
     if length == 0:
         return [jnp.zeros(index.shape + array.slice_shape, jnp.bfloat16) for array in arrays]
     return _decode(arrays, names, tie(index, after))
@@ -124,7 +125,7 @@ def check_stacks(arrays: Sequence[Compressed], names: Sequence[str]) -> int:
                 f"{name}: is in the host's memory, and is decompressed in the device's: "
                 "jax.device_put(array, jax.memory.Space.Device) copies it there"
             )
-        if not array.layout.parts and any(_is_split(leaf) for leaf in array.payload):
+        if not array.layout.parts and any(is_split(leaf) for leaf in array.payload):
             raise ValueError(
                 f"{name}: is sharded over explicit axes of a mesh, and was not compressed for "
                 "that. df11_jax.device_put divides it; a jax.shard_map takes it as it is"
@@ -169,7 +170,7 @@ def _is_in_host_memory(leaf: Array) -> bool:
     return jax.typeof(leaf).memory_space == jax.memory.Space.Host
 
 
-def _is_split(leaf: Any) -> bool:
+def is_split(leaf: Any) -> bool:
     """Whether an array is sharded by its type, in which case it cannot be decoded."""
     return any(axis is not None for axis in jax.typeof(leaf).sharding.spec)
 

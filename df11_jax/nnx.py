@@ -26,7 +26,6 @@ from df11_jax._array import is_df11, is_df11_or_slice
 from df11_jax._compress import align_layers, compress_leaf
 from df11_jax._identity import identity
 from df11_jax._leaves import plain_shape
-from df11_jax._reads import read
 from df11_jax._select import MIN_SIZE, Selection
 
 if "graph" not in inspect.signature(nnx.iter_graph).parameters:
@@ -58,7 +57,7 @@ class CompressedParam(nnx.Param[Any]):
             _check_is_weights(header)
             # Parameters of an abstract model read as shapes, as plain ones do.
             is_abstract = isinstance(header, jax.ShapeDtypeStruct)
-            weights = jax.eval_shape(_decode.decompress, raw) if is_abstract else read(raw)
+            weights = jax.eval_shape(_decode.decompress, raw) if is_abstract else raw.unbox()
             return self.copy(weights).get_value(**index)
         return super().get_value(**index)
 
@@ -91,6 +90,12 @@ class CompressedParam(nnx.Param[Any]):
             if not is_of_arrays or not is_df11_or_slice(self.get_raw_value()):
                 raise
             return getattr(self.get_value(), name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The types that `compress` makes are in no module.
+        reduced: Any = super().__reduce_ex__(protocol)
+        _, _, *state = reduced
+        return _make_param, (_plain_type(type(self)),), *state
 
     def __nnx_repr__(self) -> Iterator[Any]:
         head, *attributes = self._undecoded().__nnx_repr__()
@@ -347,6 +352,10 @@ def _check_is_weights(header: Any) -> None:
             "wrt=nnx.All(nnx.Param, nnx.Not(df11_jax.nnx.CompressedParam)) all that is not "
             "compressed; include=... of df11_jax.nnx.compress leaves out what is to be trained"
         )
+
+
+def _make_param(plain_type: type[nnx.Param[Any]]) -> Any:
+    return object.__new__(_compressed_type(plain_type))
 
 
 def _plain_type(param_type: type[nnx.Param[Any]]) -> type[nnx.Param[Any]]:

@@ -162,6 +162,16 @@ def test_other_types_are_left_to_flax(dtype, fused_products):
     assert not fused_products
 
 
+@pytest.mark.parametrize("index", [1, np.int32(1), jnp.int32(1)])
+def test_a_slice_is_a_parameter(index):
+    weights = random_weights((3, 128, 128))
+    stack = df11_jax.compress(weights, stack_axes=1)
+    x = jnp.ones((2, 128), jnp.bfloat16)
+    variables = {"params": {"kernel": df11_jax.DF11Slice(stack, index)}}
+    actual = nn.Dense(128, use_bias=False, **bf16).apply(variables, x)
+    assert_same_bits(actual, x @ weights[1])
+
+
 def test_a_product_of_ones_own_stays(fused_products):
     def twice(*args, **options):
         return 2 * jax.lax.dot_general(*args, **options)

@@ -168,6 +168,22 @@ def test_copies(model_type, tokens):
         assert nnx.graphdef(other) == graphdef
 
 
+class OfMyOwn(nnx.Param):
+    pass
+
+
+def test_parameters_of_a_type_of_ones_own_are_pickled():
+    model = nnx.Linear(128, 128, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
+    model.kernel = OfMyOwn(model.kernel[...])
+    plain = model.kernel[...]
+    compress(model)
+    again = pickle.loads(pickle.dumps(model))
+    assert type(again.kernel) is type(model.kernel)
+    assert isinstance(again.kernel, OfMyOwn) and isinstance(again.kernel, CompressedParam)
+    assert nnx.graphdef(again) == nnx.graphdef(model)
+    assert_same_bits(again.kernel[...], plain)
+
+
 def test_the_state_of_another_model(tokens):
     model, expected = make(Unrolled)
     other = Unrolled(nnx.Rngs(1))

@@ -208,6 +208,14 @@ def test_calls_on_a_gpu(weights):
     assert count_calls(df11_jax.dot, few, flat) == [0, 1]
 
 
+def test_is_compiled_once_outside_of_jit(weights):
+    a = df11_jax.compress(weights)
+    df11_jax.dot(rows(2), a)
+    before = _product._choose._cache_size()
+    assert_same_bits(df11_jax.dot(rows(2), a), rows(2) @ weights)
+    assert _product._choose._cache_size() == before
+
+
 def test_workspace():
     views = [_layout.make_layout((4096, n)).view for n in (4096, 1024)]
     # 64 and 16 columns of chunks; 2,048 chunks of 128 rows, and 1,024 of 64: an item each.

@@ -427,3 +427,49 @@ for name in t.DIVISIONS:
     t.test_results_are_those_of_plain_weights(name)
 """
     run_python(program, devices=8)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("spec", [P(None, "dp"), P("dp", "tp"), P("dp")])
+def test_rows_of_a_product_stay_where_they_are(axis_type, spec):
+    mesh = make_mesh({"dp": 2, "tp": 2}, axis_type)
+    weights = random_weights((D, F))
+    x = jax.device_put(random_weights((2, 4, D), scale=1), NamedSharding(mesh, spec))
+    product = jax.jit(df11_jax.dot)
+    for matrix in (df11_jax.compress(weights), weights):
+        with jax.set_mesh(mesh):
+            matrix = jax.device_put(matrix, NamedSharding(mesh, P()))
+            compiled = product.lower(x, matrix).compile()
+        assert "all-gather" not in compiled.as_text()
+        y = compiled(x, matrix)
+        assert tuple(y.sharding.spec)[: len(spec)] == tuple(spec)
+        assert_same_bits(y, np.asarray(x) @ weights)
+
+
+@pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P()])
+def test_device_put_from_elsewhere_than_the_mesh_that_is_set(spec):
+    weights = random_weights((D, F))
+    mesh = make_mesh({"x": 4})
+    others = [jax.devices()[3]]
+    for axis_type in AxisType.Auto, AxisType.Explicit:
+        others.append(NamedSharding(make_mesh({"y": 2}, axis_type), P("y")))
+    for other in others:
+        small = df11_jax.compress(jax.device_put(weights, other))
+        with jax.set_mesh(mesh):
+            placed = df11_jax.device_put(small, NamedSharding(mesh, spec))
+            again = df11_jax.compress_params([small], shardings=NamedSharding(mesh, spec))[0]
+        for leaf in (placed, again):
+            assert leaf.sharding.mesh == mesh
+            assert_same_bits(df11_jax.decompress(leaf), weights)
+
+
+def test_leaves_on_devices_of_their_own():
+    weights = {f"layer{i}": random_weights((D, F), i) for i in range(2)}
+    plain = {
+        n: jax.device_put(w, d)
+        for (n, w), d in zip(weights.items(), jax.devices()[:2], strict=True)
+    }
+    back = df11_jax.decompress_params(df11_jax.compress_params(plain))
+    for name, leaf in back.items():
+        assert leaf.devices() == plain[name].devices()
+        assert_same_bits(leaf, weights[name])

@@ -20,6 +20,7 @@ from df11_jax._decode import decompress_params
 from df11_jax._files import crc32
 from df11_jax._flax import open_boxes
 from df11_jax._host_arrays import cpu_device, to_host
+from df11_jax._placement import own_mesh
 from df11_jax._select import Selection
 from df11_jax._shards import divided_as
 from df11_jax._stack import fit_exponents
@@ -248,13 +249,17 @@ def _decompress(plan: LeafPlan, value: DF11Array) -> Any:
     path = plan.leaf.path
     where = _where.of_weights(plan)
     if where is None:
-        return decompress_params({path: value})[path]
+        with own_mesh(value):
+            return decompress_params({path: value})[path]
     if _where.of_arrays(plan)[0] is None:
         with jax.default_device(cpu_device()):  # no device gets what it is not to have
             return place(to_host(decompress_params({path: value})[path]), where)
-    # In host memory, where the weights may be to go, programs compute nothing.
-    near = jax.device_put(_place_arrays(plan, value), jax.memory.Space.Device)
-    return place(decompress_params({path: near})[path], where)
+    placed = _place_arrays(plan, value)
+    with own_mesh(placed):
+        # In host memory, where the weights may be to go, programs compute nothing.
+        near = jax.device_put(placed, jax.memory.Space.Device)
+        weights = decompress_params({path: near})[path]
+    return place(weights, where)
 
 
 def _fit(value: Any, target: Any) -> Any:

@@ -82,7 +82,7 @@ class DF11Handler(v1.handlers.CheckpointableHandler[Any, Any]):
         return isinstance(checkpointable, DF11Save) or _has_compressed_leaf(checkpointable)
 
     def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
-        """Whether this handler is to load it; None leaves that to the checkpoint."""
+        """Whether this handler is to load it; None leaves that to Orbax."""
         if isinstance(abstract_checkpointable, DF11Restore):
             return True
         return _has_compressed_leaf(abstract_checkpointable) or None
