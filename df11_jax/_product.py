@@ -20,7 +20,7 @@ from df11_jax import _ffi, _layout
 from df11_jax._array import DF11Array, DF11Slice
 from df11_jax._layout import Layout, View
 from df11_jax._leaves import is_array, raw_value
-from df11_jax._slices import check_index, decode_slices, is_split
+from df11_jax._slices import as_index, check_index, decode_slices, is_split
 
 # As many rows of x as the kernel takes. With 32, the products of a Llama-3.1-8B block take an H200
 # 297 us, and decoding first takes about 320 (docs/figures.md).
@@ -144,7 +144,8 @@ def _dot_all(x: Array, matrices: Sequence[Matrix], out_type: Any, exact: bool) -
             for a in run
             for leaf in a.stack.payload
         ]
-        results += _product(call, x, run[0].index, *payloads)
+        index = as_index(run[0].index, math.prod(run[0].stack.stack_shape))
+        results += _product(call, x, index, *payloads)
     for i, a in enumerate(operands):
         if not isinstance(a, DF11Slice):
             results.insert(i, jnp.dot(x, a, preferred_element_type=out_type))

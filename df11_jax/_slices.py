@@ -64,8 +64,7 @@ def decode_slices(
     names = tuple(names) if names is not None else tuple(f"tensor {i}" for i in range(len(arrays)))
     length = check_stacks(arrays, names)
     check_index(index, length, names[0])
-    # Clamped in its own type first, in which it may be larger than in this one.
-    index = jnp.minimum(jnp.asarray(index), length).astype(jnp.int32)
+    index = as_index(index, length)
     if length == 0:
         return [jnp.zeros(index.shape + array.slice_shape, jnp.bfloat16) for array in arrays]
     return _decode(arrays, names, tie(index, after))
@@ -93,6 +92,20 @@ def check_index(index: Any, length: int, name: str) -> None:
     wrong = values[(values < least) | (values >= length)]
     if wrong.size:
         raise IndexError(f"{name}: there is no slice {wrong[0]} in a stack of {length}")
+
+
+def as_index(index: Any, length: int) -> Int32[Array, "*batch"]:
+    """The index of slices of a stack as the decoder takes it; what is -1 or too large remains so.
+
+    Args:
+        index: integers of any type.
+        length: the number of slices.
+    """
+    index = jnp.asarray(index)
+    limits = np.iinfo(index.dtype)
+    if limits.max > np.iinfo(np.int32).max:  # clamped before it is narrowed
+        index = jnp.clip(index, max(-2, limits.min), length)
+    return index.astype(jnp.int32)
 
 
 def decode_stacks(arrays: Sequence[Compressed], names: Sequence[str]) -> list[Array]:

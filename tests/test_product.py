@@ -120,6 +120,27 @@ def test_a_slice_is_decompressed_where_it_lies():
 
 
 @pytest.mark.parametrize(
+    ("index", "dtype", "found"),
+    [
+        (2**32 - 1, "uint32", 2),
+        (2**32 + 1, "int64", 2),
+        (-(2**33), "int64", 0),
+        (2**63, "uint64", 2),
+        (100, "int8", 2),
+        (-5, "int8", 0),
+        (1, "uint8", 1),
+    ],
+)
+def test_indices_of_any_type_are_clamped(index, dtype, found):
+    weights = random_weights((3, K, 64))
+    stack = df11_jax.compress(weights, stack_axes=1)
+    with jax.enable_x64(True):
+        a = df11_jax.DF11Slice(stack, jnp.array(index, dtype))
+        assert_same_bits(jax.jit(df11_jax.decompress)(a), weights[found])
+        assert_same_bits(jax.jit(df11_jax.dot)(rows(1), a), rows(1) @ weights[found])
+
+
+@pytest.mark.parametrize(
     ("index", "error", "message"),
     [
         (-1, IndexError, r"no slice -1 in a stack of 3"),
