@@ -10,8 +10,12 @@ from df11_jax.bench.blocks import BLOCKS, fitting_block
 from df11_jax.bench.device import describe_device, free_bytes, read_clocks, read_clocks_under
 from df11_jax.bench.product_figures import ProductFigures
 from df11_jax.bench.product_measure import measure_product
-from df11_jax.bench.product_programs import make_product_weights, product_memory_needed
-from df11_jax.bench.programs import decode_program
+from df11_jax.bench.product_programs import (
+    compile_products,
+    draw_rows,
+    make_product_weights,
+    product_memory_needed,
+)
 from df11_jax.bench.timing import Effort
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -73,8 +77,9 @@ def _measure(
         return
     say(f"{name} ...")
     weights = make_product_weights(name, matrices)
-    if "under load" not in figures.clocks:
-        figures.clocks["under load"] = read_clocks_under(decode_program(weights.workload))
+    if jax.default_backend() == "gpu" and "under load" not in figures.clocks:
+        programs = compile_products(weights, draw_rows(weights, rows[0]))
+        figures.clocks["under load"] = read_clocks_under(programs.compressed)
     for count in rows:
         with figures.collect(f"{name}, rows {count}"):
             found = measure_product(model, product, weights, count, effort)

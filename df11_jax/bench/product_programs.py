@@ -107,8 +107,8 @@ def count_slices(weights: int) -> int:
 def product_memory_needed(weights: int) -> int:
     """The bytes of device memory for measuring the products with so many weights."""
     # While the plain ones are made, all slices are there as drawn, compressed, merged, and
-    # transposed; where they are drawn, as float32. Products that are not fused decode one slice.
-    return round(weights * ((3 * 2 + COMPRESSED_BYTES) * count_slices(weights) + 2))
+    # transposed. Products that are not fused decode one slice; a CPU makes it float32.
+    return round(weights * ((3 * 2 + COMPRESSED_BYTES) * count_slices(weights) + 2 + 4))
 
 
 def draw_rows(weights: ProductWeights, rows: int) -> list[Rows]:
@@ -161,8 +161,8 @@ def product_calls(
         weights: the weights.
         x: the rows [rows, k] of each call.
         indices: the index of the slice that each call multiplies, of compressed weights.
-        chained: whether each call depends on the one before: for a CPU, which does several at once
-            if it can. Elsewhere, that would take a kernel between any two.
+        chained: whether each call depends on the one before: for a CPU, which would do several at
+            once. Elsewhere, that would take kernels between any two.
     """
 
     def multiply_compressed(x: Array, index: Array, stacks: Any) -> list[Array]:
@@ -174,9 +174,8 @@ def product_calls(
     def in_turn(multiply: Callable[..., list[Array]], operands: Any, weights: Any) -> Any:
         results: list[list[Array]] = []
         for i, each in enumerate(operands):
-            if chained and results:
-                each = _after(each, results[-1])
-            results.append(multiply(*each, weights[i % len(weights)]))
+            call = functools.partial(multiply, *each, weights[i % len(weights)])
+            results.append(_after(results[-1], call) if chained and results else call())
         return results
 
     calls = {
@@ -204,10 +203,15 @@ def compiler_options(backend: str) -> dict[str, Any] | None:
     }
 
 
-def _after(operands: tuple[Array, ...], results: list[Array]) -> tuple[Array, ...]:
-    """The same operands, which depend on results that have no NaN: a barrier is gone too soon."""
-    zero = jnp.isnan(results[0][0, 0])
-    return tuple(operand + zero.astype(operand.dtype) for operand in operands)
+def _after(former: list[Array], call: Callable[[], list[Array]]) -> list[Array]:
+    """The results of a call that depends on former results, of the same shapes, without NaNs.
+
+    XLA takes nothing out of the branch. If rows alone depended on former results, a CPU would
+    decode for all calls at first, or make plain weights float32: in other memory for each, which
+    takes several times as long as the products.
+    """
+    is_nan = jnp.isnan(former[0][0, 0])
+    return jax.lax.cond(is_nan, lambda: [jnp.zeros_like(y) for y in former], call)
 
 
 def _count_calls(slices: int) -> int:

@@ -4,6 +4,7 @@ import json
 import re
 import statistics
 
+import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
@@ -15,7 +16,12 @@ from df11_jax.bench.blocks import BLOCKS
 from df11_jax.bench.product_check import check_products
 from df11_jax.bench.product_figures import ProductFigures
 from df11_jax.bench.product_measure import Product, Times
-from df11_jax.bench.product_programs import compile_products, draw_rows, make_product_weights
+from df11_jax.bench.product_programs import (
+    compile_products,
+    draw_rows,
+    make_product_weights,
+    product_calls,
+)
 from df11_jax.cli import _commands
 
 MATRICES = {"gate": (128, 256), "up": (128, 256)}
@@ -221,6 +227,15 @@ def test_every_call_is_made(weights):
                 np.float32
             )
             np.testing.assert_allclose(result.astype(np.float32), expected, rtol=0.01, atol=0.01)
+
+
+def test_calls_take_the_memory_of_one(weights):
+    """On a CPU, what one call decodes, or makes float32, takes the place of what the last did."""
+    x = list(map(jnp.asarray, draw_rows(weights, 8)))
+    indices = [jnp.int32(i % 2) for i in range(len(x))]
+    for calls in product_calls(weights, x, indices, chained=True).values():
+        compiled = jax.jit(calls.function).lower(*calls.arguments).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < (2 + 4 + 1) * 128 * 512
 
 
 def made_up(name="qkv", compressed=2e-5, plain=(1e-5, 3e-5), fused=1.5e-5):
