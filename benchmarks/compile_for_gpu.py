@@ -5,7 +5,8 @@
 
 Only shapes go in, so that models of any size can be compiled. Prints one line of JSON a program:
 temporary memory in dense blocks, calls of the decoder, the shapes of all that is copied or sliced,
-what runs in a step of the scan, and whether the decoder's call is in a CUDA graph.
+what runs in a step of the scan, whether the decoder's call is in a CUDA graph, and calls of the
+fused product and of cuBLAS in what `df11-jax bench --product` times.
 """
 
 import json
@@ -20,7 +21,10 @@ from stack_shapes import compressed_stack
 from thunks import decoder_in_graph, dump_options, loop_body, read_thunks
 
 import df11_jax
+from df11_jax._product import is_fused_in
 from df11_jax.bench.blocks import BLOCKS
+from df11_jax.bench.product_programs import ProductWeights, compiler_options, product_calls
+from df11_jax.bench.workload import Workload
 
 BATCH, TOKENS = 4, 5
 
@@ -50,10 +54,28 @@ def trivial_block(x, p, _):
     return x + p["query"][0, 0], None
 
 
-def describe(name: str, function, arguments, block_bytes: int, min_graph_size: int = 5) -> dict:
+def products(name: str, rows: int, calls: int = 4):
+    """The programs that `df11-jax bench --product` compiles for one of Llama-3.1-8B's products."""
+    matrices = BLOCKS["Llama-3.1-8B"].products[name]
+    slices = 2
+    workload = Workload(name, tuple(compressed(slices, shape) for shape in matrices.values()))
+    k, n = ProductWeights(workload, {}).shape
+    plain = {"x @ W": (k, n), "x @ E.T": (n, k)}
+    plain = {
+        way: (jax.ShapeDtypeStruct(shape, jnp.bfloat16),) * slices for way, shape in plain.items()
+    }
+    x = [jax.ShapeDtypeStruct((rows, k), jnp.bfloat16)] * calls
+    indices = [jax.ShapeDtypeStruct((), jnp.int32)] * calls
+    return product_calls(ProductWeights(workload, plain), x, indices, chained=False), 2 * k * n
+
+
+def describe(
+    name: str, function, arguments, block_bytes: int, min_graph_size: int = 5, **options
+) -> dict:
     """Compiles for the H100; any smaller number of launches does not make a CUDA graph."""
     with tempfile.TemporaryDirectory() as folder:
-        jitted = jax.jit(function, compiler_options=dump_options(folder, min_graph_size))
+        options = dump_options(folder, min_graph_size) | options
+        jitted = jax.jit(function, compiler_options=options)
         compiled = jitted.lower(*placed(arguments)).compile()
         thunks = read_thunks(folder)
     text = compiled.as_text()
@@ -62,6 +84,9 @@ def describe(name: str, function, arguments, block_bytes: int, min_graph_size: i
         "program": name,
         "temporary_blocks": compiled.memory_analysis().temp_size_in_bytes / block_bytes,
         "decode_calls": text.count('custom_call_target="df11_decode"'),
+        "fused": is_fused_in(compiled),
+        "product_calls": text.count('custom_call_target="df11_product"'),
+        "cublas_calls": text.count('custom_call_target="__cublas$'),
         "copied_or_sliced": sorted(set(moved)),
         "step": loop_body(thunks),
         "in_graph": decoder_in_graph(thunks),
@@ -104,6 +129,11 @@ def programs():
 
     small = {f"w{i}": compressed(1, (64, 64)) for i in range(18)}
     yield "small_tensors", one_call, (small,), 18 * 2 * 64 * 64, {"min_graph_size": 1}
+
+    for name, rows in (("qkv", 1), ("gate_up", 64)):
+        ways, matrix_bytes = products(name, rows)
+        for way, calls in ways.items():
+            yield f"{name} {way}", *calls, matrix_bytes, compiler_options("gpu")
 
 
 def main() -> None:

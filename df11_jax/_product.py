@@ -97,6 +97,11 @@ def can_fuse(stack: DF11Array, rows: int) -> bool:
     return _is_matrix(stack.layout) and _can_fuse(stack) and bool(_platforms(rows))
 
 
+def is_fused_in(program: jax.stages.Compiled) -> bool:
+    """Whether a compiled program has fused products."""
+    return f'"{_ffi.PRODUCT_TARGET}"' in (program.as_text() or "")
+
+
 class _Call(NamedTuple):
     """A call but for its arrays.
 

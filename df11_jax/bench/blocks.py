@@ -35,6 +35,18 @@ class Block:
         }
 
     @property
+    def products(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """The matrices of each of the four products, those of one product side by side."""
+        merged = {
+            "qkv": ("query", "key", "value"),
+            "out": ("out",),
+            "gate_up": ("gate", "up"),
+            "down": ("down",),
+        }
+        shapes = self.matrices
+        return {name: {part: shapes[part] for part in parts} for name, parts in merged.items()}
+
+    @property
     def size(self) -> int:
         """The number of weights of one block."""
         return sum(rows * cols for rows, cols in self.matrices.values())
@@ -51,3 +63,20 @@ BLOCKS = {
     "Qwen3-14B": Block(layers=40, hidden=5120, query=40 * 128, key_value=8 * 128, mlp=17408),
     "Gemma-3-27B": Block(layers=62, hidden=5376, query=32 * 128, key_value=16 * 128, mlp=21504),
 }
+
+
+def fitting_block(model: str, max_weights: int, blocks: int = 1) -> tuple[str, Block]:
+    """A model's block, its sides halved until so many blocks have no more than `max_weights`.
+
+    Args:
+        model: a name in `BLOCKS`.
+        max_weights: the most weights.
+        blocks: the number of blocks that have no more weights together.
+
+    Returns:
+        The name of the model, with the divisor if there is one, and the block.
+    """
+    block, divisor = BLOCKS[model], 1
+    while blocks * block.divided(divisor).size > max_weights:
+        divisor *= 2
+    return (f"{model} / {divisor}" if divisor > 1 else model), block.divided(divisor)

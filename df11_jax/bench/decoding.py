@@ -1,6 +1,5 @@
 """The measurements of `df11-jax bench`, and their order."""
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -12,7 +11,7 @@ import jax
 import df11_jax
 from df11_jax._progress import say
 from df11_jax.bench import peers
-from df11_jax.bench.blocks import BLOCKS, Block
+from df11_jax.bench.blocks import BLOCKS, fitting_block
 from df11_jax.bench.decoding_figures import DecodingFigures
 from df11_jax.bench.device import describe_device, free_bytes, read_clocks, read_clocks_under
 from df11_jax.bench.measure import measure_decoding, measure_scan
@@ -63,23 +62,13 @@ def run_bench(*, quick: bool, max_weights: int | None) -> DecodingFigures:
     figures = DecodingFigures(df11_jax.__version__, jax.__version__, describe_device())
     figures.clocks["before"] = read_clocks()
     for case in _cases(quick, max_weights):
-        with _collected(figures, case.name):
+        with figures.collect(case.name):
             _measure_decoding(figures, case, effort)
-    with _collected(figures, "scan"):
+    with figures.collect("scan"):
         _measure_scan(figures, quick, max_weights, effort)
     figures.clocks["after"] = read_clocks()
     _measure_peers(figures, quick, max_weights, effort)
     return figures
-
-
-@contextlib.contextmanager
-def _collected(figures: DecodingFigures, name: str) -> Iterator[None]:
-    """Collects what fails, so that the other figures are not lost."""
-    try:
-        yield
-    except RuntimeError as error:  # XLA's, too
-        kind = figures.skipped if "RESOURCE_EXHAUSTED" in str(error) else figures.errors
-        kind[name] = str(error)
 
 
 def _cases(quick: bool, max_weights: int) -> Iterator[_Case]:
@@ -88,13 +77,13 @@ def _cases(quick: bool, max_weights: int) -> Iterator[_Case]:
         name = f"{size // MEGA} M" if size >= MEGA else f"{size // 1024} K"
         yield _Case(name, {name: _square(size)})
     for model in [SCANNED] if quick else BLOCKS:
-        name, block = _fitting(model, max_weights)
+        name, block = fitting_block(model, max_weights)
         yield _Case(name, block.matrices)
 
 
 def _measure_decoding(figures: DecodingFigures, case: _Case, effort: Effort) -> None:
     slices = slices_beyond_cache(case.weights)
-    if not _fits(figures, case.name, memory_needed(case.weights, slices)):
+    if not figures.fits(case.name, memory_needed(case.weights, slices), free_bytes()):
         return
     say(f"{case.name} ...")
     workload = make_workload(case.name, case.matrices, slices)
@@ -113,8 +102,10 @@ def _measure_scan(
 ) -> None:
     blocks = 8 if quick else BLOCKS[SCANNED].layers
     distinct = min(4, blocks)
-    name, block = _fitting(SCANNED, max_weights, blocks if jax.default_backend() == "cpu" else 1)
-    if _fits(figures, f"scan over {name}", memory_needed(block.size, distinct, blocks)):
+    together = blocks if jax.default_backend() == "cpu" else 1
+    name, block = fitting_block(SCANNED, max_weights, together)
+    needed = memory_needed(block.size, distinct, blocks)
+    if figures.fits(f"scan over {name}", needed, free_bytes()):
         say(f"scan over {blocks} blocks of {name} ...")
         workload = make_workload(name, block.matrices, distinct)
         figures.scan = measure_scan(workload, blocks, effort)
@@ -128,7 +119,7 @@ def _measure_peers(
 ) -> None:
     figures.missing_peers = peers.missing_peers()
     size = min(max_weights, 64 * MEGA)
-    block = _fitting(SCANNED, max_weights)[1].size
+    block = fitting_block(SCANNED, max_weights)[1].size
     zipnn, dfloat11 = peers.measure_zipnn, functools.partial(peers.measure_dfloat11, effort=effort)
     wanted: dict[str, list[tuple[str, Callable[[], dict[str, Any]]]]] = {
         "cpu": [("ZipNN", functools.partial(zipnn, min(size, 16 * MEGA) if quick else size))],
@@ -143,22 +134,6 @@ def _measure_peers(
         except Exception as error:
             # Whatever goes wrong in somebody else's library, our figures stand.
             figures.skipped[name] = f"{type(error).__name__}: {error}"
-
-
-def _fitting(model: str, max_weights: int, blocks: int = 1) -> tuple[str, Block]:
-    """A model's block, its sides halved until so many blocks have no more than `max_weights`."""
-    block, divisor = BLOCKS[model], 1
-    while blocks * block.divided(divisor).size > max_weights:
-        divisor *= 2
-    return (f"{model} / {divisor}" if divisor > 1 else model), block.divided(divisor)
-
-
-def _fits(figures: DecodingFigures, name: str, needed: int) -> bool:
-    free = free_bytes()
-    if free is None or needed <= free:
-        return True
-    figures.skipped[name] = f"takes {needed / 2**30:.1f} GiB, free are {free / 2**30:.1f}"
-    return False
 
 
 def _square(size: int) -> tuple[int, int]:

@@ -5,57 +5,37 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from df11_jax.bench.figures import Figures
 from df11_jax.bench.measure import Decoding, Scan
-from df11_jax.bench.tables import format_device, format_table
-from df11_jax.bench.workload import SIGMA
+from df11_jax.bench.tables import format_table
 
 
 @dataclasses.dataclass
-class DecodingFigures:
+class DecodingFigures(Figures):
     """The figures of one run; `print` shows them, `plot` draws the roofline share.
 
     Attributes:
-        version: the version of df11_jax.
-        jax_version: the version of jax.
-        device: the device that was measured.
-        clocks: the clocks before, under load and after; None where nothing tells them.
         decodings: the decoding of single tensors, then that of blocks.
         scan: the scan over blocks; None if it was not measured.
         peers: the figures of other decoders.
         missing_peers: the command that installs each other decoder that is not here.
-        skipped: the reason for each figure that was not measured.
-        errors: the error of each measurement that failed.
     """
 
-    version: str
-    jax_version: str
-    device: dict[str, Any]
-    clocks: dict[str, dict[str, Any] | None] = dataclasses.field(default_factory=dict)
     decodings: list[Decoding] = dataclasses.field(default_factory=list)
     scan: Scan | None = None
     peers: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     missing_peers: dict[str, str] = dataclasses.field(default_factory=dict)
-    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
-    errors: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """All figures, in types that JSON knows: seconds, and bytes per second."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return fields | {
-            "weights": f"normal(0, {SIGMA})",
+        return super().as_json() | {
             "decodings": [decoding.as_json() for decoding in self.decodings],
             "scan": self.scan and self.scan.as_json(),
         }
 
     def __str__(self) -> str:
         lines = [
-            format_device(self.device),
-            f"df11_jax {self.version}, jax {self.jax_version}; weights: normal(0, {SIGMA})",
-            *(
-                f"clocks {when}: {_clocks(clocks)}"
-                for when, clocks in self.clocks.items()
-                if clocks
-            ),
+            *self._head_lines(),
             "",
             *self._decoding_table(),
             "",
@@ -67,9 +47,7 @@ class DecodingFigures:
             lines += ["", *self._scan_lines(self.scan)]
         if self.peers or self.missing_peers:
             lines += ["", *self._peer_lines()]
-        lines += [f"Not measured: {name}: {why}" for name, why in self.skipped.items()]
-        lines += [f"FAILED: {name}: {how}" for name, how in self.errors.items()]
-        return "\n".join(lines)
+        return "\n".join((*lines, *self._failure_lines()))
 
     def plot(self) -> Any:
         """Draws the share of the limit against the number of weights.
@@ -173,7 +151,3 @@ def _format(template: str, value: float | None, scale: float) -> str:
 def _spread(seconds: Sequence[float]) -> str:
     middle = statistics.median(seconds)
     return f"{100 * (min(seconds) / middle - 1):+.0f} {100 * (max(seconds) / middle - 1):+.0f} %"
-
-
-def _clocks(clocks: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in clocks.items())

@@ -1,21 +1,16 @@
 """The measurements behind `df11-jax bench`."""
 
 import dataclasses
-import logging
 import statistics
 from typing import Any
 
-import jax
-
 from df11_jax.bench.programs import Program, copy_programs, decode_program, scan_program
-from df11_jax.bench.timing import Effort, kernel_durations, time_in_turn
+from df11_jax.bench.timing import Effort, profile_kernels, time_in_turn
 from df11_jax.bench.workload import Workload, repeat_slices
 
 DECODE_KERNEL = "decode_kernel"
 
 _PROFILED_RUNS = 3
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,12 +153,11 @@ def measure_scan(workload: Workload, blocks: int, effort: Effort) -> Scan:
 
 
 def _kernel_seconds_per_call(program: Program, kernel: str = "") -> float | None:
-    if jax.default_backend() != "gpu":
-        return None
-    try:
-        runs = [sum(kernel_durations(program, kernel)) for _ in range(_PROFILED_RUNS)]
-        return statistics.median(runs) / program.calls
-    except Exception as error:
-        # The figures by the clock stand without those by the profiler, whatever it lacks here.
-        _LOG.warning("no kernel times: %s", error)
-        return None
+    """The median over some profiles, without what is between kernels; None if not known."""
+    runs = []
+    for _ in range(_PROFILED_RUNS):
+        kernels = profile_kernels(program)
+        if kernels is None:
+            return None
+        runs.append(sum(found.seconds for found in kernels if kernel in found.name))
+    return statistics.median(runs) / program.calls

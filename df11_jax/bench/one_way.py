@@ -18,8 +18,8 @@ import jax
 import numpy as np
 
 import df11_jax
-from df11_jax import _ffi
 from df11_jax._array import is_df11
+from df11_jax._product import is_fused_in
 from df11_jax._progress import say
 from df11_jax.bench.compared_model import open_model
 from df11_jax.bench.device import describe_device, free_bytes
@@ -163,7 +163,8 @@ def _measure_weights(
                 own = _config_of(kind, config)
                 programs = compile_request(weights.shapes(device), own, request)
                 plan = read_plan(programs, weights)
-                row |= {"plan": plan._asdict() | {"peak": plan.peak}, "fused": _is_fused(programs)}
+                row["plan"] = plan._asdict() | {"peak": plan.peak}
+                row["fused"] = is_fused_in(programs.decode)
                 if not row["fused"]:
                     same.add(request.batch)
                 if budget is not None and plan.peak > budget:
@@ -194,13 +195,9 @@ def _run(
         "bits": result.digests(),
     }
     is_compressed = any(map(is_df11, jax.tree.leaves(params, is_leaf=is_df11)))
-    if is_compressed and not _is_fused(programs):
+    if is_compressed and not is_fused_in(programs.decode):
         figures["decompress_seconds"] = _time_decompression(params, config, request.batch)
     return figures
-
-
-def _is_fused(programs: RequestPrograms) -> bool:
-    return f'"{_ffi.PRODUCT_TARGET}"' in (programs.decode.as_text() or "")
 
 
 def _time_decompression(params: Params, config: Config, batch: int) -> list[float]:

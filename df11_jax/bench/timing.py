@@ -1,14 +1,18 @@
 """Times programs by the clock on the host, and kernels by the profiler."""
 
 import dataclasses
+import logging
 import pathlib
 import tempfile
 import time
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 
 from df11_jax.bench.programs import Program
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +49,13 @@ def time_in_turn(programs: Mapping[str, Program], effort: Effort) -> dict[str, l
     return times
 
 
+class Kernel(NamedTuple):
+    """A kernel, or a copy, that a GPU has run."""
+
+    name: str
+    seconds: float
+
+
 def kernel_durations(program: Program, kernel: str = "") -> list[float]:
     """The time that each of a GPU's kernels takes in one run, by the profiler.
 
@@ -58,6 +69,34 @@ def kernel_durations(program: Program, kernel: str = "") -> list[float]:
     Raises:
         RuntimeError: the profiler has not seen any kernel.
     """
+    return [found.seconds for found in _profile(program) if kernel in found.name]
+
+
+def profile_kernels(program: Program) -> list[Kernel] | None:
+    """The kernels and copies of one run on a GPU, by the profiler.
+
+    Args:
+        program: the program to run.
+
+    Returns:
+        Each of them; None if the default device is no GPU, or the profiler lacks something.
+    """
+    if jax.default_backend() != "gpu":
+        return None
+    try:
+        return _profile(program)
+    except Exception as error:
+        # The figures by the clock stand without those by the profiler, whatever it lacks here.
+        _LOG.warning("no kernel times: %s", error)
+        return None
+
+
+def read_durations(profile: jax.profiler.ProfileData, kernel: str) -> list[float]:
+    """The seconds of each kernel with `kernel` in its name, in what the profiler has written."""
+    return [found.seconds for found in _read_kernels(profile) if kernel in found.name]
+
+
+def _profile(program: Program) -> list[Kernel]:
     jax.block_until_ready(program.run())  # compiled, and loaded
     options = jax.profiler.ProfileOptions()
     options.host_tracer_level = options.python_tracer_level = 0
@@ -65,22 +104,21 @@ def kernel_durations(program: Program, kernel: str = "") -> list[float]:
         with jax.profiler.trace(folder, profiler_options=options):
             jax.block_until_ready(program.run())
         (trace,) = pathlib.Path(folder).rglob("*.xplane.pb")
-        return read_durations(jax.profiler.ProfileData.from_file(str(trace)), kernel)
+        return _read_kernels(jax.profiler.ProfileData.from_file(str(trace)))
 
 
-def read_durations(profile: jax.profiler.ProfileData, kernel: str) -> list[float]:
-    """The seconds of each kernel with `kernel` in its name, in what the profiler has written."""
-    events = [
-        event
+def _read_kernels(profile: jax.profiler.ProfileData) -> list[Kernel]:
+    kernels = [
+        Kernel(event.name, event.duration_ns / 1e9)
         for plane in profile.planes
         if plane.name.startswith("/device:GPU")
         for line in plane.lines
         if line.name.startswith("Stream")  # other lines sum these up
         for event in line.events
     ]
-    if not events:
+    if not kernels:
         raise RuntimeError("the profiler has seen no kernels (is CUPTI installed?)")
-    return [event.duration_ns / 1e9 for event in events if kernel in event.name]
+    return kernels
 
 
 def _runs_within(program: Program, effort: Effort) -> int:

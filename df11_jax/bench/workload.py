@@ -15,6 +15,9 @@ from df11_jax._slices import decode_slices
 
 SIGMA = 0.02
 
+# Of a weight of that distribution, about.
+COMPRESSED_BYTES = 10.6 / 8
+
 # What is read and written must not stay in a cache from one time to the next: no device has one of
 # half that size.
 _CACHE_BYTES = 256 * 2**20
@@ -60,9 +63,15 @@ class Workload:
         return self.compressed_bytes + 2 * self.weights
 
 
-def slices_beyond_cache(weights: int) -> int:
-    """The number of slices of that size that take more memory than a cache has."""
-    return min(_MOST_SLICES, math.ceil(_CACHE_BYTES / (weights * (2 + 10.6 / 8))))
+def slices_beyond_cache(weights: int, bytes_per_weight: float = 2 + COMPRESSED_BYTES) -> int:
+    """The number of slices of that size that take more memory than a cache has.
+
+    Args:
+        weights: the number of weights of a slice.
+        bytes_per_weight: the bytes of each that are read and written; by default, its compressed
+            bits and the bfloat16 that is decoded.
+    """
+    return min(_MOST_SLICES, math.ceil(_CACHE_BYTES / (weights * bytes_per_weight)))
 
 
 @functools.partial(jax.jit, static_argnames="shape")
@@ -86,22 +95,45 @@ def make_workload(name: str, matrices: Mapping[str, tuple[int, ...]], slices: in
     Raises:
         RuntimeError: the device does not decode what was compressed.
     """
+    return compress_originals(name, draw_originals(matrices, slices))
+
+
+def draw_originals(
+    matrices: Mapping[str, tuple[int, ...]], slices: int
+) -> dict[str, BFloat16[Array, "slices ..."]]:
+    """Draws a stack of `slices` different slices for each matrix, on the default device."""
     keys = jax.random.split(jax.random.key(len(matrices)), len(matrices))
-    originals = [
-        draw(key, (slices, *shape)) for key, shape in zip(keys, matrices.values(), strict=True)
-    ]
+    return {
+        matrix: draw(key, (slices, *shape))
+        for key, (matrix, shape) in zip(keys, matrices.items(), strict=True)
+    }
+
+
+def compress_originals(
+    name: str, originals: Mapping[str, BFloat16[Array, "slices ..."]]
+) -> Workload:
+    """Compresses a workload, and verifies on the device that it decodes it.
+
+    Args:
+        name: the name of the workload.
+        originals: the name and the stack of each matrix.
+
+    Raises:
+        RuntimeError: the device does not decode what was compressed.
+    """
     # Verified below, on the device.
-    arrays = tuple(compress(original, stack_axes=1, verify=False) for original in originals)
-    decode = jax.jit(lambda arrays, index: decode_slices(arrays, index, names=list(matrices)))
-    for index in range(slices):
+    arrays = tuple(compress(stack, stack_axes=1, verify=False) for stack in originals.values())
+    workload = Workload(name, arrays)
+    decode = jax.jit(lambda arrays, index: decode_slices(arrays, index, names=list(originals)))
+    for index in range(workload.slices):
         decoded = decode(arrays, jnp.int32(index))
-        for matrix, got, original in zip(matrices, decoded, originals, strict=True):
-            if not _same_bits(got, original, index):
+        for matrix, got in zip(originals, decoded, strict=True):
+            if not _same_bits(got, originals[matrix], index):
                 raise RuntimeError(
-                    f"{name}: {matrix}, slice {index} of {slices}, does not come back bit for bit "
-                    f"on {jax.devices()[0].device_kind}; nothing was timed"
+                    f"{name}: {matrix}, slice {index} of {workload.slices}, does not come back bit "
+                    f"for bit on {jax.devices()[0].device_kind}; nothing was timed"
                 )
-    return Workload(name, arrays)
+    return workload
 
 
 @jax.jit

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from df11_jax import _ffi
+from df11_jax._product import is_fused_in
 from df11_jax.models import _cache, _transformer
 from df11_jax.models._cache import Cache
 from df11_jax.models._config import Config
@@ -186,7 +186,7 @@ class Programs(NamedTuple):
     @property
     def fused(self) -> bool:
         """Whether the token loop multiplies blocks without decompressing them first."""
-        return f'"{_ffi.PRODUCT_TARGET}"' in (self.decode.as_text() or "")
+        return is_fused_in(self.decode)
 
 
 def compile_programs(

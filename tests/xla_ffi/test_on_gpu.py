@@ -23,6 +23,7 @@ from df11_jax import (
     published,
     scan_blocks,
 )
+from df11_jax._product import MOST_FUSED_ROWS
 from df11_jax._slices import decode_slices
 from df11_jax.bench.blocks import BLOCKS
 from df11_jax.bench.measure import DECODE_KERNEL
@@ -234,6 +235,19 @@ def test_bench():
         assert 10.5 < decoding["bits_per_weight"] < 10.9
         assert 0 < decoding["share_of_limit"] < 1.5
     assert report["scan"]["blocks"] == 8
+
+
+def test_bench_product():
+    result = CliRunner().invoke(_commands.commands, ["bench", "--product", "--quick", "--json"])
+    assert result.exit_code == 0, result.output
+    print(result.stdout)
+    report = json.loads(result.stdout)
+    assert not report["skipped"]
+    can_fuse = bool(_ffi.product_platforms())
+    for product in report["products"]:
+        assert product["is_fused"] == (can_fuse and product["rows"] <= MOST_FUSED_ROWS)
+        if product["timed_by"] == "kernels":
+            assert (product["fused_seconds"] is not None) == product["is_fused"]
 
 
 def test_doctor():
