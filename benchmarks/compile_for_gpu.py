@@ -21,6 +21,7 @@ from stack_shapes import compressed_stack
 from thunks import decoder_in_graph, dump_options, loop_body, read_thunks
 
 import df11_jax
+from df11_jax._layout import make_layout
 from df11_jax._product import is_fused_in
 from df11_jax.bench.blocks import BLOCKS
 from df11_jax.bench.product_programs import ProductWeights, compiler_options, product_calls
@@ -30,7 +31,7 @@ BATCH, TOKENS = 4, 5
 
 
 def compressed(layers: int, shape: tuple[int, int]) -> df11_jax.DF11Array:
-    return compressed_stack((layers,), shape, jax.ShapeDtypeStruct)
+    return compressed_stack((layers,), make_layout(shape), jax.ShapeDtypeStruct)
 
 
 def plain(layers: int, shape: tuple[int, int]) -> jax.ShapeDtypeStruct:

@@ -1,5 +1,6 @@
 """Shapes of parameters of any size, to compile programs without them."""
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ from stack_shapes import compressed_stack
 
 from df11_jax.models import Config, Params, _experts, _programs, _sharding, tables
 from df11_jax.models._devices import ParamDevices
-from df11_jax.models._leaf_builders import count_stack_axes, is_candidate_leaf
+from df11_jax.models._leaf_builders import count_stack_axes, is_candidate_leaf, slice_layout
 from df11_jax.models._parallel import on_one_device
 from df11_jax.models._transformer import block_shapes
 
@@ -31,8 +32,8 @@ def block_nbytes(config: Config, devices: int = 1) -> int:
 
 def piece_nbytes(params: Params) -> int:
     """Bytes of the piece of a table that each device decompresses at a time."""
-    table = on_one_device(params["embed_tokens"])
-    return 2 * tables.groups_in_piece(table) * tables.ROWS * table.shape[-1]
+    table = on_one_device(params.get("lm_head", params["embed_tokens"]))
+    return 2 * tables.groups_in_piece(table) * math.prod(table.shape[1:])
 
 
 def cache_copies(program: jax.stages.Compiled) -> list[str]:
@@ -76,7 +77,7 @@ def param_shapes(
         if not compress or not is_candidate_leaf(path, shape):
             return array(shape, jnp.float32 if _sharding.is_wide(path) else jnp.bfloat16)
         axes = count_stack_axes(path)
-        return compressed_stack(shape[:axes], shape[axes:], array)
+        return compressed_stack(shape[:axes], slice_layout(path, shape), array)
 
     def stack(keys, x):
         path = ("layers", *(key.key for key in keys))

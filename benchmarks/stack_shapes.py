@@ -6,16 +6,14 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 
 from df11_jax import DF11Array, _layout
+from df11_jax._layout import Layout
 
 # Of normally distributed weights; trained ones have some more.
 EXPONENT_BITS = 2.63
 
 
-def compressed_stack(
-    stack_shape: Sequence[int], slice_shape: Sequence[int], make_shape: Callable
-) -> DF11Array:
+def compressed_stack(stack_shape: Sequence[int], layout: Layout, make_shape: Callable) -> DF11Array:
     """The shapes of a compressed stack, each made by `make_shape(shape, dtype)`."""
-    layout = _layout.make_layout(slice_shape)
     view = layout.view
     words = (
         _layout.HEADER_WORDS,

@@ -61,10 +61,10 @@ def spread(
 
 
 def project(
-    table: Table, x: Float[Array, "*batch dim"], divided: bool
+    table: Table, x: Float[Array, "*batch dim"], divided: bool, fuse: bool
 ) -> Float[Array, "*batch rows_of_all"]:
     """`tables.project` with a table whose groups of rows may be divided over all devices."""
-    logits = tables.project(table, x)
+    logits = tables.project(table, x, fuse)
     if not divided:
         return logits
     return jax.lax.all_gather(logits, ALL_AXES, axis=logits.ndim - 1, tiled=True)

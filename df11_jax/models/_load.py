@@ -16,7 +16,6 @@ from df11_jax._host_arrays import BFLOAT16
 from df11_jax._host_codec import thread_count
 from df11_jax._progress import ProgressBar
 from df11_jax._select import is_candidate_dtype, is_castable
-from df11_jax.models import tables
 from df11_jax.models._config import Config
 from df11_jax.models._devices import Devices, ParamDevices
 from df11_jax.models._layer_types import count_stack
@@ -247,11 +246,12 @@ def _slices(
         return part.astype(place.dtype, copy=False)
 
     if place.is_table:
-        count = table_shape(config, target.count, place.path[0])[0] // target.count
-        rows = count * tables.ROWS
+        of_all, each, _ = table_shape(config, target.count, place.path[0])
+        count = of_all // target.count
+        rows = count * each
         for at, number in enumerate(target.parts(place.path)[1]):
             table = cast(tensor[number * rows : (number + 1) * rows])
-            for start, groups in _groups(table, count):
+            for start, groups in _groups(table, count, each):
                 yield at * count + start, groups
     elif place.layer is None:
         yield 0, cast(tensor)
@@ -275,15 +275,15 @@ def _slices(
 
 
 def _groups(
-    table: BFloat16[np.ndarray, "vocab dim"], count: int
+    table: BFloat16[np.ndarray, "vocab dim"], count: int, rows: int
 ) -> Iterator[tuple[int, BFloat16[np.ndarray, "groups rows dim"]]]:
     """A table in groups of rows, padded with zeros to a number of groups."""
     vocab, dim = table.shape
-    whole, rest = divmod(vocab, tables.ROWS)
+    whole, rest = divmod(vocab, rows)
     if whole:
-        yield 0, table[: whole * tables.ROWS].reshape(whole, tables.ROWS, dim)
+        yield 0, table[: whole * rows].reshape(whole, rows, dim)
     if rest:
-        yield whole, np.pad(table[-rest:], ((0, tables.ROWS - rest), (0, 0)))[None]
-    begin = -(-vocab // tables.ROWS)
+        yield whole, np.pad(table[-rest:], ((0, rows - rest), (0, 0)))[None]
+    begin = -(-vocab // rows)
     if begin < count:
-        yield begin, np.zeros((count - begin, tables.ROWS, dim), BFLOAT16)
+        yield begin, np.zeros((count - begin, rows, dim), BFLOAT16)

@@ -60,7 +60,10 @@ def find_saved(tensors: Mapping[str, TensorInfo], config: Config) -> int | None:
         info, expected = tensors[name], leaf_shape(place, config, devices)
         shape = tuple(info.shape)
         if place.is_table:  # divided among the devices of all stages, however many there were
-            expected = (max(shape[0] // devices * devices, expected[0]), *expected[1:])
+            several = leaf_shape(place, config, 2)
+            groups = -(-place.shape[0] // several[1] // devices) * devices
+            if devices > 1 or shape[1:] == several[1:]:
+                expected = (max(shape[0] // devices * devices, groups), *several[1:])
         if shape != expected:
             raise ValueError(
                 f"{name}: expected shape {list(expected)} for {devices} "
@@ -151,7 +154,7 @@ class SavedTensors:
         (place,) = self.places[name]
         leaf = self._open(_name(place))
         if place.is_table:
-            groups = np.arange(leaf_shape(place, self._config, 1)[0])
+            groups = np.arange(-(-place.shape[0] // leaf.shape[1]))
             return self._decode(leaf, groups, place).reshape(-1, place.shape[1])[: place.shape[0]]
         if place.layer is None:
             return leaf
@@ -194,10 +197,11 @@ class SavedTensors:
 
     def _slice_numbers(self, place: TensorPlace) -> SliceNumbers | None:
         """The saved slices that a leaf has on its devices; None if it has others there."""
-        saved, target = self._source.tensors[_name(place)].shape[0], self._target
+        (saved, *each), target = self._source.tensors[_name(place)].shape, self._target
         if place.is_table:
-            numbers = np.arange(leaf_shape(place, self._config, target.count)[0])
-            return np.where(numbers < saved, numbers, -1)
+            groups, *wanted = leaf_shape(place, self._config, target.count)
+            numbers = np.arange(groups)
+            return np.where(numbers < saved, numbers, -1) if each == wanted else None
         if place.layer is None:
             return np.arange(saved)
         before, shape = self._shards(place, self._devices)

@@ -149,6 +149,8 @@ def is_wide(path: Sequence[str]) -> bool:
 def table_shape(config: Config, devices: int, name: str = "embed_tokens") -> tuple[int, int, int]:
     """Shape of a table, padded to an equal number of groups on each device."""
     vocab, dim = config.vocab, config.dim
+    if name == "lm_head" and devices == 1:  # products are fused on one device alone
+        return tables.head_shape(vocab, dim)
     if name == "embed_tokens_per_layer":
         assert config.per_layer is not None
         vocab, dim = config.per_layer.vocab, config.layers * config.per_layer.dim

@@ -393,7 +393,9 @@ def project(
         Logits in float32.
     """
     table = params["embed_tokens"] if config.tied else params["lm_head"]
-    logits = _collectives.project(table, x, config.is_divided)[..., : config.vocab]
+    # An embedding has too many groups for a product of each.
+    fuse = config.may_fuse and not config.tied
+    logits = _collectives.project(table, x, config.is_divided, fuse)[..., : config.vocab]
     return softcap(logits, config.logit_softcap)
 
 

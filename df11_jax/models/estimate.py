@@ -7,7 +7,7 @@ device, by these formulas, is found out in `fit`.
 import functools
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -221,7 +221,7 @@ def estimate_temporary(
     ]
     in_head = Temporary(
         block=0,
-        head=2 * tables.ROWS * c.dim * _head_groups(config, devices),
+        head=_head_nbytes(config, devices),
         cache_copy=0,
         activations=width * batch * seq * c.dim + 2 * 4 * batch * c.vocab,
     )
@@ -326,6 +326,8 @@ def _table_shards(config: Config, devices: int) -> list[tuple[tuple[str, ...], t
     return [((name,), (shape[0] // devices, *shape[1:])) for name, shape in shapes.items()]
 
 
-def _head_groups(config: Config, devices: int) -> int:
-    table = jax.ShapeDtypeStruct(_table_shards(config, devices)[0][1], config.dtype)
-    return tables.groups_in_piece(table)  # type: ignore[arg-type]  # its shape is enough
+def _head_nbytes(config: Config, devices: int) -> int:
+    """The bytes of the groups of the output head that are decompressed at a time."""
+    shape = dict(_table_shards(config, devices))[("embed_tokens" if config.tied else "lm_head",)]
+    table: Any = jax.ShapeDtypeStruct(shape, config.dtype)  # its shape is enough
+    return 2 * math.prod(shape[1:]) * tables.groups_in_piece(table)

@@ -1,10 +1,12 @@
 """Embeddings and output heads as stacks of row groups, of which few are decompressed at a time.
 
-A table [vocab, dim] is kept as [groups, ROWS, dim], its last group padded with zeros. If it is
+A table [vocab, dim] is kept as [groups, rows, dim], its last group padded with zeros. If it is
 compressed, each group is a slice of the stack, and can be decompressed alone: to look up a token,
-its group is decompressed, and the output head goes through the table in pieces.
+its group is decompressed, and the output head goes through the table in pieces. A head that is no
+embedding has groups as large as pieces, each of which one fused product can read.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +14,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int
 
-from df11_jax._array import DF11Array
+from df11_jax import _ffi
+from df11_jax._array import DF11Array, DF11Slice
+from df11_jax._layout import TILE_COLS, round_up
+from df11_jax._product import can_fuse, dot
 from df11_jax._slices import decode_slices
 
-# The rows of a chunk of the compressed layout; smaller groups would be compressed less well.
+# Of a table that tokens are looked up in: two tiles of the compressed layout. Smaller groups would
+# be compressed less well.
 ROWS = 128
 
 # Bytes of decompressed weights at a time. Products of that size are efficient on any device, and
@@ -28,6 +34,13 @@ Table = BFloat16[Array, "groups rows dim"] | DF11Array
 def table_shape(vocab: int, dim: int) -> tuple[int, int, int]:
     """Shape of the table of a vocabulary."""
     return -(-vocab // ROWS), ROWS, dim
+
+
+def head_shape(vocab: int, dim: int) -> tuple[int, int, int]:
+    """Shape of an output head that no tokens are looked up in: each group is a piece."""
+    pieces = max(1, -(-2 * vocab * dim // PIECE_BYTES))
+    rows = round_up(-(-vocab // pieces), TILE_COLS)
+    return -(-vocab // rows), rows, dim
 
 
 def look_up(table: Table, tokens: Int[Array, "*batch"]) -> BFloat16[Array, "*batch dim"]:
@@ -56,8 +69,35 @@ def look_up(table: Table, tokens: Int[Array, "*batch"]) -> BFloat16[Array, "*bat
     return out.reshape(*tokens.shape, dim)
 
 
-def project(table: Table, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch rows_of_all"]:
-    """Float32 products of `x` and all rows, those that pad the last group included."""
+def project(
+    table: Table, x: Float[Array, "*batch dim"], fuse: bool = False
+) -> Float[Array, "*batch rows_of_all"]:
+    """Float32 products of `x` and all rows, those that pad the last group included.
+
+    Args:
+        table: the table.
+        x: what to multiply with.
+        fuse: whether the products with compressed groups may be fused, one for each.
+    """
+    if (
+        fuse
+        and isinstance(table, DF11Array)
+        and table.layout.along_columns  # else `dot` would multiply by the transpose
+        and can_fuse(table, math.prod(x.shape[:-1]))
+    ):
+        # Elsewhere, the groups would all be decompressed at once.
+        compiled = dict.fromkeys(_ffi.product_platforms(), _project_fused)
+        return jax.lax.platform_dependent(table, x, **compiled, default=_project_in_pieces)
+    return _project_in_pieces(table, x)
+
+
+def _project_fused(table: DF11Array, x: Array) -> Array:
+    slices = (DF11Slice(table, jnp.int32(i)) for i in range(table.shape[0]))
+    products = [dot(x, each, preferred_element_type=jnp.float32) for each in slices]
+    return jnp.concatenate(products, axis=-1)
+
+
+def _project_in_pieces(table: Table, x: Array) -> Array:
     groups, rows, _ = table.shape
 
     def add(logits: Array, first: Int[Array, ""], piece: Array) -> Array:

@@ -34,7 +34,8 @@ def test_same_bits_as_with_plain_weights(family, monkeypatch):
     compressed, config = load(family)
     plain, _ = load(family, compress=False)
     # On a CPU, `dot` then decompresses each matrix.
-    monkeypatch.setattr(_transformer, "can_fuse", lambda stack, rows: rows <= MOST_FUSED_ROWS)
+    for module in (_transformer, tables):
+        monkeypatch.setattr(module, "can_fuse", lambda stack, rows: rows <= MOST_FUSED_ROWS)
     monkeypatch.setattr(_programs, "PIECE_TOKENS", MOST_FUSED_ROWS)
     expected = run(plain, config, batch=3)
     assert_same_bits(run(compressed, config, batch=3), expected)
@@ -71,13 +72,16 @@ def test_calls_on_a_gpu():
         return [text.count(f"@{target}(") for target in (_ffi.PRODUCT_TARGET, _ffi.DECODE_TARGET)]
 
     rest = (5, GREEDY, keys, NONE, 8)
-    # Embedding and head are decompressed; of a block, four products are fused.
-    assert calls(models.decode, params, state, *rest, config) == [4, 2]
+    # The embedding is decompressed; four products of a block are fused, and those of the head.
+    (pieces, _, _) = params["lm_head"].shape
+    assert calls(models.decode, params, state, *rest, config) == [4 + pieces, 1]
+    tied = dataclasses.replace(config, tied=True)
+    assert calls(models.decode, params, state, *rest, tied) == [4, 2]
     exact = dataclasses.replace(config, exact=True)
     assert calls(models.decode, params, state, *rest, exact) == [0, 3]
     # Of all leaves of a block that many tokens are multiplied with, one call decompresses.
     many = np.ones((1, MOST_FUSED_ROWS + 1), np.int32), np.array([2], np.int32)
-    assert calls(models.prefill, params, *many, GREEDY, keys, NONE, 64, config) == [0, 3]
+    assert calls(models.prefill, params, *many, GREEDY, keys, NONE, 64, config) == [pieces, 2]
 
 
 @pytest.mark.parametrize("family", families.EACH)
@@ -95,7 +99,7 @@ def test_compressed_parameters_are_the_plain_ones(family):
 def test_weights_are_decoded_once_a_token(family, embeddings):
     params, config = load(family)
     leaves = jax.tree.leaves(params["layers"], is_leaf=is_df11)
-    groups = params["embed_tokens"].shape[0]
+    groups = params["embed_tokens" if config.tied else "lm_head"].shape[0]
     # One group of each embedding, each block, and the head.
     blocks = sum(leaf.shape[0] for leaf in leaves if is_df11(leaf))
     assert count_decodes(begin(params, config)) == 5 * (embeddings + blocks + groups)

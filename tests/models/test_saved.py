@@ -76,7 +76,7 @@ def with_room(params, like=None):
         ("shared", (1, 1), checkpoints.save, (2, 2), 0),
         ("large table", (4, 1), save_orbax, (1, 1), 2),
         ("large table", (1, 1), checkpoints.save, (4, 1), 2),
-        ("hybrid", (1, 1), checkpoints.save, (2, 1), 9),
+        ("hybrid", (1, 1), checkpoints.save, (2, 1), 10),  # the head, too, has other groups
         ("hybrid", (4, 2), save_orbax, (2, 2), 9),
         ("gemma4_text", (2, 1), checkpoints.save, (1, 1), 10),
     ],
