@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from gpu_programs import count_calls, needs_product
 from linen_models import LAYERS, SCAN, TENSORS, TOKENS, WIDTH, Compact, Stack, bf16, init
+from mostly_slow import mostly_slow
 from payloads import assert_same_bits, random_weights
 
 import df11_jax
@@ -28,7 +29,7 @@ LINEN = {
     "unrolled": lambda: Stack(compressed(Compact, fused=True), True, FUSED_EMBED),
     "whole": lambda: compressed(Stack, fused=True)(Compact, True),
 }
-styles = pytest.mark.parametrize("style", LINEN)
+styles = pytest.mark.parametrize("style", mostly_slow(LINEN))
 
 
 def make(style):
@@ -88,6 +89,7 @@ def test_linen_on_a_gpu(style):
     assert count_calls(model.apply, small, many)[0] == 0
 
 
+@pytest.mark.slow
 def test_linen_gradients(fused_products):
     model, plain_model, plain, small = make("scan")
     x = jnp.ones((2, 3, WIDTH), jnp.bfloat16)
@@ -185,6 +187,7 @@ def test_a_product_of_ones_own_stays(fused_products):
     assert not fused_products
 
 
+@pytest.mark.slow
 def test_parameters_that_a_layer_maps_over():
     class Experts(nn.Module):
         @nn.compact
@@ -288,6 +291,7 @@ def test_nnx_layers_of_a_scan(fused_products):
     assert set(fused_products) == {((2, WIDTH), (2, WIDTH))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lazy", [False, True])
 def test_nnx_layers_in_scan_blocks(lazy, fused_products):
     layers = nnx.vmap(Layer)(nnx.Rngs(0).split(LAYERS))

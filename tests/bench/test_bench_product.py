@@ -195,6 +195,7 @@ def test_a_less_exact_product_is_found(weights, monkeypatch):
         check_products(weights, x, compile_products(weights, x))
 
 
+@pytest.mark.slow
 def test_a_wrong_product_is_an_error(invoke, monkeypatch):
     dot = product_programs.dot
 
@@ -226,6 +227,7 @@ def test_every_call_is_made(weights):
             np.testing.assert_allclose(result.astype(np.float32), expected, rtol=0.01, atol=0.01)
 
 
+@pytest.mark.slow
 def test_calls_take_the_memory_of_one():
     """On a CPU, what one call decodes, or makes float32, takes the place of what the last did.
 
