@@ -1,9 +1,7 @@
 """Writes a checkpoint in another format, with little of it in memory at a time."""
 
 import json
-import logging
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,17 +116,7 @@ def write_orbax(source: Source, path: Path, *, progress: bool = False) -> None:
     with jax.default_device(cpu_device()):
         params = load(source, progress=progress)
     source.check_current()
-    target, absl = path.resolve(), logging.getLogger("absl")
-    level = absl.level
-    try:
-        # Orbax's threads log what they raise, with tracebacks.
-        absl.setLevel(logging.CRITICAL)
-        save_item(params, target)
-    except BaseException:
-        shutil.rmtree(f"{target}.orbax-checkpoint-tmp", ignore_errors=True)
-        raise
-    finally:
-        absl.setLevel(level)
+    save_item(params, path.resolve())
 
 
 class _PlainTarget:

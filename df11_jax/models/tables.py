@@ -38,9 +38,15 @@ def table_shape(vocab: int, dim: int) -> tuple[int, int, int]:
 
 def head_shape(vocab: int, dim: int) -> tuple[int, int, int]:
     """Shape of an output head that no tokens are looked up in: each group is a piece."""
-    pieces = max(1, -(-2 * vocab * dim // PIECE_BYTES))
-    rows = round_up(-(-vocab // pieces), TILE_COLS)
-    return -(-vocab // rows), rows, dim
+    least = max(1, -(-2 * vocab * dim // PIECE_BYTES))
+
+    def shape(groups: int) -> tuple[int, int, int]:
+        rows = round_up(-(-vocab // groups), TILE_COLS)
+        return -(-vocab // rows), rows, dim
+
+    # Of about as few as there can be, the number of pieces that pads least.
+    shapes = map(shape, range(least, least + least // 4 + 1))
+    return min(shapes, key=lambda shape: (shape[0] * shape[1], shape[0]))
 
 
 def look_up(table: Table, tokens: Int[Array, "*batch"]) -> BFloat16[Array, "*batch dim"]:

@@ -273,6 +273,28 @@ def test_tables_in_pieces(monkeypatch, tokens, piece):
         assert count_decodes(jax.jit(tables.look_up), table, ids) <= -(-ids.size // piece) * piece
 
 
+@pytest.mark.parametrize(
+    ("vocab", "dim"), [(128_256, 4096), (152_064, 5120), (128_256, 16_384), (300, 64), (1, 8)]
+)
+def test_shape_of_a_head_that_is_no_embedding(vocab, dim):
+    groups, rows, width = tables.head_shape(vocab, dim)
+    assert width == dim and rows % 64 == 0
+    assert vocab <= groups * rows < max(1.01 * vocab, vocab + 64)
+    assert groups == 1 or 2 * (rows - 64) * dim <= tables.PIECE_BYTES
+
+
+def test_a_head_of_several_pieces(monkeypatch):
+    config = models.read_config(families.CONFIGS["llama"])
+    monkeypatch.setattr(tables, "PIECE_BYTES", 2 * 64 * config.dim)
+    both = [
+        models.load_params(models.RandomSource(config), config, compress=compress)
+        for compress in (True, False)
+    ]
+    groups, rows, _ = both[0]["lm_head"].shape
+    assert groups == -(-config.vocab // rows) > 1
+    assert_same_bits(*(run(params, config) for params in both))
+
+
 # Errors.
 
 
