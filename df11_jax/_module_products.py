@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from df11_jax._product import FUSED_TYPES, can_fuse, dot
 from df11_jax._reads import source_of
+from df11_jax._slices import is_split
 
 
 def dot_general(
@@ -54,11 +55,11 @@ def fused(
 
     Returns:
         The product; None if it cannot be fused: if nothing compressed was read, or what was is no
-        matrix whose rows are summed up, or is sharded; if there are batch axes, more rows than
-        `dot` fuses, or other types.
+        matrix whose rows are summed up, or is sharded, or x is by its type; if there are batch
+        axes, more rows than `dot` fuses, or other types.
     """
     compressed = source_of(weights)
-    if compressed is None or out_sharding is not None:
+    if compressed is None or out_sharding is not None or is_split(x):
         return None
     stack = getattr(compressed, "stack", compressed)
     (x_axes, axes), (batch_axes, _) = dimension_numbers
