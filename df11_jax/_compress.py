@@ -112,9 +112,8 @@ def compress_params(
         TypeError: `params` is no container and no array, such as a model or a path; a leaf to be
             compressed is traced; a pattern is not a string; `threads` is not an integer.
         ValueError: the leaves of a stack differ in the number of layers; a leaf to be stacked has
-            no such axis, or has not so many axes; a pattern is not a regular
-            expression; a leaf is not divided
-            evenly, or is on several devices and no mesh. Or `like` is another
+            no such axis, or not as many axes as are said; a pattern is not a regular expression; a
+            leaf is not divided evenly, or is on several devices and no mesh. Or `like` is another
             tree; a leaf has another shape or type there, is compressed and plain there, or does
             not fit into the arrays there; or there is another argument for what `like` says. Or
             `shardings` lacks keys; or `threads` is below 1.
@@ -158,10 +157,14 @@ def compress_params(
         )
         paths = [path for path, _ in named]
         selection.warn_if_futile("compress_params", zip(paths, leaves, strict=True), stacklevel=2)
-    elif (include, stacked, batch_axes, row_axes, along_columns, predicate) != (None,) * 6 or (
-        stack_axis,
-        min_size,
-    ) != (0, MIN_SIZE):
+    elif (
+        any(
+            o is not None
+            for o in (include, stacked, batch_axes, row_axes, along_columns, predicate)
+        )
+        or stack_axis != 0
+        or min_size != MIN_SIZE
+    ):
         raise ValueError(
             "like says which leaves are compressed, and how: leave out include, stacked, "
             "stack_axis, batch_axes, row_axes, along_columns, predicate and min_size"

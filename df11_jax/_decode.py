@@ -83,8 +83,8 @@ def decompress_params(params: PyTree) -> PyTree:
     for (path, leaf), own in zip(with_paths, identities, strict=True):
         if own is not None:
             stack, index = (leaf.stack, leaf.index) if isinstance(leaf, DF11Slice) else (leaf, None)
-            where = None if isinstance(stack.header, jax.core.Tracer) else _devices(stack.header)
-            key = stack.stack_shape, None if index is None else identity(index), where
+            which = None if index is None else identity(index)
+            key = stack.stack_shape, which, _devices(stack.header)
             groups.setdefault(key, {}).setdefault(own, (path_name(path), leaf))
     weights: dict[Hashable, Array] = {}
     for members in groups.values():
@@ -104,8 +104,9 @@ def decompress_params(params: PyTree) -> PyTree:
 
 
 def _devices(array: Any) -> Hashable:
-    """Where an array is, as far as one call of the decoder has to know."""
-    return frozenset(array.sharding.device_set) if isinstance(array, jax.Array) else None
+    """The devices that an array is on; None if it is traced, or on the host."""
+    is_on_devices = isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
+    return frozenset(array.sharding.device_set) if is_on_devices else None
 
 
 def after(params: PyTree, inputs: PyTree) -> PyTree:

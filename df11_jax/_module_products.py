@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from df11_jax._product import FUSED_TYPES, can_fuse, dot
-from df11_jax._reads import source_of
+from df11_jax._reads import source_of, stack_of
 from df11_jax._slices import is_split
 
 
@@ -61,7 +61,7 @@ def fused(
     compressed = source_of(weights)
     if compressed is None or out_sharding is not None or is_split(x):
         return None
-    stack = getattr(compressed, "stack", compressed)
+    stack: Any = stack_of(compressed)
     (x_axes, axes), (batch_axes, _) = dimension_numbers
     out_dtype = preferred_element_type or x.dtype
     free = [axis for axis in range(x.ndim) if axis not in x_axes]

@@ -65,7 +65,7 @@ def read(compressed: Any) -> Array:
     found = _living.get(source)
     if found is not None and (isinstance(found, jax.core.Tracer) or not found.is_deleted()):
         return found
-    stack: Compressed = getattr(compressed, "stack", compressed)
+    stack = stack_of(compressed)
     try:
         check_stacks([stack], ["tensor"])
     except ValueError as error:
@@ -80,6 +80,11 @@ def read(compressed: Any) -> Array:
     _living[source], _sources[id(weights)] = weights, source
     weakref.finalize(weights, _sources.pop, id(weights), None)
     return weights
+
+
+def stack_of(compressed: Any) -> Compressed:
+    """The stack that a `DF11Slice` is of; a `DF11Array` itself."""
+    return getattr(compressed, "stack", compressed)
 
 
 def source_of(weights: Any) -> Any:

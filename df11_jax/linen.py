@@ -27,6 +27,7 @@ from jaxtyping import PyTree
 from df11_jax import _module_products
 from df11_jax._array import DF11Array, DF11Slice, is_df11
 from df11_jax._decode import after, decompress_params, path_name
+from df11_jax._flax import register_with_flax
 from df11_jax._lengths import common_length
 from df11_jax._slices import decode_slices, tie
 
@@ -338,6 +339,5 @@ def _common_path(scopes: Sequence[Scope]) -> tuple[str, ...]:
 
 
 # To linen, a compressed parameter is a box of metadata, which it opens where a module reads it.
-# `DF11Array` registers itself, but for those that were made before Flax was imported.
-nn.meta.AxisMetadata.register(DF11Array)
-nn.meta.AxisMetadata.register(DF11Slice)
+# That is registered as Flax is imported, unless something kept it from being noticed.
+register_with_flax()

@@ -26,6 +26,7 @@ from df11_jax._array import is_df11, is_df11_or_slice
 from df11_jax._compress import align_layers, compress_leaf
 from df11_jax._identity import identity
 from df11_jax._leaves import plain_shape
+from df11_jax._reads import stack_of
 from df11_jax._select import MIN_SIZE, Selection
 
 if "graph" not in inspect.signature(nnx.iter_graph).parameters:
@@ -53,7 +54,7 @@ class CompressedParam(nnx.Param[Any]):
         """
         raw = self.get_raw_value()
         if is_df11_or_slice(raw):
-            header = getattr(raw, "stack", raw).header
+            header = stack_of(raw).payload[0]
             _check_is_weights(header)
             # Parameters of an abstract model read as shapes, as plain ones do.
             is_abstract = isinstance(header, jax.ShapeDtypeStruct)

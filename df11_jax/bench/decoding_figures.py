@@ -49,19 +49,8 @@ class DecodingFigures(Figures):
             lines += ["", *self._peer_lines()]
         return "\n".join((*lines, *self._failure_lines()))
 
-    def plot(self) -> Any:
-        """Draws the share of the limit against the number of weights.
-
-        Returns:
-            The matplotlib figure.
-
-        Raises:
-            ImportError: matplotlib is not installed (`pip install "df11_jax[plot]"`).
-        """
-        import matplotlib.pyplot as plt
-
-        ax: Any
-        figure, ax = plt.subplots(figsize=(8, 5), layout="constrained")
+    def _draw(self, ax: Any) -> None:
+        """Draws the share of the limit against the number of weights."""
         single = [d for d in self.decodings if d.matrices == 1]
         ax.plot(
             [d.weights for d in single], [d.share_of_limit for d in single], "o-", label="tensor"
@@ -75,13 +64,8 @@ class DecodingFigures(Figures):
                 label = f"block of {decoding.name}"
                 ax.plot([decoding.weights], [decoding.share_of_limit], "s", label=label)
         ax.axhline(1, color="gray", linewidth=0.8)
-        ax.set_xscale("log", base=2)
-        ax.set_ylim(bottom=0)
         ax.set_xlabel("weights decoded by one call")
         ax.set_ylabel("share of the limit set by the copy bandwidth")
-        ax.set_title(self.device["name"])
-        ax.legend()
-        return figure
 
     def _decoding_table(self) -> list[str]:
         head = ["decoded in one call", "weights", "bits/weight", "ms", "GB/s out", "spread"]

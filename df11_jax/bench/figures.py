@@ -60,6 +60,30 @@ class Figures:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return fields | {"weights": f"normal(0, {SIGMA})"}
 
+    def plot(self) -> Any:
+        """Draws the figures: see the class.
+
+        Returns:
+            The matplotlib figure.
+
+        Raises:
+            ImportError: matplotlib is not installed (`pip install "df11_jax[plot]"`).
+        """
+        import matplotlib.pyplot as plt
+
+        ax: Any
+        figure, ax = plt.subplots(figsize=(8, 5), layout="constrained")
+        self._draw(ax)
+        ax.set_xscale("log", base=2)
+        ax.set_ylim(bottom=0)
+        ax.set_title(self.device["name"])
+        ax.legend()
+        return figure
+
+    def _draw(self, ax: Any) -> None:
+        """Draws lines and their labels, against numbers on a scale of powers of two."""
+        raise NotImplementedError  # each class has figures of its own
+
     def _head_lines(self) -> list[str]:
         return [
             format_device(self.device),

@@ -143,30 +143,14 @@ class ProductFigures(Figures):
             lines.append("By the clock.")
         return "\n".join((*lines, *self._failure_lines()))
 
-    def plot(self) -> Any:
-        """Draws the ratio of whole blocks against the number of rows.
-
-        Returns:
-            The matplotlib figure.
-
-        Raises:
-            ImportError: matplotlib is not installed (`pip install "df11_jax[plot]"`).
-        """
-        import matplotlib.pyplot as plt
-
-        ax: Any
-        figure, ax = plt.subplots(figsize=(8, 5), layout="constrained")
+    def _draw(self, ax: Any) -> None:
+        """Draws the ratio of whole blocks against the number of rows."""
         for model in dict.fromkeys(block.model for block in self.blocks):
             blocks = [block for block in self.blocks if block.model == model]
             ax.plot([b.rows for b in blocks], [b.ratio for b in blocks], "o-", label=model)
         ax.axhline(1, color="gray", linewidth=0.8, label="plain weights")
-        ax.set_xscale("log", base=2)
-        ax.set_ylim(bottom=0)
         ax.set_xlabel("rows")
         ax.set_ylabel("time of a block's products, over that with plain weights")
-        ax.set_title(self.device["name"])
-        ax.legend()
-        return figure
 
     def _keys(self) -> list[tuple[str, int]]:
         """The models in the order in which they were measured, and all rows of each."""

@@ -60,7 +60,7 @@ def find_saved(tensors: Mapping[str, TensorInfo], config: Config) -> int | None:
         info, expected = tensors[name], leaf_shape(place, config, devices)
         shape = tuple(info.shape)
         if place.is_table:  # divided among the devices of all stages, however many there were
-            several = leaf_shape(place, config, 2)
+            several = leaf_shape(place, config, 2)  # on one device, a head has other groups
             groups = -(-place.shape[0] // several[1] // devices) * devices
             if devices > 1 or shape[1:] == several[1:]:
                 expected = (max(shape[0] // devices * devices, groups), *several[1:])
