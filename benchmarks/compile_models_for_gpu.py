@@ -4,10 +4,10 @@
     python benchmarks/compile_models_for_gpu.py
 
 Only shapes go in. Prints one line of JSON for each model, batch and prompt, with compressed weights
-whose products are exact, with plain ones, and on a single device with compressed ones whose
-products are fused: bytes on the device, and the shapes of all matrix products in the token loop,
-which tell whether XLA computes the same from compressed as from plain weights; and the bytes that
-each of two hosts would send to the other for a token.
+whose products are exact, with plain ones, and with compressed ones whose products are fused: bytes
+on the device, and the shapes of all matrix products in the token loop, which tell whether XLA
+computes the same from compressed as from plain weights; and the bytes that each of two hosts would
+send to the other for a token.
 """
 
 import dataclasses
@@ -85,8 +85,7 @@ def main() -> None:
         gpus = h100.devices(devices)
         sharding = jax.sharding.SingleDeviceSharding(gpus[0])
         config = models.read_config(KNOWN[name])
-        ways = ("exact", "plain") if devices > 1 else ("exact", "plain", "fused")
-        for way in ways:
+        for way in ("exact", "plain", "fused"):
             compress = way != "plain"
             config = dataclasses.replace(config, exact=way == "exact")
             params = shapes.param_shapes(

@@ -1,6 +1,5 @@
 """Shapes of parameters of any size, to compile programs without them."""
 
-import math
 import re
 from collections.abc import Sequence
 
@@ -8,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from stack_shapes import compressed_stack
 
-from df11_jax.models import Config, Params, _experts, _programs, _sharding, tables
+from df11_jax._take import rows_in_piece
+from df11_jax.models import Config, Params, _experts, _programs, _sharding
 from df11_jax.models._devices import ParamDevices
 from df11_jax.models._leaf_builders import count_stack_axes, is_candidate_leaf, slice_layout
 from df11_jax.models._parallel import on_one_device
@@ -33,7 +33,7 @@ def block_nbytes(config: Config, devices: int = 1) -> int:
 def piece_nbytes(params: Params) -> int:
     """Bytes of the piece of a table that each device decompresses at a time."""
     table = on_one_device(params.get("lm_head", params["embed_tokens"]))
-    return 2 * tables.groups_in_piece(table) * math.prod(table.shape[1:])
+    return 2 * rows_in_piece(*table.shape[1:]) * table.shape[2]
 
 
 def cache_copies(program: jax.stages.Compiled) -> list[str]:

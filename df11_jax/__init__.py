@@ -16,6 +16,7 @@ from df11_jax._product import dot
 from df11_jax._scan import scan_blocks
 from df11_jax._size_report import SizeReport, size_report
 from df11_jax._stack import stack
+from df11_jax._take import take
 
 _register_with_flax()
 
@@ -36,4 +37,5 @@ __all__ = [
     "scan_blocks",
     "size_report",
     "stack",
+    "take",
 ]

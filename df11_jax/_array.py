@@ -245,11 +245,12 @@ jax.export.register_pytree_node_serialization(
 class DF11Slice(ArrayOperators):
     """One slice of a compressed stack, or several, which are not taken out of it.
 
-    `decompress`, and `dot` for one slice, read it where it lies: XLA copies no part of the stack
-    for that. The index may be computed in a traced program, as that of the experts which tokens
-    choose. Where an array of indices has an element -1, nothing is decompressed, and the weights
-    there are not specified: so as many slices as are wanted fit in an array of a static size. An
-    index that is known before the program runs is checked; a computed one is clamped to the stack.
+    `decompress`, and `dot` and `take` for one slice, read it where it lies: XLA copies no part of
+    the stack for that. The index may be computed in a traced program, as that of the experts which
+    tokens choose. Where an array of indices has an element -1, nothing is decompressed, and the
+    weights there are not specified: so as many slices as are wanted fit in an array of a static
+    size. An index that is known before the program runs is checked; a computed one is clamped to
+    the stack.
 
     Where JAX wants an array, it is decompressed, each time anew, as a `DF11Array` is.
 

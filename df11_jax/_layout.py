@@ -127,8 +127,8 @@ class Layout:
             k, n = (cols, rows) if self.along_columns else (rows, cols)
             padded = batch * round_up(k, STEP_ROWS) * round_up(n, TILE_COLS)
             if 32 * (padded - size) <= size:
-                return View(size, batch, k, n, self.steps, self.along_columns)
-        return View(size, 1, -(-size // TILE_COLS), TILE_COLS, self.steps, False)
+                return View(size, batch, k, n, self.steps, self.along_columns, False)
+        return View(size, 1, -(-size // TILE_COLS), TILE_COLS, self.steps, False, True)
 
 
 def make_layout(
@@ -176,13 +176,17 @@ def make_layout(
 class View:
     """Slices seen as matrices of k x n, which are cut into chunks of 16 `steps` k x 64 n.
 
+    With pairs along columns, all chunks at the same n are a band, 64 rows of a matrix, the last one
+    perhaps fewer. Bands can be decoded alone.
+
     Attributes:
         size: the number of weights.
         batch: the number of matrices.
         k: the length of the axis that pairs run along.
-        n: the length of the other axis; in a flat view, the last k may be incomplete.
+        n: the length of the other axis.
         steps: the number of steps of a chunk.
         along_columns: whether neighbours in k are neighbours in memory.
+        is_flat: whether the weights are one sequence, of 64 a k; the last k may be incomplete.
     """
 
     size: int
@@ -191,6 +195,7 @@ class View:
     n: int
     steps: int
     along_columns: bool
+    is_flat: bool
 
     @property
     def tiles_k(self) -> int:
@@ -203,6 +208,16 @@ class View:
     @property
     def chunks(self) -> int:
         return self.batch * self.tiles_k * self.tiles_n
+
+    @property
+    def bands(self) -> int:
+        """The number of bands of all matrices."""
+        return self.batch * self.tiles_n
+
+    @property
+    def band(self) -> "View":
+        """How a band is seen that is alone."""
+        return View(TILE_COLS * self.k, 1, self.k, TILE_COLS, self.steps, True, False)
 
     @property
     def steps_k(self) -> int:

@@ -7,6 +7,7 @@ index of the slice: handing it slices would make XLA copy them first.
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +25,17 @@ class Decoding:
     Attributes:
         layouts: the layout of the slices of each stack.
         names: the name of each, for messages.
-        whole: whether all slices are wanted, and not those of an index.
+        wanted: the slices of an index, the bands of it, or all slices.
     """
 
     layouts: tuple[Layout, ...]
     names: tuple[str, ...]
-    whole: bool = False
+    wanted: Literal["slices", "bands", "all"]
+
+    def shape_of(self, layout: Layout) -> tuple[int, ...]:
+        """The shape of what is decoded at an index, or of one part of it."""
+        band = layout.view.band
+        return (band.n, band.k) if self.wanted == "bands" else layout.part_shape
 
 
 def decode_local(
@@ -39,13 +45,13 @@ def decode_local(
 
     Args:
         decoding: what is to be decoded.
-        index: the indices of the slices, unless all are wanted; see `decode_slices`.
+        index: the indices of what is wanted, unless it is all; see `decode_slices`.
         payloads: the five arrays of each stack, one stack after the other. Of a divided one, they
             may have some of the parts.
 
     Returns:
-        The slices of each stack, of the shape `index.shape + slice_shape`, or all of them,
-        `stack_shape + slice_shape`.
+        The slices, or bands, of each stack, of the shape `index.shape + slice_shape`, or all
+        slices, `stack_shape + slice_shape`.
     """
     each = len(_layout.PAYLOAD)
     stacks = [payloads[i : i + each] for i in range(0, len(payloads), each)]
@@ -59,27 +65,29 @@ def decode_local(
     for stack_shape, count in dict.fromkeys(kinds):
         members = [i for i, kind in enumerate(kinds) if kind == (stack_shape, count)]
         length = math.prod(stack_shape)
-        if decoding.whole:
+        if decoding.wanted == "all":
             index = jnp.arange(length, dtype=jnp.int32).reshape(stack_shape)
         decoded = _decode_parts(
             [stacks[i] for i in members],
-            tuple(decoding.layouts[i] for i in members),
-            [decoding.names[i] for i in members],
+            dataclasses.replace(
+                decoding,
+                layouts=tuple(decoding.layouts[i] for i in members),
+                names=tuple(decoding.names[i] for i in members),
+            ),
             index,
             length,
             count,
         )
         for i, array in zip(members, decoded, strict=True):
             parts = leading[i][1]
-            array = array.reshape(*index.shape, *parts, *decoding.layouts[i].part_shape)
+            array = array.reshape(*index.shape, *parts, *decoding.shape_of(decoding.layouts[i]))
             weights[i] = _parts.join(array, len(parts))
     return [weights[i] for i in range(len(stacks))]
 
 
 def _decode_parts(
     stacks: Sequence[Sequence[Array]],
-    layouts: tuple[Layout, ...],
-    names: Sequence[str],
+    decoding: Decoding,
     index: Int32[Array, "*batch"],
     length: int,
     count: int,
@@ -88,9 +96,8 @@ def _decode_parts(
 
     Args:
         stacks: the five arrays of each stack.
-        layouts: the layout of each.
-        names: the name of each.
-        index: the indices of the slices.
+        decoding: what is to be decoded of these.
+        index: the indices of it.
         length: the number of slices in a stack.
         count: the number of parts of a slice.
     """
@@ -104,24 +111,29 @@ def _decode_parts(
         for stack in stacks
         for leaf in stack
     )
-    headers = tuple(word for layout in layouts for word in _layout.pack_header(layout).tolist())
+    headers = tuple(
+        word for layout in decoding.layouts for word in _layout.pack_header(layout).tolist()
+    )
     decoder = DecoderCall(
         _ffi.DECODE_TARGET,
         "expand_dims",
-        attributes=(("names", "\n".join(names)), ("headers", headers)),
+        attributes=(("names", "\n".join(decoding.names)), ("headers", headers)),
         xla=_decode_by_xla,
-        static=(layouts,),
+        static=(dataclasses.replace(decoding, names=()),),
     )
     return list(call_decoder(decoder, index, *payloads))
 
 
-def _decode_by_xla(
-    layouts: tuple[Layout, ...], index: Array, *payloads: Array
-) -> tuple[Array, ...]:
+def _decode_by_xla(decoding: Decoding, index: Array, *payloads: Array) -> tuple[Array, ...]:
     # Index and headers may be tied to other values, and all arrays are read after these, too.
     index, payloads = jax.lax.optimization_barrier((index, payloads))
     each = len(_layout.PAYLOAD)
     return tuple(
-        _xla_decoder.decode(index, *payloads[each * i : each * (i + 1)], layout=layout)
-        for i, layout in enumerate(layouts)
+        _xla_decoder.decode(
+            index,
+            *payloads[each * i : each * (i + 1)],
+            layout=layout,
+            bands=decoding.wanted == "bands",
+        )
+        for i, layout in enumerate(decoding.layouts)
     )

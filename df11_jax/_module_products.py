@@ -1,7 +1,8 @@
-"""Products in other libraries' modules, which hand on weights as arrays that they have read.
+"""Products and look-ups in other libraries' modules, which read their weights as arrays.
 
 An array that was read from a compressed tensor (`_reads.py`) is known again, and multiplied by
-`dot`. What decompressed it then has no use, and XLA takes it out of the program.
+`dot`, or looked up by `take`. What decompressed it then has no use, and XLA takes it out of the
+program.
 """
 
 import math
@@ -16,6 +17,7 @@ from jaxtyping import Array
 from df11_jax._product import FUSED_TYPES, can_fuse, dot
 from df11_jax._reads import source_of, stack_of
 from df11_jax._slices import is_split
+from df11_jax._take import has_bands, take
 
 
 def dot_general(
@@ -81,6 +83,18 @@ def fused(
     x = x.transpose(*free, *in_order).reshape(*rows, -1)
     y = dot(x, compressed, preferred_element_type=out_dtype)
     return y.reshape(*rows, *(weights.shape[i] for i in range(weights.ndim) if i not in axes))
+
+
+def rows(weights: Array, indices: Array) -> Array | None:
+    """`jax.numpy.take` of rows of an array that was read from a compressed matrix, by `take`.
+
+    Returns:
+        The rows; None if all of the matrix would be decompressed.
+    """
+    compressed = source_of(weights)
+    if compressed is None or is_split(indices) or not has_bands(stack_of(compressed)):
+        return None
+    return take(compressed, indices)
 
 
 def fused_einsum(subscripts: str, x: Array, weights: Array, **options: Any) -> Array | None:

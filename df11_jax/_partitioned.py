@@ -187,7 +187,7 @@ def _factors(
         for k in range(1 + _EACH * i, 1 + _EACH * (i + 1)):
             stack_axes = ndims[k] - len(levels[k]) - len(parts) - 1
             stack = undivided(stack_axes)
-            if decoding.whole:
+            if decoding.wanted == "all":
                 batch = stack = tuple(f"s{i}_{j}" for j in range(stack_axes))
             into.append((*levels[k], *stack, *parts, *undivided(1)))
         out.append((*(f"v{level}" for level in outermost), *batch, *parts))

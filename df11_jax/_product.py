@@ -222,8 +222,7 @@ def _can_fuse(stack: DF11Array) -> bool:
         return False
     is_here = jax.sharding.get_abstract_mesh().are_all_axes_manual
     parts = stack.parts if is_here else stack.layout.parts
-    is_one = view.size > 0 and math.prod(parts) == 1
-    return is_one and (view.batch, view.k, view.n) == _matrix_shape(stack)
+    return view.size > 0 and not view.is_flat and math.prod(parts) == 1
 
 
 def _platforms(rows: int) -> tuple[str, ...]:

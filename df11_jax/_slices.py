@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ def decode_slices(
     *,
     names: Sequence[str] | None = None,
     after: PyTree = None,
+    bands: bool = False,
 ) -> list[BFloat16[Array, "*batch_and_slice"]]:
     """Decodes slices of several compressed stacks by one call, or by one for each 128 of them.
 
@@ -51,8 +52,12 @@ def decode_slices(
             otherwise move decodes whose operands do not change to the front of the loop, or do
             several at once, and hold everything that they decode.
 
+        bands: whether `index` counts the bands of all slices, 64 rows each: see `View`. Slices are
+            matrices with pairs along columns, and not divided.
+
     Returns:
-        The decoded slices of each stack, of shape `index.shape + slice_shape`.
+        The decoded slices of each stack, of shape `index.shape + slice_shape`; or bands, of shape
+        `index.shape + (64, k)`, in which rows that a matrix does not have are not specified.
 
     Raises:
         IndexError: the index is known before the program runs, and there is no such slice.
@@ -63,11 +68,13 @@ def decode_slices(
         return []
     names = tuple(names) if names is not None else tuple(f"tensor {i}" for i in range(len(arrays)))
     length = check_stacks(arrays, names)
+    if bands:
+        length *= _count_bands(arrays, names)
     check_index(index, length, names[0])
     index = as_index(index, length)
     if length == 0:
         return [jnp.zeros(index.shape + array.slice_shape, jnp.bfloat16) for array in arrays]
-    return _decode(arrays, names, tie(index, after))
+    return _decode(arrays, names, tie(index, after), "bands" if bands else "slices")
 
 
 def check_index(index: Any, length: int, name: str) -> None:
@@ -112,7 +119,16 @@ def decode_stacks(arrays: Sequence[Compressed], names: Sequence[str]) -> list[Ar
     """Decodes all slices of stacks with the same axes."""
     if check_stacks(arrays, names) == 0:
         return [jnp.zeros(a.stack_shape + a.slice_shape, jnp.bfloat16) for a in arrays]
-    return _decode(arrays, names, jnp.int32(0), whole=True)
+    return _decode(arrays, names, jnp.int32(0), "all")
+
+
+def _count_bands(arrays: Sequence[Compressed], names: Sequence[str]) -> int:
+    """The number of bands of a slice, which stacks have in common."""
+    for array, name in zip(arrays, names, strict=True):
+        if array.layout.parts or not array.layout.view.along_columns:
+            raise ValueError(f"{name}: rows of slices with {array.layout} cannot be decoded alone")
+    (count,) = {array.layout.view.bands for array in arrays}
+    return count
 
 
 def check_stacks(arrays: Sequence[Compressed], names: Sequence[str]) -> int:
@@ -155,7 +171,7 @@ def _decode(
     arrays: Sequence[Compressed],
     names: Sequence[str],
     index: Int32[Array, "*batch"],
-    whole: bool = False,
+    wanted: Literal["slices", "bands", "all"],
 ) -> list[Array]:
     """Decodes slices, those that are divided into parts where these are."""
     weights: dict[int, Array] = {}
@@ -165,7 +181,7 @@ def _decode(
         while todo:
             members, todo = todo[:_MOST_IN_A_CALL], todo[_MOST_IN_A_CALL:]
             decoding = Decoding(
-                tuple(arrays[i].layout for i in members), tuple(names[i] for i in members), whole
+                tuple(arrays[i].layout for i in members), tuple(names[i] for i in members), wanted
             )
             payloads = [leaf for i in members for leaf in arrays[i].payload]
             weights |= zip(members, function(decoding, index, *payloads), strict=True)

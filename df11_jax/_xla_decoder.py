@@ -23,7 +23,7 @@ _U32 = jnp.uint32
 _BIT_REVERSED = np.array([int(f"{i:012b}"[::-1], 2) for i in range(_layout.TABLE_SIZE)], np.int32)
 
 
-@functools.partial(jax.jit, static_argnames="layout")
+@functools.partial(jax.jit, static_argnames=("layout", "bands"))
 def decode(
     index: Int32[Array, "*batch"],
     header: UInt32[Array, "*ones stack 28"],
@@ -33,11 +33,12 @@ def decode(
     sign_mantissa: UInt32[Array, "*ones stack quads"],
     *,
     layout: Layout,
+    bands: bool = False,
 ) -> BFloat16[Array, "*batch_and_slice"]:
-    """Decodes slices of a stack: the same contract as the FFI call.
+    """Decodes slices of a stack, or bands of these: the same contract as the FFI call.
 
     Args:
-        index: the indices of the slices, which are clamped to the stack.
+        index: the indices of the slices, or of the bands of all, which are clamped to the stack.
         header: the headers of the stack. Like all its arrays, it has an axis of size 1 for each
             axis of `index` in front.
         codebook: the codebooks of the stack.
@@ -45,38 +46,78 @@ def decode(
         exponents: the coded exponents of the stack.
         sign_mantissa: the signs and mantissas of the stack.
         layout: the layout of a slice; of a divided one, each part counts as a slice.
+        bands: whether `index` counts bands: see `View`.
 
     Returns:
-        The slices. The weights of a corrupt chunk, or of all chunks of a slice whose header or
-        codebook is corrupt, are NaNs with all bits set.
+        The slices, or bands, `[*batch, 64, k]`. The weights of a corrupt chunk, or of all chunks of
+        a slice whose header or codebook is corrupt, are NaNs with all bits set.
     """
-    view = layout.view
-    shape = index.shape + layout.part_shape
+    view, shape = layout.view, index.shape + layout.part_shape
+    each = view.bands if bands else 1
+    if bands:
+        shape = (*index.shape, view.band.n, view.band.k)
     stack = header.shape[-2]
     if view.size == 0 or stack == 0 or index.size == 0:
         return jnp.zeros(shape, jnp.bfloat16)
 
-    which = jnp.clip(index.reshape(-1), 0, stack - 1)
-    header, codebook, chunk_offsets, exponents, sign_mantissa = (
-        array.reshape(stack, -1)[which]
-        for array in (header, codebook, chunk_offsets, exponents, sign_mantissa)
+    number = jnp.clip(index.reshape(-1), 0, stack * each - 1)
+    which = number // each
+    header, codebook = (array.reshape(stack, -1)[which] for array in (header, codebook))
+    offsets, streams, signs = (
+        _Slices.of(array.reshape(stack, -1), which)
+        for array in (chunk_offsets, exponents, sign_mantissa)
     )
     table, slice_ok = _build_table(codebook)
     known = _layout.CODEBOOK_ID
     slice_ok &= jnp.all(header[:, :known] == _layout.pack_header(layout)[:known], axis=1)
+    if bands:
+        view, chunks, first_steps = _find_bands(view, number % each)
+    else:
+        chunks = jnp.arange(view.chunks, dtype=_U32)[None]
+        steps = _steps_of_chunks(view)
+        first_steps = jnp.asarray((np.cumsum(steps) - steps)[None], _U32)
     steps = _steps_of_chunks(view)
-    if exponents.shape[1] == 0:  # corrupt, but gathers need something to clamp to
-        exponents = jnp.zeros((exponents.shape[0], 1), _U32)
-    records = _read_records(chunk_offsets, exponents, steps)
+    starts, ends = offsets.gather(chunks), offsets.gather(chunks + 1)
+    records = _read_records(starts, ends, streams, steps)
 
-    pairs, checksum = _decode_pairs(view, steps, table, records, exponents, sign_mantissa)
-    weights, patches_checksum = _apply_patches(pairs, steps, records, exponents)
-    chunk = jnp.arange(view.chunks, dtype=_U32)
-    checksum += patches_checksum + _mix(chunk + _U32(0x27D4EB2F))
+    pairs, checksum = _decode_pairs(
+        view, steps, table, records, streams, signs, _layout.STEP_WORDS * first_steps
+    )
+    weights, patches_checksum = _apply_patches(pairs, steps, records, streams)
+    checksum += patches_checksum + _mix(chunks + _U32(0x27D4EB2F))
 
     ok = slice_ok[:, None] & records.ok & (checksum == records.checksum)
     weights = jnp.where(ok[None, :, :, None, None, None, None], weights, jnp.uint16(0xFFFF))
     return _to_matrix(view, weights).reshape(shape)
+
+
+class _Slices(NamedTuple):
+    """Slices of one of a stack's arrays, which are not copied."""
+
+    words: UInt32[Array, "stack W"]
+    which: Int32[Array, " N"]
+
+    @classmethod
+    def of(cls, words: UInt32[Array, "stack W"], which: Int32[Array, " N"]) -> "_Slices":
+        """The same; of no words, a zero: gathers need something to clamp to."""
+        return cls(words if words.shape[1] else jnp.zeros((len(words), 1), _U32), which)
+
+    def gather(self, at: UInt32[Array, "N ..."]) -> UInt32[Array, "N ..."]:
+        """words[which[n], at[n, ...]], clamped."""
+        at = jnp.minimum(at, _U32(self.words.shape[1] - 1)).astype(jnp.int32)
+        which = self.which.reshape(-1, *[1] * (at.ndim - 1))
+        return self.words.at[which, at].get(mode="promise_in_bounds")
+
+
+def _find_bands(
+    view: View, number: Int32[Array, " N"]
+) -> tuple[View, UInt32[Array, "N C"], UInt32[Array, "N C"]]:
+    """The view of a band; and of each band its chunks, and their first steps in sign_mantissa."""
+    matrix, tile = (part.astype(_U32)[:, None] for part in jnp.divmod(number, view.tiles_n))
+    row = jnp.arange(view.tiles_k, dtype=_U32)
+    chunks = (matrix * view.tiles_k + row) * view.tiles_n + tile
+    above = (matrix * view.steps_k + view.steps * row) * view.tiles_n
+    return view.band, chunks, above + tile * _steps_of_chunks(view.band)
 
 
 def _build_table(
@@ -130,17 +171,15 @@ def _gather(words: UInt32[Array, "N W"], at: UInt32[Array, "N ..."]) -> UInt32[A
 
 
 def _read_records(
-    chunk_offsets: UInt32[Array, "N C+1"],
-    exponents: UInt32[Array, "N W"],
+    start: UInt32[Array, "N C"],
+    end: UInt32[Array, "N C"],
+    exponents: _Slices,
     steps: UInt32[np.ndarray, " C"],
 ) -> _Records:
-    start, end = chunk_offsets[:, :-1], chunk_offsets[:, 1:]
     words = end - start
-    ok = (start <= end) & (end <= exponents.shape[1])
+    ok = (start <= end) & (end <= exponents.words.shape[1])
     ok &= words >= _layout.RAW_RECORD_HEADER_WORDS
-    head = _gather(
-        exponents, start[..., None] + jnp.arange(_layout.RECORD_HEADER_WORDS, dtype=_U32)
-    )
+    head = exponents.gather(start[..., None] + jnp.arange(_layout.RECORD_HEADER_WORDS, dtype=_U32))
     checksum, counts, extra_words = head[..., 0], head[..., 1], head[..., 2:]
 
     extra = extra_words[..., None] >> jnp.arange(0, 32, 8, dtype=_U32) & 0xFF
@@ -173,8 +212,9 @@ def _decode_pairs(
     steps: UInt32[np.ndarray, " C"],
     table: UInt32[Array, "N 4096"],
     records: _Records,
-    exponents: UInt32[Array, "N W"],
-    sign_mantissa: UInt32[Array, "N quads"],
+    exponents: _Slices,
+    sign_mantissa: _Slices,
+    first_words: UInt32[Array, "#N C"],
 ) -> tuple[UInt32[Array, "H N C T G J"], UInt32[Array, "N C"]]:
     """All pairs before patches, and the pairs' part of the checksums."""
     slices, chunks = records.start.shape
@@ -183,8 +223,6 @@ def _decode_pairs(
     raw = records.raw[:, :, None, None]
     t, g = (jnp.arange(n, dtype=_U32) for n in (4, 8))
     quad = 4 * t[:, None] + 16 * g  # first of the lane's four words in a half-step
-    words = np.append(0, np.cumsum(_layout.STEP_WORDS * steps.astype(np.int64)))
-    sign_mantissa_start = jnp.asarray(words[:-1], _U32)
 
     def half_step(
         state: tuple[Array, Array], h: UInt32[Array, ""]
@@ -195,7 +233,7 @@ def _decode_pairs(
         for i in range(4):
             # Two codes, at most 24 bits, from one window of 32.
             at = jnp.where(raw, raw_word + i, start + (bits >> 5))
-            word, following = _gather(exponents, at), _gather(exponents, at + 1)
+            word, following = exponents.gather(at), exponents.gather(at + 1)
             window = word >> (bits & 31) | following << 1 << (31 - (bits & 31))
             first = _gather(table, window & (_layout.TABLE_SIZE - 1))
             window >>= first & 31
@@ -204,9 +242,9 @@ def _decode_pairs(
             entries.append(jnp.where(raw, _raw_entry(word), first))
             entries.append(jnp.where(raw, _raw_entry(word >> 16), second))
 
-        at = sign_mantissa_start[:, None, None, None] + _layout.HALF_STEP_WORDS * h
+        at = first_words[..., None, None, None] + _layout.HALF_STEP_WORDS * h
         at = at + (quad[..., None] + jnp.arange(4, dtype=_U32))
-        low = _gather(sign_mantissa, jnp.broadcast_to(at, (slices, chunks, 4, 8, 4)))
+        low = sign_mantissa.gather(jnp.broadcast_to(at, (slices, chunks, 4, 8, 4)))
         other = jnp.stack([low, _rotl(low, 8)], axis=-1).reshape(slices, chunks, 4, 8, 8)
         mask = _U32(_layout.SIGN_MANTISSA)
         pair = (jnp.stack(entries, axis=-1) & ~mask) | (other & mask)
@@ -230,7 +268,7 @@ def _apply_patches(
     pairs: UInt32[Array, "H N C T G J"],
     steps: UInt32[np.ndarray, " C"],
     records: _Records,
-    exponents: UInt32[Array, "N W"],
+    exponents: _Slices,
 ) -> tuple[UInt16[Array, "H N C T G J 2"], UInt32[Array, "N C"]]:
     """The weights, and the patches' part of the checksums."""
     weights = jax.lax.bitcast_convert_type(pairs, jnp.uint16)
@@ -242,7 +280,7 @@ def _apply_patches(
     ) -> tuple[UInt16[Array, "H N C T G J 2"], UInt32[Array, "N C"]]:
         weights, checksum = state
         i = jnp.asarray(i, _U32)
-        patch = _gather(exponents, records.first_patch + i)
+        patch = exponents.gather(records.first_patch + i)
         active = i < records.patches
         row, col = patch >> 22, patch >> 16 & 63
         h = row >> 3 & ~_U32(1) | row >> 1 & 1  # 2 * step + half-step

@@ -60,8 +60,8 @@ def compressed(
         methods: the methods that use parameters; their results are arrays, or pytrees of them.
         fused: multiply without decompressing, as `df11_jax.dot` does and where it can, in `Dense`,
             `DenseGeneral`, `Einsum` and `Embed.attend`, be it in submodules. So sums are in another
-            order than XLA's. All other parameters are decompressed where they are read, each by a
-            call of its own.
+            order than XLA's. `Embed` looks rows up as `df11_jax.take` does. All other parameters
+            are decompressed where they are read, each by a call of its own.
 
     Returns:
         A subclass with the same name, so that parameters keep their paths.
@@ -215,6 +215,8 @@ def _fuse(
         y = _einsum(module, *args, **kwargs)
     elif isinstance(module, nn.Embed) and name == "attend":
         y = _attend(module, *args, **kwargs)
+    elif isinstance(module, nn.Embed) and name == "__call__":
+        y = _embed(module, *args, **kwargs)
     return method(*args, **kwargs) if y is None else y
 
 
@@ -223,6 +225,17 @@ def _attend(module: nn.Embed, query: jax.Array) -> jax.Array | None:
     promoted: Any = module.promote_dtype(query, module.embedding, dtype=module.dtype)
     x, embedding = promoted
     return _module_products.fused(x, embedding, (((x.ndim - 1,), (1,)), ((), ())))
+
+
+def _embed(module: nn.Embed, inputs: jax.Array) -> jax.Array | None:
+    """What `Embed` does, but for rows that are not wanted; None if they have to be decompressed."""
+    if module.num_embeddings == 1 or not jnp.issubdtype(inputs.dtype, jnp.integer):
+        return None
+    rows = _module_products.rows(module.embedding, inputs)
+    if rows is None:
+        return None
+    (promoted,) = module.promote_dtype(rows, dtype=module.dtype, inexact=False)
+    return promoted
 
 
 def _einsum(

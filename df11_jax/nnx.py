@@ -145,8 +145,9 @@ def compress(
         fused: multiply without decompressing, as `df11_jax.dot` does and where it can, in
             `nnx.Linear`, `LinearGeneral`, `Einsum` and `Embed.attend`, unless they were given a
             product of another kind; parameters of theirs are then compressed as the matrices that
-            they are. So sums are in another order than XLA's. Under `nnx.jit` alone: elsewhere,
-            what is not needed is decompressed nevertheless.
+            they are. So sums are in another order than XLA's. `nnx.Embed` looks rows up as
+            `df11_jax.take` does. Under `nnx.jit` alone: elsewhere, what is not needed is
+            decompressed nevertheless.
         verify: decode each parameter and compare it bit by bit before going on.
         threads: the number of threads; None for all that this process may run on.
 
@@ -262,7 +263,17 @@ def _is_of_linen(
 
 
 class FusedEmbed(nnx.Embed):
-    """An `nnx.Embed` whose `attend` multiplies without decompressing."""
+    """An `nnx.Embed` that looks up a few rows, and attends, without decompressing all of it."""
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """See `nnx.Embed.__call__`."""
+        is_usual = out_sharding is None and self.num_embeddings > 1
+        if is_usual and jnp.issubdtype(inputs.dtype, jnp.integer):
+            rows = _module_products.rows(self.embedding[...], inputs)
+            if rows is not None:
+                (promoted,) = self.promote_dtype((rows,), dtype=self.dtype, inexact=False)
+                return promoted
+        return super().__call__(inputs, out_sharding)
 
     def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
         """See `nnx.Embed.attend`."""

@@ -13,7 +13,7 @@ from flax import nnx
 from gpu_programs import count_calls, needs_product
 from linen_models import LAYERS, SCAN, TENSORS, TOKENS, WIDTH, Compact, Stack, bf16, init
 from mostly_slow import mostly_slow
-from payloads import assert_same_bits, random_weights
+from payloads import assert_same_bits, count_decodes, random_weights
 
 import df11_jax
 import df11_jax.linen
@@ -102,6 +102,46 @@ def test_linen_gradients(fused_products):
     plain_model = Stack(nn.scan(nn.remat(Compact, static_argnums=(2, 3)), **SCAN))
     assert_same_bits(gradient(model, small), gradient(plain_model, plain))
     assert len(fused_products) >= TENSORS
+
+
+TABLE = (1024, 128)  # 16 bands
+TOKENS_OF_TABLE = jnp.array([[3, 1023, 70], [5, -1, 2000]])
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="counts decodes on the CPU")
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_look_ups_of_linen_decompress_bands(dtype):
+    options = {"dtype": dtype, "param_dtype": jnp.bfloat16}
+    plain = {"params": {"embedding": random_weights(TABLE)}}
+    small = df11_jax.compress_params(plain, along_columns="embedding")
+    embed, expected = FUSED_EMBED(*TABLE, **options), nn.Embed(*TABLE, **options)
+    look_up = jax.jit(embed.apply)
+    rows = look_up(small, TOKENS_OF_TABLE)
+    assert rows.dtype == dtype
+    assert rows.tobytes() == expected.apply(plain, TOKENS_OF_TABLE).tobytes()
+    assert count_decodes(look_up, small, TOKENS_OF_TABLE) == TOKENS_OF_TABLE.size
+    many = jnp.arange(100)
+    assert look_up(small, many).tobytes() == expected.apply(plain, many).tobytes()
+    with pytest.raises(ValueError, match="Input type must be an integer"):
+        embed.apply(small, jnp.ones(3))
+    # With pairs along rows, all of it.
+    along_rows = df11_jax.compress_params(plain)
+    assert count_decodes(look_up, along_rows, TOKENS_OF_TABLE) == 1
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="counts decodes on the CPU")
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_look_ups_of_nnx_decompress_bands(dtype):
+    embed = nnx.Embed(*TABLE, dtype=dtype, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    expected = embed(TOKENS_OF_TABLE)
+    df11_jax.nnx.compress(embed, fused=True)
+    look_up = nnx.jit(lambda embed, tokens: embed(tokens))
+    rows = look_up(embed, TOKENS_OF_TABLE)
+    assert rows.dtype == dtype
+    assert rows.tobytes() == expected.tobytes()
+    assert count_decodes(look_up, embed, TOKENS_OF_TABLE) == TOKENS_OF_TABLE.size
+    with pytest.raises(ValueError, match="Input type must be an integer"):
+        embed(jnp.ones(3))
 
 
 class Einsums(nn.Module):

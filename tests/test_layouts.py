@@ -10,7 +10,7 @@ from mostly_slow import mostly_slow
 from payloads import assert_same_bits, count_decodes, random_weights
 
 import df11_jax
-from df11_jax import _host_codec, _layout
+from df11_jax import _ffi, _host_codec, _layout
 from df11_jax._compress_tensor import compress_as
 from df11_jax._layout import make_layout
 from df11_jax._slices import decode_slices
@@ -164,6 +164,67 @@ def test_a_part_decodes_where_it_is():
 
     here = jax.shard_map(decode, mesh=mesh, in_specs=spec, out_specs=spec)
     assert_same_bits(jax.jit(here)(placed), weights)
+
+
+# Bands, 64 rows of a matrix with pairs along columns.
+
+
+@pytest.mark.parametrize("shape", [(2, 192, 208), (2, 3, 128, 144), (2, 1000, 64)], ids=str)
+@pytest.mark.parametrize("decoder", ["compiled", "in XLA operations"])
+def test_bands_by_index(shape, decoder, monkeypatch):
+    if decoder != "compiled":
+        monkeypatch.setattr(_ffi, "platforms", lambda target: ())
+    weights = random_weights(shape).at[1, ..., 70, :].set(3e-38)  # others have no such exponents
+    a = df11_jax.compress(weights, stack_axes=1, batch_axes=len(shape) - 3, along_columns=True)
+    matrices = weights.reshape(-1, *shape[-2:])
+    missing = -shape[-2] % 64
+    rows = jnp.pad(matrices, ((0, 0), (0, missing), (0, 0))).reshape(-1, 64, shape[-1])
+
+    def check(got, index):
+        assert got.shape == (*index.shape, 64, shape[-1])
+        for band, i in zip(got.reshape(-1, *got.shape[-2:]), index.reshape(-1), strict=True):
+            i = min(i, len(rows) - 1)
+            is_last = missing and (i + 1) % (len(rows) // len(matrices)) == 0
+            if i >= 0:
+                end = 64 - missing if is_last else 64
+                assert_same_bits(band[:end], rows[i, :end])
+
+    def decode(a, index):
+        return decode_slices([a], index, bands=True)[0]
+
+    last = len(rows) - 1
+    index = np.array([[4, -1, 0], [last, 10 * last, last // 2]])
+    check(jax.jit(decode)(a, jnp.asarray(index)), index)
+    check(jax.vmap(decode, (None, 0))(a, jnp.asarray(index[1])), np.minimum(index[1], last))
+    own = jax.vmap(decode)(a, jnp.array([1, 2]))  # of each slice
+    check(own, np.array([1, 2 + len(rows) // 2]))
+
+
+@on_cpu
+def test_no_band_but_those_of_the_index():
+    a = df11_jax.compress(random_weights((384, 128)), along_columns=True)
+    assert count_decodes(lambda: decode_slices([a], jnp.array([-1, 2, 5]), bands=True)) == 2
+
+
+@on_cpu
+def test_a_corrupt_band_does_not_spoil_others():
+    a = df11_jax.compress(random_weights((256, 256)), along_columns=True)
+    # Of two tiles below each other, the lower one of band 3.
+    words = a.sign_mantissa.at[-1].add(1 << 9)
+    bad = dataclasses.replace(a, sign_mantissa=words)
+    decode_slices([bad], jnp.array([0, 2]), bands=True)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="'table' is corrupt: chunk 7 of slice 0"):
+        jax.block_until_ready(decode_slices([bad], jnp.array([3]), names=["table"], bands=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"along_columns": True}], ids=str)
+def test_bands_that_there_are_not(options):
+    # Along rows; flat; divided.
+    shape = (70, 200) if options else (128, 128)
+    divided = compress_divided(random_weights((128, 64)), 0, (2, 1), along_columns=True)
+    for a in (df11_jax.compress(random_weights(shape), **options), divided):
+        with pytest.raises(ValueError, match="tensor 0: rows of slices with Layout"):
+            decode_slices([a], 0, bands=True)
 
 
 # Codebooks.

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Int, UInt
 
 from df11_jax._scan import scan_blocks
+from df11_jax._take import scan_pieces
 from df11_jax.models import Config, Params, Sampling, decode, prefill, tables
 from df11_jax.models.prompts import BUCKET
 
@@ -166,6 +167,8 @@ def decompress_as_a_step(params: Params, tokens: Int[Array, " batch"]) -> Array:
     carry = tables.look_up(params["embed_tokens"], tokens).astype(jnp.float32).sum()
     carry, _ = scan_blocks(add, carry, params["layers"])
     head = params["lm_head" if "lm_head" in params else "embed_tokens"]
-    return tables.scan_pieces(
-        head, carry, lambda carry, first, piece: carry + piece[0, 0].astype(jnp.float32)
+    return scan_pieces(
+        tables.first_slice(head),
+        carry,
+        lambda carry, first, piece: carry + piece[0, 0].astype(jnp.float32),
     )

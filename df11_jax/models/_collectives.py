@@ -39,12 +39,12 @@ def sum_up(terms: Float[Array, "*batch"], axis: str | None) -> Float[Array, "*ba
 def look_up(
     table: Table, tokens: Int[Array, "*batch"], divided: bool
 ) -> BFloat16[Array, "*batch dim"]:
-    """`tables.look_up` in a table whose groups of rows may be divided over all devices."""
+    """`tables.look_up` in a table that may be divided over all devices."""
     if not divided:
         return tables.look_up(table, tokens)
-    groups, rows, _ = table.shape
-    local = tokens - jax.lax.axis_index(ALL_AXES) * (groups * rows)
-    is_here = (local >= 0) & (local < groups * rows)
+    rows = table.shape[1]
+    local = tokens - jax.lax.axis_index(ALL_AXES) * rows
+    is_here = (local >= 0) & (local < rows)
     found = tables.look_up(table, jnp.where(is_here, local, 0))
     return spread(found, is_here[..., None], ALL_AXES)
 
@@ -63,7 +63,7 @@ def spread(
 def project(
     table: Table, x: Float[Array, "*batch dim"], divided: bool, fuse: bool
 ) -> Float[Array, "*batch rows_of_all"]:
-    """`tables.project` with a table whose groups of rows may be divided over all devices."""
+    """`tables.project` with a table that may be divided over all devices."""
     logits = tables.project(table, x, fuse)
     if not divided:
         return logits

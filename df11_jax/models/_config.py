@@ -226,4 +226,4 @@ class Config:
     @property
     def may_fuse(self) -> bool:
         """Whether products with compressed weights may be fused, where `df11_jax.dot` can."""
-        return not self.exact and not self.is_divided and self.dtype == jnp.bfloat16
+        return not self.exact and self.dtype == jnp.bfloat16

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from df11_jax.models import _collectives, _delta_rule
+from df11_jax.models import _delta_rule
 from df11_jax.models._config import Config
 from df11_jax.models._delta_rule import States, Steps
 from df11_jax.models._layers import RMSNorm, multiply
@@ -50,8 +50,7 @@ class GatedDeltaNet(nn.Module):
         # In all models with these layers, this norm has no offset.
         out = RMSNorm(dataclasses.replace(c, unit_offset=False), name="norm")(out)
         out = (out * nn.silu(gate.reshape(out.shape).astype(jnp.float32))).astype(x.dtype)
-        sum_up = _collectives.summing_dot_general(c.axis)
-        (out,) = multiply(self, out.reshape(*x.shape[:2], -1), {"out_proj": c.dim}, False, sum_up)
+        (out,) = multiply(self, out.reshape(*x.shape[:2], -1), {"out_proj": c.dim}, False, c.axis)
         return out, states
 
 

@@ -265,7 +265,8 @@ def _map_fused(
     names = ("gate_proj", "up_proj", "down_proj")
     gate_kernel, up_kernel, down_kernel = (kernels[name]["kernel"] for name in names)
     gate, up = dot(x, [gate_kernel, up_kernel])
-    return dot(activate(gate, config) * up, down_kernel)
+    hidden = activate(gate, config) * up
+    return dot(hidden, down_kernel, preferred_element_type=_result_dtype(config))
 
 
 def _result_dtype(config: Config) -> Any:

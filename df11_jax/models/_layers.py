@@ -1,6 +1,6 @@
 """Layers that blocks are made of: norms, activations, and products with kernels."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from df11_jax._array import DF11Slice
 from df11_jax._product import dot
+from df11_jax.models import _collectives
 from df11_jax.models._config import Config
 
 
@@ -45,7 +46,7 @@ def multiply(
     x: Float[Array, "batch seq in_features"],
     features: Mapping[str, int],
     bias: bool,
-    dot_general: Callable[..., Array] | None = None,
+    axis: str | None = None,
 ) -> list[Float[Array, "batch seq _"]]:
     """The outputs of dense layers of a module for the same `x`.
 
@@ -54,7 +55,7 @@ def multiply(
         x: the inputs.
         features: the names of the layers, and the numbers of their outputs.
         bias: whether they have biases.
-        dot_general: the product of layers whose kernels are arrays; None for the usual one.
+        axis: the axis of a mesh of devices, if each of them has some of the inputs; None otherwise.
     """
     dtype = module.config.dtype
     weights: dict[str, dict[str, Any]] = {
@@ -66,7 +67,14 @@ def multiply(
         for name, layer in weights.items()
         if isinstance(layer.get("kernel"), DF11Slice)
     }
-    products = dict(zip(slices, dot(x, list(slices.values())), strict=True))
+    # What devices have of a sum is added before it is rounded.
+    wide = None if axis is None else jnp.float32
+    terms = dot(x, list(slices.values()), preferred_element_type=wide)
+    products = {
+        name: _collectives.sum_up(term, axis).astype(x.dtype)
+        for name, term in zip(slices, terms, strict=True)
+    }
+    dot_general = _collectives.summing_dot_general(axis)
     outputs = []
     for name, size in features.items():
         if name not in slices:

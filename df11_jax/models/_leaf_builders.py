@@ -25,7 +25,7 @@ _BAND = 64  # rows that are transposed at a time: two cache lines of each row of
 
 
 def count_stack_axes(path: Sequence[str]) -> int:
-    """The number of stack axes of the leaf at a path: layers, or groups of rows; and experts."""
+    """The number of stack axes of the leaf at a path: layers, or devices; and experts."""
     return 2 if EXPERTS in path else 1
 
 
@@ -37,6 +37,8 @@ def is_candidate_leaf(path: Sequence[str], shape: tuple[int, ...]) -> bool:
     """
     axes = count_stack_axes(path)
     is_matrix = len(shape) - axes == 2 and not ROUTERS & set(path)
+    if path[0] in TABLES and slice_layout(path, shape).view.is_flat:
+        return False  # no rows could be decompressed alone
     return is_matrix and is_candidate(shape, BFLOAT16, stack_axes=axes)
 
 

@@ -59,8 +59,8 @@ def load_params(
 
     Tensors are read and compressed one by one, so that beside the result the host needs memory for
     a few of them only. Parameters that were saved compressed stay as they are where their slices
-    are those of the devices: all of them, if the devices of each stage are as many as before, on
-    however many hosts. Other leaves are decompressed and compressed again, tensor by tensor, about
+    are those of the devices: all of them, if devices and stages are as many as before, on however
+    many hosts. Other leaves are decompressed and compressed again, tensor by tensor, about
     which there is a warning. Of a checkpoint of Orbax, each process then has one compressed leaf
     after the other in host memory, as a whole.
 
@@ -246,13 +246,12 @@ def _slices(
         return part.astype(place.dtype, copy=False)
 
     if place.is_table:
-        of_all, each, _ = table_shape(config, target.count, place.path[0])
-        count = of_all // target.count
-        rows = count * each
+        _, rows, _ = table_shape(config, target.count, place.path[0])
         for at, number in enumerate(target.parts(place.path)[1]):
             table = cast(tensor[number * rows : (number + 1) * rows])
-            for start, groups in _groups(table, count, each):
-                yield at * count + start, groups
+            if len(table) < rows:
+                table = np.pad(table, ((0, rows - len(table)), (0, 0)))
+            yield at, table[None]
     elif place.layer is None:
         yield 0, cast(tensor)
     else:
@@ -272,18 +271,3 @@ def _slices(
             if place.expert is not None:
                 at = at * config.experts.count + place.expert
             yield at, shard[None]
-
-
-def _groups(
-    table: BFloat16[np.ndarray, "vocab dim"], count: int, rows: int
-) -> Iterator[tuple[int, BFloat16[np.ndarray, "groups rows dim"]]]:
-    """A table in groups of rows, padded with zeros to a number of groups."""
-    vocab, dim = table.shape
-    whole, rest = divmod(vocab, rows)
-    if whole:
-        yield 0, table[: whole * rows].reshape(whole, rows, dim)
-    if rest:
-        yield whole, np.pad(table[-rest:], ((0, rows - rest), (0, 0)))[None]
-    begin = -(-vocab // rows)
-    if begin < count:
-        yield begin, np.zeros((count - begin, rows, dim), BFLOAT16)

@@ -1,7 +1,7 @@
 """Embeddings of tokens for each layer, which each block mixes into its output.
 
-All embeddings of a token are a row of one table, of which only the groups of the tokens are
-decompressed, as of the other embedding.
+All embeddings of a token are a row of one table, of which little more than the rows of the tokens
+is decompressed, as of the other embedding.
 """
 
 import math

@@ -17,8 +17,7 @@ from jaxtyping import Array, Int, Shaped
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._files.safetensors import dtype_name
 from df11_jax._files.source import Source, TensorInfo, TensorSource
-from df11_jax._host_arrays import BFLOAT16
-from df11_jax._host_codec import decode, encode
+from df11_jax._host_codec import decode
 from df11_jax._host_codec import verify as verify_payload
 from df11_jax._layout import Layout
 from df11_jax.checkpoints.leaf import LeafSource, load_leaf
@@ -30,7 +29,7 @@ from df11_jax.models._processes import put_shards
 from df11_jax.models._sharding import shard_config, shard_shape
 from df11_jax.models._weights import Places, TensorPlace, leaf_shape, list_places
 
-# For each slice of a leaf the one of the saved leaf that it is, or -1 for zeros.
+# For each slice of a leaf the one of the saved leaf that it is.
 SliceNumbers = Int[np.ndarray, " slices"]
 
 
@@ -59,11 +58,9 @@ def find_saved(tensors: Mapping[str, TensorInfo], config: Config) -> int | None:
     for name, place in places.items():
         info, expected = tensors[name], leaf_shape(place, config, devices)
         shape = tuple(info.shape)
-        if place.is_table:  # divided among the devices of all stages, however many there were
-            several = leaf_shape(place, config, 2)  # on one device, a head has other groups
-            groups = -(-place.shape[0] // several[1] // devices) * devices
-            if devices > 1 or shape[1:] == several[1:]:
-                expected = (max(shape[0] // devices * devices, groups), *several[1:])
+        if place.is_table and shape:  # divided over the devices of all stages, however many
+            of_all = leaf_shape(place, config, max(1, shape[0] // devices) * devices)
+            expected = of_all if shape == of_all else expected
         if shape != expected:
             raise ValueError(
                 f"{name}: expected shape {list(expected)} for {devices} "
@@ -134,19 +131,12 @@ class SavedTensors:
                 return source.load_shards(name, where, verify=verify)
             return load_leaf(source, name, where, verify=verify)
         numbers = self._target.part(path, numbers)
-        padding, leaf = np.flatnonzero(numbers < 0), self._open(name)
+        leaf = self._open(name)
         if not is_df11(leaf):
-            array = leaf[numbers]
-            array[padding] = 0
-            return put_shards(array, where)
+            return put_shards(leaf[numbers], where)
         payload = [part[numbers] for part in leaf.payload]
         if verify:
             verify_payload(payload, leaf.layout, self._where(name))
-        if padding.size:
-            zeros = encode(np.zeros((1, *leaf.layout.shape), BFLOAT16), name, leaf.layout)
-            for part, zero in zip(payload, zeros, strict=True):
-                # Of exponents, nothing has fewer words.
-                part[padding] = np.pad(zero, ((0, 0), (0, part.shape[-1] - zero.shape[-1])))
         return DF11Array.from_payload([put_shards(part, where) for part in payload], leaf.layout)
 
     def read(self, name: str) -> Shaped[np.ndarray, "..."]:
@@ -154,8 +144,8 @@ class SavedTensors:
         (place,) = self.places[name]
         leaf = self._open(_name(place))
         if place.is_table:
-            groups = np.arange(-(-place.shape[0] // leaf.shape[1]))
-            return self._decode(leaf, groups, place).reshape(-1, place.shape[1])[: place.shape[0]]
+            rows = self._decode(leaf, np.arange(leaf.shape[0]), place)
+            return rows.reshape(-1, place.shape[1])[: place.shape[0]]
         if place.layer is None:
             return leaf
         shards, shape = self._shards(place, self._devices)
@@ -184,26 +174,23 @@ class SavedTensors:
             if numbers is not None:
                 fitting[name] = numbers
         if divided:
-            before, each = self._devices, " of each stage" if target.stages > 1 else ""
+            saved = self._source.tensors["embed_tokens"].shape[0]
+            before = _describe(saved, saved // self._devices)
             warnings.warn(
                 f"{divided} of {compressed} compressed leaves are decompressed on the host, and "
-                f"compressed again: they were saved for {before} "
-                f"{'devices' if before > 1 else 'device'}, and are divided for "
-                f"{target.count // target.stages} now{each}. To load them as they are, save what "
-                f"comes of it, or load them onto {before}{each}",
+                f"compressed again: they were saved for {before}, and are divided for "
+                f"{_describe(target.count, target.stages)} now. To load them as they are, save "
+                f"what comes of it, or load them onto {before}",
                 stacklevel=4,
             )
         return fitting
 
     def _slice_numbers(self, place: TensorPlace) -> SliceNumbers | None:
         """The saved slices that a leaf has on its devices; None if it has others there."""
-        (saved, *each), target = self._source.tensors[_name(place)].shape, self._target
-        if place.is_table:
-            groups, *wanted = leaf_shape(place, self._config, target.count)
-            numbers = np.arange(groups)
-            return np.where(numbers < saved, numbers, -1) if each == wanted else None
+        saved, target = self._source.tensors[_name(place)].shape, self._target
         if place.layer is None:
-            return np.arange(saved)
+            wanted = leaf_shape(place, self._config, target.count)
+            return np.arange(saved[0]) if tuple(saved) == wanted else None
         before, shape = self._shards(place, self._devices)
         after, other = self._shards(place, target.count // target.stages)
         if shape != other:
@@ -246,6 +233,11 @@ class SavedTensors:
 
     def _where(self, name: str) -> str:
         return f"{self._source.path}: {name}" if isinstance(self._source, Source) else name
+
+
+def _describe(devices: int, stages: int) -> str:
+    in_stages = f" in {stages} stages" if stages > 1 else ""
+    return f"{devices} device{'s' if devices > 1 else ''}{in_stages}"
 
 
 def _name(place: TensorPlace) -> str:

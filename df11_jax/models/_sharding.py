@@ -1,7 +1,7 @@
 """Which tensors of a transformer are sharded, and along which axis.
 
 Attention and the delta rule are divided by heads, the MLP and each expert by its hidden units,
-embeddings and output head by groups of rows. If there are fewer key-value heads than devices,
+embeddings and output head by rows. If there are fewer key-value heads than devices,
 several devices have the same one. Norms, routers, what mixes embeddings for layers, and biases that
 are added after a sum over the devices, are replicated. A tensor of the blocks that is sharded
 becomes a stack [devices * layers, ...] in which the slices of the first device come first. Sharded
@@ -147,21 +147,18 @@ def is_wide(path: Sequence[str]) -> bool:
 
 
 def table_shape(config: Config, devices: int, name: str = "embed_tokens") -> tuple[int, int, int]:
-    """Shape of a table, padded to an equal number of groups on each device."""
+    """Shape of a table that is divided over devices."""
     vocab, dim = config.vocab, config.dim
-    if name == "lm_head" and devices == 1:  # products are fused on one device alone
-        return tables.head_shape(vocab, dim)
     if name == "embed_tokens_per_layer":
         assert config.per_layer is not None
         vocab, dim = config.per_layer.vocab, config.layers * config.per_layer.dim
-    groups, rows, dim = tables.table_shape(vocab, dim)
-    return -(-groups // devices) * devices, rows, dim
+    return tables.table_shape(vocab, dim, devices)
 
 
 def leaf_length(path: Sequence[str], config: Config, devices: int, stages: int = 1) -> int:
     """Length of the first axis of the leaf at a path."""
     if path[0] in TABLES:
-        return table_shape(config, devices, path[0])[0]
+        return devices
     if path[0] != "layers":
         return config.per_layer.dim if config.per_layer and path[0] != "norm" else config.dim
     return count_stack(path, config) * (devices // stages if _is_sharded(path) else 1)

@@ -2,7 +2,7 @@
 
 Parameters are one nested dictionary:
 
-    embed_tokens  BFloat16[Array, "groups rows dim"], see `tables`
+    embed_tokens  BFloat16[Array, "devices rows dim"], see `tables`
     layers/...    one array for each tensor of a block, stacked along a leading axis `layers`; the
                   names are those of Hugging Face, but kernels are [layers, in, out]. If layers of
                   several types differ, there is a stack for each type, layers/full/...
@@ -100,8 +100,7 @@ class Attention(nn.Module):
         if c.output_gate:
             mixed *= nn.sigmoid(gate)
         mixed = mixed.reshape(*x.shape[:2], -1)
-        sum_up = _collectives.summing_dot_general(c.axis)
-        (out,) = multiply(self, mixed, {"o_proj": c.dim}, c.output_bias, sum_up)
+        (out,) = multiply(self, mixed, {"o_proj": c.dim}, c.output_bias, c.axis)
         return out, slots
 
 
@@ -117,8 +116,7 @@ class MLP(nn.Module):
         features = {"gate_proj": c.hidden, "up_proj": c.hidden}
         gate, up = multiply(self, x, features, c.mlp_bias)
         gate = activate(gate, c)
-        sum_up = _collectives.summing_dot_general(c.axis)
-        (down,) = multiply(self, gate * up, {"down_proj": c.dim}, c.mlp_bias, sum_up)
+        (down,) = multiply(self, gate * up, {"down_proj": c.dim}, c.mlp_bias, c.axis)
         return down
 
 
@@ -393,9 +391,8 @@ def project(
         Logits in float32.
     """
     table = params["embed_tokens"] if config.tied else params["lm_head"]
-    # An embedding has too many groups for a product of each.
-    fuse = config.may_fuse and not config.tied
-    logits = _collectives.project(table, x, config.is_divided, fuse)[..., : config.vocab]
+    logits = _collectives.project(table, x, config.is_divided, config.may_fuse)
+    logits = logits[..., : config.vocab]
     return softcap(logits, config.logit_softcap)
 
 

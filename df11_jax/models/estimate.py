@@ -7,7 +7,7 @@ device, by these formulas, is found out in `fit`.
 import functools
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -16,7 +16,8 @@ from df11_jax import _layout
 from df11_jax._files.source import TensorInfo
 from df11_jax._layout import Layout, make_layout
 from df11_jax._select import is_candidate
-from df11_jax.models import _attention, _cache, _experts, _programs, _transformer, tables
+from df11_jax._take import rows_in_piece
+from df11_jax.models import _attention, _cache, _experts, _programs, _transformer
 from df11_jax.models._config import Config
 from df11_jax.models._layer_types import (
     LayerType,
@@ -31,7 +32,7 @@ from df11_jax.models.prompts import cache_length
 
 # Bits of the coded exponent of a weight; the rest of a compressed tensor follows from its shape.
 # Normally distributed weights take the least, the matrices of trained models what is expected, and
-# word embeddings in groups that are padded to the longest the most.
+# none that was measured takes the most.
 LEAST_BITS, EXPECTED_BITS, MOST_BITS = 2.62, 2.70, 2.82
 
 
@@ -323,11 +324,10 @@ def _table_shards(config: Config, devices: int) -> list[tuple[tuple[str, ...], t
     if config.per_layer is not None:
         names.append("embed_tokens_per_layer")
     shapes = {name: table_shape(config, devices, name) for name in names}
-    return [((name,), (shape[0] // devices, *shape[1:])) for name, shape in shapes.items()]
+    return [((name,), (1, *shape[1:])) for name, shape in shapes.items()]
 
 
 def _head_nbytes(config: Config, devices: int) -> int:
-    """The bytes of the groups of the output head that are decompressed at a time."""
+    """The bytes of the rows of the output head that are decompressed at a time."""
     shape = dict(_table_shards(config, devices))[("embed_tokens" if config.tied else "lm_head",)]
-    table: Any = jax.ShapeDtypeStruct(shape, config.dtype)  # its shape is enough
-    return 2 * math.prod(shape[1:]) * tables.groups_in_piece(table)
+    return 2 * rows_in_piece(*shape[1:]) * shape[2]

@@ -301,7 +301,7 @@ def _read_checkpoint(source: Source, where: str) -> Model:
     is_plain = all(info.nbytes == info.stored_nbytes for info in infos)
     if config is not None and is_plain:
         return _known_model(path, source.format, config, wide)
-    if config is not None and saved:  # with tables that are filled up to whole groups of rows
+    if config is not None and saved:  # with tables that are filled up to whole bands
         parameters = estimate.count_parameters(config)
     else:
         parameters = sum(math.prod(info.shape) for info in infos)

@@ -13,8 +13,9 @@ from payloads import count_decodes
 from runs import BF16, DRAWN, F32, GREEDY, NONE, PROMPTS, assert_same_bits, begin, load, run
 
 import df11_jax
-from df11_jax import _ffi, models
+from df11_jax import _ffi, _take, models
 from df11_jax._array import is_df11
+from df11_jax._layout import TILE_COLS
 from df11_jax._product import MOST_FUSED_ROWS
 from df11_jax.models import _programs, _transformer, tables
 from df11_jax.models._sampling import choose
@@ -72,16 +73,15 @@ def test_calls_on_a_gpu():
         return [text.count(f"@{target}(") for target in (_ffi.PRODUCT_TARGET, _ffi.DECODE_TARGET)]
 
     rest = (5, GREEDY, keys, NONE, 8)
-    # The embedding is decompressed; four products of a block are fused, and those of the head.
-    (pieces, _, _) = params["lm_head"].shape
-    assert calls(models.decode, params, state, *rest, config) == [4 + pieces, 1]
-    tied = dataclasses.replace(config, tied=True)
-    assert calls(models.decode, params, state, *rest, tied) == [4, 2]
+    # The embedding is decompressed; four products of a block are fused, and that of the head.
+    for tied in (False, True):
+        tied_or_not = dataclasses.replace(config, tied=tied)
+        assert calls(models.decode, params, state, *rest, tied_or_not) == [5, 1]
     exact = dataclasses.replace(config, exact=True)
     assert calls(models.decode, params, state, *rest, exact) == [0, 3]
     # Of all leaves of a block that many tokens are multiplied with, one call decompresses.
     many = np.ones((1, MOST_FUSED_ROWS + 1), np.int32), np.array([2], np.int32)
-    assert calls(models.prefill, params, *many, GREEDY, keys, NONE, 64, config) == [pieces, 2]
+    assert calls(models.prefill, params, *many, GREEDY, keys, NONE, 64, config) == [1, 2]
 
 
 @pytest.mark.parametrize("family", families.EACH)
@@ -99,10 +99,10 @@ def test_compressed_parameters_are_the_plain_ones(family):
 def test_weights_are_decoded_once_a_token(family, embeddings):
     params, config = load(family)
     leaves = jax.tree.leaves(params["layers"], is_leaf=is_df11)
-    groups = params["embed_tokens" if config.tied else "lm_head"].shape[0]
-    # One group of each embedding, each block, and the head.
+    bands = params["embed_tokens" if config.tied else "lm_head"].shape[1] // TILE_COLS
+    # One band of each embedding, each block, and the head.
     blocks = sum(leaf.shape[0] for leaf in leaves if is_df11(leaf))
-    assert count_decodes(begin(params, config)) == 5 * (embeddings + blocks + groups)
+    assert count_decodes(begin(params, config)) == 5 * (embeddings + blocks + bands)
 
 
 # Batches.
@@ -255,8 +255,8 @@ def test_lengths_of_the_same_bucket_cost_no_compilation(llama):
 @pytest.mark.parametrize("tokens", [(), (3,), (2, 3), (40,), (3, 200)])
 @pytest.mark.parametrize("piece", [1, 2, 3, 5, 100])
 def test_tables_in_pieces(monkeypatch, tokens, piece):
-    dim, vocab = 64, 5 * tables.ROWS - 37
-    monkeypatch.setattr(tables, "PIECE_BYTES", piece * 2 * tables.ROWS * dim)
+    dim, vocab = 64, 5 * TILE_COLS - 37
+    monkeypatch.setattr(_take, "PIECE_BYTES", piece * 2 * TILE_COLS * dim)
     rng = np.random.default_rng(0)
     plain = rng.standard_normal(tables.table_shape(vocab, dim)).astype(jnp.bfloat16)
     table = df11_jax.compress(plain, stack_axes=1, along_columns=True)
@@ -271,28 +271,6 @@ def test_tables_in_pieces(monkeypatch, tokens, piece):
         np.testing.assert_allclose(products, exact, atol=1e-4)
     if jax.default_backend() == "cpu" and 0 < ids.size < 5:
         assert count_decodes(jax.jit(tables.look_up), table, ids) <= -(-ids.size // piece) * piece
-
-
-@pytest.mark.parametrize(
-    ("vocab", "dim"), [(128_256, 4096), (152_064, 5120), (128_256, 16_384), (300, 64), (1, 8)]
-)
-def test_shape_of_a_head_that_is_no_embedding(vocab, dim):
-    groups, rows, width = tables.head_shape(vocab, dim)
-    assert width == dim and rows % 64 == 0
-    assert vocab <= groups * rows < max(1.01 * vocab, vocab + 64)
-    assert groups == 1 or 2 * (rows - 64) * dim <= tables.PIECE_BYTES
-
-
-def test_a_head_of_several_pieces(monkeypatch):
-    config = models.read_config(families.CONFIGS["llama"])
-    monkeypatch.setattr(tables, "PIECE_BYTES", 2 * 64 * config.dim)
-    both = [
-        models.load_params(models.RandomSource(config), config, compress=compress)
-        for compress in (True, False)
-    ]
-    groups, rows, _ = both[0]["lm_head"].shape
-    assert groups == -(-config.vocab // rows) > 1
-    assert_same_bits(*(run(params, config) for params in both))
 
 
 # Errors.

@@ -194,8 +194,12 @@ def test_saved_parameters_that_do_not_fit(directory, tmp_path):
         ({"norm": jnp.zeros(65, jnp.bfloat16)}, r"norm: expected shape \[64\] .*got \[65\]"),
         ({"norm": jnp.zeros(64)}, "norm: expected BF16, got F32"),
         (
-            {"lm_head": jnp.zeros((2, 128, 64), jnp.bfloat16)},
-            r"lm_head: expected shape \[3, 128, 64\] for 1 device, got \[2, 128, 64\]",
+            {"lm_head": jnp.zeros((1, 256, 64), jnp.bfloat16)},
+            r"lm_head: expected shape \[1, 320, 64\] for 1 device, got \[1, 256, 64\]",
+        ),
+        (
+            {"lm_head": jnp.zeros((2, 320, 64), jnp.bfloat16)},
+            r"lm_head: expected shape \[1, 320, 64\] for 1 device, got \[2, 320, 64\]",
         ),
     ):
         changed = {k: v for k, v in (model.params | change).items() if v is not None}
@@ -258,7 +262,7 @@ def test_transpose(shape):
 
 @pytest.mark.parametrize("devices", [None, 2])
 def test_another_checkpoint_takes_the_shapes_of_the_first(devices):
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "vocab_size": 150}
     config = models.read_config(families.CONFIGS["qwen3"] | sizes)
     first, second = (
         models.load_params(models.RandomSource(config, seed), config, devices=devices)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 
 import families
@@ -14,8 +15,8 @@ from payloads import count_decodes
 from runs import BF16, DRAWN, F32, PROMPTS, assert_same_bits, begin, run
 
 import df11_jax
-from df11_jax import checkpoints, models
-from df11_jax.models import _collectives, _devices, _sharding, tables
+from df11_jax import _take, checkpoints, models
+from df11_jax.models import _collectives, _devices, _sharding
 
 # Others have two key-value heads; and shards of a smaller one would be too small to be compressed.
 WIDE = families.CONFIGS["llama-biases"] | {"hidden_size": 256, "intermediate_size": 512}
@@ -141,12 +142,13 @@ def test_devices_that_share_a_head_have_it_all():
 
 
 def test_negative_zeros_and_nans_of_an_embedding_arrive():
-    bits = np.random.default_rng(0).integers(0, 2**16, (4, tables.ROWS, 64)).astype(np.uint16)
-    bits[0, 0], bits[3, 5] = 0x8000, 0x7FC1
-    table, tokens = bits.view(BF16), np.array([0, 3 * tables.ROWS + 5, 200, 400], np.int32)
+    bits = np.random.default_rng(0).integers(0, 2**16, (2, 128, 64)).astype(np.uint16)
+    bits[0, 0], bits[1, 69] = 0x8000, 0x7FC1
+    table, tokens = bits.view(BF16), np.array([0, 128 + 69, 100, 200], np.int32)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2])[None], ("stage", "model"))
     divided, whole = _sharding.partition_spec(("embed_tokens",)), jax.sharding.PartitionSpec()
-    for stack in (df11_jax.compress(table, stack_axes=1), jnp.asarray(table)):
+    small = df11_jax.compress(table, stack_axes=1, along_columns=True)
+    for stack in (small, jnp.asarray(table)):
         look_up = functools.partial(_collectives.look_up, divided=True)
         specs = {"in_specs": (divided, whole), "out_specs": whole, "check_vma": False}
         rows = jax.shard_map(look_up, mesh=mesh, **specs)
@@ -185,12 +187,13 @@ def test_every_device_has_its_shard_and_no_more(compress):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2, 3, 4])
-def test_tables_have_as_many_groups_on_each_device(devices):
+def test_tables_have_as_many_rows_on_each_device(devices):
     config = dataclasses.replace(models.read_config(families.CONFIGS["qwen2"]), hidden=240)
-    sizes = {"heads": 12, "kv_heads": 12, "head_dim": 8, "vocab": 2 * tables.ROWS + 1}
+    sizes = {"heads": 12, "kv_heads": 12, "head_dim": 8, "vocab": 129}
     config = dataclasses.replace(config, **sizes)
     params = models.load_params(models.RandomSource(config), config, devices=devices)
-    assert params["embed_tokens"].shape[0] == -(-3 // devices) * devices
+    shape = devices, 64 * -(-129 // devices // 64), config.dim
+    assert params["embed_tokens"].shape == shape
     rows = np.asarray(df11_jax.decompress_params(jax.tree.map(np.asarray, params))["embed_tokens"])
     rows = rows.reshape(-1, config.dim)
     expected = models.RandomSource(config).read("model.embed_tokens.weight")
@@ -231,7 +234,7 @@ def test_divided_parameters_are_saved_and_placed_again(tmp_path):
     assert models.generate(again, PROMPTS, config, tokens=4) == models.generate(
         params, PROMPTS, config, tokens=4
     )
-    with pytest.raises(ValueError, match=r"embed_tokens.* has 4 slices, expected 3 for 1 device"):
+    with pytest.raises(ValueError, match=r"embed_tokens.* has 2 slices, expected 1 for 1 device"):
         models.place_params(loaded, config, 1)
 
 
@@ -269,14 +272,14 @@ def test_memory_of_each_device_is_that_of_its_shard(devices):
         whole, part = getattr(one, name), getattr(each, name)
         assert whole <= devices * part <= 1.03 * whole
     # Decompressed: a block's shard, or a piece of the head, which is of the same size on all.
-    piece = tables.PIECE_BYTES + 4 * 2 * 2 * config.vocab
+    piece = _take.PIECE_BYTES + 4 * 2 * 2 * config.vocab
     assert each.decode <= max(1.1 * shapes.block_nbytes(config) / devices, piece)
     # What comes from other devices are activations, and never weights.
     text = decode.as_text()
     moved = re.findall(r"= (\w+)\[([\d,]*)\]\S* (all-\w+|collective-\w+|reduce-scatter)\(", text)
     assert {what for _, _, what in moved} == {"all-reduce", "all-gather"}
     assert {(dtype, size) for dtype, size, what in moved if what == "all-gather"} == {
-        ("f32", f"2,{_sharding.table_shape(config, devices)[0] * tables.ROWS}")
+        ("f32", f"2,{math.prod(_sharding.table_shape(config, devices)[:2])}")
     }
     assert {size for _, size, what in moved if what == "all-reduce"} == {f"2,1,{config.dim}"}
 
@@ -305,9 +308,9 @@ def test_programs_are_found_compiled():
 def test_each_device_decodes_its_slices_once_a_token():
     params, config = load("llama", 2)
     leaves = df11_jax.size_report(params["layers"]).leaves
-    groups = params["embed_tokens"].shape[0]
+    bands = math.prod(params["lm_head"].shape[:2]) // 64
     blocks = 2 * config.layers * sum(leaf.compressed for leaf in leaves)
-    assert count_decodes(begin(params, config)) == 5 * (2 + blocks + groups)
+    assert count_decodes(begin(params, config)) == 5 * (2 + blocks + bands)
 
 
 # Errors.

@@ -67,18 +67,21 @@ def with_room(params, like=None):
 @pytest.mark.parametrize(
     ("name", "before", "save", "after", "again"),
     [
-        ("shared", (1, 1), checkpoints.save, (4, 1), 6),
-        ("shared", (4, 1), save_orbax, (1, 1), 6),
-        ("shared", (2, 1), checkpoints.save, (4, 1), 4),  # not keys and values, which are shared
-        ("shared", (4, 1), checkpoints.save, (2, 1), 4),
-        ("shared", (4, 2), checkpoints.save, (2, 1), 0),
-        ("shared", (2, 1), save_orbax, (4, 2), 0),
-        ("shared", (1, 1), checkpoints.save, (2, 2), 0),
-        ("large table", (4, 1), save_orbax, (1, 1), 2),
-        ("large table", (1, 1), checkpoints.save, (4, 1), 2),
-        ("hybrid", (1, 1), checkpoints.save, (2, 1), 10),  # the head, too, has other groups
-        ("hybrid", (4, 2), save_orbax, (2, 2), 9),
-        ("gemma4_text", (2, 1), checkpoints.save, (1, 1), 10),
+        ("shared", (1, 1), checkpoints.save, (4, 1), 7),
+        ("shared", (4, 1), save_orbax, (1, 1), 7),
+        ("shared", (2, 1), checkpoints.save, (4, 1), 5),  # not keys and values, which are shared
+        ("shared", (4, 1), checkpoints.save, (2, 1), 5),
+        ("shared", (4, 1), checkpoints.save, (4, 1), 0),
+        ("shared", (4, 2), checkpoints.save, (4, 2), 0),
+        ("shared", (4, 1), save_orbax, (4, 2), 4),  # neither keys and values nor the embedding
+        ("shared", (4, 2), checkpoints.save, (2, 1), 1),  # the embedding
+        ("shared", (2, 1), save_orbax, (4, 2), 1),
+        ("shared", (1, 1), checkpoints.save, (2, 2), 1),
+        ("large table", (4, 1), save_orbax, (1, 1), 3),
+        ("large table", (1, 1), checkpoints.save, (4, 1), 3),
+        ("hybrid", (1, 1), checkpoints.save, (2, 1), 11),
+        ("hybrid", (4, 2), save_orbax, (2, 2), 11),
+        ("gemma4_text", (2, 1), checkpoints.save, (1, 1), 12),
     ],
 )
 def test_other_devices(name, before, save, after, again, tmp_path):
@@ -92,7 +95,7 @@ def test_other_devices(name, before, save, after, again, tmp_path):
     leaves = zip(leaves_of(loaded), leaves_of(expected), strict=True)
     pairs = [(leaf, fresh) for leaf, fresh in leaves if is_df11(fresh)]
     kept = [leaf.exponents.shape != fresh.exponents.shape for leaf, fresh in pairs]
-    assert len(kept) - sum(kept) == again < len(pairs)
+    assert len(kept) - sum(kept) == again
     loaded = with_room(loaded, expected)
     assert_same_bits(loaded, expected)
     for leaf, fresh in zip(*map(jax.tree.leaves, (loaded, expected)), strict=True):
@@ -137,7 +140,7 @@ def test_damage_is_found(save, tmp_path):
         save(params, path)
         flip_a_bit(path, np.asarray(leaf.sign_mantissa).tobytes())
         source = checkpoints.open_checkpoint(path)
-        said = pytest.warns(match="4 of") if devices == 4 else contextlib.nullcontext()
+        said = pytest.warns(match="5 of") if devices == 4 else contextlib.nullcontext()
         with said, pytest.raises(ValueError, match=f"{name}/kernel.* corrupt|damaged.*{name}"):
             models.load_params(source, config, devices=devices)
 

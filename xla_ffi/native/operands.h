@@ -2,8 +2,9 @@
 //
 // Operands: index s32[batch...], then for each tensor header, codebook, chunk_offsets,
 // exponents, sign_mantissa as u32[batch..., stack, words]; a batch axis is 1 where its operand
-// was not batched. Results: bf16[batch..., slice...]. Attributes: names, those of the tensors, one
-// a line; headers, the one that the slices of each tensor have to have, but for the codebook's id.
+// was not batched. Results: bf16[batch..., slice...], or, where the index counts bands,
+// bf16[batch..., 64, k]. Attributes: names, those of the tensors, one a line; headers, the one that
+// the slices of each tensor have to have, but for the codebook's id.
 #pragma once
 
 #include <string>
@@ -112,7 +113,7 @@ inline ffi::Error read_payload(ffi::RemainingArgs args, size_t first, size_t bat
     data[k] = static_cast<const uint32_t*>(array->untyped_data());
     if (k == 3) tensor.exponents_words = words;
   }
-  tensor.stack = payload_dims[batch_rank];
+  tensor.stack = payload_dims[batch_rank] * std::max(tensor.bands, 1);
   tensor.header = data[0];
   tensor.codebook = data[1];
   tensor.chunk_offsets = data[2];
@@ -153,12 +154,19 @@ inline ffi::Error read_operands(ffi::RemainingArgs args, ffi::RemainingRets resu
     }
     TensorSlices tensor;
     Layout layout;
-    if (!unpack_header(headers.begin() + kHeaderWords * i, layout) ||
-        out_dims.size() - batch_rank != static_cast<size_t>(layout.ndim) ||
-        !std::equal(out_dims.begin() + batch_rank, out_dims.end(), layout.dims)) {
+    const bool is_header = unpack_header(headers.begin() + kHeaderWords * i, layout);
+    if (is_header) tensor.view = make_view(layout);
+    const View& view = tensor.view;
+    const int64_t band[] = {kTileCols, view.k}, bands = view.batch * view.tiles_n();
+    const auto is_result = [&](const int64_t* dims, int ndim) {
+      return std::equal(out_dims.begin() + batch_rank, out_dims.end(), dims, dims + ndim);
+    };
+    if (is_header && !is_result(layout.dims, layout.ndim) && view.along_columns &&
+        bands <= INT32_MAX && is_result(band, 2)) {
+      tensor.bands = static_cast<int32_t>(bands);
+    } else if (!is_header || !is_result(layout.dims, layout.ndim)) {
       return error("the header that is expected is not of the result " + describe(out_dims));
     }
-    tensor.view = make_view(layout);
     tensor.geometry = headers[kHeaderWords * i + kGeometryWord];
 
     ffi::AnyBuffer::Dimensions payload_dims{};

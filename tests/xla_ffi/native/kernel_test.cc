@@ -121,6 +121,35 @@ void test_stacks() {
   check("odd size", {{&odd_payload, {0, 1, 0}}}, {&odd});
 }
 
+// Single bands of a matrix, and of a batch of them: some are raw, some corrupt, and the last of a
+// matrix lacks rows.
+void test_bands() {
+  for (const Shape& shape : {Shape{1000, 144}, Shape{3, 1000, 144}, Shape{7, 64, 208}}) {
+    Layout layout = layout_of(shape, true, 4);
+    layout.batch_axes = static_cast<int>(shape.size()) - 2;
+    layout.row_axes = 1;
+    const View view = make_view(layout);
+    expect(!view.is_flat, "the view is not flat");
+    const int64_t bands = view.batch * view.tiles_n();
+    int64_t at = 0;
+    std::vector<Weights> slices;
+    for (int i = 0; i < 2; ++i) {
+      slices.push_back(fill(
+          view.size, [&] { return at++ / (64 * view.k) % 3 == 1 ? any_bits() : mostly_normal(); }));
+    }
+    Payload payload = compress(layout, slices);
+    const auto last = static_cast<int32_t>(2 * bands - 1);
+    Operand operand{&payload, {4, -1, 0, last, last + 9, 3, static_cast<int32_t>(bands), -7, 1}};
+    operand.bands = true;
+    check("bands", {operand}, {&slices});
+    payload.sign_mantissa[payload.view.sign_mantissa_words() - 1] ^= 1;
+    payload.chunk_offsets.back() += 4;
+    check("bands, corrupt", {operand});
+    payload.header[kHeaderWords + kGeometryWord] ^= 1;
+    check("bands of a slice with a wrong header", {operand});
+  }
+}
+
 // What the decoder for groups of chunks meets: several groups a warp, of several slices, with and
 // without patches, and among them chunks that are raw, long, corrupt, at an edge or alone.
 void test_groups() {
@@ -342,6 +371,7 @@ int main(int argc, char** argv) {
     run("values", test_values);
     run("shapes", test_shapes);
     run("stacks", test_stacks);
+    run("bands", test_bands);
     run("groups", test_groups);
     run("alignment", test_alignment);
     run("many tensors", test_many_tensors);

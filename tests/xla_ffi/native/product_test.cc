@@ -225,6 +225,7 @@ void side_by_side() {
   if (kIsSlow) return;
   check({5, 144, 64}, false, 2);
   check({2, 128, 304}, true, 8);
+  check({9, 64, 304}, true, 8);
   const Layout halves = as_batch(layout_of({3, 256, 96}, false, 8, 12));
   Product product;
   product.count = product.rows = 1;

@@ -43,6 +43,7 @@ class TensorSlices(ctypes.Structure):
     _fields_ = [
         ("view", View),
         ("geometry", ctypes.c_uint32),
+        ("bands", ctypes.c_int32),
         *((name, ctypes.c_int64) for name in ("stack", "batch", "exponents_words")),
         *((name, ctypes.c_uint64) for name in ("index", *_layout.PAYLOAD, "out")),
         ("batch_axes", ctypes.c_int),

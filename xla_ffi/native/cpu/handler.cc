@@ -60,23 +60,25 @@ class Worker {
     size_t at = 0;
     while (item >= call_.first_item[at + 1]) ++at;
     const TensorSlices& tensor = call_.tensors[at];
-    const int64_t chunks = tensor.view.chunks();
+    const int64_t chunks = tensor.chunks();
     const int64_t items_per_slice = (chunks + kChunksPerItem - 1) / kChunksPerItem;
     const int64_t batch = (item - call_.first_item[at]) / items_per_slice;
     const int64_t first = (item - call_.first_item[at]) % items_per_slice * kChunksPerItem;
-    const int64_t slice = tensor.slice_of(batch);
-    if (slice < 0) return;
-    if (tensor_ != &tensor || slice_ != slice) {
+    const int64_t number = tensor.slice_of(batch);
+    if (number < 0) return;
+    const ChunkRange range = tensor.range_of(number);
+    if (tensor_ != &tensor || slice_ != range.slice) {
       tensor_ = &tensor;
-      slice_ = slice;
-      usable_ = decoder_.set_slice(slice_payload(tensor, slice));
+      slice_ = range.slice;
+      usable_ = decoder_.set_slice(slice_payload(tensor, range.slice));
     }
-    const std::string where = " of slice " + std::to_string(slice);
+    const std::string where = " of slice " + std::to_string(range.slice);
     if (!usable_) return call_.fail(item, at, names_, "the codebook" + where);
-    uint16_t* out = tensor.out + batch * tensor.view.size;
-    for (int64_t c = first; c < std::min(first + kChunksPerItem, chunks); ++c) {
-      if (!decoder_.decode(c, out)) {
-        return call_.fail(item, at, names_, "chunk " + std::to_string(c) + where);
+    uint16_t* out = tensor.out + batch * tensor.size() - range.element;
+    for (int64_t i = first; i < std::min(first + kChunksPerItem, chunks); ++i) {
+      const int64_t chunk = range.first + i * range.stride;
+      if (!decoder_.decode(chunk, out)) {
+        return call_.fail(item, at, names_, "chunk " + std::to_string(chunk) + where);
       }
     }
   }
@@ -103,8 +105,9 @@ ffi::Error DecodeCpuImpl(ffi::ThreadPool pool, std::string_view names_attribute,
   for (size_t i = 0; i < call.tensors.size(); ++i) {
     const TensorSlices& tensor = call.tensors[i];
     for (int64_t b = 0; b < tensor.batch; ++b) {
-      const int64_t slice = tensor.slice_of(b);
-      if (slice < 0) continue;
+      const int64_t number = tensor.slice_of(b);
+      if (number < 0) continue;
+      const int64_t slice = tensor.range_of(number).slice;
       const std::string problem =
           check_header(tensor.header + slice * kHeaderWords, headers.begin() + i * kHeaderWords);
       if (!problem.empty()) {
@@ -112,8 +115,8 @@ ffi::Error DecodeCpuImpl(ffi::ThreadPool pool, std::string_view names_attribute,
       }
       ++decode_counter;
     }
-    expect_large_write(tensor.out, 2 * tensor.batch * tensor.view.size);
-    const int64_t items = (tensor.view.chunks() + kChunksPerItem - 1) / kChunksPerItem;
+    expect_large_write(tensor.out, 2 * tensor.batch * tensor.size());
+    const int64_t items = (tensor.chunks() + kChunksPerItem - 1) / kChunksPerItem;
     call.first_item.push_back(call.first_item.back() + tensor.batch * items);
   }
   if (call.first_item.back() == 0) return ffi::Error::Success();

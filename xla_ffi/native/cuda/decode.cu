@@ -20,7 +20,7 @@ class GeneralLaunches {
   cudaError_t add(const TensorSlices& tensor) {
     batch_.tensors[batch_.count] = tensor;
     batch_.first_chunk[batch_.count + 1] =
-        batch_.first_chunk[batch_.count] + tensor.batch * tensor.view.chunks();
+        batch_.first_chunk[batch_.count] + tensor.batch * tensor.chunks();
     return ++batch_.count == kTensorsPerLaunch ? launch() : cudaSuccess;
   }
 

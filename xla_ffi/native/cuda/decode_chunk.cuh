@@ -46,7 +46,8 @@ struct Slice {
   const uint32_t* exponents;
   const uint32_t* sign_mantissa;
   int64_t exponents_words;
-  uint16_t* out;
+  uint16_t* out;                      // of the slice's first weight, which may not be wanted
+  int64_t first_chunk, chunk_stride;  // of what is wanted
 };
 
 // Decodes a lane's part of a chunk; returns its part of the checksum. This is the hot loop.

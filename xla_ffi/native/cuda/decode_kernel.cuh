@@ -34,7 +34,7 @@ static_assert(sizeof(DecodeBatch) <= 4096);
 // What a block works on: successive chunks of one slice. In shared memory.
 struct Assignment {
   Slice slice;
-  int64_t first;   // chunk of the slice
+  int64_t first;   // of the chunks that are wanted
   uint32_t count;  // of chunks; 0 if there is nothing left
   bool header_sound, new_table;
   TableKey table;
@@ -59,7 +59,7 @@ __device__ inline void next_assignment(const DecodeBatch& batch, Assignment& wor
     if (work.at == work.end) return;
     while (work.at >= batch.first_chunk[work.tensor + 1]) ++work.tensor;
     const TensorSlices& tensor = batch.tensors[work.tensor];
-    const int64_t chunks = tensor.view.chunks();
+    const int64_t chunks = tensor.chunks();
     const int64_t in_tensor = work.at - batch.first_chunk[work.tensor];
     const int64_t b = tensor.batch == 1 ? 0 : divide(in_tensor, chunks);
     work.first = in_tensor - b * chunks;
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     }
     const bool sound = work.header_sound && work.table.sound;
     for (uint32_t i = warp; i < work.count; i += kWarps) {
-      const int64_t index = work.first + i;
+      const int64_t index = work.slice.first_chunk + (work.first + i) * work.slice.chunk_stride;
       if (!sound ||
           !decode_chunk<true>(work.slice, index, records[warp], &staged[warp], table, lane)) {
         poison_chunk<true>(work.slice, index, lane);

@@ -35,14 +35,16 @@ struct TableKey {
   }
 };
 
-// The first slice of the payload, for batch element `b`; move_slice leads to others.
+// The first slice of the payload, for batch element `b`, whole; move_slice leads to others.
 __device__ __forceinline__ Slice first_slice(const TensorSlices& tensor, int64_t b) {
   return {tensor.view,
           keep(tensor.chunk_offsets),
           keep(tensor.exponents),
           keep(tensor.sign_mantissa),
           keep(tensor.exponents_words),
-          tensor.out + b * tensor.view.size};
+          tensor.out + b * tensor.view.size,
+          0,
+          1};
 }
 // To the one that is `count` slices further in the payload.
 __device__ __forceinline__ void move_slice(Slice& slice, int64_t count, int64_t chunks,
@@ -62,13 +64,17 @@ struct OpenSlice {
 // Fills `slice`, and `key` anew if the table is to be made anew. One thread calls it.
 __device__ inline OpenSlice open_slice(const TensorSlices& tensor, int64_t b, Slice& slice,
                                        TableKey& key) {
-  const int64_t at = tensor.slice_of(b);
-  if (at < 0) return {true, false, false};
+  const int64_t number = tensor.slice_of(b);
+  if (number < 0) return {true, false, false};
   const View& view = tensor.view;
+  const ChunkRange range = tensor.range_of(number);
   slice = first_slice(tensor, b);
-  move_slice(slice, at, view.chunks(), view.sign_mantissa_words());
-  const SliceHeader header = load_header(tensor.header + at * kHeaderWords);
-  const uint32_t* codebook = tensor.codebook + at * kCodebookWords;
+  move_slice(slice, range.slice, view.chunks(), view.sign_mantissa_words());
+  slice.out = tensor.out + b * tensor.size() - range.element;
+  slice.first_chunk = range.first;
+  slice.chunk_stride = range.stride;
+  const SliceHeader header = load_header(tensor.header + range.slice * kHeaderWords);
+  const uint32_t* codebook = tensor.codebook + range.slice * kCodebookWords;
   // Comes with the header, for all warps will wait for it.
   prefetch_global(codebook);
   prefetch_global(codebook + kCodebookWords - 1);
