@@ -62,6 +62,13 @@ def test_matrices_side_by_side(along_columns, n):
     assert _product.can_fuse(a, 2) == (n == 64 and bool(_product._platforms(2)))
 
 
+def test_flat_views_are_not_fused():
+    weights = random_weights((64, 24))  # as many numbers as a view of 24 x 64 has
+    a, x = df11_jax.compress(weights, along_columns=True), random_weights((2, 24), 1, 1.0)
+    assert a.layout.view.is_flat and not _product.can_fuse(a, 2)
+    assert_same_bits(df11_jax.dot(x, a), jnp.einsum("tk,nk->tn", x, weights))
+
+
 @pytest.mark.parametrize("out", [None, jnp.float32])
 def test_some_may_be_plain(weights, out):
     x, a = rows(4), df11_jax.compress(weights)
