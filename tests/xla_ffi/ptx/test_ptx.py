@@ -119,16 +119,14 @@ def published_ptx(tmp_path_factory):
     )
 
 
-def fill_tensor(memory, tensor, array, index, moved):
-    """Writes down what is to be decoded; returns the view."""
+def fill_tensor(memory, tensor, array, index, moved, bands=False):
+    """Writes down what is to be decoded; returns the view of it."""
     view = array.layout.view
-    # Without rows or without enough columns; it does not matter where nothing is padding.
-    is_flat = view.n == 64 and view.k * 64 != view.size
-    tensor.view = View(
-        view.size, view.batch, view.k, view.n, view.steps, view.along_columns, is_flat
-    )
+    tensor.view = View(*dataclasses.astuple(view))
     tensor.geometry = int(_layout.pack_header(array.layout)[3])
-    tensor.stack, tensor.batch = (array.stack_shape or (1,))[0], len(index)
+    tensor.bands = view.bands if bands else 0
+    view = view.band if bands else view
+    tensor.stack, tensor.batch = (array.stack_shape or (1,))[0] * (tensor.bands or 1), len(index)
     tensor.exponents_words = array.exponents.shape[-1]
     tensor.index = memory.allocate(np.array(index, np.int32))
     for name in _layout.PAYLOAD:
@@ -140,14 +138,14 @@ def fill_tensor(memory, tensor, array, index, moved):
     return view
 
 
-def decode_native(ptx, arrays, indices, *, blocks=2, moved=None, seed=0):
-    """The weights of slices `indices[i]` of each of the arrays, by one launch.
+def decode_native(ptx, arrays, indices, *, blocks=2, moved=None, seed=0, bands=False):
+    """The weights of slices, or bands, `indices[i]` of each of the arrays, by one launch.
 
     `moved` has by how many bytes some of the buffers are not aligned.
     """
     memory, batch = GlobalMemory(), DecodeBatch()
     for array, index in zip(arrays, indices, strict=True):
-        view = fill_tensor(memory, batch.tensors[batch.count], array, index, moved or {})
+        view = fill_tensor(memory, batch.tensors[batch.count], array, index, moved or {}, bands)
         batch.count += 1
         chunks = len(index) * view.chunks
         batch.first_chunk[batch.count] = batch.first_chunk[batch.count - 1] + chunks
@@ -250,6 +248,19 @@ def test_native_along_columns(native_ptx, shape):
     small = df11_jax.compress(weights, along_columns=True)
     (out,) = decode_native(native_ptx, [small], [[0]])
     np.testing.assert_array_equal(out, to_bits(weights))
+
+
+def test_native_bands(native_ptx):
+    stack = sprinkled((2, 250, 144), 200)  # the last band of a slice lacks 6 rows
+    small = df11_jax.compress(stack, stack_axes=1, along_columns=True)
+    (out,) = decode_native(native_ptx, [small], [[4, -1, 3, 0, 99]], bands=True)
+    bands = out.reshape(5, 64, 144)
+    np.testing.assert_array_equal(bands[0], to_bits(stack[1, :64]).reshape(64, 144))
+    np.testing.assert_array_equal(bands[3], to_bits(stack[0, :64]).reshape(64, 144))
+    for band, rows in ((bands[2], stack[0, 192:]), (bands[4], stack[1, 192:])):
+        np.testing.assert_array_equal(band[:58], to_bits(rows).reshape(58, 144))
+        assert (band[58:] == UNWRITTEN).all()
+    assert (bands[1] == UNWRITTEN).all()
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (1024, 128), (300, 448), (2, 128, 256)])
