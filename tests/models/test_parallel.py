@@ -16,7 +16,16 @@ from runs import BF16, DRAWN, F32, PROMPTS, assert_same_bits, begin, run
 
 import df11_jax
 from df11_jax import _take, checkpoints, models
-from df11_jax.models import _collectives, _devices, _sharding
+from df11_jax._product import MOST_FUSED_ROWS
+from df11_jax.models import (
+    _collectives,
+    _devices,
+    _experts,
+    _layers,
+    _sharding,
+    _transformer,
+    tables,
+)
 
 # Others have two key-value heads; and shards of a smaller one would be too small to be compressed.
 WIDE = families.CONFIGS["llama-biases"] | {"hidden_size": 256, "intermediate_size": 512}
@@ -73,6 +82,28 @@ def test_several_devices_compute_what_one_does(family, devices):
         elif actual.ndim == 4:  # bits of channels, those of each device together
             actual, expected = (np.sort(x.view(np.float32)) for x in (actual, expected))
         np.testing.assert_allclose(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama-biases", "qwen2_moe"])
+def test_products_of_shards_that_stay_compressed(family, monkeypatch):
+    """As where the CUDA library is: on a CPU, `dot` then decompresses each shard of a matrix."""
+    params, config = load(family, 2)
+    expected = run(params, dataclasses.replace(config, exact=True), batch=1)
+    types = []
+
+    def dot(x, matrices, **options):
+        types.append(options["preferred_element_type"])
+        return df11_jax.dot(x, matrices, **options)
+
+    for module in (_transformer, _experts, tables):
+        monkeypatch.setattr(module, "can_fuse", lambda stack, rows: rows <= MOST_FUSED_ROWS)
+    monkeypatch.setattr(_layers, "dot", dot)
+    jax.clear_caches()
+    assert_same_bits(run(params, config, batch=1), expected)
+    jax.clear_caches()
+    # Those of inputs that are divided are added before they are rounded.
+    assert {None, jnp.float32} == set(types)
 
 
 @pytest.mark.slow
