@@ -51,7 +51,6 @@ def decode_slices(
         after: arrays to be computed before decoding starts. In a loop, pass its carry: XLA would
             otherwise move decodes whose operands do not change to the front of the loop, or do
             several at once, and hold everything that they decode.
-
         bands: whether `index` counts the bands of all slices, 64 rows each: see `View`. Slices are
             matrices with pairs along columns, and not divided.
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array, BFloat16, Int, UInt16
 
 from df11_jax._array import DF11Array, DF11Slice
@@ -37,7 +38,8 @@ def take(
     has such bands, all of it, piece by piece. Any other tensor is decompressed as a whole, and so
     is one that is sharded.
 
-    It works under the same transformations as `decompress`.
+    It works under the same transformations as `decompress`; under `vmap`, all mapped rows of one
+    matrix count together.
 
     Args:
         a: a compressed tensor without stack axes, or one slice of a stack; or an array.
@@ -58,17 +60,18 @@ def take(
         raise TypeError(
             f"take: expected a DF11Array, a DF11Slice or an array, got {type(a).__name__}"
         )
-    if not np.issubdtype(indices.dtype, np.integer):
+    if not jnp.issubdtype(indices.dtype, jnp.integer):
         raise TypeError(f"take: indices are {indices.dtype}, expected integers")
     if a.ndim < 1 or (isinstance(a, DF11Slice) and np.ndim(a.index)):
         raise ValueError(f"take: expected one tensor with rows, got shape {a.shape}")
     if not isinstance(a, DF11Slice):
         return jnp.take(a, indices, axis=0)
+    check_index(a.index, math.prod(a.stack.stack_shape), "take")
     if not has_bands(a.stack):
         bits = jnp.take(_bits(decompress(a)), indices, axis=0, fill_value=_NAN)
         return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
     rows, *row = a.shape
-    limits = np.iinfo(indices.dtype)  # clamped before they are narrowed
+    limits = jnp.iinfo(indices.dtype)  # clamped before they are narrowed
     flat = jnp.clip(indices.reshape(-1), max(limits.min, -rows - 1), min(limits.max, rows))
     flat = flat.astype(jnp.int32)
     flat = jnp.where(flat < 0, flat + rows, flat)
@@ -125,8 +128,23 @@ def has_bands(stack: Compressed) -> bool:
     return layout.view.along_columns and axes == (0, 1) and not layout.parts
 
 
+@custom_vmap
 def _take_bits(a: DF11Slice, rows: Int[Array, " n"]) -> UInt16[Array, "n k"]:
     """The bits of rows that there are."""
+    return _take_bits_of_one(a, rows)
+
+
+@_take_bits.def_vmap
+def _take_mapped(size: int, are_mapped: Any, a: DF11Slice, rows: Array) -> tuple[Array, bool]:
+    # All rows of one matrix count together, for what is decompressed at a time.
+    of_a, of_rows = are_mapped
+    if not any(jax.tree.leaves(of_a)):
+        return _take_bits(a, rows.reshape(-1)).reshape(*rows.shape, -1), True
+    axes = jax.tree.map(lambda is_mapped: 0 if is_mapped else None, of_a), 0 if of_rows else None
+    return jax.vmap(_take_bits_of_one, axes, axis_size=size)(a, rows), True
+
+
+def _take_bits_of_one(a: DF11Slice, rows: Int[Array, " n"]) -> UInt16[Array, "n k"]:
     view = a.stack.layout.view
     try:
         are_few = bool(rows.size < view.bands)
@@ -141,7 +159,11 @@ def _take_bits(a: DF11Slice, rows: Int[Array, " n"]) -> UInt16[Array, "n k"]:
         found = _bits(piece)[jnp.clip(rows - first, 0, len(piece) - 1)]
         return jnp.where(is_here[:, None], found, bits)
 
-    return scan_pieces(a, jnp.zeros((rows.size, view.k), jnp.uint16), choose)
+    # Zeros made of all arrays: in a shard_map, a loop's state must start as it goes on, namely
+    # different from device to device.
+    differing = [jnp.ravel(array)[:1].astype(jnp.uint16) & 0 for array in jax.tree.leaves(a)]
+    zeros = jnp.zeros((rows.size, view.k), jnp.uint16) + (rows[:, None] & 0).astype(jnp.uint16)
+    return scan_pieces(a, sum(differing, zeros), choose)
 
 
 def _decode_rows(a: DF11Slice, rows: Int[Array, " n"]) -> UInt16[Array, "n k"]:
@@ -154,7 +176,6 @@ def _decode_bands(
 ) -> BFloat16[Array, "n 64 k"]:
     stack = a.stack
     length = math.prod(stack.stack_shape)
-    check_index(a.index, length, "tensor")
     first = jnp.clip(as_index(a.index, length), 0, length - 1) * stack.layout.view.bands
     (decoded,) = decode_slices([stack], first + bands, names=["tensor"], after=after, bands=True)
     return decoded

@@ -52,72 +52,45 @@ def decode(
         The slices, or bands, `[*batch, 64, k]`. The weights of a corrupt chunk, or of all chunks of
         a slice whose header or codebook is corrupt, are NaNs with all bits set.
     """
-    view, shape = layout.view, index.shape + layout.part_shape
-    each = view.bands if bands else 1
-    if bands:
-        shape = (*index.shape, view.band.n, view.band.k)
+    view, each = layout.view, layout.view.bands if bands else 1
+    shape = index.shape + ((view.band.n, view.band.k) if bands else layout.part_shape)
     stack = header.shape[-2]
     if view.size == 0 or stack == 0 or index.size == 0:
         return jnp.zeros(shape, jnp.bfloat16)
 
     number = jnp.clip(index.reshape(-1), 0, stack * each - 1)
     which = number // each
-    header, codebook = (array.reshape(stack, -1)[which] for array in (header, codebook))
-    offsets, streams, signs = (
-        _Slices.of(array.reshape(stack, -1), which)
-        for array in (chunk_offsets, exponents, sign_mantissa)
+    header, codebook, chunk_offsets, exponents, sign_mantissa = (
+        array.reshape(stack, -1)
+        for array in (header, codebook, chunk_offsets, exponents, sign_mantissa)
     )
-    table, slice_ok = _build_table(codebook)
+    header = header[which]
+    if number.size > stack:  # many bands of few slices
+        table, slice_ok = (of_all[which] for of_all in _build_table(codebook))
+    else:
+        table, slice_ok = _build_table(codebook[which])
     known = _layout.CODEBOOK_ID
     slice_ok &= jnp.all(header[:, :known] == _layout.pack_header(layout)[:known], axis=1)
+    if exponents.shape[1] == 0:  # corrupt, but gathers need something to clamp to
+        exponents = jnp.zeros((stack, 1), _U32)
     if bands:
-        view, chunks, first_steps = _find_bands(view, number % each)
+        coded = _Coded(chunk_offsets, exponents, sign_mantissa)
+        chunk, start, end, exponents, sign_mantissa = _take_bands(view, which, number % each, coded)
+        view = view.band
     else:
-        chunks = jnp.arange(view.chunks, dtype=_U32)[None]
-        steps = _steps_of_chunks(view)
-        first_steps = jnp.asarray((np.cumsum(steps) - steps)[None], _U32)
+        chunk = jnp.arange(view.chunks, dtype=_U32)
+        start, end = chunk_offsets[which, :-1], chunk_offsets[which, 1:]
+        exponents, sign_mantissa = exponents[which], sign_mantissa[which]
     steps = _steps_of_chunks(view)
-    starts, ends = offsets.gather(chunks), offsets.gather(chunks + 1)
-    records = _read_records(starts, ends, streams, steps)
+    records = _read_records(start, end, exponents, steps)
 
-    pairs, checksum = _decode_pairs(
-        view, steps, table, records, streams, signs, _layout.STEP_WORDS * first_steps
-    )
-    weights, patches_checksum = _apply_patches(pairs, steps, records, streams)
-    checksum += patches_checksum + _mix(chunks + _U32(0x27D4EB2F))
+    pairs, checksum = _decode_pairs(view, steps, table, records, exponents, sign_mantissa)
+    weights, patches_checksum = _apply_patches(pairs, steps, records, exponents)
+    checksum += patches_checksum + _mix(chunk + _U32(0x27D4EB2F))
 
     ok = slice_ok[:, None] & records.ok & (checksum == records.checksum)
     weights = jnp.where(ok[None, :, :, None, None, None, None], weights, jnp.uint16(0xFFFF))
     return _to_matrix(view, weights).reshape(shape)
-
-
-class _Slices(NamedTuple):
-    """Slices of one of a stack's arrays, which are not copied."""
-
-    words: UInt32[Array, "stack W"]
-    which: Int32[Array, " N"]
-
-    @classmethod
-    def of(cls, words: UInt32[Array, "stack W"], which: Int32[Array, " N"]) -> "_Slices":
-        """The same; of no words, a zero: gathers need something to clamp to."""
-        return cls(words if words.shape[1] else jnp.zeros((len(words), 1), _U32), which)
-
-    def gather(self, at: UInt32[Array, "N ..."]) -> UInt32[Array, "N ..."]:
-        """words[which[n], at[n, ...]], clamped."""
-        at = jnp.minimum(at, _U32(self.words.shape[1] - 1)).astype(jnp.int32)
-        which = self.which.reshape(-1, *[1] * (at.ndim - 1))
-        return self.words.at[which, at].get(mode="promise_in_bounds")
-
-
-def _find_bands(
-    view: View, number: Int32[Array, " N"]
-) -> tuple[View, UInt32[Array, "N C"], UInt32[Array, "N C"]]:
-    """The view of a band; and of each band its chunks, and their first steps in sign_mantissa."""
-    matrix, tile = (part.astype(_U32)[:, None] for part in jnp.divmod(number, view.tiles_n))
-    row = jnp.arange(view.tiles_k, dtype=_U32)
-    chunks = (matrix * view.tiles_k + row) * view.tiles_n + tile
-    above = (matrix * view.steps_k + view.steps * row) * view.tiles_n
-    return view.band, chunks, above + tile * _steps_of_chunks(view.band)
 
 
 def _build_table(
@@ -144,6 +117,58 @@ def _build_table(
     second = jnp.take_along_axis(exponent, symbol % _layout.CODED_EXPONENTS, axis=1)
     table = first << 7 | second << 23 | jnp.take_along_axis(length, symbol, axis=1)
     return table[:, _BIT_REVERSED], ok
+
+
+class _Coded(NamedTuple):
+    """What is coded of all slices of a stack."""
+
+    chunk_offsets: UInt32[Array, "stack C+1"]
+    exponents: UInt32[Array, "stack W"]
+    sign_mantissa: UInt32[Array, "stack quads"]
+
+
+def _take_bands(
+    view: View, which: Int32[Array, " N"], number: Int32[Array, " N"], coded: _Coded
+) -> tuple[Array, Array, Array, Array, Array]:
+    """Bands as if each were a slice, from which little more is copied than what they need.
+
+    Args:
+        view: the view of the slices.
+        which: the slice of each band.
+        number: the number of the band in its slice.
+        coded: the stack.
+
+    Returns:
+        The number of each chunk in its slice; begin and end of its record, and the exponents in
+        which that is; and sign_mantissa.
+    """
+
+    def gather(words: Array, at: UInt32[Array, "N ..."]) -> Array:
+        at = jnp.minimum(at, _U32(words.shape[1] - 1)).astype(jnp.int32)
+        slices = which.reshape(-1, *[1] * (at.ndim - 1))
+        return words.at[slices, at].get(mode="promise_in_bounds")
+
+    matrix, tile = (part.astype(_U32)[:, None] for part in jnp.divmod(number, view.tiles_n))
+    row = np.arange(view.tiles_k, dtype=np.uint32)
+    steps = _steps_of_chunks(view.band)
+    chunk = (matrix * view.tiles_k + row) * view.tiles_n + tile
+    begin, end = gather(coded.chunk_offsets, chunk), gather(coded.chunk_offsets, chunk + 1)
+    # No record is longer than a raw one. Behind it, windows of streams read on.
+    most = _layout.RAW_RECORD_HEADER_WORDS + _layout.STEP_WORDS * view.steps
+    is_sound = (begin <= end) & (end <= coded.exponents.shape[1]) & (end - begin <= most)
+    room = most + 2
+    exponents = gather(coded.exponents, begin[..., None] + np.arange(room, dtype=np.uint32))
+    start = jnp.broadcast_to(_U32(room) * row, chunk.shape)
+
+    first_step = (matrix * view.steps_k + view.steps * row) * view.tiles_n + tile * steps
+    at = [
+        _layout.STEP_WORDS * first_step[:, i : i + 1]
+        + np.arange(_layout.STEP_WORDS * int(count), dtype=np.uint32)
+        for i, count in enumerate(steps)
+    ]
+    sign_mantissa = gather(coded.sign_mantissa, jnp.concatenate(at, axis=1))
+    words = jnp.where(is_sound, end - begin, 0)
+    return chunk, start, start + words, exponents.reshape(len(number), -1), sign_mantissa
 
 
 class _Records(NamedTuple):
@@ -173,13 +198,15 @@ def _gather(words: UInt32[Array, "N W"], at: UInt32[Array, "N ..."]) -> UInt32[A
 def _read_records(
     start: UInt32[Array, "N C"],
     end: UInt32[Array, "N C"],
-    exponents: _Slices,
+    exponents: UInt32[Array, "N W"],
     steps: UInt32[np.ndarray, " C"],
 ) -> _Records:
     words = end - start
-    ok = (start <= end) & (end <= exponents.words.shape[1])
+    ok = (start <= end) & (end <= exponents.shape[1])
     ok &= words >= _layout.RAW_RECORD_HEADER_WORDS
-    head = exponents.gather(start[..., None] + jnp.arange(_layout.RECORD_HEADER_WORDS, dtype=_U32))
+    head = _gather(
+        exponents, start[..., None] + jnp.arange(_layout.RECORD_HEADER_WORDS, dtype=_U32)
+    )
     checksum, counts, extra_words = head[..., 0], head[..., 1], head[..., 2:]
 
     extra = extra_words[..., None] >> jnp.arange(0, 32, 8, dtype=_U32) & 0xFF
@@ -212,9 +239,8 @@ def _decode_pairs(
     steps: UInt32[np.ndarray, " C"],
     table: UInt32[Array, "N 4096"],
     records: _Records,
-    exponents: _Slices,
-    sign_mantissa: _Slices,
-    first_words: UInt32[Array, "#N C"],
+    exponents: UInt32[Array, "N W"],
+    sign_mantissa: UInt32[Array, "N quads"],
 ) -> tuple[UInt32[Array, "H N C T G J"], UInt32[Array, "N C"]]:
     """All pairs before patches, and the pairs' part of the checksums."""
     slices, chunks = records.start.shape
@@ -223,6 +249,8 @@ def _decode_pairs(
     raw = records.raw[:, :, None, None]
     t, g = (jnp.arange(n, dtype=_U32) for n in (4, 8))
     quad = 4 * t[:, None] + 16 * g  # first of the lane's four words in a half-step
+    words = np.append(0, np.cumsum(_layout.STEP_WORDS * steps.astype(np.int64)))
+    sign_mantissa_start = jnp.asarray(words[:-1], _U32)
 
     def half_step(
         state: tuple[Array, Array], h: UInt32[Array, ""]
@@ -233,7 +261,7 @@ def _decode_pairs(
         for i in range(4):
             # Two codes, at most 24 bits, from one window of 32.
             at = jnp.where(raw, raw_word + i, start + (bits >> 5))
-            word, following = exponents.gather(at), exponents.gather(at + 1)
+            word, following = _gather(exponents, at), _gather(exponents, at + 1)
             window = word >> (bits & 31) | following << 1 << (31 - (bits & 31))
             first = _gather(table, window & (_layout.TABLE_SIZE - 1))
             window >>= first & 31
@@ -242,9 +270,9 @@ def _decode_pairs(
             entries.append(jnp.where(raw, _raw_entry(word), first))
             entries.append(jnp.where(raw, _raw_entry(word >> 16), second))
 
-        at = first_words[..., None, None, None] + _layout.HALF_STEP_WORDS * h
+        at = sign_mantissa_start[:, None, None, None] + _layout.HALF_STEP_WORDS * h
         at = at + (quad[..., None] + jnp.arange(4, dtype=_U32))
-        low = sign_mantissa.gather(jnp.broadcast_to(at, (slices, chunks, 4, 8, 4)))
+        low = _gather(sign_mantissa, jnp.broadcast_to(at, (slices, chunks, 4, 8, 4)))
         other = jnp.stack([low, _rotl(low, 8)], axis=-1).reshape(slices, chunks, 4, 8, 8)
         mask = _U32(_layout.SIGN_MANTISSA)
         pair = (jnp.stack(entries, axis=-1) & ~mask) | (other & mask)
@@ -268,7 +296,7 @@ def _apply_patches(
     pairs: UInt32[Array, "H N C T G J"],
     steps: UInt32[np.ndarray, " C"],
     records: _Records,
-    exponents: _Slices,
+    exponents: UInt32[Array, "N W"],
 ) -> tuple[UInt16[Array, "H N C T G J 2"], UInt32[Array, "N C"]]:
     """The weights, and the patches' part of the checksums."""
     weights = jax.lax.bitcast_convert_type(pairs, jnp.uint16)
@@ -280,7 +308,7 @@ def _apply_patches(
     ) -> tuple[UInt16[Array, "H N C T G J 2"], UInt32[Array, "N C"]]:
         weights, checksum = state
         i = jnp.asarray(i, _U32)
-        patch = exponents.gather(records.first_patch + i)
+        patch = _gather(exponents, records.first_patch + i)
         active = i < records.patches
         row, col = patch >> 22, patch >> 16 & 63
         h = row >> 3 & ~_U32(1) | row >> 1 & 1  # 2 * step + half-step

@@ -10,6 +10,7 @@ parameters, and to initialise them, they do what they did before.
 
 import functools
 import importlib.util
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -210,13 +211,9 @@ def _fuse(
                 return method(*args, **kwargs)
             finally:
                 object.__setattr__(module, "dot_general", None)
-    y = None
-    if isinstance(module, nn.Einsum) and name == "__call__":
-        y = _einsum(module, *args, **kwargs)
-    elif isinstance(module, nn.Embed) and name == "attend":
-        y = _attend(module, *args, **kwargs)
-    elif isinstance(module, nn.Embed) and name == "__call__":
-        y = _embed(module, *args, **kwargs)
+    # Of subclasses, methods that override these are called, and may call them.
+    ours = _METHODS.get(getattr(context.orig_method, "func", None))
+    y = None if ours is None else ours(module, *args, **kwargs)
     return method(*args, **kwargs) if y is None else y
 
 
@@ -229,7 +226,8 @@ def _attend(module: nn.Embed, query: jax.Array) -> jax.Array | None:
 
 def _embed(module: nn.Embed, inputs: jax.Array) -> jax.Array | None:
     """What `Embed` does, but for rows that are not wanted; None if they have to be decompressed."""
-    if module.num_embeddings == 1 or not jnp.issubdtype(inputs.dtype, jnp.integer):
+    is_usual = module.num_embeddings > 1 and module.promote_dtype is nn.Embed.promote_dtype
+    if not is_usual or not jnp.issubdtype(inputs.dtype, jnp.integer):
         return None
     rows = _module_products.rows(module.embedding, inputs)
     if rows is None:
@@ -257,6 +255,14 @@ def _einsum(
     of_kernel = operands.partition(",")[2]
     sizes = [n if label in of_kernel else 1 for label, n in zip(result, y.shape, strict=True)]
     return y + bias[0].reshape(sizes)
+
+
+# Methods of Flax's own, and what does the same with compressed weights; None where that cannot.
+_METHODS: dict[Any, Callable[..., jax.Array | None]] = {
+    inspect.unwrap(nn.Einsum.__call__): _einsum,
+    inspect.unwrap(nn.Embed.attend): _attend,
+    inspect.unwrap(nn.Embed.__call__): _embed,
+}
 
 
 def _with_variables(

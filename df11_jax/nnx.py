@@ -262,12 +262,16 @@ def _is_of_linen(
     return True
 
 
+_PROMOTE_DTYPE = inspect.signature(nnx.Embed.__init__).parameters["promote_dtype"].default
+
+
 class FusedEmbed(nnx.Embed):
     """An `nnx.Embed` that looks up a few rows, and attends, without decompressing all of it."""
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """See `nnx.Embed.__call__`."""
         is_usual = out_sharding is None and self.num_embeddings > 1
+        is_usual = is_usual and self.promote_dtype is _PROMOTE_DTYPE
         if is_usual and jnp.issubdtype(inputs.dtype, jnp.integer):
             rows = _module_products.rows(self.embedding[...], inputs)
             if rows is not None:

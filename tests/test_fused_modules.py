@@ -144,6 +144,39 @@ def test_look_ups_of_nnx_decompress_bands(dtype):
         embed(jnp.ones(3))
 
 
+class Scaled(nn.Embed):
+    def __call__(self, inputs, offset=0):
+        return super().__call__(inputs + offset) * 8
+
+    def attend(self, query):
+        return super().attend(query) + 1
+
+
+def by_largest(*arrays, dtype=None, inexact=True):
+    del dtype, inexact
+    return [array / jnp.max(jnp.abs(array)) for array in arrays]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="counts decodes on the CPU")
+def test_methods_of_subclasses_are_called(fused_products):
+    plain = {"params": {"embedding": random_weights(TABLE)}}
+    small = df11_jax.compress_params(plain, along_columns="embedding")
+    model = compressed(Scaled, methods=("__call__", "attend"), fused=True)(*TABLE, **bf16)
+    expected = Scaled(*TABLE, **bf16)
+    tokens = jnp.array([3, 200])
+    look_up = jax.jit(lambda variables: model.apply(variables, tokens, 5))
+    assert_same_bits(look_up(small), expected.apply(plain, tokens, 5))
+    assert count_decodes(look_up, small) == 2
+    query = random_weights((2, TABLE[1]), 1)
+    attended = jax.jit(lambda variables: model.apply(variables, query, method="attend"))(small)
+    assert_same_bits(attended, expected.apply(plain, query, method="attend"))
+    assert fused_products
+    # What looks at all of the table gets it.
+    own = bf16 | {"promote_dtype": by_largest}
+    rows = FUSED_EMBED(*TABLE, **own).apply(small, tokens)
+    assert_same_bits(rows, nn.Embed(*TABLE, **own).apply(plain, tokens))
+
+
 class Einsums(nn.Module):
     subscripts: str
     shape: tuple[int, ...]

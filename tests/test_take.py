@@ -45,6 +45,8 @@ def test_rows_that_there_are_not(weights, table):
         rows = df11_jax.take(table, wide)
     assert jnp.isnan(rows[:2]).all()
     assert_same_bits(rows[2], weights[7])
+    few = df11_jax.take(table, jnp.array([-3, 7], jnp.int4))
+    assert_same_bits(few, weights[jnp.array([-3, 7])])
     assert_same_bits(
         df11_jax.take(table, np.array([255, 7], np.uint8)), weights[np.array([255, 7])]
     )
@@ -107,6 +109,47 @@ def test_transformations(weights, table):
     assert (shapes.shape, shapes.dtype) == ((2, 2, COLUMNS), jnp.bfloat16)
     scanned = jax.lax.scan(lambda c, i: (c, df11_jax.take(table, i)), 0, indices)[1]
     assert_same_bits(scanned, weights[indices])
+
+
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
+@pytest.mark.parametrize("count", [4, 40])  # of each device: fewer than there are bands, and more
+def test_shard_map(count):
+    weights = random_weights((2, 512, COLUMNS))
+    stack = df11_jax.compress(weights, stack_axes=1, along_columns=True)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec, whole = jax.P("x"), jax.P()
+    indices = jnp.asarray(np.random.default_rng(0).integers(0, 512, 2 * count))
+
+    def of_own(stack, i):  # each device has a slice, and its own rows
+        return df11_jax.take(stack[0], i)
+
+    rows = jax.jit(jax.shard_map(of_own, mesh=mesh, in_specs=(spec, spec), out_specs=spec))
+    expected = [weights[i, indices[i * count : (i + 1) * count]] for i in range(2)]
+    assert_same_bits(rows(stack, indices), jnp.concatenate(expected))
+    rows = jax.jit(jax.shard_map(df11_jax.take, mesh=mesh, in_specs=(whole, spec), out_specs=spec))
+    assert_same_bits(rows(stack[0], indices), weights[0, indices])
+
+
+@on_cpu
+def test_mapped_rows_count_together(weights, table):
+    indices = np.random.default_rng(0).integers(0, ROWS, (6, 4))
+    look_up = jax.jit(jax.vmap(df11_jax.take, (None, 0)))
+    assert_same_bits(look_up(table, indices), weights[indices])
+    assert count_decodes(look_up, table, indices) == 8  # all bands, and not one for each row
+    stack = df11_jax.stack([table, table])
+    both = jax.vmap(jax.vmap(df11_jax.take, (None, 0)))(stack, jnp.stack([indices, indices[::-1]]))
+    assert_same_bits(both, jnp.stack([weights[indices], weights[indices[::-1]]]))
+
+
+@pytest.mark.parametrize("count", [3, 40])
+def test_gradients_beside_it(weights, table, count):
+    indices = jnp.arange(count)
+
+    def loss(scale):
+        return (scale * df11_jax.take(table, indices).astype(jnp.float32)[:3]).sum()
+
+    expected = weights[:3].astype(jnp.float32).sum()
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(2.0), expected, rtol=1e-5)
 
 
 def test_exported_for_any_number_of_rows(weights, table):

@@ -14,9 +14,10 @@ from jaxtyping import Array, BFloat16, Float, Int
 
 from df11_jax import _ffi
 from df11_jax._array import DF11Array, DF11Slice
+from df11_jax._decode import decompress
 from df11_jax._layout import TILE_COLS, round_up
 from df11_jax._product import can_fuse, dot
-from df11_jax._take import scan_pieces, take
+from df11_jax._take import has_bands, scan_pieces, take
 
 # What one device has of a table.
 Table = BFloat16[Array, "1 rows dim"] | DF11Array
@@ -65,6 +66,9 @@ def _project_fused(table: DF11Array, x: Array) -> Array:
 
 
 def _project_in_pieces(table: Table, x: Array) -> Array:
+    if isinstance(table, DF11Array) and not has_bands(table):  # not as `load_params` returns it
+        table = decompress(table)
+
     # Plain ones, too: XLA may compute other bits with matrices of other shapes.
     def add(logits: Array, first: Int[Array, ""], piece: Array) -> Array:
         products = jnp.einsum(

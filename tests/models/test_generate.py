@@ -273,6 +273,14 @@ def test_tables_in_pieces(monkeypatch, tokens, piece):
         assert count_decodes(jax.jit(tables.look_up), table, ids) <= -(-ids.size // piece) * piece
 
 
+def test_tables_that_the_user_compressed():
+    # With pairs along rows, as of other matrices.
+    plain, config = load("llama", compress=False)
+    small = df11_jax.compress_params(plain, stacked=".")
+    assert is_df11(small["embed_tokens"]) and not small["embed_tokens"].layout.along_columns
+    assert_same_bits(run(small, config, batch=2), run(plain, config, batch=2))
+
+
 # Errors.
 
 
