@@ -69,7 +69,9 @@ def simulate(array: df11_jax.DF11Array, copies: int = 1) -> Conflicts:
     steps = _xla_decoder._steps_of_chunks(view)
     exponents = np.asarray(array.exponents)[None]
     table, _ = _xla_decoder._build_table(np.asarray(array.codebook)[None])
-    records = _xla_decoder._read_records(np.asarray(array.chunk_offsets)[None], exponents, steps)
+    offsets = np.asarray(array.chunk_offsets)[None]
+    start, end = offsets[:, :-1], offsets[:, 1:]
+    records = _xla_decoder._read_records(start, end, exponents, steps)
     table, exponents = np.asarray(table[0]), np.append(exponents[0], np.zeros(2, np.uint32))
     whole = (steps == view.steps) & ~np.asarray(records.raw[0])
     start = np.asarray(records.start[0]).astype(np.int64)[whole, None]
