@@ -273,6 +273,7 @@ def test_tables_in_pieces(monkeypatch, tokens, piece):
         assert count_decodes(jax.jit(tables.look_up), table, ids) <= -(-ids.size // piece) * piece
 
 
+@pytest.mark.slow
 def test_tables_that_the_user_compressed():
     # With pairs along rows, as of other matrices.
     plain, config = load("llama", compress=False)
