@@ -161,12 +161,12 @@ inline ffi::Error read_operands(ffi::RemainingArgs args, ffi::RemainingRets resu
     const auto is_result = [&](const int64_t* dims, int ndim) {
       return std::equal(out_dims.begin() + batch_rank, out_dims.end(), dims, dims + ndim);
     };
-    if (is_header && !is_result(layout.dims, layout.ndim) && view.along_columns &&
-        bands <= INT32_MAX && is_result(band, 2)) {
-      tensor.bands = static_cast<int32_t>(bands);
-    } else if (!is_header || !is_result(layout.dims, layout.ndim)) {
+    const bool are_slices = is_header && is_result(layout.dims, layout.ndim);
+    const bool are_bands = view.along_columns && bands <= INT32_MAX && is_result(band, 2);
+    if (!are_slices && !are_bands) {
       return error("the header that is expected is not of the result " + describe(out_dims));
     }
+    if (!are_slices) tensor.bands = static_cast<int32_t>(bands);
     tensor.geometry = headers[kHeaderWords * i + kGeometryWord];
 
     ffi::AnyBuffer::Dimensions payload_dims{};
