@@ -97,9 +97,19 @@ inline uint32_t find_phase_of_copy(uint32_t address) {
   check(barrier.fenced, "no fence between a barrier's initialization and a copy");
   return barrier.phase;
 }
-inline void copy_to_shared(uint32_t to, const void* from, uint32_t bytes, uint32_t address) {
-  check(bytes > 0 && bytes % 16 == 0 && to % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0,
+inline void check_source(const void* from, uint32_t bytes) {
+  check(bytes > 0 && bytes % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0,
         "a bulk copy is not aligned");
+}
+inline void prefetch_copy(const void* from, uint32_t bytes) {
+  check_source(from, bytes);
+  // Sanitizers see whether all of it is there.
+  std::vector<std::byte>(static_cast<const std::byte*>(from),
+                         static_cast<const std::byte*>(from) + bytes);
+}
+inline void copy_to_shared(uint32_t to, const void* from, uint32_t bytes, uint32_t address) {
+  check_source(from, bytes);
+  check(to % 16 == 0, "a bulk copy is not aligned");
   shared->begin_copy(to, bytes, address, find_phase_of_copy(address));
   // The arrival is not seen, the begin is. It tells who waits for it what the thread that begins it
   // has done, as expect_bytes does before; of what lies between the two, a GPU would not.

@@ -208,6 +208,12 @@ class WarpCopies {
       copy_to_shared(record(buffer), slice.exponents() + (chunk.begin & ~3u), bytes, barrier);
     }
   }
+  // To L2 only.
+  __device__ void prefetch_record(const Slice& slice, const ProductChunk& chunk) {
+    if (elect_lane()) {
+      prefetch_copy(slice.exponents() + (chunk.begin & ~3u), 4 * chunk.padded_words());
+    }
+  }
   __device__ __forceinline__ void wait_for_steps() { wait(0); }
   __device__ void wait_for_record(int buffer) { wait(1 + buffer); }
 
@@ -464,12 +470,15 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
     if (!sound) kind = GlobalPairs::kNone;
 
     // No lane needs what was in the other buffer: all have used what they have looked up there.
-    const auto fetch_next_record = [&](int to) {
-      const ProductChunk next = chunks.get(slice, next_number);
-      if (next.is_staged(matrix, memory)) copies.fetch_record(to, slice, next);
-    };
+    // Without another, the record waits in L2.
     const int next_buffer = memory.records > 1 ? buffer ^ 1 : buffer;
-    if (memory.records > 1) fetch_next_record(next_buffer);
+    if (const ProductChunk next = chunks.get(slice, next_number); next.is_staged(matrix, memory)) {
+      if (memory.records > 1) {
+        copies.fetch_record(next_buffer, slice, next);
+      } else {
+        copies.prefetch_record(slice, next);
+      }
+    }
     const ProductChunk next = chunks.place_of(slice, next_number);
     if (staged && kind == GlobalPairs::kCoded) {
       multiply_chunk(StagedPairs(in_shared.address, start, table, lane),
@@ -483,7 +492,10 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
       if (kind == GlobalPairs::kNone) set_sums(sums, __uint_as_float(0x7fffffff));
     }
     __syncwarp();  // No lane needs the record any more.
-    if (memory.records == 1) fetch_next_record(next_buffer);
+    if (memory.records == 1) {
+      const ProductChunk next = chunks.get(slice, next_number);
+      if (next.is_staged(matrix, memory)) copies.fetch_record(next_buffer, slice, next);
+    }
     buffer = next_buffer;
 
     if (chunk.ends_item()) {
