@@ -75,6 +75,61 @@ class Races:
         """Bytes that something other than a thread has written."""
         self._writer[places] = self._reader[places] = -1
 
+    def hand_over(self, thread: int, time: np.ndarray) -> None:
+        """What a thread knew of at that time is known to all from now on."""
+        one, then = np.array([thread]), time[None]
+        seen = (self._writer >= 0) & ~_unordered(
+            self._writer[:, None], self._write_time[:, None], one, then
+        )[:, 0]
+        read = (self._reader >= 0) & ~_unordered(
+            self._reader[:, None], self._read_time[:, None], one, then
+        )[:, 0]
+        self._writer[seen] = -1
+        self._reader[read & ~self._read_by_warps] = -1
+
+
+class Writes:
+    """Who wrote the bytes of a global buffer, and which of that other blocks may read."""
+
+    def __init__(self, size: int) -> None:
+        self._writer = np.full(size, -1, np.int64)
+        self._time = np.zeros((size, 2), np.int64)
+        self._is_released = np.zeros(size, bool)
+        self.begin_block(0)
+
+    def begin_block(self, first_thread: int) -> None:
+        """Blocks run one after the other."""
+        self._first_thread = first_thread
+        self._acquired = np.zeros((0, 3), np.int64)  # who has acquired what is released, and when
+
+    def read(self, places: np.ndarray, threads: np.ndarray, time: np.ndarray) -> np.ndarray:
+        """As of `Races`: what other blocks have written has to be released and acquired."""
+        writer = self._writer[places]
+        here = writer >= self._first_thread
+        bad = here & _unordered(writer, self._time[places], threads, time)
+        who, when = self._acquired[:, 0], self._acquired[:, 1:]
+        after = ~_unordered(who[None], when[None], threads, time)
+        acquired = after.any(axis=1)[:, None] & self._is_released[places]
+        return (bad | ((writer >= 0) & ~here & ~acquired)).any(axis=-1)
+
+    def write(self, places: np.ndarray, threads: np.ndarray, time: np.ndarray) -> np.ndarray:
+        """As of `Races`, but only a barrier of the warp allows to write what another has."""
+        warp_time = time * [1, 0]
+        writer, then = self._writer[places], self._time[places] * [1, 0]
+        bad = _unordered(writer, then, threads, warp_time)
+        bad |= (writer >= 0) & (writer // WARP != threads[:, None] // WARP)
+        self._writer[places], self._time[places] = threads[:, None], time[:, None]
+        self._is_released[places] = False
+        bad |= self._writer[places] != threads[:, None]  # two threads at once
+        return bad.any(axis=-1)
+
+    def synchronize(self, thread: int, time: np.ndarray) -> None:
+        """A thread releases what it knows of, and acquires what is released."""
+        one = np.array([thread])
+        known = ~_unordered(self._writer[:, None], self._time[:, None], one, time[None])[:, 0]
+        self._is_released |= known & (self._writer >= self._first_thread)
+        self._acquired = np.vstack([self._acquired, [thread, *time]])
+
 
 def _unordered(
     other: np.ndarray, then: np.ndarray, threads: np.ndarray, time: np.ndarray
@@ -90,13 +145,13 @@ class GlobalMemory:
 
     def __init__(self) -> None:
         self._end = _GLOBAL_BASE
-        self._parts: list[tuple[int, np.ndarray, Races | None]] = []
+        self._parts: list[tuple[int, np.ndarray, Writes | None]] = []
 
     def allocate(self, data: np.ndarray, offset: int = 0, writable: bool = False) -> int:
         """The address of a copy, 256 bytes aligned, and `offset` behind that."""
         at = self._end + offset
         self._parts.append(
-            (at, data.view(np.uint8).reshape(-1).copy(), Races(data.nbytes) if writable else None)
+            (at, data.view(np.uint8).reshape(-1).copy(), Writes(data.nbytes) if writable else None)
         )
         self._end = -(-(at + data.nbytes + _GAP) // 256) * 256
         return at
@@ -105,16 +160,21 @@ class GlobalMemory:
         (found,) = (part for at, part, _ in self._parts if at == address)
         return found
 
+    def writes(self) -> list[Writes]:
+        """Of all that is writable."""
+        return [writes for _, _, writes in self._parts if writes]
+
     def find(
         self, addresses: np.ndarray
-    ) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, Races | None, np.ndarray]]]:
+    ) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, Writes | None, np.ndarray]]]:
         """The allocations that accesses are in.
 
         Args:
             addresses: of all bytes, [accesses, bytes of each].
 
         Yields:
-            Which accesses are in an allocation, its bytes, its races, and their places in it.
+            Which accesses are in an allocation, its bytes, who wrote them (None if nobody may), and
+            their places in it.
         """
         left = np.ones(len(addresses), bool)
         for at, part, races in self._parts:

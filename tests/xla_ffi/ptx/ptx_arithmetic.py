@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from device_memory import KernelError
 
@@ -10,7 +11,7 @@ TYPES = {
     f"{kind}{bits}": np.dtype(f"{code}{bits // 8}")
     for kind, code in (("u", "u"), ("s", "i"), ("b", "u"))
     for bits in (8, 16, 32, 64)
-} | {"pred": np.dtype(np.bool_)}
+} | {"pred": np.dtype(np.bool_), "f32": np.dtype(np.float32)}
 COMPARISONS: dict[str, Callable[..., Any]] = {
     "eq": np.equal,
     "ne": np.not_equal,
@@ -75,7 +76,42 @@ def compute(name: Sequence[str], values: Sequence[Any]) -> Any:
     if kind == "brev":
         flipped = np.unpackbits(values[0][..., None].view(np.uint8), axis=-1, bitorder="little")
         return np.packbits(flipped, axis=-1).view(">u4")[..., 0].astype(np.uint32)
-    return _SIMPLE[kind](*values)
+    with np.errstate(all="ignore"):  # of what is no number
+        return _SIMPLE[kind](*values)
+
+
+def to_bfloat16x2(high: Any, low: Any) -> Any:
+    """Two float32 vectors rounded to bfloat16, in words."""
+    rounded = [value.astype(ml_dtypes.bfloat16).view(np.uint16) for value in (high, low)]
+    return rounded[0].astype(np.uint32) << np.uint32(16) | rounded[1]
+
+
+def multiply_add_tile(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """`mma.m16n8k16` of a warp: bfloat16 factors, float32 sums, which are rounded once.
+
+    Args:
+        a: 16 x 16, as lanes have it: words [32, 4].
+        b: 16 x 8, words [32, 2].
+        c: 16 x 8, float32 [32, 4].
+
+    Returns:
+        a b + c, as c.
+    """
+    group, pair = np.divmod(np.arange(32), 4)
+    left, right, sums = np.zeros((16, 16)), np.zeros((16, 8)), np.zeros((16, 8))
+    rows = group[:, None] + 8 * (np.arange(4) // 2)
+    columns = 2 * pair[:, None] + np.arange(4) % 2
+    sums[rows, columns] = c
+    for half in range(2):
+        shift = np.uint32(16 * (1 - half))
+        mask = np.uint32(0xFFFF0000)
+        for i in range(4):
+            factor = (a[:, i] << shift & mask).view(np.float32)
+            left[group + 8 * (i % 2), 2 * pair + 8 * (i // 2) + half] = factor
+        for i in range(2):
+            right[2 * pair + 8 * i + half, group] = (b[:, i] << shift & mask).view(np.float32)
+    with np.errstate(all="ignore"):  # of what is no number
+        return (left @ right + sums).astype(np.float32)[rows, columns]
 
 
 def _shift(kind: str, dtype: np.dtype, a: Any, n: Any) -> Any:

@@ -23,6 +23,7 @@ MAP_WORDS, TILE_BYTES, BOX_ROWS = 5, 128, 16
 class _Barrier:
     phase: int = 0
     expected: int | None = None  # bytes of this phase, once a thread has arrived
+    arrived: tuple[int, np.ndarray] | None = None  # who did without bytes, and when
     copies: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
 
     @property
@@ -59,6 +60,14 @@ class Bulk:
                     raise KernelError("a second arrival in one phase")
                 barrier.expected = int(self.value(step.operands[2], thread))
             self.block.waiting[:] = False
+        elif kind.startswith("mbarrier.arrive"):
+            for thread in active:
+                barrier = self.barriers[self.address(step.operands[1], thread)]
+                if barrier.expected is not None:
+                    raise KernelError("a second arrival in one phase")
+                barrier.expected = 0
+                barrier.arrived = self.block.thread[thread], self.block.time[thread].copy()
+            self.block.waiting[:] = False
         elif kind.startswith("mbarrier.try_wait"):
             return self.try_wait(step, active)
         elif kind.startswith("cp.async.bulk.tensor"):
@@ -70,6 +79,9 @@ class Bulk:
         elif kind.startswith("cp.async.bulk.wait_group"):
             for thread in active:
                 self.wait_for_stores(int(thread), int(step.operands[0]))
+        elif kind.startswith("cp.async.bulk.prefetch"):
+            for thread in active:
+                self.read(step.operands[0], int(self.value(step.operands[1], thread)), thread)
         elif kind.startswith("cp.async.bulk.shared"):
             for thread in active:
                 self.copy(step, int(thread))
@@ -94,14 +106,8 @@ class Bulk:
 
     def copy(self, step: Instruction, thread: int) -> None:
         size = int(self.value(step.operands[2], thread))
-        source = self.address(step.operands[1], thread)
         to = self.places(self.address(step.operands[0], thread), size)
-        if source % 16:
-            raise KernelError(f"bulk copy from {source:#x} is not aligned")
-        data = np.empty(size, np.uint8)
-        addresses = np.array([source], np.uint64)[:, None] + np.arange(size, dtype=np.uint64)
-        for _, (part, _, found) in self.block.memory.find(addresses):
-            data[:] = part[found[0]]
+        data = self.read(step.operands[1], size, thread)
         self.touch(to)
         one = np.array([thread])
         time = self.block.time[one]
@@ -110,6 +116,17 @@ class Bulk:
         self.block.races.forget(to)
         self.block.shared[to] = self.block.rng.integers(0, 256, size, np.uint8)
         self.barriers[self.address(step.operands[3], thread)].copies.append((to, data))
+
+    def read(self, operand: str, size: int, thread: int) -> np.ndarray:
+        """Bytes of global memory."""
+        source = self.address(operand, thread)
+        if source % 16 or size % 16:
+            raise KernelError(f"bulk copy of {size} bytes from {source:#x} is not aligned")
+        data = np.empty(size, np.uint8)
+        addresses = np.array([source], np.uint64)[:, None] + np.arange(size, dtype=np.uint64)
+        for _, (part, _, found) in self.block.memory.find(addresses):
+            data[:] = part[found[0]]
+        return data
 
     def touch(self, places: np.ndarray) -> None:
         if self.unfenced[places].any():
@@ -124,6 +141,9 @@ class Bulk:
                 for to, data in barrier.copies:
                     self.block.shared[to] = data
                 barrier.phase, barrier.expected, barrier.copies = barrier.phase + 1, None, []
+                if barrier.arrived:
+                    self.block.races.hand_over(*barrier.arrived)
+                    barrier.arrived = None
             if barrier.phase % 2 == parity:
                 waiting.append(thread)
             else:
@@ -171,5 +191,5 @@ class Bulk:
     def end(self) -> None:
         if any(len(groups) > 1 or groups[0] for groups in self.stores.values()):
             raise KernelError("a block ends before its stores")
-        if any(b.copies or b.expected is not None for b in self.barriers.values()):
+        if any(b.copies or b.expected for b in self.barriers.values()):
             raise KernelError("a block ends before its copies")

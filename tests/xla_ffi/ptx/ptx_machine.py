@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from device_memory import WARP, GlobalMemory, KernelError, Races
-from ptx_arithmetic import COMPARISONS, TYPES, compute
+from ptx_arithmetic import COMPARISONS, TYPES, compute, multiply_add_tile, to_bfloat16x2
 from ptx_bulk import Bulk
 from ptx_kernel import SHARED_BASE, Instruction, Kernel
 
@@ -91,6 +91,8 @@ class _Block:
         self.copies: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # under way
 
     def run(self) -> None:
+        for writes in self.memory.writes():
+            writes.begin_block(int(self.thread[0]))
         while not self.exited.all():
             ready = ~self.exited & ~self.waiting
             if not ready.any():
@@ -128,7 +130,7 @@ class _Block:
                 self.pc[lanes] = pc
                 self.exited[active] = True
                 return
-            if kind in ("bar", "barrier", "shfl", "vote", "redux", "elect"):
+            if kind in ("bar", "barrier", "shfl", "vote", "redux", "elect", "mma"):
                 self.synchronize(step, active, pc)
                 return
             if kind in ("mbarrier", "fence") or step.name[:3] == ["cp", "async", "bulk"]:
@@ -149,8 +151,10 @@ class _Block:
     def register(self, name: str) -> np.ndarray:
         if name not in self.registers:
             prefix = re.match(r"%?([a-z]+)", name)[1]
-            kind = {"rs": np.uint16, "r": np.uint32, "rd": np.uint64}.get(prefix, np.bool_)
-            self.registers[name] = self.rng.integers(2**63, size=self.size).astype(kind)
+            kinds = {"rs": np.uint16, "r": np.uint32, "rd": np.uint64, "f": np.uint32}
+            self.registers[name] = self.rng.integers(2**63, size=self.size).astype(
+                kinds.get(prefix, np.bool_)
+            )
         return self.registers[name]
 
     def get(self, name: str, where: Any, kind: np.dtype | None = None) -> Any:
@@ -164,7 +168,9 @@ class _Block:
             if kind.itemsize == value.itemsize:
                 return value.view(kind)
             return value.astype(np.dtype(f"u{kind.itemsize}")).view(kind)
-        number = self.kernel.symbols[name] if name in self.kernel.symbols else int(name, 0)
+        number = self.kernel.symbols.get(name)
+        if number is None:  # 0f...: the bits of a float
+            number = int(name[2:], 16) if name.startswith("0f") else int(name, 0)
         if kind is None:
             return np.bool_(number)
         return np.array(
@@ -177,6 +183,8 @@ class _Block:
             value = np.asarray(value)
             if value.dtype.kind == "i":
                 value = value.astype(np.int64).astype(np.uint64)
+            elif value.dtype.kind == "f":  # registers hold bits
+                value = value.view(np.uint32)
             register[where] = value.astype(register.dtype)
 
     # Memory.
@@ -193,7 +201,11 @@ class _Block:
         registers = re.findall(r"[%\w]+", values)
         places = self.bytes_of(address, active, space, kind.itemsize * count)
         if load:
-            data = self.read_bytes(space, places, active).view(kind).reshape(len(active), count)
+            data = (
+                self.read_bytes(space, places, active, "nc" in step.name)
+                .view(kind)
+                .reshape(len(active), count)
+            )
             for i, name in enumerate(registers):
                 self.put(name, active, data[:, i])
         else:
@@ -225,7 +237,9 @@ class _Block:
             raise KernelError(f"access out of bounds of {space} memory")
         return place[:, None] + np.arange(size)
 
-    def read_bytes(self, space: str, places: np.ndarray, active: np.ndarray) -> np.ndarray:
+    def read_bytes(
+        self, space: str, places: np.ndarray, active: np.ndarray, is_constant: bool = False
+    ) -> np.ndarray:
         if space == "param":
             return self.param[places]
         if space == "shared":
@@ -233,7 +247,12 @@ class _Block:
                 raise KernelError("race: reads shared memory that another thread has written")
             return self.shared[places]
         out = np.empty(places.shape, np.uint8)
-        for inside, (part, _, found) in self.memory.find(places):
+        for inside, (part, writes, found) in self.memory.find(places):
+            threads = active[inside]
+            if writes and is_constant:
+                raise KernelError("reads as a constant what may be written")
+            if writes and writes.read(found, self.thread[threads], self.time[threads]).any():
+                raise KernelError("race: reads global memory that another thread has written")
             out[inside] = part[found]
         return out
 
@@ -246,14 +265,24 @@ class _Block:
             self.shared[places] = data
             self.bulk.unfenced[places] = True
             return
-        for inside, (part, races, found) in self.memory.find(places):
-            if races is None:
+        for inside, (part, writes, found) in self.memory.find(places):
+            if writes is None:
                 raise KernelError("writes memory that is only to be read")
             threads = active[inside]
-            time = self.time[threads] * [1, 0]  # strict: not even block barriers allow it
-            if races.write(found, self.thread[threads], time).any():
+            if writes.write(found, self.thread[threads], self.time[threads]).any():
                 raise KernelError("race: writes global memory that another thread has written")
             part[found] = data[inside]
+
+    def add_in_order(self, step: Instruction, active: np.ndarray) -> None:
+        """Atomic additions that release and acquire, one after the other."""
+        for one in np.split(active, len(active)):
+            (place,) = self.memory.find(self.bytes_of(step.operands[1], one, "global", 4))
+            _, (part, _, found) = place
+            number = part[found[0]].view(np.uint32)
+            part[found[0]] = (number + self.get(step.operands[2], one, TYPES["u32"])).view(np.uint8)
+            self.put(step.operands[0], one, number)
+            for writes in self.memory.writes():
+                writes.synchronize(int(self.thread[one][0]), self.time[one][0])
 
     # Instructions.
 
@@ -286,6 +315,11 @@ class _Block:
         elif kind == "cvta":
             base = np.uint64(self.PARAM_BASE if "param" in name else 0)
             self.put(ops[0], where, self.get(ops[1], where, TYPES["u64"]) + base)
+        elif kind == "atom":
+            self.add_in_order(step, active)
+        elif kind == "cvt" and "bf16x2" in name:
+            high, low = (self.get(o, where, TYPES["f32"]) for o in ops[1:])
+            self.put(ops[0], where, to_bfloat16x2(high, low))
         elif kind == "cvt":
             self.put(ops[0], where, self.get(ops[1], where, TYPES[name[2]]).astype(TYPES[name[1]]))
         else:
@@ -335,7 +369,8 @@ class _Block:
             self.time[active] += 1
             self.pc[active] = after
             return
-        mask = self.get(ops[-1] if kind != "bar" else ops[0], active, TYPES["u32"])
+        named_by = "0xffffffff" if kind == "mma" else ops[0] if kind == "bar" else ops[-1]
+        mask = self.get(named_by, active, TYPES["u32"])
         mask = np.broadcast_to(mask, len(active))
         for warp in np.unique(active // WARP):
             lanes = active[active // WARP == warp]
@@ -363,6 +398,14 @@ class _Block:
         elif kind == "redux":
             total = self.get(ops[1], lanes, TYPES["u32"]).sum(dtype=np.uint32)
             self.put(ops[0], lanes, np.full(len(lanes), total, np.uint32))
+        elif kind == "mma":
+            d, a, b, c = (re.findall(r"[%\w]+", o) for o in ops)
+            words = [
+                np.stack([self.get(name, lanes, kind) for name in names], axis=1)
+                for names, kind in ((a, TYPES["b32"]), (b, TYPES["b32"]), (c, TYPES["f32"]))
+            ]
+            for name, column in zip(d, multiply_add_tile(*words).T, strict=True):
+                self.put(name, lanes, np.ascontiguousarray(column))
         else:
             if len(lanes) != WARP:
                 raise KernelError("shuffles between a part of a warp are not implemented")

@@ -4,14 +4,24 @@ import ctypes
 import dataclasses
 import math
 import re
-import subprocess
 
 import count_sass
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiling import ROOT, needs_nvcc
+from compiling import needs_nvcc
 from device_memory import GlobalMemory, KernelError
+from kernel_arguments import (
+    RNG,
+    UNWRITTEN,
+    TensorSlices,
+    compile_ptx,
+    every_pattern,
+    fill_tensor,
+    sprinkled,
+    to_bits,
+    without,
+)
 from payloads import random_weights
 from ptx_kernel import read_kernel
 from ptx_machine import launch
@@ -23,32 +33,6 @@ pytestmark = [needs_nvcc, pytest.mark.slow]
 
 THREADS = 256
 GROUPS_THREADS = 64  # of a kernel for groups of chunks with two warps
-UNWRITTEN = 0x5A5A
-RNG = np.random.default_rng(0)
-
-
-class View(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("size", "batch", "k", "n")),
-        ("steps", ctypes.c_int),
-        *((name, ctypes.c_bool) for name in ("along_columns", "is_flat")),
-    ]
-
-
-class BatchAxis(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("size", "payload_stride", "index_stride")]
-
-
-class TensorSlices(ctypes.Structure):
-    _fields_ = [
-        ("view", View),
-        ("geometry", ctypes.c_uint32),
-        ("bands", ctypes.c_int32),
-        *((name, ctypes.c_int64) for name in ("stack", "batch", "exponents_words")),
-        *((name, ctypes.c_uint64) for name in ("index", *_layout.PAYLOAD, "out")),
-        ("batch_axes", ctypes.c_int),
-        ("axes", BatchAxis * 4),
-    ]
 
 
 class DecodeBatch(ctypes.Structure):
@@ -87,15 +71,6 @@ class Unit(ctypes.Structure):
     ]
 
 
-def compile_ptx(folder, text, arch="90"):
-    source, ptx = folder / "kernel.cu", folder / "kernel.ptx"
-    source.write_text(text)
-    include = f"-I{ROOT / 'xla_ffi'}"
-    command = [count_sass.find_tool("nvcc"), "-std=c++17", include, f"-arch=compute_{arch}", "-ptx"]
-    subprocess.run([*command, "-o", ptx, source], check=True)
-    return ptx.read_text()
-
-
 # Before 8.0, copies are not asynchronous, and sums over a warp are made of shuffles.
 @pytest.fixture(scope="module", params=["75", "90"])
 def native_ptx(tmp_path_factory, request):
@@ -117,25 +92,6 @@ def published_ptx(tmp_path_factory):
     return compile_ptx(
         tmp_path_factory.mktemp("published"), f"{count_sass.PUBLISHED_SOURCE}\n{size}\n"
     )
-
-
-def fill_tensor(memory, tensor, array, index, moved, bands=False):
-    """Writes down what is to be decoded; returns the view of it."""
-    view = array.layout.view
-    tensor.view = View(*dataclasses.astuple(view))
-    tensor.geometry = int(_layout.pack_header(array.layout)[3])
-    tensor.bands = view.bands if bands else 0
-    view = view.band if bands else view
-    tensor.stack, tensor.batch = (array.stack_shape or (1,))[0] * (tensor.bands or 1), len(index)
-    tensor.exponents_words = array.exponents.shape[-1]
-    tensor.index = memory.allocate(np.array(index, np.int32))
-    for name in _layout.PAYLOAD:
-        part = np.asarray(getattr(array, name))
-        setattr(tensor, name, memory.allocate(part, moved.get(name, 0)))
-    out = np.full(len(index) * view.size, UNWRITTEN, np.uint16)
-    tensor.out = memory.allocate(out, moved.get("out", 0), writable=True)
-    tensor.batch_axes, tensor.axes[0] = 1, BatchAxis(len(index), 0, 1)
-    return view
 
 
 def decode_native(ptx, arrays, indices, *, blocks=2, moved=None, seed=0, bands=False):
@@ -203,22 +159,6 @@ def decode_published(ptx, unit, *, blocks=2):
         dynamic_shared=int(dynamic),
     )
     return memory.read_back(param.out).view(np.uint16)
-
-
-def to_bits(weights):
-    return np.asarray(weights).reshape(-1).view(np.uint16)
-
-
-def sprinkled(shape, count):
-    """Normal weights, some of which are any bits."""
-    weights = np.array(random_weights(shape))
-    bits = weights.reshape(-1).view(np.uint16)
-    bits[RNG.integers(0, bits.size, count)] = RNG.integers(0, 2**16, count)
-    return weights
-
-
-def every_pattern():
-    return RNG.permutation(2**16).astype(np.uint16).reshape(256, 256).view(jnp.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -346,11 +286,6 @@ def barriers(ptx):
     """Lines with barriers, and with waits for asynchronous copies."""
     instruction = re.compile(r"\s*(bar\.(warp\.)?sync|cp\.async\.wait_group)\b")
     return [i for i, line in enumerate(ptx.splitlines()) if instruction.match(line)]
-
-
-def without(ptx, line):
-    lines = ptx.splitlines()
-    return "\n".join([*lines[:line], "", *lines[line + 1 :]])
 
 
 def test_every_native_barrier_is_needed(native_ptx):
