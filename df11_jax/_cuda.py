@@ -42,10 +42,10 @@ class Build(NamedTuple):
         major, minor = capability
         # Machine code runs on GPUs that have the same major number and are not older.
         machine_code = any(a == major and b <= minor for a, b in self.architectures)
-        # Some kernels are compiled from 9.0 on, and launched there.
+        # Some kernels are compiled from 8.0 or 9.0 on, and launched there.
         newest = self.architectures[-1]
-        ptx = capability >= newest and (newest >= (9, 0) or capability < (9, 0))
-        return machine_code or ptx
+        has_all = all(newest >= least or capability < least for least in ((8, 0), (9, 0)))
+        return machine_code or (capability >= newest and has_all)
 
     def __str__(self) -> str:
         architectures = ", ".join(map(version_name, self.architectures))

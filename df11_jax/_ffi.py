@@ -12,8 +12,8 @@ DECODE_TARGET = "df11_decode"
 PUBLISHED_DECODE_TARGET = "df11_published_decode"
 PRODUCT_TARGET = "df11_product"
 
-# The kernel of the product copies in bulk, which earlier GPUs cannot.
-_LEAST_PRODUCT_CAPABILITY = (9, 0)
+# Earlier GPUs have no tensor cores for bfloat16, with which the product's kernel multiplies.
+_LEAST_PRODUCT_CAPABILITY = (8, 0)
 
 # Platform, as jax.lax.platform_dependent names it: (module with the handlers, name for XLA).
 _LIBRARIES = {

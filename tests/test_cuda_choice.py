@@ -52,6 +52,9 @@ def test_kernels_of_newer_gpus_are_not_made_of_older_ptx():
     build = BUILD._replace(architectures=((8, 0),))
     assert _cuda.find_obstacle(build, None, {"RTX 4090": (8, 9)}) is None
     assert "9.0" in _cuda.find_obstacle(build, None, {"H100": (9, 0)}).reason
+    build = BUILD._replace(architectures=((7, 5),))
+    assert _cuda.find_obstacle(build, None, {"T4": (7, 5)}) is None
+    assert "8.9" in _cuda.find_obstacle(build, None, {"RTX 4090": (8, 9)}).reason
 
 
 def test_older_drivers_run_what_an_older_toolkit_compiled():

@@ -66,12 +66,17 @@ template __global__ void df11::native::bulk_decode_kernel<{warps}, {chunks}>(
 # With up to 8, 16 and 32 rows of x.
 PRODUCT_SOURCE = """#include "native/cuda/product_kernel.cuh"
 namespace df11::native {
-template __global__ void product_kernel<1>(const __grid_constant__ ProductWork);
-template __global__ void product_kernel<2>(const __grid_constant__ ProductWork);
-template __global__ void product_kernel<4>(const __grid_constant__ ProductWork);
+#if __CUDA_ARCH__ >= 900
+using Copies = BulkCopies;
+#else
+using Copies = LaneCopies;
+#endif
+template __global__ void product_kernel<1, Copies>(const __grid_constant__ ProductWork);
+template __global__ void product_kernel<2, Copies>(const __grid_constant__ ProductWork);
+template __global__ void product_kernel<4, Copies>(const __grid_constant__ ProductWork);
 }"""
 PRODUCT_ROWS = {1: 8, 2: 16, 4: 32}  # by tiles of 8 rows
-PRODUCT_ARCHITECTURES = ("90", "100", "120")
+PRODUCT_ARCHITECTURES = ("80", "90", "100", "120")
 # Of a look-up there: kIndexBits and kMaxCodes in xla_ffi/published/cuda/step_table.cuh.
 INDEX_BITS, MAX_CODES = 11, 4
 
@@ -188,9 +193,9 @@ def stores(loop: list[str]) -> int:
 
 
 def copies_wait(loop: list[str], expected_loads: int) -> bool:
-    """Whether bulk copies depend on what so many loads have from where they go: see after_loads."""
+    """Whether copies depend on what so many loads have from where they go: see after_loads."""
     loads = {at for at, i in enumerate(loop) if i.startswith("LDS.128")}
-    copies = [at for at, i in enumerate(loop) if opcode(i) == "UBLKCP"]
+    copies = [at for at, i in enumerate(loop) if opcode(i) in ("UBLKCP", "LDGSTS")]
     waits = all(loads <= computed_from(loop, at) for at in copies)
     return len(loads) == expected_loads and bool(copies) and waits
 

@@ -1,11 +1,14 @@
-// Bulk copies between global and shared memory, and what orders them: the instructions of compute
-// capability 9.0 and up that have no C++ of their own. docs/kernel.md explains how they are used.
+// Asynchronous copies between global and shared memory, and what orders them: instructions that
+// have no C++ of their own. Bulk copies are those of compute capability 9.0 and up; before,
+// from 8.0 on, threads copy. docs/kernel.md explains how they are used.
 //
 // Shared memory is accessed by address here, because that is what these instructions take. Threads
 // access it through one proxy, bulk copies through another. Where one accesses what the other has
 // written, the rules are:
 // - a copy to shared memory has arrived when wait_for_phase returns, for the thread that calls it;
 // - a copy to shared memory must not overtake loads of what it overwrites: see after_loads;
+// - what a thread copies itself has arrived when wait_copies returns, for that thread; for others
+//   after a barrier;
 // - what threads have stored to shared memory is seen by copies after fence_to_async by each of
 // these
 //   threads, and a barrier of the threads after that;
@@ -72,12 +75,16 @@ __device__ __forceinline__ void store_shared(uint32_t address, const uint4& valu
 // One lane of a warp, the same each time. All lanes must be there. What is issued under it compiles
 // to single instructions; under a comparison of lane numbers it is a loop over lanes.
 __device__ __forceinline__ bool elect_lane() {
+#if __CUDA_ARCH__ >= 900
   uint32_t elected;
   asm volatile(
       "{\n\t.reg .pred elected;\n\telect.sync _|elected, 0xffffffff;\n\t"
       "selp.u32 %0, 1, 0, elected;\n\t}"
       : "=r"(elected));
   return elected;
+#else
+  return threadIdx.x % 32 == 0;
+#endif
 }
 
 // A barrier, 8 bytes in shared memory, whose phases each take one arrival. After that of
@@ -87,8 +94,10 @@ __device__ __forceinline__ void init_barrier(uint32_t barrier) {
 }
 // After all init_barrier of the thread, before anything else uses them.
 __device__ __forceinline__ void fence_barriers() {
+#if __CUDA_ARCH__ >= 900  // before, no copies use them
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
 }
 __device__ __forceinline__ void expect_bytes(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
@@ -102,16 +111,31 @@ __device__ __forceinline__ void arrive(uint32_t barrier) {
 // Waits until the phase of this parity is complete; the first is 0, the next 1.
 __device__ __forceinline__ void wait_for_phase(uint32_t barrier, uint32_t parity) {
   uint32_t complete;
+#if __CUDA_ARCH__ >= 900
+#define DF11_WAIT "try_wait"  // for some time, instead of asking again and again
+#else
+#define DF11_WAIT "test_wait"
+#endif
   do {
     asm volatile(
         "{\n\t.reg .pred complete;\n\t"
-        "mbarrier.try_wait.parity.shared::cta.b64 complete, [%1], %2;\n\t"
+        "mbarrier." DF11_WAIT
+        ".parity.shared::cta.b64 complete, [%1], %2;\n\t"
         "selp.u32 %0, 1, 0, complete;\n\t}"
         : "=r"(complete)
         : "r"(barrier), "r"(parity)
         : "memory");
   } while (!complete);
+#undef DF11_WAIT
 }
+
+// A thread's own copies, of 16 bytes, aligned to 16.
+__device__ __forceinline__ void copy_16_bytes(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to),
+               "l"(__cvta_generic_to_global(from))
+               : "memory");
+}
+__device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Copies a multiple of 16 bytes, aligned to 16, and counts them at the barrier when they arrive.
 __device__ __forceinline__ void copy_to_shared(uint32_t to, const void* from, uint32_t bytes,
@@ -184,6 +208,7 @@ void store_shared(uint32_t address, const T& value) {
 }
 using cuda_emulation::arrive;
 using cuda_emulation::commit_stores;
+using cuda_emulation::copy_16_bytes;
 using cuda_emulation::copy_to_global;
 using cuda_emulation::copy_to_shared;
 using cuda_emulation::elect_lane;
@@ -192,6 +217,7 @@ using cuda_emulation::fence_barriers;
 using cuda_emulation::init_barrier;
 using cuda_emulation::prefetch_copy;
 using cuda_emulation::store_box;
+using cuda_emulation::wait_copies;
 using cuda_emulation::wait_for_phase;
 inline void prefetch_map(const CUtensorMap&) {}
 template <int kGroupsLeft>

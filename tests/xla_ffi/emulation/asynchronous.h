@@ -175,7 +175,26 @@ inline void wait_for_stores(size_t left) {
   }
 }
 
-// Copies of single threads: cuda_pipeline_primitives.h.
+// Copies of single threads: cuda_pipeline_primitives.h, and those to an address in shared memory,
+// which are the thread's stores, when they begin and when it has waited for them.
+struct SharedCopy {
+  uint32_t to;
+  const void* from;
+};
+inline PerThread<std::vector<SharedCopy>> shared_copies;
+inline void copy_16_bytes(uint32_t to, const void* from) {
+  check(reinterpret_cast<uintptr_t>(from) % 16 == 0, "an asynchronous copy is not aligned");
+  shared->before_store(to, 16);
+  std::memset(shared->at(to, 16), 0xa5, 16);
+  shared_copies->push_back({to, from});
+}
+inline void wait_copies() {
+  for (const SharedCopy& copy : *shared_copies) {
+    shared->before_store(copy.to, 16);
+    std::memcpy(shared->at(copy.to, 16), copy.from, 16);
+  }
+  shared_copies->clear();
+}
 struct ThreadCopy {
   void* to;
   const void* from;
@@ -187,7 +206,8 @@ inline PerThread<std::vector<std::vector<ThreadCopy>>> copy_groups;
 // What a thread has to have waited for when it ends, or when shared memory becomes another block's.
 inline void end_block() {
   check(open_stores->empty() && store_groups->empty(), "a thread ends before its stores");
-  check(open_copies->empty() && copy_groups->empty(), "a thread ends before its copies");
+  check(open_copies->empty() && copy_groups->empty() && shared_copies->empty(),
+        "a thread ends before its copies");
   check(unfenced_barriers->empty(), "a thread initializes barriers and makes no fence");
   observed_phases->clear();
   *known = {};

@@ -20,10 +20,25 @@
 namespace df11::native {
 namespace {
 
-// How a launch shares its work out; what it computes must not depend on it.
+// Bulk copies or those of lanes, whichever there are; of both, any.
+bool any_copies() {
+#ifdef __CUDACC__
+  int major = 0;
+  expect(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) == cudaSuccess,
+         "a device");
+  if (major < 9) return false;
+#ifndef DF11_LANE_COPIES_EVERYWHERE
+  return true;
+#endif
+#endif
+  return random_below(2) == 0;
+}
+
+// How a launch shares its work out, and what the GPU has; what it computes must not depend on it.
 struct Shares {
   int blocks = 3, warps = kMostItemsPerGroup;
   uint32_t shared_bytes = 64 * 1024;
+  bool has_bulk_copies = any_copies();
 };
 
 struct Call {
@@ -99,7 +114,8 @@ Results multiply(const Call& call) {
     ProductWork work;
     expect(describe_product(product, counters.get(), work), "a product");
     if (call.items.chunks) set_items(work.matrices[0], call.items);
-    expect(share_out(work, call.shares.blocks, call.shares.warps, call.shares.shared_bytes),
+    expect(share_out(work, call.shares.has_bulk_copies, call.shares.blocks, call.shares.warps,
+                     call.shares.shared_bytes),
            "a plan");
     expect(
         launch_product_work(nullptr, work) == cudaSuccess && cudaDeviceSynchronize() == cudaSuccess,

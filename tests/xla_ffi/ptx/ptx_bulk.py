@@ -68,7 +68,7 @@ class Bulk:
                 barrier.expected = 0
                 barrier.arrived = self.block.thread[thread], self.block.time[thread].copy()
             self.block.waiting[:] = False
-        elif kind.startswith("mbarrier.try_wait"):
+        elif kind.startswith(("mbarrier.try_wait", "mbarrier.test_wait")):
             return self.try_wait(step, active)
         elif kind.startswith("cp.async.bulk.tensor"):
             for thread in active:

@@ -335,7 +335,8 @@ class _Block:
         return compute(name, values)
 
     def copy_async(self, step: Instruction, active: np.ndarray) -> None:
-        if step.name[1] == "async" and step.name[2] not in ("commit_group", "wait_group"):
+        kind = step.name[2]
+        if kind not in ("commit_group", "wait_group", "wait_all"):
             size = int(step.operands[2])
             to = self.bytes_of(step.operands[0], active, "shared", size)
             data = self.read_bytes(
@@ -344,7 +345,7 @@ class _Block:
             # Until it is waited for, nobody may count on what is there, nor on what was.
             self.shared[to] = self.rng.integers(0, 256, to.shape, np.uint8)
             self.copies.append((active, to, data))
-        elif step.name[2] == "wait_group":
+        elif kind != "commit_group":
             left = []
             for threads, to, data in self.copies:
                 arrived = np.isin(threads, active)

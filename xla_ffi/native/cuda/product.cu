@@ -67,14 +67,14 @@ cudaError_t most_shared_bytes(int* bytes) {
              : error;
 }
 
-template <int kTiles>
-cudaError_t launch(cudaStream_t stream, const ProductWork& work) {
+template <int kTiles, typename Copies>
+cudaError_t launch_with(cudaStream_t stream, const ProductWork& work) {
   const uint32_t bytes = work.memory.end(kMostSharedBase);
   // Always the same, since another thread may be about to launch the kernel.
   int most = 0;
   cudaError_t error = most_shared_bytes(&most);
   if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(product_kernel<kTiles>,
+    error = cudaFuncSetAttribute(product_kernel<kTiles, Copies>,
                                  cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   }
   if (error != cudaSuccess) return error;
@@ -84,7 +84,13 @@ cudaError_t launch(cudaStream_t stream, const ProductWork& work) {
   config.blockDim = dim3(static_cast<unsigned>(work.memory.warps * kLanes));
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
-  return cudaLaunchKernelEx(&config, product_kernel<kTiles>, work);
+  return cudaLaunchKernelEx(&config, product_kernel<kTiles, Copies>, work);
+}
+
+template <int kTiles>
+cudaError_t launch(cudaStream_t stream, const ProductWork& work) {
+  return work.has_bulk_copies ? launch_with<kTiles, BulkCopies>(stream, work)
+                              : launch_with<kTiles, LaneCopies>(stream, work);
 }
 
 }  // namespace
@@ -122,8 +128,8 @@ cudaError_t launch_product(cudaStream_t stream, const Product& product) {
   error = CounterPool::take(device, product_counters(product), &counters);
   if (error != cudaSuccess) return error;
   ProductWork work;
-  if (!plan_product(product, counters, blocks, most_product_warps(product_tiles(product.rows)),
-                    static_cast<uint32_t>(shared_bytes), work)) {
+  if (!plan_product(product, counters, major >= 9, blocks, static_cast<uint32_t>(shared_bytes),
+                    work)) {
     return cudaErrorInvalidValue;
   }
   return launch_product_work(stream, work);

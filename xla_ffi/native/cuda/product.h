@@ -10,8 +10,8 @@
 
 namespace df11::native {
 
-// Major compute capability: earlier ones have no bulk copies.
-inline constexpr int kLeastProductCapability = 9;
+// Major compute capability: earlier ones have no tensor cores for bfloat16.
+inline constexpr int kLeastProductCapability = 8;
 inline constexpr int kMatricesPerProduct = 4;
 inline constexpr int kMostProductRows = 32;
 inline constexpr int kXGroup = 32;  // neighbours along k that lie together in x

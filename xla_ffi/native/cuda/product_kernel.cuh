@@ -20,6 +20,7 @@
 #include "common/lanes.cuh"
 #include "common/tensor_core.cuh"
 #include "native/cuda/lookup_table.cuh"
+#include "native/cuda/product_copies.cuh"
 #include "native/cuda/product_sources.cuh"
 #include "native/cuda/product_sums.cuh"
 #include "native/cuda/product_work.h"
@@ -69,6 +70,10 @@ struct ProductChunk {
   __device__ uint32_t padded_words() const { return ((end + 3) & ~3u) - (begin & ~3u); }
   __device__ bool is_staged(const MatrixWork& matrix, const ProductMemory& memory) const {
     return words(matrix) >= kRecordHeaderWords && padded_words() <= memory.record_words;
+  }
+  // If it is.
+  __device__ CopySource record(const Slice& slice) const {
+    return {slice.exponents() + (begin & ~3u), 4 * padded_words()};
   }
 };
 
@@ -179,78 +184,6 @@ class ChunkList {
   uint32_t left_ = 0;  // a bit for each lane whose chunk is not taken
 };
 
-// The copies of a warp: of two steps' signs and mantissas, and of one or two records. And its turn
-// to add to the sums of a group.
-class WarpCopies {
- public:
-  __device__ WarpCopies(uint32_t memory, const ProductMemory& plan)
-      : memory_(memory), barriers_(memory + kSlotBytes), plan_(plan) {}
-
-  __device__ void initialize() {
-    if (elect_lane()) {
-      for (int i = 0; i <= kTurn; ++i) init_barrier(barriers_ + 8 * i);
-      fence_barriers();
-    }
-  }
-  // Of the chunk's steps from this one on, one or two.
-  __device__ __forceinline__ void fetch_steps(const MatrixWork& matrix, uint32_t first,
-                                              int steps_left) {
-    if (elect_lane()) {
-      const uint32_t bytes = steps_left > 1 ? kSlotBytes : kSlotBytes / kSlotSteps;
-      expect_bytes(barriers_, bytes);
-      copy_to_shared(memory_, matrix.sign_mantissa + int64_t{first} * kStepWords, bytes, barriers_);
-    }
-  }
-  __device__ void fetch_record(int buffer, const Slice& slice, const ProductChunk& chunk) {
-    if (elect_lane()) {
-      const uint32_t bytes = 4 * chunk.padded_words(), barrier = barriers_ + 8 * (1 + buffer);
-      expect_bytes(barrier, bytes);
-      copy_to_shared(record(buffer), slice.exponents() + (chunk.begin & ~3u), bytes, barrier);
-    }
-  }
-  // To L2 only.
-  __device__ void prefetch_record(const Slice& slice, const ProductChunk& chunk) {
-    if (elect_lane()) {
-      prefetch_copy(slice.exponents() + (chunk.begin & ~3u), 4 * chunk.padded_words());
-    }
-  }
-  __device__ __forceinline__ void wait_for_steps() { wait(0); }
-  __device__ void wait_for_record(int buffer) { wait(1 + buffer); }
-
-  // All lanes may ask for it after the next barrier.
-  __device__ void keep(const PlaceInGroup& place) {
-    // The first has its turn at once: it waits for the phase before the first.
-    if (place.is_first) phases_ |= 1u << kTurn;
-    if (elect_lane()) store_shared(barriers_ + kBarrierBytes, place.pack());
-  }
-  __device__ PlaceInGroup place() const {
-    return PlaceInGroup(load_shared4(barriers_ + kBarrierBytes));
-  }
-  __device__ void wait_for_turn() { wait(kTurn); }
-  // That of the warp whose memory this is.
-  __device__ static void give_turn(uint32_t memory) {
-    if (elect_lane()) arrive(memory + kSlotBytes + 8 * kTurn);
-  }
-
-  __device__ uint32_t steps() const { return memory_; }
-  __device__ uint32_t list() const { return barriers_ + kBarrierBytes + kPlaceBytes; }
-  __device__ uint32_t record(int buffer) const {
-    return memory_ + plan_.before_records + buffer * plan_.record_bytes;
-  }
-
- private:
-  __device__ __forceinline__ void wait(int barrier) {
-    wait_for_phase(barriers_ + 8 * barrier, phases_ >> barrier & 1);
-    phases_ ^= 1u << barrier;
-  }
-
-  static constexpr int kTurn = 3;  // a barrier behind those of the slot and of the records
-
-  uint32_t memory_, barriers_;
-  const ProductMemory& plan_;
-  uint32_t phases_ = 0;  // a bit a barrier
-};
-
 // A half-step's weights, of which the words have signs and mantissas.
 template <typename Pairs>
 __device__ __forceinline__ void decode_half_step(Pairs& pairs, const uint4& words, int half,
@@ -268,12 +201,12 @@ __device__ __forceinline__ void decode_half_step(Pairs& pairs, const uint4& word
 
 // Multiplies a chunk: the inner loop. Meanwhile signs and mantissas of the steps after these are
 // fetched.
-template <int kTiles, typename Pairs, typename Record>
-__device__ __forceinline__ void multiply_chunk(Pairs pairs, Patches<Record> patches,
-                                               WarpCopies& copies, const ProductWork& work,
-                                               const MatrixWork& matrix, const RowsOfX<kTiles>& x,
-                                               const ProductChunk& chunk, const ProductChunk& next,
-                                               int lane, float (&sums)[kTiles][4][4]) {
+template <int kTiles, typename Pairs, typename Record, typename Copies>
+__device__ __forceinline__ void multiply_chunk(Pairs pairs, Patches<Record> patches, Copies& copies,
+                                               const ProductWork& work, const MatrixWork& matrix,
+                                               const RowsOfX<kTiles>& x, const ProductChunk& chunk,
+                                               const ProductChunk& next, int lane,
+                                               float (&sums)[kTiles][4][4]) {
   const int end = chunk.k() + chunk.steps() * kStepRows;
   uint32_t ahead = chunk.first_step + kSlotSteps;
   const uint32_t at = copies.steps() + 4 * lane_word(lane);
@@ -300,7 +233,7 @@ __device__ __forceinline__ void multiply_chunk(Pairs pairs, Patches<Record> patc
           const uint32_t first =
               after_loads(left > 0 ? ahead : next.first_step, work.zero, words[0][0].x,
                           words[0][1].x, words[1][0].x, words[1][1].x);
-          copies.fetch_steps(matrix, first, steps_left);
+          copies.fetch_steps([&] { return CopySource::of_steps(matrix, first, steps_left); });
         }
         ahead += kSlotSteps;
       }
@@ -365,18 +298,18 @@ __device__ inline int first_group(const MatrixWork& matrix, int block) {
 // this one have: in shared memory, each when it has its turn. The last there is stores them.
 template <int kTiles>
 __device__ __forceinline__ void add_to_group(const ProductWork& work, const MatrixWork& matrix,
-                                             const ProductChunk& chunk, int lane,
-                                             WarpCopies& copies, float (&sums)[kTiles][4][4]) {
-  const PlaceInGroup place = copies.place();
+                                             const ProductChunk& chunk, int lane, WarpMemory& warp,
+                                             float (&sums)[kTiles][4][4]) {
+  const PlaceInGroup place = warp.place();
   const bool is_last =
       place.is_last || chunk.k() + chunk.steps() * kStepRows == matrix.steps_k * kStepRows;
   if (!place.is_first || !is_last) {
     const SharedSums before(place.sums, work.rows, lane);
-    copies.wait_for_turn();
+    warp.wait_for_turn();
     if (!place.is_first) before.add_to(sums);
     if (!is_last) before.store(sums);
     __syncwarp();  // All lanes have.
-    WarpCopies::give_turn(is_last ? place.first : place.next);
+    WarpMemory::give_turn(is_last ? place.first : place.next);
   }
   if (is_last) {
     const int group = divide_by_reciprocal(chunk.item(), matrix.group_items_reciprocal);
@@ -384,10 +317,8 @@ __device__ __forceinline__ void add_to_group(const ProductWork& work, const Matr
   }
 }
 
-template <int kTiles>
-__global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
-    product_kernel(const __grid_constant__ ProductWork work) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+template <int kTiles, typename Copies>
+__device__ __forceinline__ void multiply(const ProductWork& work) {
   DF11_DYNAMIC_SHARED(shared);
   const uint32_t base = shared_address(shared);
   BlockScratch& scratch = *reinterpret_cast<BlockScratch*>(shared);
@@ -396,7 +327,7 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
   // The same in all lanes, and the compiler knows it.
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / kLanes, 0);
 
-  WarpCopies copies(memory.warp(base, warp), memory);
+  Copies copies(memory.warp(base, warp), memory);
   copies.initialize();
   keep_order();
   // Everything waits for it. Not by __ldg, which the compiler would put before the fence of the
@@ -433,14 +364,17 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
   const uint32_t geometry = __ldg(slice.header() + kGeometryWord + unknown_zero);
   // The first copies are under way while the table is made.
   ProductChunk chunk = chunks.place_of(slice, first);
-  if (chunk.steps() > 0) copies.fetch_steps(matrix, chunk.first_step, chunk.steps());
+  if (chunk.steps() > 0) {
+    copies.fetch_steps(
+        [&] { return CopySource::of_steps(matrix, chunk.first_step, chunk.steps()); });
+  }
   const RowsOfX<kTiles> x(work.x, work.rows, lane);
   const LookupTable table{memory.table(base), memory.table_log2_bytes,
                           static_cast<uint32_t>(matrix.code_bits)};
   copies.keep(PlaceInGroup(memory, matrix, base, warp));  // while the offsets are on their way
   chunks.keep(offsets, lane);
   chunk = chunks.get(slice, first);
-  if (chunk.is_staged(matrix, memory)) copies.fetch_record(0, slice, chunk);
+  if (chunk.is_staged(matrix, memory)) copies.fetch_record(0, chunk.record(slice));
   sort_codes(codebook, table.code_bits, scratch.codes);
   __syncthreads();
   if (scratch.codes.sound) fill_lookup_table(scratch.codes, table);
@@ -474,9 +408,9 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
     const int next_buffer = memory.records > 1 ? buffer ^ 1 : buffer;
     if (const ProductChunk next = chunks.get(slice, next_number); next.is_staged(matrix, memory)) {
       if (memory.records > 1) {
-        copies.fetch_record(next_buffer, slice, next);
+        copies.fetch_record(next_buffer, next.record(slice));
       } else {
-        copies.prefetch_record(slice, next);
+        copies.prefetch_record(next.record(slice));
       }
     }
     const ProductChunk next = chunks.place_of(slice, next_number);
@@ -494,7 +428,7 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
     __syncwarp();  // No lane needs the record any more.
     if (memory.records == 1) {
       const ProductChunk next = chunks.get(slice, next_number);
-      if (next.is_staged(matrix, memory)) copies.fetch_record(next_buffer, slice, next);
+      if (next.is_staged(matrix, memory)) copies.fetch_record(next_buffer, next.record(slice));
     }
     buffer = next_buffer;
 
@@ -505,7 +439,13 @@ __global__ void __launch_bounds__(most_product_warps(kTiles) * kLanes, 1)
     chunk = chunks.get(slice, next_number);
   }
   add_columns<kTiles>(work, matrix, begin, end, scratch.columns);
-#endif
+}
+
+// `Copies` are those of product_copies.cuh that the GPU has.
+template <int kTiles, typename Copies>
+__global__ void __launch_bounds__(most_product_warps(kTiles, Copies::kAreBulk) * kLanes, 1)
+    product_kernel(const __grid_constant__ ProductWork work) {
+  if constexpr (Copies::kRunHere) multiply<kTiles, Copies>(work);
 }
 
 }  // namespace df11::native

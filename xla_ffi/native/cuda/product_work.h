@@ -98,6 +98,7 @@ struct ProductWork {
   uint32_t rows_reciprocal;
   uint32_t zero;  // is 0, which the compiler does not know
   bool float_out;
+  bool has_bulk_copies;  // which copies the kernel uses: see product_copies.cuh
   ProductMemory memory;
   MatrixWork matrices[kMatricesPerProduct];
 };
@@ -105,8 +106,10 @@ static_assert(sizeof(ProductWork) <= 4096);
 
 // Rows of x are taken in tiles of 8: 1, 2 or 4 of them.
 inline int product_tiles(int rows) { return rows <= 8 ? 1 : rows <= 16 ? 2 : 4; }
-// Warps of a block, which leave a thread 72, 128 and 168 registers.
-DF11_HD constexpr int most_product_warps(int tiles) {
+// Warps of a block, which leave a thread 72, 128 and 168 registers; on GPUs without bulk copies,
+// where copies take more and shared memory has room for fewer warps, 128, 128 and 255.
+DF11_HD constexpr int most_product_warps(int tiles, bool has_bulk_copies) {
+  if (!has_bulk_copies) return tiles <= 2 ? 16 : 8;
   return tiles == 1 ? kProductWarps : tiles == 2 ? 16 : 12;
 }
 
@@ -128,7 +131,7 @@ struct WarpShare {
 // little. `group_items` is the least number of warps in a group whose sums need room, those of
 // `rows` rows; 1 if none do.
 inline ProductMemory plan_memory(int steps, int rows, int group_items, const WarpShare& share,
-                                 int most_warps, uint32_t shared_bytes) {
+                                 int most_warps, uint32_t shared_bytes, bool has_bulk_copies) {
   ProductMemory memory = {};
   // Records lie at multiples of 16 bytes.
   memory.list_chunks = static_cast<int>(std::min<int64_t>(round_up(share.chunks, 2), kLanes));
@@ -138,6 +141,7 @@ inline ProductMemory plan_memory(int steps, int rows, int group_items, const War
   memory.record_bytes = 4 * (memory.record_words + overread_words(steps));
   memory.group_bytes = kTileCols * 4 * round_up(rows, 2);
   const auto fit = [&](uint32_t table_log2_bytes, uint32_t records) {
+    if (records > 1 && !has_bulk_copies) return false;
     memory.table_log2_bytes = table_log2_bytes;
     memory.records = records;
     memory.warp_bytes = memory.before_records + records * memory.record_bytes;
@@ -281,9 +285,12 @@ inline bool describe_product(const Product& product, uint32_t* counters, Product
   return true;
 }
 
-// Who does it. False if there are too few blocks or warps, or too little shared memory.
-inline bool share_out(ProductWork& work, int blocks, int most_warps, uint32_t shared_bytes) {
+// Who does it, on a GPU that has bulk copies or not. False if there are too few blocks or warps, or
+// too little shared memory.
+inline bool share_out(ProductWork& work, bool has_bulk_copies, int blocks, int most_warps,
+                      uint32_t shared_bytes) {
   if (blocks < work.count) return false;
+  work.has_bulk_copies = has_bulk_copies;
   assign_blocks(work, blocks);
   int steps = 0, least_group = 1;
   for (int i = 0; i < work.count; ++i) {
@@ -294,18 +301,19 @@ inline bool share_out(ProductWork& work, int blocks, int most_warps, uint32_t sh
   }
   const auto plan = [&](int most) {
     const int warps = assign_warps(work, most);
-    work.memory =
-        plan_memory(steps, work.rows, least_group, most_of_a_warp(work), warps, shared_bytes);
+    work.memory = plan_memory(steps, work.rows, least_group, most_of_a_warp(work), warps,
+                              shared_bytes, work.has_bulk_copies);
     return work.memory.warps == warps;
   };
   for (int most = most_warps; !plan(most);) most = work.memory.warps;
   return work.memory.warps > 0;
 }
 
-inline bool plan_product(const Product& product, uint32_t* counters, int blocks, int most_warps,
-                         uint32_t shared_bytes, ProductWork& work) {
+inline bool plan_product(const Product& product, uint32_t* counters, bool has_bulk_copies,
+                         int blocks, uint32_t shared_bytes, ProductWork& work) {
+  const int most_warps = most_product_warps(product_tiles(product.rows), has_bulk_copies);
   return describe_product(product, counters, work) &&
-         share_out(work, blocks, most_warps, shared_bytes);
+         share_out(work, has_bulk_copies, blocks, most_warps, shared_bytes);
 }
 
 // The kernel's launch. For tests, which share work out otherwise.
