@@ -202,8 +202,10 @@ def _fuse(
     method: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
 ) -> Any:
     """Calls a method of a module, with other products if it is one that multiplies."""
-    module, name = context.module, context.method_name
-    if isinstance(module, (nn.Dense, nn.DenseGeneral)) and name == "__call__":
+    module: Any = context.module
+    # Of subclasses, methods that override these are called, and may call them.
+    original = getattr(context.orig_method, "func", None)
+    if original in _WITH_DOT_GENERAL:
         if module.dot_general is None and module.dot_general_cls is None:
             # Modules are frozen dataclasses; Flax, too, sets fields of theirs in this way.
             object.__setattr__(module, "dot_general", _module_products.dot_general)
@@ -211,8 +213,9 @@ def _fuse(
                 return method(*args, **kwargs)
             finally:
                 object.__setattr__(module, "dot_general", None)
-    # Of subclasses, methods that override these are called, and may call them.
-    ours = _METHODS.get(getattr(context.orig_method, "func", None))
+    # Interceptors that are entered in the module's own code come after this one, and are called.
+    is_last = method is context.orig_method
+    ours = _METHODS.get(original) if is_last else None
     y = None if ours is None else ours(module, *args, **kwargs)
     return method(*args, **kwargs) if y is None else y
 
@@ -240,6 +243,8 @@ def _einsum(
     module: nn.Einsum, inputs: jax.Array, einsum_str: str | None = None
 ) -> jax.Array | None:
     """What `Einsum` does, which lets nobody replace its product, fused; None if it cannot be."""
+    if type(module).param is not nn.Module.param:  # which may scale what it reads
+        return None
     names = ("kernel", "bias") if module.use_bias else ("kernel",)
     kernel, *bias = (nn.meta.unbox(module.get_variable("params", name)) for name in names)
     if kernel is None:  # while the module is initialised
@@ -256,6 +261,9 @@ def _einsum(
     sizes = [n if label in of_kernel else 1 for label, n in zip(result, y.shape, strict=True)]
     return y + bias[0].reshape(sizes)
 
+
+# Methods of Flax's own that multiply by a function which the module has.
+_WITH_DOT_GENERAL = {inspect.unwrap(kind.__call__) for kind in (nn.Dense, nn.DenseGeneral)}
 
 # Methods of Flax's own, and what does the same with compressed weights; None where that cannot.
 _METHODS: dict[Any, Callable[..., jax.Array | None]] = {

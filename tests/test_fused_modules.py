@@ -177,6 +177,79 @@ def test_methods_of_subclasses_are_called(fused_products):
     assert_same_bits(rows, nn.Embed(*TABLE, **own).apply(plain, tokens))
 
 
+def twice(next_method, args, kwargs, context):
+    y = next_method(*args, **kwargs)
+    return 2 * y if context.method_name in ("__call__", "attend") else y
+
+
+class Intercepted(nn.Module):
+    """A module that has its own interceptor of calls of others."""
+
+    @nn.compact
+    def __call__(self, tokens, _=None):
+        embed = nn.Embed(*TABLE, name="embed", **bf16)
+        with nn.intercept_methods(twice):
+            x = nn.Einsum((128, 256), "td,dh->th", name="einsum", **bf16)(embed(tokens))
+            x = nn.Dense(128, name="dense", **bf16)(x)
+            scores = embed.attend(x)
+        return tokens, scores + embed.attend(x)
+
+
+@pytest.mark.parametrize("is_scanned", [False, True])
+def test_interceptors_of_ones_own_are_called(is_scanned, fused_products):
+    model, ours = Intercepted, compressed(Intercepted, fused=True)
+    if is_scanned:
+        options = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 2}
+        model, ours = nn.scan(model, **options), scan(model, fused=True, **options)
+    tokens = jnp.array([3, 1023, 70])
+    plain = model().init(jax.random.key(0), tokens, None)
+    stacked = "." if is_scanned else None
+    small = df11_jax.compress_params(plain, along_columns="embed", stacked=stacked)
+    expected = jax.jit(model().apply)(plain, tokens, None)[1]
+    assert_same_bits(jax.jit(ours().apply)(small, tokens, None)[1], expected)
+    assert {y[-1] for _, y in fused_products} == {
+        128,
+        TABLE[0],
+    }  # of Dense, and where nothing intercepts
+
+
+class ScaledParam(nn.Einsum):
+    def param(self, name, *args, **kwargs):
+        value = super().param(name, *args, **kwargs)
+        return 4 * value if name == "kernel" else value
+
+
+class OnlyWithoutProduct(nn.Dense):
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], 256), self.param_dtype)
+        return x @ kernel if self.dot_general is None else jnp.zeros((len(x), 256), x.dtype)
+
+
+class Adapted(nn.Dense):
+    @nn.compact
+    def __call__(self, x):
+        return super().__call__(x) + 2
+
+
+@pytest.mark.parametrize(
+    ("make", "is_fused"),
+    [
+        (lambda kind=ScaledParam: kind((128, 256), "td,dh->th", use_bias=False, **bf16), False),
+        (lambda kind=OnlyWithoutProduct: kind(256, use_bias=False, **bf16), False),
+        (lambda kind=Adapted: kind(256, use_bias=False, **bf16), True),
+    ],
+)
+def test_subclasses_with_code_of_their_own(make, is_fused, fused_products):
+    x = random_weights((3, 128), scale=1)
+    kind = type(make())
+    plain = make().init(jax.random.key(0), x)
+    small = df11_jax.compress_params(plain)
+    actual = jax.jit(make(compressed(kind, fused=True)).apply)(small, x)
+    assert_same_bits(actual, jax.jit(make().apply)(plain, x))
+    assert len(fused_products) == is_fused
+
+
 class Einsums(nn.Module):
     subscripts: str
     shape: tuple[int, ...]
