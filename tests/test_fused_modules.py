@@ -468,6 +468,50 @@ def test_nnx_products_of_ones_own_stay(fused_products):
     assert not fused_products and model.dot_general is twice
 
 
+class OnlyPlain(nnx.Linear):
+    def __call__(self, x):
+        return x @ self.kernel[...] if self.dot_general is jax.lax.dot_general else 0 * x
+
+
+class OnlyPlainHeads(nnx.LinearGeneral):
+    def __call__(self, x):
+        return super().__call__(x) * (1 if self.dot_general is None else 0)
+
+
+class OnlyPlainEinsum(nnx.Einsum):
+    def __call__(self, x):
+        return super().__call__(x) * (1 if self.einsum_op is jnp.einsum else 0)
+
+
+SUBCLASSES = {
+    "lora": (lambda rngs: nnx.LoRALinear(WIDTH, WIDTH, lora_rank=2, rngs=rngs, **bf16), 1),
+    "plain": (lambda rngs: OnlyPlain(WIDTH, WIDTH, use_bias=False, rngs=rngs, **bf16), 0),
+    "heads": (lambda rngs: OnlyPlainHeads(WIDTH, (2, 64), rngs=rngs, **bf16), 1),
+    "einsum": (lambda rngs: OnlyPlainEinsum("td,dh->th", (WIDTH,) * 2, rngs=rngs, **bf16), 1),
+}
+
+
+@pytest.mark.parametrize("name", SUBCLASSES)
+def test_nnx_subclasses_with_code_of_their_own(name, fused_products):
+    make, products = SUBCLASSES[name]
+    model = make(nnx.Rngs(0))
+    kind, before = type(model), nnx.graphdef(model)
+    x = random_weights((3, WIDTH), scale=1)
+    expected = run(model, x)
+    df11_jax.nnx.compress(model, fused=True)
+    assert run(model, x).tobytes() == expected.tobytes()
+    assert len(fused_products) == products
+    for same in (nnx.clone(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert isinstance(same, kind) and type(same) is type(model)
+        assert type(same).__name__ == kind.__name__
+        del fused_products[:]
+        fresh = nnx.jit(lambda same, x: same(x))
+        assert fresh(same, x).tobytes() == expected.tobytes()
+        assert len(fused_products) == products
+    df11_jax.nnx.decompress(model)
+    assert nnx.graphdef(model) == before and type(model) is kind
+
+
 # How leaves are compressed as matrices.
 
 
