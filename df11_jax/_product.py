@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int32
 
 from df11_jax import _ffi, _layout
 from df11_jax._array import DF11Array, DF11Slice
+from df11_jax._ffi_call import result_types
 from df11_jax._layout import Layout, View
 from df11_jax._leaves import is_array, raw_value
 from df11_jax._slices import as_index, check_index, decode_slices, is_split
@@ -283,12 +284,11 @@ def _fused(call: _Call, x: Array, index: Array, *payloads: Array) -> list[Array]
     batch, x = x.shape[:-1], x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     words = workspace_words(views, x.shape[0])
 
-    # Not only shapes: in a shard_map, the types also say along which axes results differ.
     def types(*arrays: Array) -> list[Array]:
         results = _decode_first(call, *arrays)
         return [*results, jnp.broadcast_to(results[0][0, 0].astype(jnp.uint32), words)]
 
-    out = jax.eval_shape(types, x, index, *payloads)
+    out = result_types(types, x, index, *payloads)
     names = "\n".join(f"matrix {i}" for i in range(len(views)))
     headers = np.concatenate([_layout.pack_header(layout) for layout in call.layouts])
     fused = jax.ffi.ffi_call(_ffi.PRODUCT_TARGET, out)

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from gpu_programs import count_calls, needs_product
 from jax import export
+from jax.sharding import AxisType
 from payloads import assert_same_bits, count_decodes, random_weights
 
 import df11_jax
-from df11_jax import _layout, _product
+from df11_jax import _ffi, _layout, _product
 
 K, N = 192, 256
 
@@ -234,6 +235,27 @@ def test_calls_on_a_gpu(weights):
     assert count_calls(lambda x, a: df11_jax.dot(x, [a, heads]), few, a) == [1, 0]
     flat = df11_jax.compress(random_weights((K, 100)))
     assert count_calls(df11_jax.dot, few, flat) == [0, 1]
+
+
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("are_weights_split", [False, True])
+def test_shard_map_over_some_axes(weights, are_weights_split, axis_type):
+    both = jnp.stack([weights, random_weights((K, N), 9)])
+    a = df11_jax.compress(both, stack_axes=1)
+    mesh = jax.make_mesh((2, 1), ("x", "y"), axis_types=(axis_type,) * 2)
+    spec, x = jax.P("x"), rows(4)
+    function = jax.shard_map(
+        lambda x, a: df11_jax.dot(x, a[0]),
+        in_specs=(spec, spec if are_weights_split else jax.P()),
+        out_specs=spec,
+        axis_names={"x"},
+    )
+    expected = jnp.concatenate([x[:2] @ both[0], x[2:] @ both[int(are_weights_split)]])
+    with jax.set_mesh(mesh):
+        assert_same_bits(jax.jit(function)(x, a), expected)
+        if _ffi.product_platforms():
+            assert count_calls(function, x, a) == [1, 0]
 
 
 def test_is_compiled_once_outside_of_jit(weights):
