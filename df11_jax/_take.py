@@ -161,7 +161,7 @@ def _take_bits_of_one(a: DF11Slice, rows: Int[Array, " n"]) -> UInt16[Array, "n 
 
     # Zeros made of all arrays: in a shard_map, a loop's state must start as it goes on, namely
     # different from device to device.
-    differing = [jnp.ravel(array)[:1].astype(jnp.uint16) & 0 for array in jax.tree.leaves(a)]
+    differing = [jnp.ravel(array)[:1, None].astype(jnp.uint16) & 0 for array in jax.tree.leaves(a)]
     zeros = jnp.zeros((rows.size, view.k), jnp.uint16) + (rows[:, None] & 0).astype(jnp.uint16)
     return scan_pieces(a, sum(differing, zeros), choose)
 
