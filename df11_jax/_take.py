@@ -18,7 +18,7 @@ from df11_jax._array import DF11Array, DF11Slice
 from df11_jax._decode import decompress
 from df11_jax._layout import TILE_COLS
 from df11_jax._leaves import is_array, raw_value
-from df11_jax._slices import Compressed, as_index, check_index, decode_slices
+from df11_jax._slices import Compressed, as_index, check_index, decode_slices, zero_index
 
 # Bytes of decompressed weights at a time. Products of that size are efficient on any device, and
 # it is less than a block of all but the smallest models.
@@ -55,7 +55,7 @@ def take(
     if isinstance(a, DF11Array):
         if a.stack_shape:
             raise ValueError(f"take: got a stack, {a!r}: take a slice of it")
-        a = DF11Slice(a, jnp.int32(0))
+        a = DF11Slice(a, zero_index())
     elif not isinstance(a, DF11Slice) and not is_array(a):
         raise TypeError(
             f"take: expected a DF11Array, a DF11Slice or an array, got {type(a).__name__}"

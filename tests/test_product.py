@@ -100,6 +100,58 @@ def test_several_matrices(weights):
     assert df11_jax.dot(rows(2), []) == []
 
 
+def test_slices_of_stacks_of_several_lengths():
+    weights = random_weights((4, K, 64))
+    stacks = [df11_jax.compress(weights[:n], stack_axes=1) for n in (4, 2, 2)]
+
+    @jax.jit
+    def products(x, index):
+        return df11_jax.dot(x, [df11_jax.DF11Slice(stack, index) for stack in stacks])
+
+    for index, found in ((1, [1, 1, 1]), (3, [3, 1, 1])):
+        for y, i in zip(products(rows(2), index), found, strict=True):
+            assert_same_bits(y, rows(2) @ weights[i])
+    if _ffi.product_platforms():
+        assert count_calls(products, rows(2), 1) == [2, 0]
+
+
+def test_slices_at_equal_integers():
+    stack = df11_jax.compress(random_weights((3, K, 64)), stack_axes=1)
+    slices = [df11_jax.DF11Slice(stack, i) for i in (np.int64(1), 1, np.int32(1), np.array(1), 2)]
+    assert _product._runs(slices) == [(0, 4), (4, 5)]
+    traced = [df11_jax.DF11Slice(stack, jnp.int32(1)) for _ in range(2)]
+    assert _product._runs(traced) == [(0, 1), (1, 2)]
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint])
+@needs_product
+def test_slices_that_a_function_closes_over(transform):
+    stack = df11_jax.compress(random_weights((3, K, 64)), stack_axes=1)
+
+    def products(x, stack, index):
+        slices = [df11_jax.DF11Slice(stack, index) for _ in range(3)]
+        return transform(lambda x: df11_jax.dot(x, slices))(x)
+
+    assert count_calls(products, rows(2), stack, 1) == [1, 0]
+
+
+def test_slices_of_an_empty_stack():
+    stack = df11_jax.compress(random_weights((3, K, 64)), stack_axes=1)[:0]
+    product = jax.jit(lambda i: df11_jax.dot(rows(2), df11_jax.DF11Slice(stack, i)))
+    assert_same_bits(product(0), jnp.zeros((2, 64), jnp.bfloat16))
+    assert not _product.can_fuse(stack, 2)
+    if _ffi.product_platforms():
+        assert count_calls(product, 0) == [0, 0]
+
+
+def test_transfers_that_users_forbid(weights):
+    a, x = df11_jax.compress(weights), rows(2)
+    with jax.transfer_guard("disallow"):
+        actual = df11_jax.dot(x, a), df11_jax.decompress(a)
+    assert_same_bits(actual[0], x @ weights)
+    assert_same_bits(actual[1], weights)
+
+
 @pytest.mark.parametrize("compressed", [True, False])
 def test_blocks_of_a_scan(compressed):
     weights = random_weights((3, K, K))
