@@ -21,7 +21,14 @@ from df11_jax._array import DF11Array, DF11Slice
 from df11_jax._ffi_call import result_types
 from df11_jax._layout import Layout, View
 from df11_jax._leaves import is_array, raw_value
-from df11_jax._slices import as_index, check_index, decode_slices, is_split, zero_index
+from df11_jax._slices import (
+    as_index,
+    check_index,
+    check_stacks,
+    decode_slices,
+    is_split,
+    zero_index,
+)
 
 # As many rows of x as the kernel takes. With 32, the products of a Llama-3.1-8B block take an H200
 # 297 us, and decoding first takes about 320 (docs/figures.md).
@@ -84,8 +91,10 @@ def dot(
     Raises:
         IndexError: `a` is a slice at an index, known before the program runs, that the stack lacks.
             (A computed index is clamped to the stack; at -1, the result is not specified.)
-        TypeError: `a` is no matrix, or `preferred_element_type` another type.
-        ValueError: `a` is a stack, consists of several matrices, or does not fit `x`.
+        TypeError: `a` is no matrix, or the shapes of one's arrays, or `preferred_element_type`
+            another type.
+        ValueError: `a` is a stack, consists of several matrices, or does not fit `x`; or its arrays
+            do not fit each other.
     """
     if isinstance(a, Sequence):
         return _dot_all(x, a, preferred_element_type, exact)
@@ -173,13 +182,15 @@ def _as_operand(matrix: Matrix, i: int, index: Int32[Array, ""]) -> DF11Slice | 
                 f"dot: matrix {i} is of several slices, at an index of shape {shape}: take one "
                 "after the other, or decompress them"
             )
-        check_index(matrix.index, math.prod(matrix.stack.stack_shape), f"dot: matrix {i}")
+        length = check_stacks([matrix.stack], [f"dot: matrix {i}"])
+        check_index(matrix.index, length, f"dot: matrix {i}")
         return matrix
     if isinstance(matrix, DF11Array):
         if matrix.stack_shape:
             raise ValueError(
                 f"dot: matrix {i} is a stack, {matrix!r}: take a slice of it, or scan over it"
             )
+        check_stacks([matrix], [f"dot: matrix {i}"])
         return DF11Slice(matrix, index)
     if is_array(matrix):
         if matrix.ndim < 2:

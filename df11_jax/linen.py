@@ -30,7 +30,7 @@ from df11_jax._array import DF11Array, DF11Slice, is_df11
 from df11_jax._decode import after, decompress_params, path_name
 from df11_jax._flax import register_with_flax
 from df11_jax._lengths import common_length
-from df11_jax._slices import decode_slices, tie
+from df11_jax._slices import check_stacks, decode_slices, tie
 
 ModuleClass = TypeVar("ModuleClass", bound=Callable[..., nn.Module])
 Variables = dict[str, PyTree]  # by collection
@@ -144,6 +144,9 @@ def _decompressing(function: Callable[..., Any], fused: bool) -> Callable[..., A
         def decompress(variables: Variables, *args: Any, **kwargs: Any) -> Variables:
             tree = after(variables.get("params", {}), (args, kwargs))
             if fused:
+                for keys, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_df11):
+                    if is_df11(leaf):  # where it is read, errors could not say where it is
+                        check_stacks([leaf], [path_name((*path, *keys))])
                 return {"params": tree}
             for name in reversed(path):  # the decoder's errors say where a leaf is
                 tree = {name: tree}
@@ -339,12 +342,13 @@ def _take_layer(
             leaves[i] = stack[index]  # has layers within layers, for another scan to take
         elif is_df11(stack):
             stacks[i] = stack
+    names = [path_name((*path, *with_paths[i][0])) for i in stacks]
     if fused:
+        check_stacks(list(stacks.values()), names)
         index = tie(index, carry)
         slices = {i: DF11Slice(stack, index) for i, stack in stacks.items()}
         leaves = [slices.get(i, leaf) for i, leaf in enumerate(leaves)]
         return {"params": jax.tree.unflatten(treedef, leaves)}
-    names = [path_name((*path, *with_paths[i][0])) for i in stacks]
     weights = decode_slices(list(stacks.values()), index, names=names, after=carry)
     for i, weight in zip(stacks, weights, strict=True):
         leaves[i] = weight

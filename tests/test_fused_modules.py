@@ -1,6 +1,7 @@
 """Products in Flax's modules that multiply without decompressing."""
 
 import copy
+import dataclasses
 import gc
 import pickle
 
@@ -331,6 +332,17 @@ def test_a_product_of_ones_own_stays(fused_products):
     small = df11_jax.compress_params(plain)
     assert_same_bits(jax.jit(fused.apply)(small, x), jax.jit(module.apply)(plain, x))
     assert not fused_products
+
+
+@pytest.mark.parametrize("style", ["scan", pytest.param("whole", marks=pytest.mark.slow)])
+def test_errors_say_where_a_parameter_is(style):
+    model, _, _, small = make(style)
+    where = "layers" if style == "scan" else "layers_0"
+    layer = small["params"][where]
+    kernel = layer["up"]["kernel"]
+    layer["up"]["kernel"] = dataclasses.replace(kernel, exponents=kernel.exponents[..., :-1])
+    with pytest.raises(ValueError, match=f"^{where}/up/kernel: exponents is"):
+        model.apply(small, TOKENS)
 
 
 @pytest.mark.slow

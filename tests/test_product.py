@@ -1,5 +1,7 @@
 """`dot` where matrices are decoded first, and the calls that it makes for a GPU."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -339,6 +341,12 @@ def test_what_cannot_be_multiplied(weights):
         df11_jax.dot(rows(2), weights[:, 0])
     with pytest.raises(ValueError, match=r"expected \[\.\.\., 96\] for matrix 1 of shape"):
         df11_jax.dot(rows(2), [a, weights[:96]])
+    for shapes in (jax.eval_shape(lambda: a), jax.eval_shape(lambda: df11_jax.DF11Slice(a, 0))):
+        with pytest.raises(TypeError, match="dot: matrix 1: expected compressed arrays, got their"):
+            df11_jax.dot(rows(2), [a, shapes])
+    short = dataclasses.replace(a, sign_mantissa=a.sign_mantissa[:-4])
+    with pytest.raises(ValueError, match="dot: matrix 1: sign_mantissa is"):
+        df11_jax.dot(rows(2), [a, short])
     with pytest.raises(ValueError, match="is a stack"):
         df11_jax.dot(rows(2), df11_jax.compress(weights[None], stack_axes=1))
     several = df11_jax.DF11Slice(df11_jax.compress(weights[None], stack_axes=1), jnp.zeros(2, int))
