@@ -62,7 +62,9 @@ def compressed(
         fused: multiply without decompressing, as `df11_jax.dot` does and where it can, in `Dense`,
             `DenseGeneral`, `Einsum` and `Embed.attend`, be it in submodules. So sums are in another
             order than XLA's. `Embed` looks rows up as `df11_jax.take` does. All other parameters
-            are decompressed where they are read, each by a call of its own.
+            are decompressed where they are read, each by a call of its own; so are those of
+            `Einsum` and `Embed` under `nn.intercept_methods` in the module's own code, and what
+            subclasses multiply by code of their own.
 
     Returns:
         A subclass with the same name, so that parameters keep their paths.

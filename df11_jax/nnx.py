@@ -132,6 +132,10 @@ def compress(
     interrupted, the remaining ones are left as well. Parameters that hold one array are compressed
     together, and then hold one `DF11Array`.
 
+    A second call leaves what is compressed as it is, and what is fused remains so. With
+    `fused=True`, it fuses products of weights that happen to be compressed as the matrices that it
+    would have made of them. To change that, call `decompress` first.
+
     Args:
         model: an `nnx.Module`, or any container of them.
         include: a regular expression; only parameters in whose path, such as

@@ -422,6 +422,21 @@ def test_nnx(fused_products):
     assert not fused_products
 
 
+def test_nnx_compressed_twice(fused_products):
+    network = Network(nnx.Rngs(0))
+    expected = run(network, TOKENS)
+    df11_jax.nnx.compress(network)
+    df11_jax.nnx.compress(network, fused=True)  # other modules have other matrices
+    assert_same_bits(run(network, TOKENS), expected)
+    assert 0 < len(fused_products) < PRODUCTS
+    df11_jax.nnx.decompress(network)
+    df11_jax.nnx.compress(network, fused=True)
+    del fused_products[:]
+    df11_jax.nnx.compress(network)
+    assert_same_bits(run(network, TOKENS), expected)
+    assert len(fused_products) == PRODUCTS
+
+
 @needs_product
 def test_nnx_on_a_gpu():
     network = Network(nnx.Rngs(0))
