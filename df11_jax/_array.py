@@ -247,10 +247,10 @@ class DF11Slice(ArrayOperators):
 
     `decompress`, and `dot` and `take` for one slice, read it where it lies: XLA copies no part of
     the stack for that. The index may be computed in a traced program, as that of the experts which
-    tokens choose. Where an array of indices has an element -1, nothing is decompressed, and the
-    weights there are not specified: so as many slices as are wanted fit in an array of a static
-    size. An index that is known before the program runs is checked; a computed one is clamped to
-    the stack.
+    tokens choose. Where an array of indices has an element -1, or a computed index is -1, nothing
+    is decompressed, and the weights there are not specified: so as many slices as are wanted fit in
+    an array of a static size. An index that is known before the program runs is checked, and
+    -1 alone is none; a computed one is clamped to the stack, but for -1.
 
     Where JAX wants an array, it is decompressed, each time anew, as a `DF11Array` is.
 

@@ -1,6 +1,7 @@
 """Compression of one tensor, on the host."""
 
 import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jaxtyping import Array, BFloat16
 
 from df11_jax._array import DF11Array, is_df11
+from df11_jax._brief import brief
 from df11_jax._host_arrays import BFLOAT16, to_host
 from df11_jax._host_codec import encode
 from df11_jax._layout import Layout, make_layout
@@ -56,8 +58,8 @@ def compress(
         `decompress` of it is `array`, bit for bit.
 
     Raises:
-        TypeError: `array` is traced, or not bfloat16; `like` is not compressed; `threads` is not
-            an integer.
+        TypeError: `array` is traced, or not bfloat16; `like` is not compressed; `threads`, or a
+            number of axes, is not an integer; `along_columns` is neither True nor False.
         ValueError: `array` has more than 8 dimensions besides its stack axes, or fewer dimensions
             than `stack_axes`; it is on several devices and no mesh; it is of another shape than
             `like`, is sharded otherwise, or does not fit into its arrays; there is another
@@ -76,16 +78,25 @@ def compress(
         check_is_like("array", as_array(array), like, cast=False)
         form = Form.of(like)
         return encode_tensor(weights, "array", form.layout, form, verify=verify, threads=threads)
+    if not isinstance(along_columns, (bool, np.bool_)):
+        raise TypeError(f"along_columns: expected True or False, got {brief(along_columns)}")
     return compress_tensor(
         array,
         "array",
-        stack_axes,
+        _as_count("stack_axes", stack_axes),
         verify,
         threads,
-        batch_axes=batch_axes,
-        row_axes=row_axes,
-        along_columns=along_columns,
+        batch_axes=_as_count("batch_axes", batch_axes),
+        row_axes=None if row_axes is None else _as_count("row_axes", row_axes),
+        along_columns=bool(along_columns),
     )
+
+
+def _as_count(argument: str, value: Any) -> int:
+    try:
+        return int(operator.index(value))
+    except TypeError:
+        raise TypeError(f"{argument}: expected an integer, got {brief(value)}") from None
 
 
 def compress_tensor(

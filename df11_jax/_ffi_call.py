@@ -71,8 +71,7 @@ def _decode_on_any_platform(
     xla = functools.partial(decoder.xla, *decoder.static)
 
     def ffi(*arrays: Array) -> PyTree:
-        # Not only shapes: in a shard_map, the types also say along which axes results differ.
-        out = jax.eval_shape(xla, *arrays)
+        out = result_types(xla, *arrays)
         call = jax.ffi.ffi_call(decoder.target, out, vmap_method=decoder.vmap_method)
         attributes = {
             name: value if isinstance(value, str) else np.array(value, np.uint32)
@@ -83,3 +82,19 @@ def _decode_on_any_platform(
     compiled = dict.fromkeys(platforms, ffi)
     default = xla if decoder.falls_back else None
     return jax.lax.platform_dependent(*arrays, **compiled, default=default)
+
+
+def result_types(function: Callable[..., PyTree], *arrays: Array) -> PyTree:
+    """The types of a function's results, for `jax.ffi.ffi_call`.
+
+    Not only shapes: in a shard_map, the types also say along which axes results differ.
+    """
+    out = jax.eval_shape(function, *arrays)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.manual_axes or mesh.are_all_axes_manual:
+        return out
+    # Where only some axes are manual, such a type is none without the mesh that they are of.
+    here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.tree.map(
+        lambda one: one if one.sharding is not None else one.update(sharding=here), out
+    )

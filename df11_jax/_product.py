@@ -18,9 +18,17 @@ from jaxtyping import Array, Float, Int32
 
 from df11_jax import _ffi, _layout
 from df11_jax._array import DF11Array, DF11Slice
+from df11_jax._ffi_call import result_types
 from df11_jax._layout import Layout, View
 from df11_jax._leaves import is_array, raw_value
-from df11_jax._slices import as_index, check_index, decode_slices, is_split
+from df11_jax._slices import (
+    as_index,
+    check_index,
+    check_stacks,
+    decode_slices,
+    is_split,
+    zero_index,
+)
 
 # As many rows of x as the kernel takes. With 32, the products of a Llama-3.1-8B block take an H200
 # 297 us, and decoding first takes about 320 (docs/figures.md).
@@ -62,10 +70,16 @@ def dot(
 
     Args:
         x: the rows to multiply. Only bfloat16 ones are multiplied by the fused product.
-        a: a compressed matrix without stack axes, or a slice of a stack; or several of these,
-            which are read by one call. See `compress` for the axes that are rows. Of an array, all
-            axes but the last are. If there are batch axes, the matrices stand side by side: for
-            `[heads, k, head_dim]`, `n` is `heads * head_dim`.
+        a: a compressed matrix without stack axes, or a slice of a stack; or several of these. See
+            `compress` for the axes that are rows. Of an array, all axes but the last are. If there
+            are batch axes, the matrices stand side by side: for `[heads, k, head_dim]`, `n` is
+            `heads * head_dim`.
+
+            Of several, up to four neighbours are read by one call: those without stack axes, and
+            slices of stacks of one length at one index, which is the same array, or equal integers.
+            (Slices that are arguments of a `jax.jit`, `jax.checkpoint` or `jax.lax.cond` have an
+            index each in there: make them in there, of one index, or have the function close over
+            them.)
         preferred_element_type: bfloat16 or float32, the type of the result; None for the type of
             `x` and the weights together.
         exact: decode first, and use XLA's product: the results are those of plain weights. (So do
@@ -76,8 +90,11 @@ def dot(
 
     Raises:
         IndexError: `a` is a slice at an index, known before the program runs, that the stack lacks.
-        TypeError: `a` is no matrix, or `preferred_element_type` another type.
-        ValueError: `a` is a stack, consists of several matrices, or does not fit `x`.
+            (A computed index is clamped to the stack; at -1, the result is not specified.)
+        TypeError: `a` is no matrix, or the shapes of one's arrays, or `preferred_element_type`
+            another type.
+        ValueError: `a` is a stack, consists of several matrices, or does not fit `x`; or its arrays
+            do not fit each other.
     """
     if isinstance(a, Sequence):
         return _dot_all(x, a, preferred_element_type, exact)
@@ -126,7 +143,7 @@ def _dot_all(x: Array, matrices: Sequence[Matrix], out_type: Any, exact: bool) -
         )
     if not matrices:
         return []
-    first = jnp.int32(0)
+    first = zero_index()
     operands = [_as_operand(matrix, i, first) for i, matrix in enumerate(matrices)]
     for i, a in enumerate(operands):
         k = _matrix_shape(a.stack)[1] if isinstance(a, DF11Slice) else a.shape[0]
@@ -165,13 +182,15 @@ def _as_operand(matrix: Matrix, i: int, index: Int32[Array, ""]) -> DF11Slice | 
                 f"dot: matrix {i} is of several slices, at an index of shape {shape}: take one "
                 "after the other, or decompress them"
             )
-        check_index(matrix.index, math.prod(matrix.stack.stack_shape), f"dot: matrix {i}")
+        length = check_stacks([matrix.stack], [f"dot: matrix {i}"])
+        check_index(matrix.index, length, f"dot: matrix {i}")
         return matrix
     if isinstance(matrix, DF11Array):
         if matrix.stack_shape:
             raise ValueError(
                 f"dot: matrix {i} is a stack, {matrix!r}: take a slice of it, or scan over it"
             )
+        check_stacks([matrix], [f"dot: matrix {i}"])
         return DF11Slice(matrix, index)
     if is_array(matrix):
         if matrix.ndim < 2:
@@ -184,16 +203,24 @@ def _as_operand(matrix: Matrix, i: int, index: Int32[Array, ""]) -> DF11Slice | 
 
 
 def _runs(slices: Sequence[DF11Slice]) -> list[tuple[int, int]]:
-    """Neighbours that one call can read: as many as it takes, of the same index."""
+    """Neighbours that one call can read: as many as it takes, of one index and length."""
     runs: list[tuple[int, int]] = []
     for i, a in enumerate(slices):
         if runs:
             first, last = runs[-1]
-            if last - first < _MATRICES_PER_CALL and a.index is slices[first].index:
+            if last - first < _MATRICES_PER_CALL and _are_alike(a, slices[first]):
                 runs[-1] = (first, i + 1)
                 continue
         runs.append((i, i + 1))
     return runs
+
+
+def _are_alike(a: DF11Slice, b: DF11Slice) -> bool:
+    """Whether slices are known to be at the same index, of stacks of the same length."""
+    lengths = {math.prod(one.stack.stack_shape) for one in (a, b)}
+    are_known = not any(isinstance(one.index, jax.Array) for one in (a, b))
+    is_same = a.index is b.index or (are_known and int(a.index) == int(b.index))
+    return is_same and len(lengths) == 1
 
 
 def _is_matrix(layout: Layout) -> bool:
@@ -214,7 +241,10 @@ def _matrix_shape(stack: DF11Array) -> tuple[int, int, int]:
 
 
 def _can_fuse(stack: DF11Array) -> bool:
-    """Whether the kernel reads slices of a stack: matrices, of which one device has all."""
+    """Whether the kernel reads slices of a stack: matrices, of which one device has all.
+
+    Of an empty stack it would have no slice to read; decoded first, that is zeros.
+    """
     view = stack.layout.view
     if view.batch > 1 and (
         view.n % _layout.TILE_COLS or view.batch * view.tiles_n * view.tiles_n >> 32
@@ -222,7 +252,8 @@ def _can_fuse(stack: DF11Array) -> bool:
         return False
     is_here = jax.sharding.get_abstract_mesh().are_all_axes_manual
     parts = stack.parts if is_here else stack.layout.parts
-    return view.size > 0 and not view.is_flat and math.prod(parts) == 1
+    is_there = view.size > 0 and math.prod(stack.stack_shape) != 0
+    return is_there and not view.is_flat and math.prod(parts) == 1
 
 
 def _platforms(rows: int) -> tuple[str, ...]:
@@ -283,12 +314,11 @@ def _fused(call: _Call, x: Array, index: Array, *payloads: Array) -> list[Array]
     batch, x = x.shape[:-1], x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     words = workspace_words(views, x.shape[0])
 
-    # Not only shapes: in a shard_map, the types also say along which axes results differ.
     def types(*arrays: Array) -> list[Array]:
         results = _decode_first(call, *arrays)
         return [*results, jnp.broadcast_to(results[0][0, 0].astype(jnp.uint32), words)]
 
-    out = jax.eval_shape(types, x, index, *payloads)
+    out = result_types(types, x, index, *payloads)
     names = "\n".join(f"matrix {i}" for i in range(len(views)))
     headers = np.concatenate([_layout.pack_header(layout) for layout in call.layouts])
     fused = jax.ffi.ffi_call(_ffi.PRODUCT_TARGET, out)

@@ -1,5 +1,6 @@
 """Slices of compressed stacks, decoded inside of traced programs."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, TypeVar
@@ -118,7 +119,13 @@ def decode_stacks(arrays: Sequence[Compressed], names: Sequence[str]) -> list[Ar
     """Decodes all slices of stacks with the same axes."""
     if check_stacks(arrays, names) == 0:
         return [jnp.zeros(a.stack_shape + a.slice_shape, jnp.bfloat16) for a in arrays]
-    return _decode(arrays, names, jnp.int32(0), "all")
+    return _decode(arrays, names, zero_index(), "all")
+
+
+@functools.partial(jax.jit, inline=True)
+def zero_index() -> Int32[Array, ""]:
+    """The index 0, made on the device: users may forbid transfers (`jax.transfer_guard`)."""
+    return jnp.int32(0)
 
 
 def _count_bands(arrays: Sequence[Compressed], names: Sequence[str]) -> int:

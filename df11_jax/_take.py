@@ -18,7 +18,7 @@ from df11_jax._array import DF11Array, DF11Slice
 from df11_jax._decode import decompress
 from df11_jax._layout import TILE_COLS
 from df11_jax._leaves import is_array, raw_value
-from df11_jax._slices import Compressed, as_index, check_index, decode_slices
+from df11_jax._slices import Compressed, as_index, check_index, decode_slices, zero_index
 
 # Bytes of decompressed weights at a time. Products of that size are efficient on any device, and
 # it is less than a block of all but the smallest models.
@@ -55,7 +55,7 @@ def take(
     if isinstance(a, DF11Array):
         if a.stack_shape:
             raise ValueError(f"take: got a stack, {a!r}: take a slice of it")
-        a = DF11Slice(a, jnp.int32(0))
+        a = DF11Slice(a, zero_index())
     elif not isinstance(a, DF11Slice) and not is_array(a):
         raise TypeError(
             f"take: expected a DF11Array, a DF11Slice or an array, got {type(a).__name__}"
@@ -161,7 +161,7 @@ def _take_bits_of_one(a: DF11Slice, rows: Int[Array, " n"]) -> UInt16[Array, "n 
 
     # Zeros made of all arrays: in a shard_map, a loop's state must start as it goes on, namely
     # different from device to device.
-    differing = [jnp.ravel(array)[:1].astype(jnp.uint16) & 0 for array in jax.tree.leaves(a)]
+    differing = [jnp.ravel(array)[:1, None].astype(jnp.uint16) & 0 for array in jax.tree.leaves(a)]
     zeros = jnp.zeros((rows.size, view.k), jnp.uint16) + (rows[:, None] & 0).astype(jnp.uint16)
     return scan_pieces(a, sum(differing, zeros), choose)
 

@@ -110,8 +110,11 @@ def _build_table(
 
     symbols = jnp.argsort(jnp.where(coded, length, 16), axis=1, stable=True)
     ends = jnp.cumsum(jnp.take_along_axis(entries, symbols, axis=1), axis=1)
-    find = functools.partial(jnp.searchsorted, side="right")
-    rank = jax.vmap(find, in_axes=(0, None))(ends, jnp.arange(_layout.TABLE_SIZE, dtype=_U32))
+    # How many of them end at an entry, or before. (jnp.searchsorted, which counts that as well,
+    # fails in a shard_map over some axes of a mesh.)
+    counts = jnp.zeros((ends.shape[0], _layout.TABLE_SIZE), jnp.int32)
+    slices = jnp.arange(ends.shape[0])[:, None]
+    rank = jnp.cumsum(counts.at[slices, ends].add(1, mode="drop"), axis=1)
     symbol = jnp.take_along_axis(symbols, jnp.minimum(rank, _layout.SYMBOLS - 1), axis=1)
     first = jnp.take_along_axis(exponent, symbol // _layout.CODED_EXPONENTS, axis=1)
     second = jnp.take_along_axis(exponent, symbol % _layout.CODED_EXPONENTS, axis=1)

@@ -30,7 +30,7 @@ from df11_jax._array import DF11Array, DF11Slice, is_df11
 from df11_jax._decode import after, decompress_params, path_name
 from df11_jax._flax import register_with_flax
 from df11_jax._lengths import common_length
-from df11_jax._slices import decode_slices, tie
+from df11_jax._slices import check_stacks, decode_slices, tie
 
 ModuleClass = TypeVar("ModuleClass", bound=Callable[..., nn.Module])
 Variables = dict[str, PyTree]  # by collection
@@ -62,7 +62,9 @@ def compressed(
         fused: multiply without decompressing, as `df11_jax.dot` does and where it can, in `Dense`,
             `DenseGeneral`, `Einsum` and `Embed.attend`, be it in submodules. So sums are in another
             order than XLA's. `Embed` looks rows up as `df11_jax.take` does. All other parameters
-            are decompressed where they are read, each by a call of its own.
+            are decompressed where they are read, each by a call of its own; so are those of
+            `Einsum` and `Embed` under `nn.intercept_methods` in the module's own code, and what
+            subclasses multiply by code of their own.
 
     Returns:
         A subclass with the same name, so that parameters keep their paths.
@@ -144,6 +146,9 @@ def _decompressing(function: Callable[..., Any], fused: bool) -> Callable[..., A
         def decompress(variables: Variables, *args: Any, **kwargs: Any) -> Variables:
             tree = after(variables.get("params", {}), (args, kwargs))
             if fused:
+                for keys, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_df11):
+                    if is_df11(leaf):  # where it is read, errors could not say where it is
+                        check_stacks([leaf], [path_name((*path, *keys))])
                 return {"params": tree}
             for name in reversed(path):  # the decoder's errors say where a leaf is
                 tree = {name: tree}
@@ -202,8 +207,10 @@ def _fuse(
     method: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
 ) -> Any:
     """Calls a method of a module, with other products if it is one that multiplies."""
-    module, name = context.module, context.method_name
-    if isinstance(module, (nn.Dense, nn.DenseGeneral)) and name == "__call__":
+    module: Any = context.module
+    # Of subclasses, methods that override these are called, and may call them.
+    original = getattr(context.orig_method, "func", None)
+    if original in _WITH_DOT_GENERAL:
         if module.dot_general is None and module.dot_general_cls is None:
             # Modules are frozen dataclasses; Flax, too, sets fields of theirs in this way.
             object.__setattr__(module, "dot_general", _module_products.dot_general)
@@ -211,8 +218,9 @@ def _fuse(
                 return method(*args, **kwargs)
             finally:
                 object.__setattr__(module, "dot_general", None)
-    # Of subclasses, methods that override these are called, and may call them.
-    ours = _METHODS.get(getattr(context.orig_method, "func", None))
+    # Interceptors that are entered in the module's own code come after this one, and are called.
+    is_last = method is context.orig_method
+    ours = _METHODS.get(original) if is_last else None
     y = None if ours is None else ours(module, *args, **kwargs)
     return method(*args, **kwargs) if y is None else y
 
@@ -240,6 +248,8 @@ def _einsum(
     module: nn.Einsum, inputs: jax.Array, einsum_str: str | None = None
 ) -> jax.Array | None:
     """What `Einsum` does, which lets nobody replace its product, fused; None if it cannot be."""
+    if type(module).param is not nn.Module.param:  # which may scale what it reads
+        return None
     names = ("kernel", "bias") if module.use_bias else ("kernel",)
     kernel, *bias = (nn.meta.unbox(module.get_variable("params", name)) for name in names)
     if kernel is None:  # while the module is initialised
@@ -256,6 +266,9 @@ def _einsum(
     sizes = [n if label in of_kernel else 1 for label, n in zip(result, y.shape, strict=True)]
     return y + bias[0].reshape(sizes)
 
+
+# Methods of Flax's own that multiply by a function which the module has.
+_WITH_DOT_GENERAL = {inspect.unwrap(kind.__call__) for kind in (nn.Dense, nn.DenseGeneral)}
 
 # Methods of Flax's own, and what does the same with compressed weights; None where that cannot.
 _METHODS: dict[Any, Callable[..., jax.Array | None]] = {
@@ -331,12 +344,13 @@ def _take_layer(
             leaves[i] = stack[index]  # has layers within layers, for another scan to take
         elif is_df11(stack):
             stacks[i] = stack
+    names = [path_name((*path, *with_paths[i][0])) for i in stacks]
     if fused:
+        check_stacks(list(stacks.values()), names)
         index = tie(index, carry)
         slices = {i: DF11Slice(stack, index) for i, stack in stacks.items()}
         leaves = [slices.get(i, leaf) for i, leaf in enumerate(leaves)]
         return {"params": jax.tree.unflatten(treedef, leaves)}
-    names = [path_name((*path, *with_paths[i][0])) for i in stacks]
     weights = decode_slices(list(stacks.values()), index, names=names, after=carry)
     for i, weight in zip(stacks, weights, strict=True):
         leaves[i] = weight

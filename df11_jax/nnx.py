@@ -132,6 +132,10 @@ def compress(
     interrupted, the remaining ones are left as well. Parameters that hold one array are compressed
     together, and then hold one `DF11Array`.
 
+    A second call leaves what is compressed as it is, and what is fused remains so. With
+    `fused=True`, it fuses products of weights that happen to be compressed as the matrices that it
+    would have made of them. To change that, call `decompress` first.
+
     Args:
         model: an `nnx.Module`, or any container of them.
         include: a regular expression; only parameters in whose path, such as
@@ -318,12 +322,59 @@ _PRODUCTS = (
 
 def _set_products(module: Any, fused: bool) -> None:
     """Has a module of Flax's multiply by our products or by Flax's own, unless it has others."""
+    if not fused and isinstance(module, _FusedWithin):
+        object.__setattr__(module, "__class__", type(module).__bases__[0])
     for kind, attribute, plain, ours in _PRODUCTS:
         before, after = (plain, ours) if fused else (ours, plain)
-        if isinstance(module, kind) and getattr(module, attribute, ...) is before:
-            # nnx records the attributes that are set, of which the class is none.
-            put = object.__setattr__ if attribute == "__class__" else setattr
-            put(module, attribute, after)
+        if not isinstance(module, kind) or getattr(module, attribute, ...) is not before:
+            continue
+        if attribute == "__class__":  # nnx records the attributes that are set, not this one
+            object.__setattr__(module, attribute, after)
+        elif type(module).__call__ is kind.__call__:
+            setattr(module, attribute, after)
+        elif fused and not isinstance(module, _FusedWithin):
+            # Its own code may read the attribute, and do something else if that is not Flax's.
+            own: Any = type(module)
+            object.__setattr__(module, "__class__", _fused_type(own))
+
+
+class _FusedWithin:
+    """A module of a subclass of Flax's: Flax's own method, if it calls that, has our product."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The types that `_fused_type` makes are in no module.
+        reduced: Any = super().__reduce_ex__(protocol)
+        _, _, *state = reduced
+        return _make_fused, (type(self).__bases__[0],), *state
+
+
+def _make_fused(module_type: Any) -> Any:
+    return object.__new__(_fused_type(module_type))
+
+
+@functools.cache
+def _fused_type(module_type: type[Any]) -> Any:
+    """The type of modules that are of `module_type`, and fuse what that has Flax multiply."""
+    last = next(_fused_last(*row) for row in _PRODUCTS if issubclass(module_type, row[0]))
+    names = {"__module__": module_type.__module__, "__qualname__": module_type.__qualname__}
+    return type(module_type.__name__, (module_type, last), names)
+
+
+@functools.cache
+def _fused_last(kind: Any, attribute: str, plain: Any, ours: Any) -> Any:
+    """A type that, as a base, comes after all subclasses of a type of Flax's, just before it."""
+
+    class Last(_FusedWithin, kind):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            if getattr(self, attribute) is not plain:
+                return super().__call__(*args, **kwargs)
+            object.__setattr__(self, attribute, ours)
+            try:
+                return super().__call__(*args, **kwargs)
+            finally:
+                object.__setattr__(self, attribute, plain)
+
+    return Last
 
 
 def _compress_tied(

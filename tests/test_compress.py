@@ -239,6 +239,18 @@ class TestInputs:
         with pytest.raises(ValueError, match="cannot take 2 stack axes"):
             df11_jax.compress(normal(64), stack_axes=2)
 
+    @pytest.mark.parametrize("argument", ["stack_axes", "batch_axes", "row_axes"])
+    def test_numbers_of_axes_are_integers(self, argument):
+        weights = random_weights((2, 64, 128))
+        with pytest.raises(TypeError, match=f"{argument}: expected an integer, got 1.0"):
+            df11_jax.compress(weights, **{argument: 1.0})
+        a = df11_jax.compress(weights, **{argument: np.int64(1)})
+        assert a.layout == df11_jax.compress(weights, **{argument: 1}).layout
+
+    def test_along_columns_is_true_or_false(self):
+        with pytest.raises(TypeError, match="along_columns: expected True or False, got 2"):
+            df11_jax.compress(random_weights((64, 128)), along_columns=2)
+
     def test_leaves_with_too_many_axes_stay(self):
         params = {"odd": np.zeros((1,) * 8 + (20000,), BF16), "even": normal(300, 64)}
         small = df11_jax.compress_params(params)

@@ -1,6 +1,7 @@
 """Products in Flax's modules that multiply without decompressing."""
 
 import copy
+import dataclasses
 import gc
 import pickle
 
@@ -177,6 +178,79 @@ def test_methods_of_subclasses_are_called(fused_products):
     assert_same_bits(rows, nn.Embed(*TABLE, **own).apply(plain, tokens))
 
 
+def twice(next_method, args, kwargs, context):
+    y = next_method(*args, **kwargs)
+    return 2 * y if context.method_name in ("__call__", "attend") else y
+
+
+class Intercepted(nn.Module):
+    """A module that has its own interceptor of calls of others."""
+
+    @nn.compact
+    def __call__(self, tokens, _=None):
+        embed = nn.Embed(*TABLE, name="embed", **bf16)
+        with nn.intercept_methods(twice):
+            x = nn.Einsum((128, 256), "td,dh->th", name="einsum", **bf16)(embed(tokens))
+            x = nn.Dense(128, name="dense", **bf16)(x)
+            scores = embed.attend(x)
+        return tokens, scores + embed.attend(x)
+
+
+@pytest.mark.parametrize("is_scanned", [False, True])
+def test_interceptors_of_ones_own_are_called(is_scanned, fused_products):
+    model, ours = Intercepted, compressed(Intercepted, fused=True)
+    if is_scanned:
+        options = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 2}
+        model, ours = nn.scan(model, **options), scan(model, fused=True, **options)
+    tokens = jnp.array([3, 1023, 70])
+    plain = model().init(jax.random.key(0), tokens, None)
+    stacked = "." if is_scanned else None
+    small = df11_jax.compress_params(plain, along_columns="embed", stacked=stacked)
+    expected = jax.jit(model().apply)(plain, tokens, None)[1]
+    assert_same_bits(jax.jit(ours().apply)(small, tokens, None)[1], expected)
+    assert {y[-1] for _, y in fused_products} == {
+        128,
+        TABLE[0],
+    }  # of Dense, and where nothing intercepts
+
+
+class ScaledParam(nn.Einsum):
+    def param(self, name, *args, **kwargs):
+        value = super().param(name, *args, **kwargs)
+        return 4 * value if name == "kernel" else value
+
+
+class OnlyWithoutProduct(nn.Dense):
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], 256), self.param_dtype)
+        return x @ kernel if self.dot_general is None else jnp.zeros((len(x), 256), x.dtype)
+
+
+class Adapted(nn.Dense):
+    @nn.compact
+    def __call__(self, x):
+        return super().__call__(x) + 2
+
+
+@pytest.mark.parametrize(
+    ("make", "is_fused"),
+    [
+        (lambda kind=ScaledParam: kind((128, 256), "td,dh->th", use_bias=False, **bf16), False),
+        (lambda kind=OnlyWithoutProduct: kind(256, use_bias=False, **bf16), False),
+        (lambda kind=Adapted: kind(256, use_bias=False, **bf16), True),
+    ],
+)
+def test_subclasses_with_code_of_their_own(make, is_fused, fused_products):
+    x = random_weights((3, 128), scale=1)
+    kind = type(make())
+    plain = make().init(jax.random.key(0), x)
+    small = df11_jax.compress_params(plain)
+    actual = jax.jit(make(compressed(kind, fused=True)).apply)(small, x)
+    assert_same_bits(actual, jax.jit(make().apply)(plain, x))
+    assert len(fused_products) == is_fused
+
+
 class Einsums(nn.Module):
     subscripts: str
     shape: tuple[int, ...]
@@ -260,6 +334,17 @@ def test_a_product_of_ones_own_stays(fused_products):
     assert not fused_products
 
 
+@pytest.mark.parametrize("style", ["scan", pytest.param("whole", marks=pytest.mark.slow)])
+def test_errors_say_where_a_parameter_is(style):
+    model, _, _, small = make(style)
+    where = "layers" if style == "scan" else "layers_0"
+    layer = small["params"][where]
+    kernel = layer["up"]["kernel"]
+    layer["up"]["kernel"] = dataclasses.replace(kernel, exponents=kernel.exponents[..., :-1])
+    with pytest.raises(ValueError, match=f"^{where}/up/kernel: exponents is"):
+        model.apply(small, TOKENS)
+
+
 @pytest.mark.slow
 def test_parameters_that_a_layer_maps_over():
     class Experts(nn.Module):
@@ -337,6 +422,21 @@ def test_nnx(fused_products):
     assert not fused_products
 
 
+def test_nnx_compressed_twice(fused_products):
+    network = Network(nnx.Rngs(0))
+    expected = run(network, TOKENS)
+    df11_jax.nnx.compress(network)
+    df11_jax.nnx.compress(network, fused=True)  # other modules have other matrices
+    assert_same_bits(run(network, TOKENS), expected)
+    assert 0 < len(fused_products) < PRODUCTS
+    df11_jax.nnx.decompress(network)
+    df11_jax.nnx.compress(network, fused=True)
+    del fused_products[:]
+    df11_jax.nnx.compress(network)
+    assert_same_bits(run(network, TOKENS), expected)
+    assert len(fused_products) == PRODUCTS
+
+
 @needs_product
 def test_nnx_on_a_gpu():
     network = Network(nnx.Rngs(0))
@@ -393,6 +493,50 @@ def test_nnx_products_of_ones_own_stay(fused_products):
     df11_jax.nnx.compress(model, fused=True)
     assert_same_bits(run(model, x), expected)
     assert not fused_products and model.dot_general is twice
+
+
+class OnlyPlain(nnx.Linear):
+    def __call__(self, x):
+        return x @ self.kernel[...] if self.dot_general is jax.lax.dot_general else 0 * x
+
+
+class OnlyPlainHeads(nnx.LinearGeneral):
+    def __call__(self, x):
+        return super().__call__(x) * (1 if self.dot_general is None else 0)
+
+
+class OnlyPlainEinsum(nnx.Einsum):
+    def __call__(self, x):
+        return super().__call__(x) * (1 if self.einsum_op is jnp.einsum else 0)
+
+
+SUBCLASSES = {
+    "lora": (lambda rngs: nnx.LoRALinear(WIDTH, WIDTH, lora_rank=2, rngs=rngs, **bf16), 1),
+    "plain": (lambda rngs: OnlyPlain(WIDTH, WIDTH, use_bias=False, rngs=rngs, **bf16), 0),
+    "heads": (lambda rngs: OnlyPlainHeads(WIDTH, (2, 64), rngs=rngs, **bf16), 1),
+    "einsum": (lambda rngs: OnlyPlainEinsum("td,dh->th", (WIDTH,) * 2, rngs=rngs, **bf16), 1),
+}
+
+
+@pytest.mark.parametrize("name", SUBCLASSES)
+def test_nnx_subclasses_with_code_of_their_own(name, fused_products):
+    make, products = SUBCLASSES[name]
+    model = make(nnx.Rngs(0))
+    kind, before = type(model), nnx.graphdef(model)
+    x = random_weights((3, WIDTH), scale=1)
+    expected = run(model, x)
+    df11_jax.nnx.compress(model, fused=True)
+    assert run(model, x).tobytes() == expected.tobytes()
+    assert len(fused_products) == products
+    for same in (nnx.clone(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert isinstance(same, kind) and type(same) is type(model)
+        assert type(same).__name__ == kind.__name__
+        del fused_products[:]
+        fresh = nnx.jit(lambda same, x: same(x))
+        assert fresh(same, x).tobytes() == expected.tobytes()
+        assert len(fused_products) == products
+    df11_jax.nnx.decompress(model)
+    assert nnx.graphdef(model) == before and type(model) is kind
 
 
 # How leaves are compressed as matrices.

@@ -1,15 +1,18 @@
 """`dot` where matrices are decoded first, and the calls that it makes for a GPU."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from gpu_programs import count_calls, needs_product
 from jax import export
+from jax.sharding import AxisType
 from payloads import assert_same_bits, count_decodes, random_weights
 
 import df11_jax
-from df11_jax import _layout, _product
+from df11_jax import _ffi, _layout, _product
 
 K, N = 192, 256
 
@@ -97,6 +100,58 @@ def test_several_matrices(weights):
     for actual, matrix in zip(results, others, strict=True):
         assert_same_bits(actual, rows(2) @ matrix)
     assert df11_jax.dot(rows(2), []) == []
+
+
+def test_slices_of_stacks_of_several_lengths():
+    weights = random_weights((4, K, 64))
+    stacks = [df11_jax.compress(weights[:n], stack_axes=1) for n in (4, 2, 2)]
+
+    @jax.jit
+    def products(x, index):
+        return df11_jax.dot(x, [df11_jax.DF11Slice(stack, index) for stack in stacks])
+
+    for index, found in ((1, [1, 1, 1]), (3, [3, 1, 1])):
+        for y, i in zip(products(rows(2), index), found, strict=True):
+            assert_same_bits(y, rows(2) @ weights[i])
+    if _ffi.product_platforms():
+        assert count_calls(products, rows(2), 1) == [2, 0]
+
+
+def test_slices_at_equal_integers():
+    stack = df11_jax.compress(random_weights((3, K, 64)), stack_axes=1)
+    slices = [df11_jax.DF11Slice(stack, i) for i in (np.int64(1), 1, np.int32(1), np.array(1), 2)]
+    assert _product._runs(slices) == [(0, 4), (4, 5)]
+    traced = [df11_jax.DF11Slice(stack, jnp.int32(1)) for _ in range(2)]
+    assert _product._runs(traced) == [(0, 1), (1, 2)]
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint])
+@needs_product
+def test_slices_that_a_function_closes_over(transform):
+    stack = df11_jax.compress(random_weights((3, K, 64)), stack_axes=1)
+
+    def products(x, stack, index):
+        slices = [df11_jax.DF11Slice(stack, index) for _ in range(3)]
+        return transform(lambda x: df11_jax.dot(x, slices))(x)
+
+    assert count_calls(products, rows(2), stack, 1) == [1, 0]
+
+
+def test_slices_of_an_empty_stack():
+    stack = df11_jax.compress(random_weights((3, K, 64)), stack_axes=1)[:0]
+    product = jax.jit(lambda i: df11_jax.dot(rows(2), df11_jax.DF11Slice(stack, i)))
+    assert_same_bits(product(0), jnp.zeros((2, 64), jnp.bfloat16))
+    assert not _product.can_fuse(stack, 2)
+    if _ffi.product_platforms():
+        assert count_calls(product, 0) == [0, 0]
+
+
+def test_transfers_that_users_forbid(weights):
+    a, x = df11_jax.compress(weights), rows(2)
+    with jax.transfer_guard("disallow"):
+        actual = df11_jax.dot(x, a), df11_jax.decompress(a)
+    assert_same_bits(actual[0], x @ weights)
+    assert_same_bits(actual[1], weights)
 
 
 @pytest.mark.parametrize("compressed", [True, False])
@@ -236,6 +291,27 @@ def test_calls_on_a_gpu(weights):
     assert count_calls(df11_jax.dot, few, flat) == [0, 1]
 
 
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("are_weights_split", [False, True])
+def test_shard_map_over_some_axes(weights, are_weights_split, axis_type):
+    both = jnp.stack([weights, random_weights((K, N), 9)])
+    a = df11_jax.compress(both, stack_axes=1)
+    mesh = jax.make_mesh((2, 1), ("x", "y"), axis_types=(axis_type,) * 2)
+    spec, x = jax.P("x"), rows(4)
+    function = jax.shard_map(
+        lambda x, a: df11_jax.dot(x, a[0]),
+        in_specs=(spec, spec if are_weights_split else jax.P()),
+        out_specs=spec,
+        axis_names={"x"},
+    )
+    expected = jnp.concatenate([x[:2] @ both[0], x[2:] @ both[int(are_weights_split)]])
+    with jax.set_mesh(mesh):
+        assert_same_bits(jax.jit(function)(x, a), expected)
+        if _ffi.product_platforms():
+            assert count_calls(function, x, a) == [1, 0]
+
+
 def test_is_compiled_once_outside_of_jit(weights):
     a = df11_jax.compress(weights)
     df11_jax.dot(rows(2), a)
@@ -265,6 +341,12 @@ def test_what_cannot_be_multiplied(weights):
         df11_jax.dot(rows(2), weights[:, 0])
     with pytest.raises(ValueError, match=r"expected \[\.\.\., 96\] for matrix 1 of shape"):
         df11_jax.dot(rows(2), [a, weights[:96]])
+    for shapes in (jax.eval_shape(lambda: a), jax.eval_shape(lambda: df11_jax.DF11Slice(a, 0))):
+        with pytest.raises(TypeError, match="dot: matrix 1: expected compressed arrays, got their"):
+            df11_jax.dot(rows(2), [a, shapes])
+    short = dataclasses.replace(a, sign_mantissa=a.sign_mantissa[:-4])
+    with pytest.raises(ValueError, match="dot: matrix 1: sign_mantissa is"):
+        df11_jax.dot(rows(2), [a, short])
     with pytest.raises(ValueError, match="is a stack"):
         df11_jax.dot(rows(2), df11_jax.compress(weights[None], stack_axes=1))
     several = df11_jax.DF11Slice(df11_jax.compress(weights[None], stack_axes=1), jnp.zeros(2, int))

@@ -209,14 +209,12 @@ def test_in_a_shard_map_over_some_axes(axis_type):
     spec = P(None, None, "tp")
 
     def here(function, out_spec):
-        is_checked = axis_type == AxisType.Explicit  # else JAX refuses the decoder's call
         return jax.jit(
             jax.shard_map(
                 function,
                 in_specs=(P(), spec),
                 out_specs=out_spec,
                 axis_names={"tp"},
-                check_vma=is_checked,
             )
         )
 

@@ -113,20 +113,24 @@ def test_transformations(weights, table):
 
 @pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
 @pytest.mark.parametrize("count", [4, 40])  # of each device: fewer than there are bands, and more
-def test_shard_map(count):
+@pytest.mark.parametrize("others", [(), ("y",)])  # axes that are not the function's own
+def test_shard_map(count, others):
     weights = random_weights((2, 512, COLUMNS))
     stack = df11_jax.compress(weights, stack_axes=1, along_columns=True)
-    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    axes = ("x", *others)
+    shape, auto = (2, *[1] * len(others)), jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh(shape, axes, axis_types=(auto,) * len(axes))
+    options = {"mesh": mesh, "axis_names": {"x"}}
     spec, whole = jax.P("x"), jax.P()
     indices = jnp.asarray(np.random.default_rng(0).integers(0, 512, 2 * count))
 
     def of_own(stack, i):  # each device has a slice, and its own rows
         return df11_jax.take(stack[0], i)
 
-    rows = jax.jit(jax.shard_map(of_own, mesh=mesh, in_specs=(spec, spec), out_specs=spec))
+    rows = jax.jit(jax.shard_map(of_own, **options, in_specs=(spec, spec), out_specs=spec))
     expected = [weights[i, indices[i * count : (i + 1) * count]] for i in range(2)]
     assert_same_bits(rows(stack, indices), jnp.concatenate(expected))
-    rows = jax.jit(jax.shard_map(df11_jax.take, mesh=mesh, in_specs=(whole, spec), out_specs=spec))
+    rows = jax.jit(jax.shard_map(df11_jax.take, **options, in_specs=(whole, spec), out_specs=spec))
     assert_same_bits(rows(stack[0], indices), weights[0, indices])
 
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from payloads import assert_same_bits, count_decodes, random_weights
 
-from df11_jax import EXPORT_SAFETY_CHECKS, compress, decompress, decompress_params
+from df11_jax import EXPORT_SAFETY_CHECKS, compress, decompress, decompress_params, dot, take
 from df11_jax._slices import decode_slices
 
 on_cpu = pytest.mark.skipif(
@@ -294,6 +294,15 @@ def test_strict_modes(weights, stack):
         assert_same_bits(jax.jit(lambda a: decompress(a))(stack), weights)
     with jax.enable_x64(True):
         assert_same_bits(jax.jit(lambda a: decompress(a))(stack), weights)
+
+
+@pytest.mark.parametrize("count", [2, 40])  # fewer rows than the table has bands, and more
+def test_strict_modes_of_rows_and_products(count):
+    weights = random_weights((256, 128))
+    table, indices, x = compress(weights, along_columns=True), jnp.arange(count), weights
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        assert_same_bits(take(table, indices), weights[:count])
+        assert_same_bits(dot(x, table), x @ weights.T)
 
 
 def test_explicit_meshes(weights, stack):

@@ -6,7 +6,8 @@ are fused (see `df11_jax.dot`), the token loop has no decompressed blocks at all
 """
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,9 @@ from df11_jax.models._sampling import Sampling, choose
 from df11_jax.models._sharding import STAGES, shard_config
 from df11_jax.models._transformer import Params
 from df11_jax.models.prompts import cache_length, padded_length
+
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
 
 # Prompts are read in pieces of about this many tokens, all rows together: enough to be worth the
 # decompression of all blocks for each piece, and few enough to need little memory.
@@ -53,7 +57,19 @@ class State(NamedTuple):
     cache: Cache
 
 
+def _with_promotion(function: Callable[Args, Result]) -> Callable[Args, Result]:
+    """The same function, where users have JAX refuse to broadcast in code of their own."""
+
+    @functools.wraps(function)
+    def inner(*args: Args.args, **kwargs: Args.kwargs) -> Result:
+        with jax.numpy_rank_promotion("allow"):
+            return function(*args, **kwargs)
+
+    return inner
+
+
 @functools.partial(jax.jit, static_argnames=("length", "config", "mesh"))
+@_with_promotion
 def prefill(
     params: Params,
     prompts: Int[Array, "batch seq"],
@@ -118,6 +134,7 @@ def prefill(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "room", "mesh"), donate_argnames=("state",))
+@_with_promotion
 def decode(
     params: Params,
     state: State,

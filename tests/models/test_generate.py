@@ -44,6 +44,12 @@ def test_same_bits_as_with_plain_weights(family, monkeypatch):
     assert_same_bits(run(compressed, fusing, batch=3), expected)
 
 
+def test_ranks_that_users_do_not_let_jax_promote(llama):
+    expected = run(*llama)
+    with jax.numpy_rank_promotion("raise"):
+        assert_same_bits(run(*llama), expected)
+
+
 @pytest.mark.parametrize(
     ("family", "dtype", "batch", "sampling"),
     [("llama", BF16, 1, DRAWN), ("gemma3_text", F32, 2, GREEDY)],
