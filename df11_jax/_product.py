@@ -1,6 +1,6 @@
 """Products with compressed matrices, which a GPU decodes in registers and multiplies there.
 
-The matrix then never exists in memory. On CUDA, from compute capability 9.0, products of a few rows
+The matrix then never exists in memory. On CUDA, from compute capability 8.0, products of a few rows
 are fused in that way. Others decode the matrix first and leave the product to XLA.
 """
 
