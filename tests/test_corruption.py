@@ -160,6 +160,25 @@ def test_unknown_version():
         jax.block_until_ready(df11_jax.decompress(newer))
 
 
+def test_codes_longer_than_the_header_allows():
+    array = df11_jax.compress(sample("patched"))  # codes of 12 bits
+    layout = dataclasses.replace(array.layout, code_bits=11)
+    header = _layout.pack_header(layout)
+    header[_layout.CODEBOOK_ID :] = array.header[_layout.CODEBOOK_ID :]
+    bad = dataclasses.replace(array, header=jnp.asarray(header), layout=layout)
+    for check in (_host_codec.decode, _host_codec.verify):
+        with pytest.raises(ValueError, match="w: is corrupt: chunk 0 of slice 0"):
+            check([np.asarray(part) for part in bad.payload], layout, "w")
+    with pytest.raises(
+        jax.errors.JaxRuntimeError,
+        match=r"^DATA_LOSS: df11_decode: 'tensor' is corrupt: the codebook of slice 0",
+    ):
+        jax.block_until_ready(df11_jax.decompress(bad))
+    payload = [part[None] for part in bad.payload]
+    out = _xla_decoder.decode(jnp.int32(0), *payload, layout=layout)
+    assert (np.asarray(out).view(np.uint16) == 0xFFFF).all()
+
+
 def test_fields_that_disagree():
     array = df11_jax.compress(sample("plain"))
     with pytest.raises(ValueError, match=r"tensor: sign_mantissa is uint32\[2000\]"):
@@ -167,7 +186,7 @@ def test_fields_that_disagree():
     with pytest.raises(ValueError, match="tensor: "):
         df11_jax.decompress(dataclasses.replace(array, layout=make_layout((200, 64))))
     # The same number of weights in another shape: only the header tells.
-    not_described = "^DATA_LOSS.*does not describe a slice"
+    not_described = r"^DATA_LOSS.*does not describe a slice"
     with pytest.raises(jax.errors.JaxRuntimeError, match=not_described):
         jax.block_until_ready(
             df11_jax.decompress(dataclasses.replace(array, layout=make_layout((64 * 136,))))

@@ -35,6 +35,7 @@ class TensorSlices(ctypes.Structure):
         ("bands", ctypes.c_int32),
         *((name, ctypes.c_int64) for name in ("stack", "batch", "exponents_words")),
         *((name, ctypes.c_uint64) for name in ("index", *_layout.PAYLOAD, "out")),
+        ("code_bits", ctypes.c_int),
         ("batch_axes", ctypes.c_int),
         ("axes", BatchAxis * 4),
     ]
@@ -59,6 +60,7 @@ def fill_tensor(memory, tensor, array, index, moved, bands=False):
     view = array.layout.view
     tensor.view = View(*dataclasses.astuple(view))
     tensor.geometry = int(_layout.pack_header(array.layout)[3])
+    tensor.code_bits = array.layout.code_bits
     tensor.bands = view.bands if bands else 0
     view = view.band if bands else view
     tensor.stack, tensor.batch = (array.stack_shape or (1,))[0] * (tensor.bands or 1), len(index)

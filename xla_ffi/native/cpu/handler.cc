@@ -46,6 +46,7 @@ struct Call {
 
 SlicePayload slice_payload(const TensorSlices& tensor, int64_t slice) {
   return {tensor.view,
+          tensor.code_bits,
           tensor.codebook + slice * kCodebookWords,
           tensor.chunk_offsets + slice * (tensor.view.chunks() + 1),
           tensor.exponents + slice * tensor.exponents_words,
