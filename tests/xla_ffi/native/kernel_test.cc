@@ -406,6 +406,7 @@ int main(int argc, char** argv) {
   run_all();
   grouping = Grouping::kSingle;
   run("groups of one chunk", test_groups);
+  run("damage to them", [&] { test_damage((rounds + 3) / 4); });
   std::printf("As on an older GPU:\n");
   cuda_emulation::compute_capability = 8;
   if (only != "groups") run_all();
