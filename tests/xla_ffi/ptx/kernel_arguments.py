@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import re
 import subprocess
 
 import count_sass
@@ -50,9 +51,22 @@ def compile_ptx(folder, text, arch="90"):
     return ptx.read_text()
 
 
-def without(ptx, line, instead=""):
+def without(ptx, line):
     lines = ptx.splitlines()
+    # Instead of waiting for a barrier's phase, it is said to be complete.
+    instead = "setp.eq.u32 complete, 0, 0;" if "try_wait" in lines[line] else ""
     return "\n".join([*lines[:line], instead, *lines[line + 1 :]])
+
+
+def unnoticed(ptx, entry, orders, is_noticed):
+    """Of a kernel's instructions that match `orders`, those whose lack is not noticed."""
+    lines = ptx.splitlines()
+    entries = [i for i, line in enumerate(lines) if ".entry" in line]
+    (begin,) = (i for i in entries if entry in lines[i])
+    end = min((i for i in entries if i > begin), default=len(lines))
+    places = [i for i in range(begin, end) if re.match(rf"\s*({orders})\b", lines[i])]
+    assert len(places) > 4
+    return [f"{i}: {lines[i].strip()}" for i in places if not is_noticed(without(ptx, i))]
 
 
 def fill_tensor(memory, tensor, array, index, moved, bands=False):

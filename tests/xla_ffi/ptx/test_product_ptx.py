@@ -3,7 +3,6 @@
 import ctypes
 import dataclasses
 import functools
-import re
 import subprocess
 
 import count_sass
@@ -19,7 +18,7 @@ from kernel_arguments import (
     compile_ptx,
     fill_tensor,
     sprinkled,
-    without,
+    unnoticed,
 )
 from ptx_kernel import SHARED_BASE, read_kernel
 from ptx_machine import launch
@@ -264,9 +263,6 @@ def test_corrupt(multiply):
     assert unchanged < 20 * 3
 
 
-ORDERS = re.compile(r"\s*(bar\.(warp\.)?sync|mbarrier\.(try_wait|arrive\.shared))\b")
-
-
 def test_every_barrier_is_needed(ptx, plan):
     """Or else the simulated device would not find races either."""
     noise = below_overflow(RNG.integers(0, 2**16, (600, 128)).astype(np.uint16))
@@ -289,15 +285,8 @@ def test_every_barrier_is_needed(ptx, plan):
                 return True
         return False
 
-    lines = ptx.splitlines()
-    entries = [i for i, line in enumerate(lines) if ".entry" in line]
-    (begin,) = (i for i in entries if "product_kernelILi1E" in lines[i])
-    end = min((i for i in entries if i > begin), default=len(lines))
-    orders = [i for i in range(begin, end) if ORDERS.match(lines[i])]
-    assert len(orders) > 20
-    # Instead of waiting, it is said to be complete.
-    instead = {i: "setp.eq.u32 complete, 0, 0;" for i in orders if "try_wait" in lines[i]}
-    unnoticed = [i for i in orders if not is_noticed(without(ptx, i, instead.get(i, "")))]
+    orders = r"bar\.(warp\.)?sync|mbarrier\.(try_wait|arrive\.shared)"
+    found = unnoticed(ptx, "product_kernelILi1E", orders, is_noticed)
     # Two are for the compiler's sake. Of the list of chunks, one comes before there is anything in
     # it, and one before another.
-    assert len(unnoticed) == 4, unnoticed
+    assert len(found) == 4, found
