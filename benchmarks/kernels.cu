@@ -136,6 +136,7 @@ class Compressed {
     for (int i = 0; i < copies; ++i) indices[i] = i;
     slices_.view = view;
     slices_.geometry = header[kGeometryWord];
+    slices_.code_bits = layout.code_bits;
     slices_.stack = copies;
     slices_.exponents_words = static_cast<int64_t>(exponents.size());
     slices_.header = repeat(header, copies);
@@ -424,7 +425,7 @@ void time_product(const Choice& choice) {
             product.x = ordered_x;
             product.rows = rows;
             product.count = 1;
-            product.matrices[0] = {matrix.slice(i), code_bits, y};
+            product.matrices[0] = {matrix.slice(i), y};
             return product;
           };
           uint32_t* const workspace = allocate<uint32_t>(product_workspace_words(product_of(0)));

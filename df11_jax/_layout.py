@@ -165,7 +165,9 @@ def make_layout(
             f"slices of shape {shape} do not have {batch_axes} batch axes and {row_axes} row axes"
         )
     parts = tuple(parts)
-    if parts and any(n > MAX_PARTS or dim % n for dim, n in zip(shape, parts, strict=True)):
+    if parts and any(
+        not 0 < n <= MAX_PARTS or dim % n for dim, n in zip(shape, parts, strict=True)
+    ):
         raise ValueError(f"slices of shape {shape} cannot be divided into {parts} parts")
     size = math.prod(shape) // math.prod(parts)
     steps = next((n for sizes, n in _STEPS_OF_SIZES.items() if size in sizes), MAX_STEPS)

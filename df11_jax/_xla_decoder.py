@@ -66,9 +66,9 @@ def decode(
     )
     header = header[which]
     if number.size > stack:  # many bands of few slices
-        table, slice_ok = (of_all[which] for of_all in _build_table(codebook))
+        table, slice_ok = (of_all[which] for of_all in _build_table(codebook, layout.code_bits))
     else:
-        table, slice_ok = _build_table(codebook[which])
+        table, slice_ok = _build_table(codebook[which], layout.code_bits)
     known = _layout.CODEBOOK_ID
     slice_ok &= jnp.all(header[:, :known] == _layout.pack_header(layout)[:known], axis=1)
     if exponents.shape[1] == 0:  # corrupt, but gathers need something to clamp to
@@ -94,7 +94,7 @@ def decode(
 
 
 def _build_table(
-    codebook: UInt32[Array, "N 36"],
+    codebook: UInt32[Array, "N 36"], most_bits: int
 ) -> tuple[UInt32[Array, "N 4096"], Bool[Array, " N"]]:
     """Table entries (both exponents in place, code length in bits 0..4), and which are valid."""
     shifts = jnp.arange(0, 32, 8, dtype=_U32)
@@ -103,9 +103,9 @@ def _build_table(
     length = jnp.stack([packed & 15, packed >> 4], axis=-1).reshape(-1, _layout.SYMBOLS)
 
     # In a complete canonical code, a symbol takes 2^(12 - length) entries in a row.
-    coded = (length > 0) & (length <= _layout.MAX_CODE_BITS)
+    coded = (length > 0) & (length <= most_bits)
     entries = jnp.where(coded, _U32(_layout.TABLE_SIZE) >> length, 0)
-    ok = jnp.all(length <= _layout.MAX_CODE_BITS, axis=1)
+    ok = jnp.all(length <= most_bits, axis=1)
     ok &= jnp.sum(entries, axis=1) == _layout.TABLE_SIZE
 
     symbols = jnp.argsort(jnp.where(coded, length, 16), axis=1, stable=True)

@@ -55,6 +55,12 @@ def test_axes_that_there_are_not(options):
         df11_jax.compress(random_weights((64, 64)), **options)
 
 
+@pytest.mark.parametrize("parts", [(0, 1), (-1, 1), (7, 1), (0x10000, 1)])
+def test_parts_that_there_cannot_be(parts):
+    with pytest.raises(ValueError, match="cannot be divided into"):
+        make_layout((6 * 0x10000, 10), parts=parts)
+
+
 # Slices by index.
 
 

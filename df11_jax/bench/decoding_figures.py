@@ -68,12 +68,13 @@ class DecodingFigures(Figures):
         ax.set_ylabel("share of the limit set by the copy bandwidth")
 
     def _decoding_table(self) -> list[str]:
-        head = ["decoded in one call", "weights", "bits/weight", "ms", "GB/s out", "spread"]
-        head += ["copy", "limit", "share", "on the GPU only: us", "GB/s out", "share"]
+        head = ["decoded in one call", "weights", "longest code", "bits/weight", "ms", "GB/s out"]
+        head += ["spread", "copy", "limit", "share", "on the GPU only: us", "GB/s out", "share"]
         rows = [
             [
                 d.name if d.matrices == 1 else f"{d.name}, {d.matrices} matrices",
                 f"{d.weights / 1e6:.1f} M",
+                f"{d.code_bits} bits",
                 f"{d.bits_per_weight:.3f}",
                 f"{1e3 * statistics.median(d.seconds):.4f}",
                 f"{d.output_bytes_per_second / 1e9:.2f}",
@@ -92,7 +93,8 @@ class DecodingFigures(Figures):
     def _scan_lines(self, scan: Scan) -> list[str]:
         lines = [
             f"Scan over {scan.blocks} compressed blocks of {scan.name} "
-            f"({scan.weights / 1e6:.1f} M weights each, {scan.distinct_blocks} of them different):",
+            f"({scan.weights / 1e6:.1f} M weights each, {scan.distinct_blocks} of them different, "
+            f"codes of at most {scan.code_bits} bits):",
             f"  {1e3 * statistics.median(scan.seconds):.4f} ms a block, "
             f"{100 * scan.overhead:+.1f} % over decoding alone "
             f"({1e3 * statistics.median(scan.decode_seconds):.4f} ms)",

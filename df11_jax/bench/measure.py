@@ -21,6 +21,7 @@ class Decoding:
         name: the name of the workload.
         weights: the number of weights that one call decodes.
         matrices: the number of matrices that one call decodes.
+        code_bits: the bits of the longest code.
         bits_per_weight: the bits of each compressed weight, everything included.
         seconds: the seconds of one call, each time it was timed.
         copy_bytes_per_second: the bytes read and written by the faster of two copies that move as
@@ -32,6 +33,7 @@ class Decoding:
     name: str
     weights: int
     matrices: int
+    code_bits: int
     bits_per_weight: float
     seconds: tuple[float, ...]
     copy_bytes_per_second: float
@@ -86,6 +88,7 @@ class Scan:
         blocks: the number of blocks that are scanned over.
         distinct_blocks: the number of different blocks among them.
         weights: the number of weights of one block.
+        code_bits: the bits of the longest code.
         seconds: the seconds of one block in the scan, each time it was timed.
         decode_seconds: the seconds of one block in a program that only decodes.
         kernel_seconds: the seconds of one block's decoding in the scan, on the GPU alone; None if
@@ -96,6 +99,7 @@ class Scan:
     blocks: int
     distinct_blocks: int
     weights: int
+    code_bits: int
     seconds: tuple[float, ...]
     decode_seconds: tuple[float, ...]
     kernel_seconds: float | None
@@ -129,6 +133,7 @@ def measure_decoding(workload: Workload, effort: Effort) -> Decoding:
         name=workload.name,
         weights=workload.weights,
         matrices=len(workload.arrays),
+        code_bits=workload.code_bits,
         bits_per_weight=workload.bits_per_weight,
         seconds=tuple(times["decode"]),
         copy_bytes_per_second=workload.moved_bytes / copy_seconds[fastest],
@@ -146,6 +151,7 @@ def measure_scan(workload: Workload, blocks: int, effort: Effort) -> Scan:
         blocks=blocks,
         distinct_blocks=workload.slices,
         weights=workload.weights,
+        code_bits=workload.code_bits,
         seconds=tuple(times["scan"]),
         decode_seconds=tuple(times["decode"]),
         kernel_seconds=_kernel_seconds_per_call(scan, DECODE_KERNEL),

@@ -178,7 +178,7 @@ def measure_product(
         shape=weights.shape,
         matrices=len(arrays),
         rows=rows,
-        code_bits=max(array.layout.code_bits for array in arrays),
+        code_bits=weights.workload.code_bits,
         bits_per_weight=weights.workload.bits_per_weight,
         is_fused=programs.is_fused,
         error=error,

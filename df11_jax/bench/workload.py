@@ -58,6 +58,11 @@ class Workload:
         return 8 * self.compressed_bytes / self.weights
 
     @property
+    def code_bits(self) -> int:
+        """The bits of the longest code."""
+        return max(array.layout.code_bits for array in self.arrays)
+
+    @property
     def moved_bytes(self) -> float:
         """The bytes that one decode reads and writes."""
         return self.compressed_bytes + 2 * self.weights

@@ -33,6 +33,7 @@ def test_json(invoke, monkeypatch):
     assert [d["name"] for d in report["decodings"]] == ["256 K", "Llama-3.1-8B / 32"]
     assert [d["matrices"] for d in report["decodings"]] == [1, 7]
     for figures in report["decodings"]:
+        assert figures["code_bits"] == 12
         assert 10.5 < figures["bits_per_weight"] < 10.9
         assert len(figures["seconds"]) == 2
         bits = figures["bits_per_weight"]
@@ -45,6 +46,7 @@ def test_json(invoke, monkeypatch):
         assert figures["kernel_seconds"] is None
     assert report["scan"]["blocks"] == 8
     assert report["scan"]["distinct_blocks"] == 4
+    assert report["scan"]["code_bits"] == 12
     assert not report["errors"] and not report["skipped"]
 
 
@@ -55,7 +57,9 @@ def test_text_and_plot(invoke, monkeypatch, tmp_path):
     result = invoke("--plot", str(plot))
     assert result.exit_code == 0, result.output
     assert "Llama-3.1-8B / 32, 7 matrices" in result.stdout
+    assert re.search(r"^256 K +0\.3 M +12 bits +10\.\d{3} ", result.stdout, re.MULTILINE)
     assert "Scan over 8 compressed blocks" in result.stdout
+    assert "codes of at most 12 bits):" in result.stdout
     assert "ZipNN is not installed: pip install zipnn" in result.stdout
     assert plot.stat().st_size > 1000
 

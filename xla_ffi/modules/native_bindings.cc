@@ -142,9 +142,10 @@ class Smallest {
 // Runs body(decoder, slice, chunk) for all chunks of all slices; with a null pointer, and for the
 // first chunk of a batch only, where the codebook of the slice is corrupt.
 template <typename Body>
-void for_each_chunk(const View& view, size_t stack, const WordsIn& codebook,
+void for_each_chunk(const Layout& layout, size_t stack, const WordsIn& codebook,
                     const WordsIn& chunk_offsets, const WordsIn& exponents,
                     const WordsIn& sign_mantissa, int threads, const Body& body) {
+  const View view = make_view(layout);
   const auto has_shape = [&](const WordsIn& words, int64_t count) {
     return words.shape(0) == stack && words.shape(1) == static_cast<size_t>(count);
   };
@@ -157,6 +158,7 @@ void for_each_chunk(const View& view, size_t stack, const WordsIn& codebook,
   nb::gil_scoped_release release;
   for_each_slice(stack, threads, [&](int64_t i, int slice_threads) {
     const SlicePayload slice{view,
+                             layout.code_bits,
                              codebook.data() + i * kCodebookWords,
                              chunk_offsets.data() + i * (view.chunks() + 1),
                              exponents.data() + i * exponents_words,
@@ -185,10 +187,11 @@ void for_each_chunk(const View& view, size_t stack, const WordsIn& codebook,
 // The first element (counted over the whole stack) that does not come back, or -1.
 int64_t find_difference(WeightsIn weights, HeaderIn header, WordsIn codebook, WordsIn chunk_offsets,
                         WordsIn exponents, WordsIn sign_mantissa, int threads) {
-  const View view = make_view(checked_layout(header, weights.shape(1)));
+  const Layout layout = checked_layout(header, weights.shape(1));
+  const View view = make_view(layout);
   Smallest first;
-  for_each_chunk(view, weights.shape(0), codebook, chunk_offsets, exponents, sign_mantissa, threads,
-                 [&](ChunkDecoder* decoder, int64_t slice, int64_t chunk) {
+  for_each_chunk(layout, weights.shape(0), codebook, chunk_offsets, exponents, sign_mantissa,
+                 threads, [&](ChunkDecoder* decoder, int64_t slice, int64_t chunk) {
                    const uint16_t* expected = weights.data() + slice * view.size;
                    const int64_t at = decoder ? decoder->find_difference(chunk, expected) : 0;
                    if (at >= 0) first.offer(slice * view.size + at);
@@ -199,10 +202,11 @@ int64_t find_difference(WeightsIn weights, HeaderIn header, WordsIn codebook, Wo
 // Decodes into `weights`. The first chunk (counted over the whole stack) that is corrupt, or -1.
 int64_t decode(WeightsOut weights, HeaderIn header, WordsIn codebook, WordsIn chunk_offsets,
                WordsIn exponents, WordsIn sign_mantissa, int threads) {
-  const View view = make_view(checked_layout(header, weights.shape(1)));
+  const Layout layout = checked_layout(header, weights.shape(1));
+  const View view = make_view(layout);
   Smallest first;
-  for_each_chunk(view, weights.shape(0), codebook, chunk_offsets, exponents, sign_mantissa, threads,
-                 [&](ChunkDecoder* decoder, int64_t slice, int64_t chunk) {
+  for_each_chunk(layout, weights.shape(0), codebook, chunk_offsets, exponents, sign_mantissa,
+                 threads, [&](ChunkDecoder* decoder, int64_t slice, int64_t chunk) {
                    uint16_t* out = weights.data() + slice * view.size;
                    const bool decoded = decoder && decoder->decode(chunk, out);
                    if (!decoded) first.offer(slice * view.chunks() + chunk);
@@ -213,9 +217,10 @@ int64_t decode(WeightsOut weights, HeaderIn header, WordsIn codebook, WordsIn ch
 // Decodes, and keeps nothing. The first chunk, counted in the same way, that is corrupt, or -1.
 int64_t verify(HeaderIn header, WordsIn codebook, WordsIn chunk_offsets, WordsIn exponents,
                WordsIn sign_mantissa, int threads) {
-  const View view = make_view(checked_layout(header));
+  const Layout layout = checked_layout(header);
+  const View view = make_view(layout);
   Smallest first;
-  for_each_chunk(view, codebook.shape(0), codebook, chunk_offsets, exponents, sign_mantissa,
+  for_each_chunk(layout, codebook.shape(0), codebook, chunk_offsets, exponents, sign_mantissa,
                  threads, [&](ChunkDecoder* decoder, int64_t slice, int64_t chunk) {
                    const bool sound = decoder && decoder->verify(chunk);
                    if (!sound) first.offer(slice * view.chunks() + chunk);

@@ -27,6 +27,7 @@ inline constexpr uint32_t kMostRecordWords =
 // The arrays of one slice.
 struct SlicePayload {
   View view;
+  int code_bits;  // of the longest code that the header allows
   const uint32_t* codebook;
   const uint32_t* chunk_offsets;
   const uint32_t* exponents;

@@ -168,6 +168,7 @@ inline ffi::Error read_operands(ffi::RemainingArgs args, ffi::RemainingRets resu
     }
     if (!are_slices) tensor.bands = static_cast<int32_t>(bands);
     tensor.geometry = headers[kHeaderWords * i + kGeometryWord];
+    tensor.code_bits = layout.code_bits;
 
     ffi::AnyBuffer::Dimensions payload_dims{};
     if (ffi::Error problem =

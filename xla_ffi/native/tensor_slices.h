@@ -44,7 +44,8 @@ struct TensorSlices {
   const uint32_t* chunk_offsets = nullptr;
   const uint32_t* exponents = nullptr;
   const uint32_t* sign_mantissa = nullptr;
-  uint16_t* out = nullptr;  // [batch, size()]
+  uint16_t* out = nullptr;       // [batch, size()]
+  int code_bits = kMaxCodeBits;  // of the longest code that the header allows
   int batch_axes = 0;
   BatchAxis axes[kMaxBatchAxes] = {};
 

@@ -62,8 +62,9 @@ struct Arrays {
   template <typename Sound>
   bool all_chunks(Simd simd, const Sound& sound) const {
     const auto decoder = std::make_unique<ChunkDecoder>(simd);
-    if (!decoder->set_slice({view, codebook.get(), chunk_offsets.get(), exponents.get(),
-                             static_cast<int64_t>(words[2]), sign_mantissa.get()})) {
+    if (!decoder->set_slice({view, kMaxCodeBits, codebook.get(), chunk_offsets.get(),
+                             exponents.get(), static_cast<int64_t>(words[2]),
+                             sign_mantissa.get()})) {
       return false;
     }
     bool ok = true;
@@ -91,7 +92,7 @@ struct Arrays {
   // The first element, in the order of chunks, that is not as in `weights`; or -1.
   int64_t find_difference(Simd simd, const std::vector<uint16_t>& weights) const {
     const auto decoder = std::make_unique<ChunkDecoder>(simd);
-    decoder->set_slice({view, codebook.get(), chunk_offsets.get(), exponents.get(),
+    decoder->set_slice({view, kMaxCodeBits, codebook.get(), chunk_offsets.get(), exponents.get(),
                         static_cast<int64_t>(words[2]), sign_mantissa.get()});
     for (int64_t c = 0; c < view.chunks(); ++c) {
       const int64_t at = decoder->find_difference(c, weights.data());
@@ -131,7 +132,7 @@ std::vector<Layout> layouts_of(const Dims& dims) {
 // Padding is decoded as finite weights, of which sign and mantissa are 0.
 void check_padding(const View& view, const Arrays& arrays) {
   const auto decoder = std::make_unique<ChunkDecoder>(best_simd());
-  decoder->set_slice({view, arrays.codebook.get(), arrays.chunk_offsets.get(),
+  decoder->set_slice({view, kMaxCodeBits, arrays.codebook.get(), arrays.chunk_offsets.get(),
                       arrays.exponents.get(), static_cast<int64_t>(arrays.words[2]),
                       arrays.sign_mantissa.get()});
   alignas(64) static uint16_t tile[kTileRows * kTileCols];

@@ -31,6 +31,7 @@ inline constexpr uint16_t kPoison = 0xffff;
 struct Payload {
   View view;
   uint32_t geometry = 0;
+  int code_bits = 0;
   int64_t slices = 0, exponents_words = 0;
   Array header, codebook, chunk_offsets, exponents, sign_mantissa;
 };
@@ -38,6 +39,7 @@ struct Payload {
 inline Payload compress(const Layout& layout, const std::vector<Weights>& slices) {
   Payload payload;
   payload.view = make_view(layout);
+  payload.code_bits = layout.code_bits;
   payload.slices = static_cast<int64_t>(slices.size());
   std::vector<EncodedSlice> encoded;
   for (const Weights& weights : slices) {
@@ -81,11 +83,11 @@ inline Weights decode_on_cpu(const Payload& payload, int64_t slice) {
   // The kernel looks at one word of the header.
   const auto decoder = std::make_unique<ChunkDecoder>(best_simd());
   if (payload.header[slice * kHeaderWords + kGeometryWord] != payload.geometry ||
-      !decoder->set_slice({view, payload.codebook.data() + slice * kCodebookWords,
-                           payload.chunk_offsets.data() + slice * (view.chunks() + 1),
-                           payload.exponents.data() + slice * payload.exponents_words,
-                           payload.exponents_words,
-                           payload.sign_mantissa.data() + slice * view.sign_mantissa_words()})) {
+      !decoder->set_slice(
+          {view, payload.code_bits, payload.codebook.data() + slice * kCodebookWords,
+           payload.chunk_offsets.data() + slice * (view.chunks() + 1),
+           payload.exponents.data() + slice * payload.exponents_words, payload.exponents_words,
+           payload.sign_mantissa.data() + slice * view.sign_mantissa_words()})) {
     return out;
   }
   std::vector<uint16_t> decoded(view.size);
@@ -150,6 +152,7 @@ struct DeviceOperand {
     slices.view = operand.payload->view;
     if (operand.bands) slices.bands = slices.view.batch * slices.view.tiles_n();
     slices.geometry = operand.payload->geometry;
+    slices.code_bits = operand.payload->code_bits;
     slices.stack = operand.stack ? operand.stack : operand.payload->slices;
     slices.stack *= std::max(slices.bands, 1);
     slices.batch = batch();

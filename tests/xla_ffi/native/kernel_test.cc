@@ -121,6 +121,23 @@ void test_stacks() {
   check("odd size", {{&odd_payload, {0, 1, 0}}}, {&odd});
 }
 
+// Codes of more bits than the header allows, behind slices of the same codebook that may have them.
+void test_longest_codes() {
+  for (const Shape& shape : {Shape{256, 256}, Shape{16387}}) {
+    Layout layout = layout_of(shape);
+    const std::vector<Weights> weights = {fill(size_of(shape), normal)};
+    const Payload sound = compress(layout, weights);
+    Payload wrong = sound;
+    wrong.code_bits = layout.code_bits = 11;
+    wrong.geometry = wrong.header[kGeometryWord] = pack_header(layout)[kGeometryWord];
+    const std::vector<Operand> operands = {{&sound}, {&wrong}, {&sound}};
+    check("longest codes", operands);
+    const std::vector<Weights> out = decode(operands);
+    expect(out[0] == weights[0] && out[2] == weights[0], "codes are as long as they may be");
+    expect(out[1] == Weights(size_of(shape), kPoison), "codes longer than allowed are decoded");
+  }
+}
+
 // Single bands of a matrix, and of a batch of them: some are raw, some corrupt, and the last of a
 // matrix lacks rows.
 void test_bands() {
@@ -371,6 +388,7 @@ int main(int argc, char** argv) {
     run("values", test_values);
     run("shapes", test_shapes);
     run("stacks", test_stacks);
+    run("longest codes", test_longest_codes);
     run("bands", test_bands);
     run("groups", test_groups);
     run("alignment", test_alignment);
@@ -388,6 +406,7 @@ int main(int argc, char** argv) {
   run_all();
   grouping = Grouping::kSingle;
   run("groups of one chunk", test_groups);
+  run("damage to them", [&] { test_damage((rounds + 3) / 4); });
   std::printf("As on an older GPU:\n");
   cuda_emulation::compute_capability = 8;
   if (only != "groups") run_all();

@@ -98,7 +98,7 @@ Results multiply(const Call& call) {
     matrix.slices.chunk_offsets = inputs[i]->chunk_offsets.get();
     matrix.slices.exponents = inputs[i]->exponents.get();
     matrix.slices.sign_mantissa = inputs[i]->sign_mantissa.get();
-    matrix.code_bits = m.layout.code_bits;
+    matrix.slices.code_bits = m.layout.code_bits;
     matrix.out = outs[i]->get();
   }
   // Sums are written before they are read.

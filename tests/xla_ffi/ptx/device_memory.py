@@ -32,7 +32,7 @@ class Races:
             threads: their numbers, distinct over all blocks.
             time: [threads, 2], barriers passed: of the warp, of the block.
         """
-        bad = _unordered(self._writer[places], self._write_time[places], threads, time)
+        bad = unordered(self._writer[places], self._write_time[places], threads, time)
         reader, then = self._reader[places], self._read_time[places]
         me, now = threads[:, None], time[:, None]
         same_warp, recent = reader // WARP == me // WARP, then[..., 1] == now[..., 1]
@@ -56,9 +56,9 @@ class Races:
     def write(self, places: np.ndarray, threads: np.ndarray, time: np.ndarray) -> np.ndarray:
         """As `read`; returns which are not ordered after accesses of other threads."""
         me, now = threads[:, None], time[:, None]
-        bad = _unordered(self._writer[places], self._write_time[places], threads, time)
+        bad = unordered(self._writer[places], self._write_time[places], threads, time)
         reader, then = self._reader[places], self._read_time[places]
-        bad |= _unordered(reader, then, threads, time)
+        bad |= unordered(reader, then, threads, time)
         in_block = (reader >= 0) & (then[..., 1] == now[..., 1])
         bad |= in_block & self._read_by_warps[places]
         bad |= in_block & self._read_by_lanes[places] & (then[..., 0] == now[..., 0])
@@ -78,10 +78,10 @@ class Races:
     def hand_over(self, thread: int, time: np.ndarray) -> None:
         """What a thread knew of at that time is known to all from now on."""
         one, then = np.array([thread]), time[None]
-        seen = (self._writer >= 0) & ~_unordered(
+        seen = (self._writer >= 0) & ~unordered(
             self._writer[:, None], self._write_time[:, None], one, then
         )[:, 0]
-        read = (self._reader >= 0) & ~_unordered(
+        read = (self._reader >= 0) & ~unordered(
             self._reader[:, None], self._read_time[:, None], one, then
         )[:, 0]
         self._writer[seen] = -1
@@ -106,9 +106,9 @@ class Writes:
         """As of `Races`: what other blocks have written has to be released and acquired."""
         writer = self._writer[places]
         here = writer >= self._first_thread
-        bad = here & _unordered(writer, self._time[places], threads, time)
+        bad = here & unordered(writer, self._time[places], threads, time)
         who, when = self._acquired[:, 0], self._acquired[:, 1:]
-        after = ~_unordered(who[None], when[None], threads, time)
+        after = ~unordered(who[None], when[None], threads, time)
         acquired = after.any(axis=1)[:, None] & self._is_released[places]
         return (bad | ((writer >= 0) & ~here & ~acquired)).any(axis=-1)
 
@@ -116,7 +116,7 @@ class Writes:
         """As of `Races`, but only a barrier of the warp allows to write what another has."""
         warp_time = time * [1, 0]
         writer, then = self._writer[places], self._time[places] * [1, 0]
-        bad = _unordered(writer, then, threads, warp_time)
+        bad = unordered(writer, then, threads, warp_time)
         bad |= (writer >= 0) & (writer // WARP != threads[:, None] // WARP)
         self._writer[places], self._time[places] = threads[:, None], time[:, None]
         self._is_released[places] = False
@@ -126,14 +126,22 @@ class Writes:
     def synchronize(self, thread: int, time: np.ndarray) -> None:
         """A thread releases what it knows of, and acquires what is released."""
         one = np.array([thread])
-        known = ~_unordered(self._writer[:, None], self._time[:, None], one, time[None])[:, 0]
+        known = ~unordered(self._writer[:, None], self._time[:, None], one, time[None])[:, 0]
         self._is_released |= known & (self._writer >= self._first_thread)
         self._acquired = np.vstack([self._acquired, [thread, *time]])
 
 
-def _unordered(
+def unordered(
     other: np.ndarray, then: np.ndarray, threads: np.ndarray, time: np.ndarray
 ) -> np.ndarray:
+    """Which accesses, of other threads at other times, no barrier orders before those of `threads`.
+
+    Args:
+        other: the threads that made them, [threads, bytes of an access]; -1 for none.
+        then: when they did, [threads, bytes of an access, 2].
+        threads: as of `Races.read`.
+        time: as of `Races.read`.
+    """
     me, now = threads[:, None], time[:, None]
     warp_apart = (other // WARP == me // WARP) & (then[..., 0] == now[..., 0])
     block_apart = (other // WARP != me // WARP) & (then[..., 1] == now[..., 1])

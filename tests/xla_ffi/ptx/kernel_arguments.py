@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import re
 import subprocess
 
 import count_sass
@@ -35,6 +36,7 @@ class TensorSlices(ctypes.Structure):
         ("bands", ctypes.c_int32),
         *((name, ctypes.c_int64) for name in ("stack", "batch", "exponents_words")),
         *((name, ctypes.c_uint64) for name in ("index", *_layout.PAYLOAD, "out")),
+        ("code_bits", ctypes.c_int),
         ("batch_axes", ctypes.c_int),
         ("axes", BatchAxis * 4),
     ]
@@ -49,9 +51,22 @@ def compile_ptx(folder, text, arch="90"):
     return ptx.read_text()
 
 
-def without(ptx, line, instead=""):
+def without(ptx, line):
     lines = ptx.splitlines()
+    # Instead of waiting for a barrier's phase, it is said to be complete.
+    instead = "setp.eq.u32 complete, 0, 0;" if "try_wait" in lines[line] else ""
     return "\n".join([*lines[:line], instead, *lines[line + 1 :]])
+
+
+def unnoticed(ptx, entry, orders, is_noticed):
+    """Of a kernel's instructions that match `orders`, those whose lack is not noticed."""
+    lines = ptx.splitlines()
+    entries = [i for i, line in enumerate(lines) if ".entry" in line]
+    (begin,) = (i for i in entries if entry in lines[i])
+    end = min((i for i in entries if i > begin), default=len(lines))
+    places = [i for i in range(begin, end) if re.match(rf"\s*({orders})\b", lines[i])]
+    assert len(places) >= 4
+    return [f"{i}: {lines[i].strip()}" for i in places if not is_noticed(without(ptx, i))]
 
 
 def fill_tensor(memory, tensor, array, index, moved, bands=False):
@@ -59,6 +74,7 @@ def fill_tensor(memory, tensor, array, index, moved, bands=False):
     view = array.layout.view
     tensor.view = View(*dataclasses.astuple(view))
     tensor.geometry = int(_layout.pack_header(array.layout)[3])
+    tensor.code_bits = array.layout.code_bits
     tensor.bands = view.bands if bands else 0
     view = view.band if bands else view
     tensor.stack, tensor.batch = (array.stack_shape or (1,))[0] * (tensor.bands or 1), len(index)

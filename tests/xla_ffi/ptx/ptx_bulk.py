@@ -2,7 +2,9 @@
 
 Copies arrive when a thread waits for their barrier's phase, no sooner; until then their target
 holds random bytes. Stores read shared memory when the thread that made them waits for that. What
-threads have stored to shared memory, and no fence has followed, copies and stores must not touch.
+threads have stored to shared memory, and no fence has followed, copies and stores must not touch;
+nor barriers that are not. A barrier's next phase must not begin where another thread may wait for
+the former.
 """
 
 import dataclasses
@@ -10,7 +12,7 @@ import re
 from typing import Any
 
 import numpy as np
-from device_memory import KernelError
+from device_memory import KernelError, unordered
 from ptx_arithmetic import TYPES
 from ptx_kernel import SHARED_BASE, Instruction
 
@@ -25,6 +27,7 @@ class _Barrier:
     expected: int | None = None  # bytes of this phase, once a thread has arrived
     arrived: tuple[int, np.ndarray] | None = None  # who did without bytes, and when
     copies: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
+    waited: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)  # by thread: when
 
     @property
     def is_complete(self) -> bool:
@@ -52,12 +55,22 @@ class Bulk:
             self.unfenced &= ~np.isin(self.block.races.writers(), self.block.thread[active])
         elif kind.startswith("mbarrier.init"):
             for thread in active:
-                self.barriers[self.address(step.operands[0], thread)] = _Barrier()
+                address = self.address(step.operands[0], thread)
+                self.barriers[address] = _Barrier()
+                place = address - SHARED_BASE
+                self.block.write_bytes(
+                    "shared",
+                    np.arange(place, place + 8)[None],
+                    np.array([thread]),
+                    np.zeros((1, 8), np.uint8),
+                )
         elif kind.startswith("mbarrier.arrive.expect_tx"):
             for thread in active:
                 barrier = self.barriers[self.address(step.operands[1], thread)]
                 if barrier.expected is not None:
                     raise KernelError("a second arrival in one phase")
+                if self.may_wait(barrier, thread):
+                    raise KernelError("a phase begins while a thread may wait for the former")
                 barrier.expected = int(self.value(step.operands[2], thread))
             self.block.waiting[:] = False
         elif kind.startswith("mbarrier.arrive"):
@@ -115,7 +128,9 @@ class Bulk:
             raise KernelError("race: copies to shared memory that a thread accesses")
         self.block.races.forget(to)
         self.block.shared[to] = self.block.rng.integers(0, 256, size, np.uint8)
-        self.barriers[self.address(step.operands[3], thread)].copies.append((to, data))
+        barrier = self.address(step.operands[3], thread)
+        self.touch(np.arange(barrier, barrier + 8) - SHARED_BASE)
+        self.barriers[barrier].copies.append((to, data))
 
     def read(self, operand: str, size: int, thread: int) -> np.ndarray:
         """Bytes of global memory."""
@@ -147,8 +162,18 @@ class Bulk:
             if barrier.phase % 2 == parity:
                 waiting.append(thread)
             else:
+                barrier.waited[int(thread)] = self.block.time[thread].copy()
                 self.block.put(step.operands[0], np.array([thread]), np.array([True]))
         return np.array(waiting, active.dtype)
+
+    def may_wait(self, barrier: _Barrier, thread: int) -> bool:
+        """Whether nothing orders another thread's last wait before what this one does now."""
+        if not barrier.waited:
+            return False
+        others = self.block.thread[np.array(list(barrier.waited))][None]
+        then = np.stack(list(barrier.waited.values()))[None]
+        one = np.array([thread])
+        return bool(unordered(others, then, self.block.thread[one], self.block.time[one]).any())
 
     def store_box(self, step: Instruction, thread: int) -> None:
         name = r"\s*([%\w]+)\s*"
@@ -170,8 +195,11 @@ class Bulk:
         r, c = np.divmod(np.arange(len(places)), box_row)
         kept = (row + r < int(rows)) & (tile + c // TILE_BYTES < int(tiles))
         to = np.uint64(base) + ((row + r) * int(pitch) + TILE_BYTES * tile + c).astype(np.uint64)
+        source_places = swizzled[kept] - SHARED_BASE
+        if self.block.races.read(source_places[None], self.block.thread[one], self.block.time[one]):
+            raise KernelError("race: stores shared memory that another thread has written")
         groups = self.stores.setdefault(thread, [[]])
-        groups[-1].append((swizzled[kept] - SHARED_BASE, to[kept]))
+        groups[-1].append((source_places, to[kept]))
 
     def wait_for_stores(self, thread: int, left: int) -> None:
         groups = self.stores.get(thread, [[]])
@@ -185,7 +213,12 @@ class Bulk:
                 ).any():
                     raise KernelError("race: a store reads shared memory that a thread writes")
                 data = self.block.shared[places]
-                for inside, (part, _, found) in self.block.memory.find(to[:, None]):
+                for inside, (part, writes, found) in self.block.memory.find(to[:, None]):
+                    threads = self.block.thread[one].repeat(len(found))
+                    if writes.write(
+                        found, threads, self.block.time[one].repeat(len(found), 0)
+                    ).any():
+                        raise KernelError("race: stores where another thread has written")
                     part[found[:, 0]] = data[inside]
 
     def end(self) -> None:

@@ -19,7 +19,7 @@ from kernel_arguments import (
     compile_ptx,
     fill_tensor,
     sprinkled,
-    without,
+    unnoticed,
 )
 from ptx_kernel import SHARED_BASE, read_kernel
 from ptx_machine import launch
@@ -35,7 +35,6 @@ pytestmark = [needs_nvcc, needs_compiler, pytest.mark.slow]
 class ProductMatrix(ctypes.Structure):
     _fields_ = [
         ("slices", TensorSlices),
-        ("code_bits", ctypes.c_int),
         ("out", ctypes.c_uint64),
     ]
 
@@ -100,7 +99,6 @@ def run_product(ptx, plan, x, arrays, *, index=0, float_out=True, shares=USUAL):
         matrix = product.matrices[product.count]
         view = fill_tensor(memory, matrix.slices, array, [index], {})
         matrix.slices.index, matrix.slices.batch_axes = product.matrices[0].slices.index, 0
-        matrix.code_bits = array.layout.code_bits
         out = np.full((rows, view.batch * view.n), UNWRITTEN, kind)
         matrix.out = memory.allocate(out, writable=True)
         product.count += 1
@@ -300,16 +298,8 @@ def test_every_barrier_is_needed(ptx, plan):
                 return True
         return False
 
-    lines = ptx.splitlines()
-    entries = [i for i, line in enumerate(lines) if ".entry" in line]
-    (begin,) = (i for i in entries if "product_kernelILi1E" in lines[i])
-    end = min((i for i in entries if i > begin), default=len(lines))
-    pattern = re.compile(rf"\s*({ORDERS[architecture(ptx)]})\b")
-    orders = [i for i in range(begin, end) if pattern.match(lines[i])]
-    assert len(orders) >= 4
-    # Instead of waiting, it is said to be complete.
-    instead = {i: "setp.eq.u32 complete, 0, 0;" for i in orders if "complete" in lines[i]}
-    unnoticed = [i for i in orders if not is_noticed(without(ptx, i, instead.get(i, "")))]
+    orders = ORDERS[architecture(ptx)]
+    found = unnoticed(ptx, "product_kernelILi1E", orders, is_noticed)
     # Two are for the compiler's sake. Of the list of chunks, one comes before there is anything in
     # it, and one before another.
-    assert len(unnoticed) == {"90": 4, "80": 0}[architecture(ptx)], unnoticed
+    assert len(found) == {"90": 4, "80": 0}[architecture(ptx)], found

@@ -20,7 +20,7 @@ from kernel_arguments import (
     fill_tensor,
     sprinkled,
     to_bits,
-    without,
+    unnoticed,
 )
 from payloads import random_weights
 from ptx_kernel import read_kernel
@@ -28,6 +28,8 @@ from ptx_machine import launch
 
 import df11_jax
 from df11_jax import _layout, _xla_decoder, published
+from df11_jax._compress_tensor import compress_as
+from df11_jax._layout import make_layout
 
 pytestmark = [needs_nvcc, pytest.mark.slow]
 
@@ -141,6 +143,13 @@ def decode_groups(ptx, chunks, arrays, indices, *, blocks=2, seed=0):
     return [memory.read_back(tensor.out).view(np.uint16) for tensor in batch.tensors[: batch.count]]
 
 
+def decode_by_xla(array, index):
+    """As `decode_native`, of one array."""
+    stack_axes = len(array.stack_shape)
+    payload = [part[None] if stack_axes else part[None, None] for part in array.payload]
+    return to_bits(_xla_decoder.decode(jnp.array(index), *payload, layout=array.layout))
+
+
 def decode_published(ptx, unit, *, blocks=2):
     memory, param = GlobalMemory(), Unit()
     for name in Unit.ARRAYS:
@@ -247,11 +256,32 @@ def test_corrupt_native(native_ptx):
         words[RNG.integers(len(words))] ^= np.uint32(1) << np.uint32(RNG.integers(32))
         bad = dataclasses.replace(good, **{k: jnp.asarray(v) for k, v in parts.items()})
         (out,) = decode_native(native_ptx, [bad], [[0]])
-        payload = [part[None] for part in bad.payload]
-        expected = _xla_decoder.decode(jnp.int32(0), *payload, layout=bad.layout)
-        np.testing.assert_array_equal(out, to_bits(expected))
+        np.testing.assert_array_equal(out, decode_by_xla(bad, [0]))
         poisoned += np.any(out == 0xFFFF)
     assert poisoned > 30
+
+
+def test_corrupt_groups(groups):
+    """The same; at last, codes are longer than the header allows."""
+    layout = dataclasses.replace(make_layout((96, 128)), steps=2)
+    good = compress_as(sprinkled((96, 128), 50), layout, "w")
+    poisoned = 0
+    for i in range(11):
+        parts = {name: np.array(getattr(good, name)) for name in _layout.PAYLOAD}
+        if i == 10:
+            layout = dataclasses.replace(layout, code_bits=11)
+            known = _layout.CODEBOOK_ID
+            parts["header"][:known] = _layout.pack_header(layout)[:known]
+        else:
+            words = parts[_layout.PAYLOAD[i % 5]]
+            words = words[3:4] if i % 5 == 0 else words
+            words[RNG.integers(len(words))] ^= np.uint32(1) << np.uint32(RNG.integers(32))
+        arrays = {k: jnp.asarray(v) for k, v in parts.items()}
+        bad = dataclasses.replace(good, **arrays, layout=layout)
+        (out,) = decode_groups(*groups, [bad], [[0]], blocks=1)
+        np.testing.assert_array_equal(out, decode_by_xla(bad, [0]))
+        poisoned += np.any(out == 0xFFFF)
+    assert poisoned > 7 and (out == 0xFFFF).all()
 
 
 @pytest.mark.parametrize("count", [1, 7, 4097, 40_001])
@@ -282,27 +312,69 @@ def test_corrupt_published(published_ptx):
             assert np.all(out & 0x7F80 == to_bits(random_weights((8_000,))) & 0x7F80)
 
 
-def barriers(ptx):
-    """Lines with barriers, and with waits for asynchronous copies."""
-    instruction = re.compile(r"\s*(bar\.(warp\.)?sync|cp\.async\.wait_group)\b")
-    return [i for i, line in enumerate(ptx.splitlines()) if instruction.match(line)]
-
-
 def test_every_native_barrier_is_needed(native_ptx):
     """Or else the simulated device would not find races either."""
     weights = [sprinkled((1536, 128), 400), every_pattern(), sprinkled((130, 72), 5)]
     small = [df11_jax.compress(w) for w in weights]
-    unnoticed = []
-    for line in barriers(native_ptx):
+
+    def is_noticed(changed):
         try:
-            outs = decode_native(without(native_ptx, line), small, [[0], [0, 0], [0]])
+            outs = decode_native(changed, small, [[0], [0, 0], [0]])
         except KernelError:
-            continue
-        if all(
-            np.array_equal(out[: w.size], to_bits(w)) for out, w in zip(outs, weights, strict=True)
-        ):
-            unnoticed.append(line)
-    assert not unnoticed
+            return True
+        return any(
+            not np.array_equal(out[: w.size], to_bits(w))
+            for out, w in zip(outs, weights, strict=True)
+        )
+
+    orders = r"bar\.(warp\.)?sync|cp\.async\.wait_group"
+    assert not unnoticed(native_ptx, "decode_kernel", orders, is_noticed)
+
+
+def test_every_barrier_of_groups_is_needed(groups):
+    """The same; in each of few chunks is something that needs one."""
+    rng = np.random.default_rng(1)
+
+    def patch(weights, count):
+        bits = weights.view(np.uint16).reshape(-1)
+        bits[rng.choice(bits.size, count, replace=False)] = rng.integers(0, 2**16, count)
+
+    rows = 48 + 32 * groups[1]  # of groups of a slice, a warp has more than one
+    stack = np.array(random_weights((2, rows, 192)))
+    stack[1] *= 64  # needs another table
+    patch(stack, 80)
+    stack[0, 64:80, :64], stack[0, 70, 100] = 0.02, 1e30  # of a pair, only the second has patches
+    stack[0, :32, 64:128] = every_pattern()[:32, :64]  # raw
+    small = compress_as(stack, dataclasses.replace(make_layout((rows, 192)), steps=2), "w")
+    words = np.array(small.sign_mantissa)
+    words[1, [5, 4 * 512 + 9]] ^= 1  # chunks that are to be poisoned, one of either side of a pair
+    small = dataclasses.replace(small, sign_mantissa=jnp.asarray(words))
+    cases = [(small, [0, 1])]
+    if groups[1] == 1:
+        long = np.array(random_weights((128, 64)))
+        patch(long, 950)
+        cases.append((df11_jax.compress(long), [0]))
+        assert cases[1][0].chunk_offsets[1] > 1472  # there is no room for the record
+    expected = [decode_by_xla(array, index) for array, index in cases]
+    assert (expected[0] != to_bits(stack)).sum() == 2 * 32 * 64
+
+    def is_noticed(changed):
+        for (array, index), right in zip(cases, expected, strict=True):
+            try:
+                (out,) = decode_groups(changed, groups[1], [array], [index], blocks=1)
+            except KernelError:
+                return True
+            if not np.array_equal(out, right):
+                return True
+        return False
+
+    assert not is_noticed(groups[0])
+    orders = r"bar\.(warp\.)?sync|mbarrier\.try_wait|cp\.async\.(bulk\.)?wait_group|fence\.proxy"
+    found = unnoticed(groups[0], "bulk_decode_kernel", orders, is_noticed)
+    # Two, of which either lets all lanes see the warp's new barriers: the one behind GroupDecoder,
+    # and that of keep_order, which is for the compiler's sake. In groups of one chunk, also that
+    # with which decode_chunk begins: between two of them are those of skip_steps.
+    assert len(found) == (3 if groups[1] == 1 else 2), found
 
 
 def test_misaligned_and_out_of_bounds(native_ptx):

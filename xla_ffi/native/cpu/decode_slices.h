@@ -70,7 +70,8 @@ class ChunkDecoder {
     slice_ = slice;
     const Codebook book = Codebook::unpack(slice.codebook);
     uint16_t symbols[kTableSize];
-    if (!build_table(book, symbols)) return false;
+    const int longest = *std::max_element(book.lengths.begin(), book.lengths.end());
+    if (longest > slice.code_bits || !build_table(book, symbols)) return false;
     fill_entries_(symbols, table_.entries);
     std::copy(book.exponents.begin(), book.exponents.end(), table_.exponents);
     return true;

@@ -24,6 +24,10 @@ constexpr int64_t kChunksPerItem = 16;
 
 std::atomic<int64_t> decode_counter{0};
 
+std::string corruption(std::string_view names, size_t tensor, const std::string& what) {
+  return "df11_decode: " + tensor_name(names, tensor) + " is corrupt: " + what;
+}
+
 // A call's tensors, and the first problem found.
 struct Call {
   std::vector<TensorSlices> tensors;
@@ -36,12 +40,13 @@ struct Call {
     const std::lock_guard<std::mutex> lock(mutex);
     if (failed_item >= 0 && failed_item <= item) return;
     failed_item = item;
-    problem = "df11_decode: " + tensor_name(names, tensor) + " is corrupt: " + what;
+    problem = corruption(names, tensor, what);
   }
 };
 
 SlicePayload slice_payload(const TensorSlices& tensor, int64_t slice) {
   return {tensor.view,
+          tensor.code_bits,
           tensor.codebook + slice * kCodebookWords,
           tensor.chunk_offsets + slice * (tensor.view.chunks() + 1),
           tensor.exponents + slice * tensor.exponents_words,
@@ -111,7 +116,8 @@ ffi::Error DecodeCpuImpl(ffi::ThreadPool pool, std::string_view names_attribute,
       const std::string problem =
           check_header(tensor.header + slice * kHeaderWords, headers.begin() + i * kHeaderWords);
       if (!problem.empty()) {
-        return OperandError{names, i}("slice " + std::to_string(slice) + " " + problem);
+        return ffi::Error(ffi::ErrorCode::kDataLoss,
+                          corruption(names, i, "slice " + std::to_string(slice) + " " + problem));
       }
       ++decode_counter;
     }

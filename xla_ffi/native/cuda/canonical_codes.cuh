@@ -23,6 +23,11 @@ struct CanonicalCodes {
   bool sound;                 // the code is complete, and none is longer than allowed
 
   static constexpr uint32_t kCountMask = 511;
+
+  // Whether none is of more bits: nothing comes behind those.
+  __device__ __forceinline__ bool fit_in(int bits) const {
+    return first[bits + 1] == first[kMaxCodeBits + 1];
+  }
 };
 static_assert(kParts == sizeof(uint2));
 

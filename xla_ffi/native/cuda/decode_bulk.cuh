@@ -283,7 +283,8 @@ __global__ void __launch_bounds__(kWarps* kLanes, 1)
       }
       __syncthreads();
     }
-    const bool sound = header_sound && table_of.sound;
+    const bool sound =
+        header_sound && table_of.sound && state.codes.fit_in(batch.tensors[work.tensor].code_bits);
     if (groups) {
       const CUtensorMap& map = batch.maps[work.tensor];
       for (bool more = true; more;) {

@@ -39,7 +39,7 @@ struct Assignment {
   bool header_sound, new_table;
   TableKey table;
   int64_t at, end;  // what is left to the block, in chunks of the launch
-  int tensor;       // the next to look at
+  int tensor;       // of this slice, and the first to look at for the next one
 };
 
 // Blocks share the chunks of a launch in order, so that a block sees few slices: it builds
@@ -104,7 +104,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
       }
       __syncthreads();
     }
-    const bool sound = work.header_sound && work.table.sound;
+    const bool sound =
+        work.header_sound && work.table.sound && codes.fit_in(batch.tensors[work.tensor].code_bits);
     for (uint32_t i = warp; i < work.count; i += kWarps) {
       const int64_t index = work.slice.first_chunk + (work.first + i) * work.slice.chunk_stride;
       if (!sound ||

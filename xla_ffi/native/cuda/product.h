@@ -26,7 +26,6 @@ inline int64_t place_in_x(int64_t rows, int64_t row, int64_t k) {
 // side by side in W, and must have whole tiles of columns.
 struct ProductMatrix {
   TensorSlices slices;
-  int code_bits = kMaxCodeBits;
   void* out = nullptr;  // [rows, product_n], bfloat16 or float32; aligned to 8 bytes
 };
 inline int64_t product_n(const View& view) { return view.batch * view.n; }

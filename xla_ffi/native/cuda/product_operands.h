@@ -23,7 +23,7 @@ inline ffi::Error read_matrix(ffi::RemainingArgs args, ffi::RemainingRets result
   if (!unpack_header(header, layout)) return error("the header that is expected is none");
   slices.view = make_view(layout);
   slices.geometry = header[kGeometryWord];
-  matrix.code_bits = layout.code_bits;
+  slices.code_bits = layout.code_bits;
   const auto x_dims = args.get<ffi::AnyBuffer>(0)->dimensions();
   if (!can_multiply(slices.view) || round_up(slices.view.k, kXGroup) != x_dims[0] * kXGroup) {
     return error("is no matrix that x " + describe(x_dims) + " can be multiplied with");

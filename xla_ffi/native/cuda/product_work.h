@@ -277,7 +277,7 @@ inline bool describe_product(const Product& product, uint32_t* counters, Product
     matrix.one_tiles_n_reciprocal = view.batch == 1 ? 1 : reciprocal(view.tiles_n());
     matrix.steps_k = static_cast<int>(view.steps_k());
     matrix.steps = view.steps;
-    matrix.code_bits = product.matrices[i].code_bits;
+    matrix.code_bits = slices.code_bits;
     set_items(matrix, items);
     arrived += matrix.tiles_n;
     sums += items.groups * product.rows * kTileCols;
