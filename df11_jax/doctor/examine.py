@@ -4,11 +4,11 @@ import platform
 import warnings
 
 import df11_jax
-from df11_jax import _cuda
+from df11_jax import _cuda, _ffi
 from df11_jax.doctor.extras import GIVES, installed_version, required
 from df11_jax.doctor.findings import Diagnosis, Finding
 from df11_jax.doctor.machine import describe_cuda, environment, list_backends, local_devices
-from df11_jax.doctor.self_test import Outcome, check_device, encode_samples
+from df11_jax.doctor.self_test import Outcome, check_device, check_product, encode_samples
 
 
 def examine() -> Diagnosis:
@@ -58,6 +58,8 @@ def _examine_backends(diagnosis: Diagnosis) -> None:
         for backend in diagnosis.backends:
             for device in local_devices(backend.platform):
                 diagnosis.self_tests += check_device(device, backend.platform, samples)
+                if backend.platform in _ffi.product_platforms():
+                    diagnosis.self_tests.append(check_product(device, backend.platform))
     diagnosis.problems += map(_failure, filter(_has_failed, diagnosis.self_tests))
 
 

@@ -1,7 +1,11 @@
-"""The self-test: every decoder on a device gives back what was encoded, bit for bit."""
+"""The self-test: every decoder on a device gives back what was encoded, bit for bit.
+
+So does the fused product: rows with a single 1 pick the weights of a row.
+"""
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,11 +19,15 @@ from jaxtyping import UInt16
 from df11_jax import _ffi, _host_codec, _layout, _xla_decoder, published
 from df11_jax._array import DF11Array
 from df11_jax._decode import decompress
+from df11_jax._product import dot
 from df11_jax.published import xla_decoder as _published_xla_decoder
 
 PLAIN = "plain XLA"
+PRODUCT = "fused product"
 
 _PATTERNS = 65536
+_ROWS = (8, 16, 32)  # of a product: there is a kernel for up to so many
+_MATRIX_SHAPE = (512, 384)
 _LEAST_OF_PUBLISHED = 0xF0  # the exponents that the published layout does not hold begin here
 
 Bits = UInt16[np.ndarray, "..."]
@@ -28,7 +36,7 @@ Decode = Callable[[Any], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a decoder did with one layout.
+    """What a decoder, or the product, did with one layout.
 
     Attributes:
         platform: the platform of the device; "host" for the encoders.
@@ -104,6 +112,31 @@ def check_device(device: jax.Device, platform: str, samples: list[Sample]) -> It
             yield Outcome(platform, kind, decoder, sample.layout, sample.bits.size, seconds, error)
 
 
+def check_product(device: jax.Device, platform: str) -> Outcome:
+    """Multiplies with matrices on a device, in both orders of pairs.
+
+    Args:
+        device: the device to multiply on.
+        platform: the name of its backend in JAX.
+    """
+    start, bits = time.perf_counter(), _matrix_bits()
+    picks = jnp.eye(len(bits), dtype=jnp.bfloat16)
+    error = None
+    try:
+        for along_columns in (False, True):
+            matrix = _encode_matrix(bits.T if along_columns else bits, along_columns)
+            with jax.default_device(device):
+                matrix = jax.device_put(matrix, device)
+                for rows in _ROWS:
+                    each = [dot(picks[i : i + rows], matrix) for i in range(0, len(bits), rows)]
+                    picked = np.asarray(jnp.concatenate(each)).view(np.uint16)
+                    error = error or _difference(picked, bits)
+    except Exception as problem:  # XLA's, above all
+        error = _message(problem)
+    seconds, kind = time.perf_counter() - start, device.device_kind
+    return Outcome(platform, kind, PRODUCT, "native", bits.size, seconds, error)
+
+
 def _decoders(
     platform: str, layout: str
 ) -> Iterator[tuple[str, Decode, contextlib.AbstractContextManager[None]]]:
@@ -145,6 +178,15 @@ def _native_bits() -> Bits:
     return normal.reshape(2, 257, 511)
 
 
+def _matrix_bits() -> Bits:
+    """A matrix with every bit pattern of a normal number, the only ones that sums keep."""
+    patterns = np.arange(_PATTERNS, dtype=np.uint16)
+    exponents = patterns >> 7 & 0xFF
+    patterns = patterns[(exponents > 0) & (exponents < 0xFF)]
+    bits = np.concatenate([patterns, _normal(math.prod(_MATRIX_SHAPE) - patterns.size)])
+    return np.random.default_rng(1).permutation(bits).reshape(_MATRIX_SHAPE)
+
+
 def _published_bits() -> Bits:
     """Every bit pattern that the layout holds, and few enough weights beside them.
 
@@ -164,6 +206,13 @@ def _encode_native(bits: Bits) -> DF11Array:
     layout = _layout.make_layout(bits.shape[1:])
     parts = _host_codec.encode(bits.view(ml_dtypes.bfloat16), "self-test", layout)
     return DF11Array.from_payload(parts, layout)
+
+
+def _encode_matrix(bits: Bits, along_columns: bool) -> DF11Array:
+    layout = _layout.make_layout(bits.shape, along_columns=along_columns)
+    weights = np.ascontiguousarray(bits).view(ml_dtypes.bfloat16)
+    parts = _host_codec.encode(weights[None], "self-test", layout)
+    return DF11Array.from_payload([part[0] for part in parts], layout)
 
 
 def _encode_published(bits: Bits) -> published.PublishedUnit:

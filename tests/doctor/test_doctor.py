@@ -21,7 +21,7 @@ from df11_jax import _cpu_library, _cuda
 from df11_jax.cli import _commands
 from df11_jax.doctor import extras
 from df11_jax.doctor.examine import examine
-from df11_jax.doctor.self_test import PLAIN, simd_name
+from df11_jax.doctor.self_test import PLAIN, check_product, simd_name
 
 _PACKAGE = pathlib.Path(df11_jax.__file__).parent
 
@@ -42,6 +42,13 @@ def test_everything_works_here(report):
         for layout in ("native", "published")
     }
     assert min(test.weights for test in tests) > 65536
+
+
+def test_products_pick_weights():
+    # On CPUs, they are decompressed first.
+    outcome = check_product(jax.devices("cpu")[0], "cpu")
+    assert outcome.error is None
+    assert outcome.weights > 65536
 
 
 def test_backends(report):

@@ -258,6 +258,7 @@ def test_doctor():
     assert gpu["decoder"] == "compiled, CUDA"
     tested = {(test["platform"], test["decoder"], test["layout"]) for test in found["self_tests"]}
     assert {("cuda", "CUDA", layout) for layout in ("native", "published")} < tested
+    assert (("cuda", "fused product", "native") in tested) == bool(_ffi.product_platforms())
     assert all(test["error"] is None for test in found["self_tests"])
 
 
