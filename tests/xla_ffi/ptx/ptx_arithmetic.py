@@ -76,6 +76,8 @@ def compute(name: Sequence[str], values: Sequence[Any]) -> Any:
     if kind == "brev":
         flipped = np.unpackbits(values[0][..., None].view(np.uint8), axis=-1, bitorder="little")
         return np.packbits(flipped, axis=-1).view(">u4")[..., 0].astype(np.uint32)
+    if dtype.kind != "f":
+        return _SIMPLE[kind](*values)
     with np.errstate(all="ignore"):  # of what is no number
         return _SIMPLE[kind](*values)
 

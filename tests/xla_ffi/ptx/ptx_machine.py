@@ -15,6 +15,7 @@ Memory and registers that nothing has been written to hold random numbers. Only 
 use of PTX is implemented.
 """
 
+import functools
 import re
 from typing import Any
 
@@ -53,6 +54,20 @@ def launch(
     shared = kernel.static_shared + dynamic_shared
     for block in range(blocks):
         _Block(kernel, memory, param, block, blocks, threads, shared, seed + block).run()
+
+
+@functools.cache
+def parse_number(text: str, kind: np.dtype | None) -> Any:
+    """A number in the code, read as `kind`; None for a predicate. 0f...: the bits of a float."""
+    return as_kind(int(text[2:], 16) if text.startswith("0f") else int(text, 0), kind)
+
+
+def as_kind(number: int, kind: np.dtype | None) -> Any:
+    """An integer, as many bits of it as `kind` has."""
+    if kind is None:
+        return np.bool_(number)
+    bits = number & (2 ** (8 * kind.itemsize) - 1)
+    return np.array(bits, np.dtype(f"u{kind.itemsize}")).view(kind)
 
 
 class _Block:
@@ -159,23 +174,20 @@ class _Block:
 
     def get(self, name: str, where: Any, kind: np.dtype | None = None) -> Any:
         """The operand's values, read as `kind`."""
-        if name in self.special:
-            return self.special[name][where]
-        if name.startswith("%") or name in ("crossed", "elected", "complete"):
-            value = self.register(name)[where]
-            if kind is None or kind == value.dtype:
-                return value
-            if kind.itemsize == value.itemsize:
-                return value.view(kind)
-            return value.astype(np.dtype(f"u{kind.itemsize}")).view(kind)
-        number = self.kernel.symbols.get(name)
-        if number is None:  # 0f...: the bits of a float
-            number = int(name[2:], 16) if name.startswith("0f") else int(name, 0)
-        if kind is None:
-            return np.bool_(number)
-        return np.array(
-            number & (2 ** (8 * kind.itemsize) - 1), np.dtype(f"u{kind.itemsize}")
-        ).view(kind)
+        register = self.registers.get(name)
+        if register is None:
+            if name in self.special:
+                return self.special[name][where]
+            if not name.startswith("%") and name not in ("crossed", "elected", "complete"):
+                number = self.kernel.symbols.get(name)
+                return parse_number(name, kind) if number is None else as_kind(number, kind)
+            register = self.register(name)
+        value = register[where]
+        if kind is None or kind == value.dtype:
+            return value
+        if kind.itemsize == value.itemsize:
+            return value.view(kind)
+        return value.astype(np.dtype(f"u{kind.itemsize}")).view(kind)
 
     def put(self, name: str, where: Any, value: Any) -> None:
         if name != "_":

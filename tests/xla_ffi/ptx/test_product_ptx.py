@@ -208,8 +208,8 @@ SHARES = [
 
 
 def test_bits_depend_on_nothing_else(multiply):
-    weights = unusual((600, 128))
-    a, x = compressed(weights, steps=2), rows_of_x(12, 600)
+    weights = unusual((320, 128))
+    a, x = compressed(weights, steps=2), rows_of_x(12, 320)
     (expected,) = multiply(x, [a])
     check(expected, x, weights)
     for rows, shares in zip((1, 8, 12), SHARES, strict=True):
@@ -221,10 +221,10 @@ def test_bits_depend_on_nothing_else(multiply):
     )
 
 
-@pytest.mark.parametrize("items", [(1, 1), (1, 4), (2, 3), (7, 2), (19, 1)], ids=str)
+@pytest.mark.parametrize("items", [(1, 1), (1, 4), (2, 3), (7, 2), (10, 1)], ids=str)
 def test_items_and_groups(multiply, items):
-    weights = unusual((600, 128))
-    x = rows_of_x(3, 600)
+    weights = unusual((320, 128))
+    x = rows_of_x(3, 320)
     shares = Shares(blocks=2, warps=max(2, items[1]), items=items)
     (found,) = multiply(x, [compressed(weights, steps=2)], shares=shares)
     check(found, x, weights)
@@ -236,7 +236,7 @@ def test_several_matrices(multiply):
     arrays = [compressed(w, stack_axes=1, **cut) for w, cut in zip(stacks, cuts, strict=True)]
     x = rows_of_x(4, 160)
     shares = Shares(blocks=5)
-    for index, expected in ((2, 2), (9, 2), (-7, 0)):
+    for index, expected in ((9, 2), (-7, 0)):
         for stack, found in zip(
             stacks, multiply(x, arrays, index=index, shares=shares), strict=True
         ):
@@ -251,7 +251,8 @@ def test_corrupt(multiply):
     x = rows_of_x(2, 160)
     (expected,) = multiply(x, [good])
     unchanged = 0
-    for i in range(12):
+    tries = 10
+    for i in range(tries):
         parts = {name: np.array(getattr(good, name)) for name in _layout.PAYLOAD}
         words = parts[_layout.PAYLOAD[i % 5]]
         if i % 5 == 0:  # of the header, the kernel looks at one word
@@ -266,7 +267,7 @@ def test_corrupt(multiply):
         if i % 5 > 1:  # offsets, streams, signs and mantissas: of a chunk, or of two
             assert same.sum() >= 1
         unchanged += same.sum()
-    assert unchanged < 12 * 3
+    assert unchanged < tries * 3
 
 
 # What orders accesses. Where lanes copy, that alone which is different there.
@@ -280,7 +281,7 @@ def test_every_barrier_is_needed(ptx, plan):
     """Or else the simulated device would not find races either."""
     noise = below_overflow(RNG.integers(0, 2**16, (320, 128)).astype(np.uint16))
     cases = [
-        (unusual((320, 128)), 4, Shares(warps=6, items=(1, 3))),
+        (unusual((192, 64)), 4, Shares(warps=6, items=(1, 3))),
         (noise, 2, Shares(blocks=3, warps=2, items=(2, 2))),  # blocks with columns in common
         (unusual((1056, 128)), 2, Shares(blocks=1, warps=1, items=(33, 1))),  # long lists of chunks
     ]
