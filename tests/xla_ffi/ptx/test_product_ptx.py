@@ -62,6 +62,9 @@ class Shares:
 
 USUAL = Shares()
 
+# What does not depend on how is copied.
+bulk_only = pytest.mark.parametrize("ptx", ["90"], indirect=True)
+
 
 # Before 9.0, lanes copy.
 @pytest.fixture(scope="module", params=["80", "90"])
@@ -207,6 +210,7 @@ SHARES = [
 ]
 
 
+@bulk_only
 def test_bits_depend_on_nothing_else(multiply):
     weights = unusual((320, 128))
     a, x = compressed(weights, steps=2), rows_of_x(12, 320)
@@ -221,6 +225,7 @@ def test_bits_depend_on_nothing_else(multiply):
     )
 
 
+@bulk_only
 @pytest.mark.parametrize("items", [(1, 1), (1, 4), (2, 3), (7, 2), (10, 1)], ids=str)
 def test_items_and_groups(multiply, items):
     weights = unusual((320, 128))
@@ -230,6 +235,7 @@ def test_items_and_groups(multiply, items):
     check(found, x, weights)
 
 
+@bulk_only
 def test_several_matrices(multiply):
     stacks = [unusual((3, 160, n)) for n in (64, 128, 504)]
     cuts = [{"code_bits": 9}, {"steps": 2}, {"steps": 4, "code_bits": 11}]
