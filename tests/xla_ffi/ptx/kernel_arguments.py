@@ -54,7 +54,8 @@ def compile_ptx(folder, text, arch="90"):
 def without(ptx, line):
     lines = ptx.splitlines()
     # Instead of waiting for a barrier's phase, it is said to be complete.
-    instead = "setp.eq.u32 complete, 0, 0;" if "try_wait" in lines[line] else ""
+    is_wait = re.search(r"mbarrier\.(try|test)_wait", lines[line])
+    instead = "setp.eq.u32 complete, 0, 0;" if is_wait else ""
     return "\n".join([*lines[:line], instead, *lines[line + 1 :]])
 
 
@@ -87,6 +88,15 @@ def fill_tensor(memory, tensor, array, index, moved, bands=False):
     tensor.out = memory.allocate(out, moved.get("out", 0), writable=True)
     tensor.batch_axes, tensor.axes[0] = 1, BatchAxis(len(index), 0, 1)
     return view
+
+
+def damaged(good, i):
+    """A compressed tensor with another bit somewhere in one of its arrays, the `i`th in turn."""
+    name = _layout.PAYLOAD[i % 5]
+    words = np.array(getattr(good, name))
+    some = words[3:4] if name == "header" else words  # kernels look at one word of that
+    some[RNG.integers(len(some))] ^= np.uint32(1) << np.uint32(RNG.integers(32))
+    return dataclasses.replace(good, **{name: jnp.asarray(words)})
 
 
 def to_bits(weights):

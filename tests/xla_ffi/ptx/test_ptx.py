@@ -16,6 +16,7 @@ from kernel_arguments import (
     UNWRITTEN,
     TensorSlices,
     compile_ptx,
+    damaged,
     every_pattern,
     fill_tensor,
     sprinkled,
@@ -249,12 +250,7 @@ def test_corrupt_native(native_ptx):
     good = df11_jax.compress(sprinkled((200, 128), 200))
     poisoned = 0
     for i in range(40):
-        parts = {name: np.array(getattr(good, name)) for name in _layout.PAYLOAD}
-        words = parts[_layout.PAYLOAD[i % 5]]
-        if i % 5 == 0:  # of the header, the kernel looks at one word
-            words = words[3:4]
-        words[RNG.integers(len(words))] ^= np.uint32(1) << np.uint32(RNG.integers(32))
-        bad = dataclasses.replace(good, **{k: jnp.asarray(v) for k, v in parts.items()})
+        bad = damaged(good, i)
         (out,) = decode_native(native_ptx, [bad], [[0]])
         np.testing.assert_array_equal(out, decode_by_xla(bad, [0]))
         poisoned += np.any(out == 0xFFFF)
@@ -267,17 +263,13 @@ def test_corrupt_groups(groups):
     good = compress_as(sprinkled((96, 128), 50), layout, "w")
     poisoned = 0
     for i in range(11):
-        parts = {name: np.array(getattr(good, name)) for name in _layout.PAYLOAD}
         if i == 10:
             layout = dataclasses.replace(layout, code_bits=11)
-            known = _layout.CODEBOOK_ID
-            parts["header"][:known] = _layout.pack_header(layout)[:known]
+            header, known = np.array(good.header), _layout.CODEBOOK_ID
+            header[:known] = _layout.pack_header(layout)[:known]
+            bad = dataclasses.replace(good, header=jnp.asarray(header), layout=layout)
         else:
-            words = parts[_layout.PAYLOAD[i % 5]]
-            words = words[3:4] if i % 5 == 0 else words
-            words[RNG.integers(len(words))] ^= np.uint32(1) << np.uint32(RNG.integers(32))
-        arrays = {k: jnp.asarray(v) for k, v in parts.items()}
-        bad = dataclasses.replace(good, **arrays, layout=layout)
+            bad = damaged(good, i)
         (out,) = decode_groups(*groups, [bad], [[0]], blocks=1)
         np.testing.assert_array_equal(out, decode_by_xla(bad, [0]))
         poisoned += np.any(out == 0xFFFF)

@@ -406,13 +406,16 @@ __device__ __forceinline__ void multiply(const ProductWork& work) {
     // No lane needs what was in the other buffer: all have used what they have looked up there.
     // Without another, the record waits in L2.
     const int next_buffer = memory.records > 1 ? buffer ^ 1 : buffer;
-    if (const ProductChunk next = chunks.get(slice, next_number); next.is_staged(matrix, memory)) {
-      if (memory.records > 1) {
+    const auto bring_next_record = [&](bool to_buffer) {
+      const ProductChunk next = chunks.get(slice, next_number);
+      if (!next.is_staged(matrix, memory)) return;
+      if (to_buffer) {
         copies.fetch_record(next_buffer, next.record(slice));
       } else {
         copies.prefetch_record(next.record(slice));
       }
-    }
+    };
+    bring_next_record(memory.records > 1);
     const ProductChunk next = chunks.place_of(slice, next_number);
     if (staged && kind == GlobalPairs::kCoded) {
       multiply_chunk(StagedPairs(in_shared.address, start, table, lane),
@@ -426,10 +429,7 @@ __device__ __forceinline__ void multiply(const ProductWork& work) {
       if (kind == GlobalPairs::kNone) set_sums(sums, __uint_as_float(0x7fffffff));
     }
     __syncwarp();  // No lane needs the record any more.
-    if (memory.records == 1) {
-      const ProductChunk next = chunks.get(slice, next_number);
-      if (next.is_staged(matrix, memory)) copies.fetch_record(next_buffer, next.record(slice));
-    }
+    if (memory.records == 1) bring_next_record(true);
     buffer = next_buffer;
 
     if (chunk.ends_item()) {
