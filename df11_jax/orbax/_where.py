@@ -66,9 +66,15 @@ def sharding_of(target: Any) -> Sharding | None:
 
 
 def place(array: Any, sharding: Sharding | None) -> Any:
-    """The array with this sharding; unchanged if that is None."""
+    """The array with this sharding; unchanged if that is None.
+
+    If jax lacks its type, as it lacks 64-bit integers by default, it stays on the host.
+    """
     is_placed = isinstance(array, jax.Array)
     if sharding is None or (is_placed and array.sharding == sharding):
+        return array
+    # `device_put` would keep half of the bits.
+    if not is_placed and jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         return array
     if sharding.is_fully_addressable or (is_placed and not array.is_fully_addressable):
         return jax.device_put(array, sharding)

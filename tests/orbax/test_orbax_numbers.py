@@ -187,3 +187,23 @@ def test_arrays_are_not_converted(tmp_path):
     back = restore(tmp_path / "x", {"step": 0, "rate": 0.0})
     assert_same_tree(back, saved)
     assert all(isinstance(leaf, jax.Array) for leaf in back.values())
+
+
+@pytest.mark.parametrize("saver", [save, save_plain])
+def test_arrays_of_types_that_jax_lacks(saver, tmp_path):
+    """On the host: on a device, 64-bit integers would silently be others."""
+    with jax.enable_x64(True):
+        saved = {"seen": jnp.array([2**40 + 7, -1]), "rate": jnp.array(1 / 3)}
+        assert saved["seen"].dtype == np.int64
+        saver(tmp_path / "x", saved)
+    expected = {"seen": np.array([2**40 + 7, -1]), "rate": np.array(1 / 3)}
+    options = {} if saver is save else {"compress": {}}
+    (device,) = jnp.zeros(()).devices()
+    where = jax.sharding.SingleDeviceSharding(device)
+    target = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), expected
+    )
+    for item in (None, target):
+        back = restore(tmp_path / "x", item, **options)
+        assert_same_tree(back, expected)
+        assert all(isinstance(leaf, np.ndarray) for leaf in back.values())
