@@ -135,8 +135,10 @@ class _Call(NamedTuple):
 
 def _dot_all(x: Array, matrices: Sequence[Matrix], out_type: Any, exact: bool) -> list[Array]:
     x = jnp.asarray(x)
-    out_dtype = np.dtype(out_type or jnp.promote_types(x.dtype, jnp.bfloat16))
-    has_kernel = x.dtype == jnp.bfloat16 and out_dtype in FUSED_TYPES
+    out_dtype = np.dtype(out_type or jnp.result_type(x, jnp.bfloat16))
+    # A weak type, such as that of jnp.full(shape, 1.0), gives way to the weights', as in x @ W.
+    rows = x.astype(out_dtype) if x.weak_type and out_type is None else x
+    has_kernel = rows.dtype == jnp.bfloat16 and out_dtype in FUSED_TYPES
     if out_type is not None and out_dtype not in FUSED_TYPES:
         raise TypeError(
             f"dot: preferred_element_type has to be bfloat16 or float32, got {out_dtype}"
@@ -167,7 +169,7 @@ def _dot_all(x: Array, matrices: Sequence[Matrix], out_type: Any, exact: bool) -
             for leaf in a.stack.payload
         ]
         index = as_index(run[0].index, math.prod(run[0].stack.stack_shape))
-        results += _product(call, x, index, *payloads)
+        results += _product(call, rows, index, *payloads)
     for i, a in enumerate(operands):
         if not isinstance(a, DF11Slice):
             results.insert(i, jnp.dot(x, a, preferred_element_type=out_type))

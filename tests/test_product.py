@@ -94,6 +94,16 @@ def test_other_rows_than_bfloat16(weights):
     )
 
 
+def test_rows_of_a_weak_type(weights):
+    a, wide = df11_jax.compress(weights), weights.astype(jnp.float32)
+    for x in (jnp.full((2, K), 0.3), jnp.full((2, K), 3)):
+        assert x.weak_type
+        for y, matrix in zip(df11_jax.dot(x, [a, wide]), (weights, wide), strict=True):
+            assert y.dtype == (x @ matrix).dtype
+            np.testing.assert_array_equal(y, x @ matrix)
+    assert df11_jax.dot(x, a, preferred_element_type=jnp.float32).dtype == jnp.float32
+
+
 def test_several_matrices(weights):
     others = [weights, random_weights((K, 64), 3), random_weights((K, 128), 4)]
     results = df11_jax.dot(rows(2), [df11_jax.compress(w) for w in others])
