@@ -138,7 +138,8 @@ def _sum_over_processes(arrays: Sequence[Any], parts: Sequence[int]) -> list[int
         np.array([parts], np.uint32),
         (len(devices), len(parts)),
     )
-    everywhere = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(found)
+    with jax.set_mesh(mesh):  # the caller may have set another one
+        everywhere = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(found)
     return [int(part) for part in np.bitwise_xor.reduce(np.asarray(everywhere), axis=0)]
 
 

@@ -142,3 +142,24 @@ with ocp.CheckpointManager(path) as manager:
 assert step.sharding == whole and step.dtype == np.int32 and int(step) == 7
 """
     run_two(program, tmp_path)
+
+
+def test_with_a_mesh_that_is_set(tmp_path):
+    """That of the model, as programs set it once for all that they do."""
+    program = """
+expected = jax.device_get(params())
+plain = spread(df11_jax.decompress_params(params()))
+jax.set_mesh(mesh)
+with ocp.CheckpointManager(path) as manager:
+    manager.save(0, args=DF11Save(small))
+    manager.save(1, args=DF11Save(plain, compress={"stacked": "layers"}))
+    manager.wait_until_finished()
+    backs = [manager.restore(step, args=DF11Restore(shapes(small))) for step in range(2)]
+    weights = manager.restore(0, args=DF11Restore(shapes(plain)))
+for back in backs:
+    assert shardings(back) == shardings(small)
+    assert_same_tree(gathered(back), expected)
+assert shardings(weights) == shardings(plain)
+assert_same_tree(gathered(weights), gathered(plain))
+"""
+    run_two(program, tmp_path)
