@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from df11_jax._files.untrusted_json import parse_json
@@ -63,6 +64,7 @@ def _has_devices(sharding: jax.sharding.Sharding) -> bool:
 
 
 def default() -> jax.sharding.Sharding:
-    """The sharding of arrays on the default device."""
-    (device,) = jnp.zeros(()).devices()
+    """The sharding of arrays on the default device, whatever mesh the caller has set."""
+    # What is computed would be on all devices of the mesh.
+    (device,) = jax.device_put(np.zeros((), np.uint8)).devices()
     return jax.sharding.SingleDeviceSharding(device)

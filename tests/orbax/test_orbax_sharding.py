@@ -203,3 +203,17 @@ def test_compress_sharded_parameters_on_the_way_out(tmp_path):
     )
     save(tmp_path / "x", plain, compress={"stacked": "layers"})
     assert_same_tree(restore(tmp_path / "x"), params())
+
+
+def test_with_a_mesh_that_is_set(tmp_path, from_eight):
+    """What has no place of its own goes to the default device, as ever, not to the whole mesh."""
+    plain = df11_jax.decompress_params(params())
+    save(tmp_path / "x", plain, compress={"stacked": "layers"})
+    with jax.set_mesh(mesh(4)):
+        compressed = restore(tmp_path / "x")
+        gone = restore(from_eight)
+        weights = restore(from_eight, decompress=True)
+    (default,) = jax.device_put(0).devices()
+    for back, expected in ((compressed, params()), (gone, params()), (weights, plain)):
+        assert_same_tree(back, expected)
+        assert {tuple(array.devices()) for array in jax.tree.leaves(back)} == {(default,)}
