@@ -65,7 +65,11 @@ def decode(
         for array in (header, codebook, chunk_offsets, exponents, sign_mantissa)
     )
     header = header[which]
-    if number.size > stack:  # many bands of few slices
+    try:
+        are_many = bool(number.size > stack)  # many bands of few slices
+    except jax.errors.InconclusiveDimensionOperation:  # exported for any number of them
+        are_many = False
+    if are_many:
         table, slice_ok = (of_all[which] for of_all in _build_table(codebook, layout.code_bits))
     else:
         table, slice_ok = _build_table(codebook[which], layout.code_bits)

@@ -135,3 +135,17 @@ def test_for_any_number_of_layers():
         jax.jit(df11_jax.decompress), disabled_checks=df11_jax.EXPORT_SAFETY_CHECKS
     )(shapes)
     assert_same_bits(exported.call(stack), WEIGHTS)
+
+
+def test_for_any_number_of_slices():
+    def chosen(stack, index):
+        return df11_jax.decompress(df11_jax.DF11Slice(stack, index))
+
+    stack, index = df11_jax.compress(WEIGHTS, stack_axes=1), jnp.array([1, 0, 1])
+    (count,) = export.symbolic_shape("count")
+    exported = export.export(
+        jax.jit(chosen),
+        platforms=("cpu", "tpu"),
+        disabled_checks=df11_jax.EXPORT_SAFETY_CHECKS,
+    )(jax.eval_shape(lambda: stack), jax.ShapeDtypeStruct((count,), index.dtype))
+    assert_same_bits(exported.call(stack, index), WEIGHTS[index])
