@@ -58,7 +58,8 @@ def fused(
     Returns:
         The product; None if it cannot be fused: if nothing compressed was read, or what was is no
         matrix whose rows are summed up, or is sharded, or x is by its type; if there are batch
-        axes, more rows than `dot` fuses, or other types.
+        axes, more rows than `dot` fuses, or other types; or if axes that are summed up differ in
+        length, which is an error that JAX raises.
     """
     compressed = source_of(weights)
     if compressed is None or out_sharding is not None or is_split(x):
@@ -76,6 +77,7 @@ def fused(
         or weights.ndim != len(layout.shape)
         or matrix_axes(axes, weights.ndim)
         != (layout.batch_axes, layout.row_axes, layout.along_columns)
+        or [x.shape[axis] for axis in x_axes] != [weights.shape[axis] for axis in axes]
         or not can_fuse(stack, math.prod(rows))
     ):
         return None

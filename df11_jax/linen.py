@@ -252,7 +252,8 @@ def _einsum(
         return None
     names = ("kernel", "bias") if module.use_bias else ("kernel",)
     kernel, *bias = (nn.meta.unbox(module.get_variable("params", name)) for name in names)
-    if kernel is None:  # while the module is initialised
+    # While the module is initialised, there is none; one of another shape is Flax's to refuse.
+    if kernel is None or kernel.shape != tuple(module.shape):
         return None
     promoted: Any = module.promote_dtype(inputs, kernel, *bias, dtype=module.dtype)
     x, kernel, *bias = promoted
@@ -264,7 +265,8 @@ def _einsum(
     operands, _, result = subscripts.partition("->")
     of_kernel = operands.partition(",")[2]
     sizes = [n if label in of_kernel else 1 for label, n in zip(result, y.shape, strict=True)]
-    return y + bias[0].reshape(sizes)
+    expected = tuple(n for label, n in zip(result, y.shape, strict=True) if label in of_kernel)
+    return y + bias[0].reshape(sizes) if bias[0].shape == expected else None
 
 
 # Methods of Flax's own that multiply by a function which the module has.

@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import pickle
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -298,6 +299,24 @@ def test_einsum(subscripts, shape, x, layout, is_fused, fused_products):
     assert len(fused_products) == is_fused
 
 
+@pytest.mark.parametrize(
+    ("shape", "kernel", "bias", "x", "error"),
+    [
+        ((2, 64, 128), (2, 64, 128), (128,), (3, 2, 64), ValueError),  # not [.., 64, 2]
+        ((4, 32, 128), (2, 64, 128), (128,), (3, 64, 2), flax.errors.ScopeParamShapeError),
+        ((2, 64, 128), (2, 64, 128), (2, 64), (3, 64, 2), flax.errors.ScopeParamShapeError),
+    ],
+)
+def test_einsums_that_do_not_fit(shape, kernel, bias, x, error, fused_products):
+    """They have as many elements as if they did, so that a product would not notice."""
+    params = {"kernel": random_weights(kernel), "bias": jnp.zeros(bias, jnp.bfloat16)}
+    small = {"params": df11_jax.compress_params(params, min_size=8192)}
+    x = random_weights(x, scale=1)
+    for module in (nn.Einsum, compressed(nn.Einsum, fused=True)):
+        with pytest.raises(error):
+            module(shape, "thn,nhd->td", **bf16).apply(small, x)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, None])
 def test_other_types_are_left_to_flax(dtype, fused_products):
     module = nn.Dense(128, dtype=dtype, param_dtype=jnp.bfloat16)
@@ -482,6 +501,22 @@ def test_nnx_layers_in_scan_blocks(lazy, fused_products):
     graphdef, small = nnx.split(layers)
     assert_same_bits(run(x, small), expected)
     assert len(fused_products) == (9 if lazy else 0)  # else the layer's weights are no reads
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rngs: nnx.LinearGeneral((64, 2), WIDTH, axis=(-2, -1), rngs=rngs, **bf16),
+        lambda rngs: nnx.Einsum("thn,hnd->td", (64, 2, WIDTH), rngs=rngs, **bf16),
+    ],
+)
+def test_nnx_rows_that_do_not_fit(make, fused_products):
+    model, x = make(nnx.Rngs(0)), jnp.ones((3, 2, 64), jnp.bfloat16)
+    df11_jax.nnx.compress(model, fused=True)
+    with pytest.raises((TypeError, ValueError), match="64"):
+        run(model, x)
+    assert run(model, x.swapaxes(1, 2)).shape == (3, WIDTH)
+    assert len(fused_products) == 1
 
 
 def test_nnx_products_of_ones_own_stay(fused_products):
