@@ -1,6 +1,7 @@
 """`device_put` of trees with compressed leaves, which are divided as their shards are."""
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jaxtyping import PyTree
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._compress_tensor import compress_as
 from df11_jax._decode import decompress, path_name
+from df11_jax._host_arrays import cpu_device
 from df11_jax._leaves import is_array, naming
 from df11_jax._shards import divided_as, payload_sharding, placements
 
@@ -54,6 +56,22 @@ def own_mesh(leaf: DF11Array) -> contextlib.AbstractContextManager[Any]:
     if len(sharding.device_set) == 1:
         return jax.set_mesh(Mesh(np.array(list(sharding.device_set)), ("device",)))
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def on_cpu() -> Iterator[None]:
+    """A context in which programs take what is on the host where it is: on a CPU, if there is one.
+
+    A mesh that the caller has set would come before the default device, and each of its devices
+    would get all of it.
+    """
+    cpu = cpu_device()
+    is_alone = cpu is None or jax.sharding.get_abstract_mesh().empty
+    mesh = (
+        contextlib.nullcontext() if is_alone else jax.set_mesh(Mesh(np.array([cpu]), ("device",)))
+    )
+    with jax.default_device(cpu), mesh:
+        yield
 
 
 def place(leaf: Any, where: Any, name: str) -> Any:

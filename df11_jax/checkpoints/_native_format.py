@@ -270,6 +270,8 @@ def to_device(array: np.ndarray) -> Array | np.ndarray:
     """
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         return array.copy()
+    if not jax.sharding.get_abstract_mesh().empty:  # whose devices would each get a copy
+        return jax.device_put(np.array(array))
     # This copies. On a CPU, `device_put` would use the file as the array's memory if that happens
     # to be aligned, even with `may_alias=False`.
     return jnp.array(array)

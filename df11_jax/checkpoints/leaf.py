@@ -10,9 +10,8 @@ from jaxtyping import Array
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._compress import compress_leaf
 from df11_jax._files.source import Source, TensorSource
-from df11_jax._host_arrays import cpu_device
 from df11_jax._layout import Layout
-from df11_jax._placement import place
+from df11_jax._placement import on_cpu, place
 from df11_jax._select import Selection
 from df11_jax.checkpoints._native_format import to_device
 
@@ -84,7 +83,7 @@ def load_leaf(
     if where is None:
         return _read_leaf(source, name, where, verify)
     try:
-        with jax.default_device(cpu_device()):
+        with on_cpu():
             leaf = _read_leaf(source, name, where, verify)
             # Arrays of types that jax lacks are on the host; `device_put` would lose bits of them.
             return leaf if isinstance(leaf, np.ndarray) else place(leaf, where, name)

@@ -19,8 +19,8 @@ from df11_jax._compress_tensor import compress_as
 from df11_jax._decode import decompress_params
 from df11_jax._files import crc32
 from df11_jax._flax import open_boxes
-from df11_jax._host_arrays import cpu_device, to_host
-from df11_jax._placement import own_mesh
+from df11_jax._host_arrays import to_host
+from df11_jax._placement import on_cpu, own_mesh
 from df11_jax._select import Selection
 from df11_jax._shards import divided_as
 from df11_jax._stack import fit_exponents
@@ -221,13 +221,13 @@ def _convert_and_place(
         return _decompress(plan, value)
     where = sharding_of(plan.target)
     if plan.conversion is Conversion.DIVIDE:
-        with jax.default_device(cpu_device()):
+        with on_cpu():
             value = to_host(decompress_params({path: value})[path])
         if isinstance(where, NamedSharding) and plan.leaf.layout and not is_df11(plan.target):
             layout = divided_as(plan.leaf.layout, value.ndim, where)
             return compress_as(value, layout, path, where)
     if is_df11(plan.target):
-        with jax.default_device(cpu_device()):  # no device gets what it is not to have
+        with on_cpu():  # no device gets what it is not to have
             small = _fit(compress_as(value, plan.target.layout, path), plan.target)
         return jax.tree.map(lambda a, like: place(a, sharding_of(like)), small, plan.target)
     if where is None and plan.leaf.shardings[0]:
@@ -252,7 +252,7 @@ def _decompress(plan: LeafPlan, value: DF11Array) -> Any:
         with own_mesh(value):
             return decompress_params({path: value})[path]
     if _where.of_arrays(plan)[0] is None:
-        with jax.default_device(cpu_device()):  # no device gets what it is not to have
+        with on_cpu():  # no device gets what it is not to have
             return place(to_host(decompress_params({path: value})[path]), where)
     placed = _place_arrays(plan, value)
     with own_mesh(placed):

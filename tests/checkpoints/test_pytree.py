@@ -154,17 +154,23 @@ def everywhere(spec=()):
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
 
+def write_as(format_, weights, tmp_path):
+    """Writes weights as a checkpoint of a format, and returns its path."""
+    path = model_files.write_model(
+        tmp_path / "plain", {name: np.asarray(array) for name, array in weights.items()}
+    )
+    if format_ == "plain":
+        return path
+    write = {"native": write_native, "orbax": write_orbax}[format_]
+    write(checkpoints.open_checkpoint(path), tmp_path / "it")
+    return tmp_path / "it"
+
+
 @pytest.mark.parametrize("format_", ["plain", "native", "orbax"])
 @pytest.mark.parametrize("where", ["device", "memory", "mesh"])
 def test_where_leaves_go(tmp_path, format_, where):
     weights = {"w": random_weights((256, 128)), "one": random_weights((7,))}
-    path = model_files.write_model(
-        tmp_path / "plain", {k: np.asarray(v) for k, v in weights.items()}
-    )
-    if format_ == "native":
-        write_native(checkpoints.open_checkpoint(path), path := tmp_path / "it")
-    elif format_ == "orbax":
-        write_orbax(checkpoints.open_checkpoint(path), path := tmp_path / "it")
+    path = write_as(format_, weights, tmp_path)
     last = jax.devices()[-1]
     device = {
         "device": last,
@@ -188,11 +194,7 @@ def test_where_leaves_go(tmp_path, format_, where):
 def test_layers_one_by_one_have_arrays_of_equal_shapes(tmp_path, format_, where):
     weights = {f"layers.{i}.w": np.array(random_weights((256, 128), i)) for i in range(3)}
     weights["layers.1.w"][:128] = 1
-    path = model_files.write_model(tmp_path / "plain", weights)
-    if format_ == "native":
-        write_native(checkpoints.open_checkpoint(path), path := tmp_path / "it")
-    elif format_ == "orbax":
-        write_orbax(checkpoints.open_checkpoint(path), path := tmp_path / "it")
+    path = write_as(format_, weights, tmp_path)
     memory = jax.sharding.SingleDeviceSharding(jax.devices()[-1], memory_kind="pinned_host")
     loaded = checkpoints.load(path, device=where and memory)
     assert len({a.exponents.shape for a in loaded.values()}) == 1
@@ -200,6 +202,26 @@ def test_layers_one_by_one_have_arrays_of_equal_shapes(tmp_path, format_, where)
         assert {array.sharding for array in jax.tree.leaves(loaded)} == {memory}
     for name, a in jax.device_put(loaded, jax.memory.Space.Device).items():
         assert_same_bits(df11_jax.decompress(a), weights[name])
+
+
+@pytest.mark.parametrize("format_", ["plain", "native", "orbax"])
+def test_with_a_mesh_that_is_set(tmp_path, format_):
+    """As without: `jax.numpy.array` would copy all weights to each device of the mesh."""
+    weights = {"w": random_weights((256, 128)), "norm": random_weights((64,))}
+    path = write_as(format_, weights, tmp_path)
+    rows = everywhere("x")
+    with jax.set_mesh(rows.mesh):
+        loaded = checkpoints.load(path)
+        total = jax.jit(lambda p: df11_jax.decompress_params(p)["w"].sum())(loaded)
+        divided = checkpoints.load(path, device=rows)
+    (default,) = jax.device_put(0).devices()
+    assert isinstance(loaded["w"], DF11Array)
+    assert all(a.devices() == {default} and not a.committed for a in jax.tree.leaves(loaded))
+    assert total == weights["w"].sum()
+    assert divided["w"].sharding.is_equivalent_to(rows, 2)
+    for tree in (loaded, divided):
+        for name, leaf in df11_jax.decompress_params(tree).items():
+            assert_same_bits(leaf, weights[name])
 
 
 def test_places_that_do_not_suit(tmp_path):

@@ -217,3 +217,26 @@ def test_with_a_mesh_that_is_set(tmp_path, from_eight):
     for back, expected in ((compressed, params()), (gone, params()), (weights, plain)):
         assert_same_tree(back, expected)
         assert {tuple(array.devices()) for array in jax.tree.leaves(back)} == {(default,)}
+
+
+def test_the_host_decodes_with_a_mesh_that_is_set(divided, monkeypatch):
+    """Not each device of the mesh."""
+    path, plain = divided
+    decoded = []
+
+    def decompress_params(params):
+        decoded.append(df11_jax.decompress_params(params))
+        return decoded[-1]
+
+    monkeypatch.setattr(_restore, "decompress_params", decompress_params)
+    rows = NamedSharding(mesh(4), PartitionSpec("x"))
+    weights = jax.device_put(plain["w"], rows)
+    again = df11_jax.compress_params({"w": weights})
+    with jax.set_mesh(mesh(4)):
+        back = restore(path, {"w": as_shapes(weights)}, partial_restore=True)
+        compressed = restore(path, as_shapes(again), partial_restore=True)
+    assert shardings(back) == [rows]
+    assert_same_tree(back, {"w": plain["w"]})
+    assert shardings(compressed) == shardings(again)
+    assert_same_tree(compressed, again)
+    assert [len(array.devices()) for array in jax.tree.leaves(decoded)] == [1, 1]
