@@ -4,6 +4,7 @@ In a matrix whose pairs are along columns, 64 rows are a band, which can be deco
 has to be decoded of a matrix that is too large for it as a whole comes in pieces of some bands.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -86,6 +87,7 @@ def scan_pieces(
     carry: Array,
     step: Callable[[Array, Int[Array, ""], BFloat16[Array, "some_rows k"]], Array],
     after: Any = None,
+    size: int | None = None,
 ) -> Array:
     """`carry = step(carry, first_row, rows)` over all rows of a matrix, a piece at a time.
 
@@ -98,9 +100,10 @@ def scan_pieces(
         carry: the carry for the first piece.
         step: a function that returns the carry for the next one.
         after: see `decode_slices`.
+        size: the number of bands of a piece; None for that of `rows_in_piece`.
     """
     rows, k = a.shape[0], math.prod(a.shape[1:])
-    bands, size = -(-rows // TILE_COLS), rows_in_piece(rows, k) // TILE_COLS
+    bands, size = -(-rows // TILE_COLS), size or rows_in_piece(rows, k) // TILE_COLS
 
     def body(i: Int[Array, ""], carry: Array) -> Array:
         start = jnp.minimum(i * size, bands - size)
@@ -131,7 +134,7 @@ def has_bands(stack: Compressed) -> bool:
 @custom_vmap
 def _take_bits(a: DF11Slice, rows: Int[Array, " n"]) -> UInt16[Array, "n k"]:
     """The bits of rows that there are."""
-    return _take_bits_of_one(a, rows)
+    return _take_bits_of_one(_bands_in_piece(a), a, rows)
 
 
 @_take_bits.def_vmap
@@ -141,17 +144,24 @@ def _take_mapped(size: int, are_mapped: Any, a: DF11Slice, rows: Array) -> tuple
     if not any(jax.tree.leaves(of_a)):
         return _take_bits(a, rows.reshape(-1)).reshape(*rows.shape, -1), True
     axes = jax.tree.map(lambda is_mapped: 0 if is_mapped else None, of_a), 0 if of_rows else None
-    return jax.vmap(_take_bits_of_one, axes, axis_size=size)(a, rows), True
+    take_from = functools.partial(_take_bits_of_one, _bands_in_piece(a))
+    return jax.vmap(take_from, axes, axis_size=size)(a, rows), True
 
 
-def _take_bits_of_one(a: DF11Slice, rows: Int[Array, " n"]) -> UInt16[Array, "n k"]:
+def _bands_in_piece(a: DF11Slice) -> int:
+    view = a.stack.layout.view
+    return rows_in_piece(view.n, view.k) // TILE_COLS
+
+
+# Under jit even where the caller is not: its loop would else be compiled each time.
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _take_bits_of_one(size: int, a: DF11Slice, rows: Int[Array, " n"]) -> UInt16[Array, "n k"]:
     view = a.stack.layout.view
     try:
         are_few = bool(rows.size < view.bands)
     except jax.errors.InconclusiveDimensionOperation:  # exported for any number of them
         are_few = False
     if are_few:
-        size = rows_in_piece(view.n, view.k) // TILE_COLS
         return _in_pieces(lambda part: _decode_rows(a, part), rows, size)
 
     def choose(bits: Array, first: Array, piece: Array) -> Array:
@@ -163,7 +173,7 @@ def _take_bits_of_one(a: DF11Slice, rows: Int[Array, " n"]) -> UInt16[Array, "n 
     # different from device to device.
     differing = [jnp.ravel(array)[:1, None].astype(jnp.uint16) & 0 for array in jax.tree.leaves(a)]
     zeros = jnp.zeros((rows.size, view.k), jnp.uint16) + (rows[:, None] & 0).astype(jnp.uint16)
-    return scan_pieces(a, sum(differing, zeros), choose)
+    return scan_pieces(a, sum(differing, zeros), choose, size=size)
 
 
 def _decode_rows(a: DF11Slice, rows: Int[Array, " n"]) -> UInt16[Array, "n k"]:

@@ -79,6 +79,15 @@ def test_only_bands_of_the_rows_are_decompressed(table):
     assert count_decodes(df11_jax.take, table, jnp.arange(100)) == 8
 
 
+@pytest.mark.parametrize("count", [2, 100])  # fewer than there are bands, and more
+def test_is_compiled_once_outside_of_jit(weights, table, count, caplog):
+    indices, expected = jnp.arange(count), weights[:count]
+    df11_jax.take(table, indices)
+    with jax.log_compiles():
+        assert_same_bits(df11_jax.take(table, indices), expected)
+    assert not [message for message in caplog.messages if message.startswith("Compiling")]
+
+
 @on_cpu
 def test_slices_of_a_stack():
     weights = random_weights((3, 256, COLUMNS))
