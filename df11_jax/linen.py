@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import lift
-from flax.core.scope import Scope, in_filter, union_filters
+from flax.core.scope import Scope, in_filter, subtract_filters, union_filters
 from flax.linen import transforms
 from jaxtyping import PyTree
 
@@ -184,9 +184,12 @@ def _scanning(
         collections = ("params", _STACKS, _INDEX)
         take_layer = functools.partial(_take_layer, path, fused)
         inner = _with_variables(_fusing(function) if fused else function, collections, take_layer)
-        axes_and_index = {"params": 0, **others, _INDEX: 0}  # the first that names a collection
-        broadcast = union_filters(variable_broadcast, _STACKS)
-        scanned = lift.scan(inner, axes_and_index, broadcast, **options)
+        # Of axes, the first that names a collection counts. The user's filters may name all.
+        axes_and_index = {"params": 0, _INDEX: 0, **others}
+        broadcast = union_filters(subtract_filters(variable_broadcast, _INDEX), _STACKS)
+        carry = subtract_filters(options.get("variable_carry", False), _INDEX)
+        options_of_layers = options | {"variable_carry": carry}
+        scanned = lift.scan(inner, axes_and_index, broadcast, **options_of_layers)
         split = functools.partial(_split_stacks, path)
         return lift.map_variables(scanned, collections, split)(scopes, *args, **kwargs)
 

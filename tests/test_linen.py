@@ -133,6 +133,47 @@ def test_options_of_scan(options, tokens):
     )
 
 
+class Counting(nn.Module):
+    """A layer with a collection of its own."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        count = self.variable("counts", "count", jnp.zeros, (1, 2))
+        count.value += 1
+        return x + nn.Dense(WIDTH, **bf16)(x), None
+
+
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [
+        ({"variable_axes": {"params": 0, nn.DenyList("params"): 1}}, (1, LAYERS, 2)),
+        ({"variable_axes": {"params": 0}, "variable_carry": nn.DenyList("params")}, (1, 2)),
+        (
+            {
+                "variable_axes": {"params": 0},
+                "variable_broadcast": nn.DenyList(["params", "counts"]),
+                "variable_carry": "counts",
+            },
+            (1, 2),
+        ),
+    ],
+)
+def test_filters_that_name_all_collections_but_some(options, shape):
+    options |= {"split_rngs": {"params": True}, "length": LAYERS}
+    x = jnp.ones((2, WIDTH), jnp.bfloat16)
+    every = {"variable_axes": {True: 0}, "split_rngs": {"params": True}, "length": LAYERS}
+    params = nn.scan(Counting, **every)().init(jax.random.key(0), x, None)["params"]
+    plain = {"params": params, "counts": {"count": jnp.zeros(shape)}}
+    small = plain | {"params": compress_params(plain["params"], stacked=".")}
+    run = lambda model, variables: jax.jit(model.apply, static_argnames="mutable")(  # noqa: E731
+        variables, x, None, mutable="counts"
+    )
+    (expected, _), counts = run(nn.scan(Counting, **options)(), plain)
+    (actual, _), actual_counts = run(scan(Counting, **options)(), small)
+    assert_same_bits(actual, expected)
+    assert actual_counts["counts"]["count"].tobytes() == counts["counts"]["count"].tobytes()
+
+
 class Sharing(nn.Module):
     """Refers to modules of its parent: one with parameters, one without."""
 
