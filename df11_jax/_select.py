@@ -40,7 +40,8 @@ def is_candidate(
 ) -> bool:
     """Whether a tensor is to be compressed, if that makes it smaller.
 
-    It has to be bfloat16, large enough, and of no more dimensions than the format can hold.
+    It has to be bfloat16, large enough, and of no more dimensions than the format can hold. What is
+    to be a stack has an axis for that: a scalar beside stacks is none.
 
     Args:
         shape: the shape of the tensor, stack axes included.
@@ -52,7 +53,7 @@ def is_candidate(
     return (
         is_candidate_dtype(dtype, cast)
         and math.prod(shape) >= min_size
-        and len(shape) - stack_axes <= _layout.MAX_DIMS
+        and 0 <= len(shape) - stack_axes <= _layout.MAX_DIMS
     )
 
 

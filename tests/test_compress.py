@@ -303,6 +303,11 @@ class TestCompressParams:
         assert compressed(predicate=lambda path, leaf: path == "layers/kernel") == 1
         assert compressed(predicate=lambda path, leaf: leaf.ndim == 2) == 1
 
+    def test_a_scalar_beside_stacks(self):
+        params = {"kernel": normal(3, 64, 64), "scale": jnp.ones((), BF16)}
+        small = df11_jax.compress_params(params, stacked=".", min_size=0)
+        assert small["kernel"].stack_shape == (3,) and small["scale"] is params["scale"]
+
     def test_cast(self):
         weights = RNG.standard_normal((300, 64), dtype=np.float32)
         for array in (weights, weights.astype(np.float16), weights.astype(">f4")):
