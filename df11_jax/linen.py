@@ -11,7 +11,7 @@ parameters, and to initialise them, they do what they did before.
 import functools
 import importlib.util
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 if importlib.util.find_spec("flax") is None:
@@ -70,9 +70,9 @@ def compressed(
         A subclass with the same name, so that parameters keep their paths.
 
     Raises:
-        TypeError: `module` is not a module class.
+        TypeError: `module` is not a module class, or `methods` no sequence of names.
     """
-    return _transform(_decompressing, "", module, methods=tuple(methods), fused=fused)
+    return _transform(_decompressing, "", module, methods=methods, fused=fused)
 
 
 def scan(
@@ -95,7 +95,7 @@ def scan(
         variable_axes: see `nn.scan`. Whatever axis it gives to parameters, it is 0 once some are
             compressed: `compress_params(..., stacked=..., stack_axis=...)` brings it to the front.
         variable_broadcast: see `nn.scan`.
-        methods: see `nn.scan`.
+        methods: the names of the methods to scan over.
         fused: see `compressed`.
         **options: all other options of `nn.scan`.
 
@@ -103,7 +103,7 @@ def scan(
         A subclass, with the name that `nn.scan` gives it, so that parameters keep their paths.
 
     Raises:
-        TypeError: `module` is not a module class.
+        TypeError: `module` is not a module class, or `methods` no sequence of names.
         ValueError: a compressed leaf has no stack axis, or a leaf has another number of layers than
             others. This is raised when the module is called; the message has the leaf's path.
     """
@@ -111,7 +111,7 @@ def scan(
         _scanning,
         "Scan",
         module,
-        methods=tuple(methods),
+        methods=methods,
         variable_axes=variable_axes,
         variable_broadcast=variable_broadcast,
         fused=fused,
@@ -119,11 +119,15 @@ def scan(
     )
 
 
-def _transform(transform: Callable[..., Any], prefix: str, module: Any, **options: Any) -> Any:
+def _transform(
+    transform: Callable[..., Any], prefix: str, module: Any, methods: Any, **options: Any
+) -> Any:
     base = module.func if isinstance(module, functools.partial) else module
     if not (isinstance(base, type) and issubclass(base, nn.Module)):
         raise TypeError(f"expected a class of flax.linen modules, got {module!r}")
-    transformed = transforms.lift_transform(transform, module, **options)
+    if isinstance(methods, (str, Mapping)) or not isinstance(methods, Iterable):
+        raise TypeError(f"methods: expected names, such as ('__call__', 'attend'), got {methods!r}")
+    transformed = transforms.lift_transform(transform, module, methods=tuple(methods), **options)
     # Modules without a name are called after their class.
     made = transformed.func if isinstance(module, functools.partial) else transformed
     made.__name__ = prefix + base.__name__

@@ -410,6 +410,16 @@ def test_only_module_classes():
         scan(lambda x: x, variable_axes={"params": 0})
 
 
+@pytest.mark.parametrize("methods", ["attend", {"attend": {"reverse": True}}, None])
+def test_methods_are_a_sequence_of_names(methods):
+    with pytest.raises(
+        TypeError, match=r"methods: expected names, such as .*, got .*(attend|None)"
+    ):
+        compressed(nn.Embed, methods=methods)
+    with pytest.raises(TypeError, match="methods: expected names"):
+        scan(nn.Embed, methods=methods, variable_axes={"params": 0})
+
+
 def test_layers_that_are_not_stacked(tokens):
     model, plain_model, plain, _ = make("scan")
     variables = compress_params(plain)
