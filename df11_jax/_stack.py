@@ -1,15 +1,17 @@
 """Stacks of compressed tensors, put together from slices that were compressed one by one."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import UInt32
+from jaxtyping import Array, UInt32
 
 from df11_jax import _layout
 from df11_jax._array import DF11Array
@@ -73,20 +75,30 @@ def fit_exponents(array: DF11Array, words: int) -> DF11Array:
         used = _layout.round_up(int(np.asarray(offsets)[..., -1].max(initial=0)), 4)
         if used > words:
             raise ValueError(f"{used:,} words of coded exponents, and room for {words:,}")
-    room = [(0, 0)] * (exponents.ndim - 1) + [(0, max(missing, 0))]
     if isinstance(exponents, np.ndarray):
-        fitted = np.pad(exponents[..., :words], room)
+        fitted = _resize(exponents, words, np.pad)
     elif isinstance(exponents, jax.core.Tracer):
-        fitted = jnp.pad(exponents[..., :words], room)
+        fitted = _resize_on_device(exponents, words)
     else:
         where = exponents.sharding
         near = next(iter(exponents.devices())).default_memory().kind  # in which programs compute
         if where.memory_kind != near:
             exponents = jax.device_put(exponents, where.with_memory_kind(near))
-        fitted = jnp.pad(exponents[..., :words], room)
+        fitted = _resize_on_device(exponents, words)
         if fitted.sharding != where:
             fitted = jax.device_put(fitted, where)
     return dataclasses.replace(array, exponents=fitted)
+
+
+def _resize(exponents: Any, words: int, pad: Callable[..., Any]) -> Any:
+    room = [(0, 0)] * (exponents.ndim - 1) + [(0, max(words - exponents.shape[-1], 0))]
+    return pad(exponents[..., :words], room)
+
+
+# Under jit, where zeros are no transfers: users may forbid these (`jax.transfer_guard`).
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _resize_on_device(exponents: UInt32[Array, "*rows _"], words: int) -> Array:
+    return _resize(exponents, words, jnp.pad)
 
 
 class StackBuilder:

@@ -316,6 +316,15 @@ def test_layers_of_a_tree_have_equal_shapes():
     jax.tree.map(assert_same_bits, df11_jax.decompress_params(small), params)
 
 
+def test_layers_are_made_equal_where_transfers_are_forbidden():
+    params = uneven_layers()
+    with jax.transfer_guard("disallow"):  # unless they are explicit
+        small = df11_jax.compress_params(params)
+        stacked = df11_jax.stack([small["layers"][1]["kernel"], small["head"]])
+    assert len({layer["kernel"].exponents.shape for layer in small["layers"]}) == 1
+    assert small["head"].exponents.shape < stacked.exponents.shape[1:]
+
+
 def test_layers_that_were_compressed_before_are_among_them():
     layers = [layer["kernel"] for layer in uneven_layers()["layers"]]
     small = df11_jax.compress_params([df11_jax.compress(layers[1]), *layers])
