@@ -64,7 +64,8 @@ def compressed(
             order than XLA's. `Embed` looks rows up as `df11_jax.take` does. All other parameters
             are decompressed where they are read, each by a call of its own; so are those of
             `Einsum` and `Embed` under `nn.intercept_methods` in the module's own code, and what
-            subclasses multiply by code of their own.
+            subclasses multiply by code of their own. What `nn.map_variables` maps in the
+            module's own code is still compressed, so do not fuse modules that use it.
 
     Returns:
         A subclass with the same name, so that parameters keep their paths.

@@ -133,6 +133,31 @@ def test_options_of_scan(options, tokens):
     )
 
 
+class Transposed(nn.Module):
+    """A layer that multiplies with the transpose of its parameter, as tied autoencoders do."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        def transpose(variables):
+            return jax.tree.map(jnp.transpose, variables)
+
+        is_first = self.is_initializing()
+        dense = nn.map_variables(nn.Dense, "params", transpose, transpose, init=is_first)
+        return dense(WIDTH, use_bias=False, **bf16)(x), None
+
+
+@pytest.mark.parametrize("is_scanned", [False, True])
+def test_parameters_that_a_module_maps(is_scanned):
+    options = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 2}
+    model = nn.scan(Transposed, **options) if is_scanned else Transposed
+    ours = scan(Transposed, **options) if is_scanned else compressed(Transposed)
+    x = random_weights((2, WIDTH), scale=1)
+    plain = model().init(jax.random.key(0), x, None)
+    small = compress_params(plain, stacked="." if is_scanned else None)
+    expected, _ = jax.jit(model().apply)(plain, x, None)
+    assert_same_bits(jax.jit(ours().apply)(small, x, None)[0], expected)
+
+
 class Counting(nn.Module):
     """A layer with a collection of its own."""
 
