@@ -357,7 +357,10 @@ def _fused_type(module_type: type[Any]) -> Any:
     """The type of modules that are of `module_type`, and fuse what that has Flax multiply."""
     last = next(_fused_last(*row) for row in _PRODUCTS if issubclass(module_type, row[0]))
     names = {"__module__": module_type.__module__, "__qualname__": module_type.__qualname__}
-    return type(module_type.__name__, (module_type, last), names)
+    # A subclass is a pytree unless it says otherwise, even of one that is none.
+    is_pytree = getattr(module_type, "_pytree__is_pytree", True)
+    options = {} if is_pytree else {"pytree": False}
+    return type(module_type.__name__, (module_type, last), names, **options)
 
 
 @functools.cache

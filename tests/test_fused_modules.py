@@ -546,8 +546,14 @@ class OnlyPlainEinsum(nnx.Einsum):
         return super().__call__(x) * (1 if self.einsum_op is jnp.einsum else 0)
 
 
+class NoPytree(nnx.Linear, pytree=False):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
 SUBCLASSES = {
     "lora": (lambda rngs: nnx.LoRALinear(WIDTH, WIDTH, lora_rank=2, rngs=rngs, **bf16), 1),
+    "no pytree": (lambda rngs: NoPytree(WIDTH, WIDTH, rngs=rngs, **bf16), 1),
     "plain": (lambda rngs: OnlyPlain(WIDTH, WIDTH, use_bias=False, rngs=rngs, **bf16), 0),
     "heads": (lambda rngs: OnlyPlainHeads(WIDTH, (2, 64), rngs=rngs, **bf16), 1),
     "einsum": (lambda rngs: OnlyPlainEinsum("td,dh->th", (WIDTH,) * 2, rngs=rngs, **bf16), 1),
