@@ -4,6 +4,8 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import numpy as np
 from jaxtyping import Array
 
 
@@ -27,12 +29,16 @@ def _method(name: str) -> Callable[..., Array]:
     return method
 
 
+# What `==` compares with element by element; with all else, it is the identity.
+_NUMBERS = (int, float, complex, np.generic, np.ndarray, jax.Array)
+
+
 class ArrayOperators:
     """Operators and methods of an array, for a class that has `__jax_array__`.
 
     JAX asks for `__jax_array__` in the functions of `jax.numpy` and in operators of its own arrays
-    only. `==` stays the identity, by which pytrees and dictionaries know such objects; but with an
-    array of JAX on one side, that array compares elements, and comparisons of numpy's are False.
+    only. `==` of two such objects stays the identity, by which pytrees and dictionaries know them;
+    with a number or an array on the other side, elements are compared.
     """
 
     __array_ufunc__ = None  # numpy leaves operators with its arrays to those below
@@ -47,6 +53,13 @@ class ArrayOperators:
     __pow__, __rpow__ = _both(operator.pow)
     __lt__, __gt__ = _both(operator.lt)
     __le__, __ge__ = _both(operator.le)
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> Any:
+        return self.__jax_array__() == other if isinstance(other, _NUMBERS) else NotImplemented
+
+    def __ne__(self, other: object) -> Any:
+        return self.__jax_array__() != other if isinstance(other, _NUMBERS) else NotImplemented
 
     def __jax_array__(self) -> Array:
         raise NotImplementedError  # the class that has these operators says what it stands for

@@ -44,12 +44,27 @@ USES = {
     "positive": lambda a, x: +a,
     "abs": lambda a, x: abs(a),
 }
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "lt", "le", "gt", "ge"):
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "eq",
+    "ne",
+):
     _operator = getattr(operator, _name)
     USES[_name] = lambda a, x, f=_operator: f(a, 3)
     USES[f"r{_name}"] = lambda a, x, f=_operator: f(2.5, a)
     USES[f"{_name} of an array"] = lambda a, x, f=_operator: f(a, ROW)
     USES[f"r{_name} of an array"] = lambda a, x, f=_operator: f(ROW, a)
+    USES[f"{_name} of numpy's"] = lambda a, x, f=_operator: f(a, np.float32(2))
+    USES[f"r{_name} of numpy's"] = lambda a, x, f=_operator: f(np.ones(128, np.float32), a)
 USES["pow"] = lambda a, x: a**2
 USES["rpow"] = lambda a, x: 2**a
 
@@ -130,6 +145,7 @@ def test_primitives_refuse_it(use, small):
         lambda a: X @ a,
         lambda a: a.T,
         lambda a: a + 1,
+        lambda a: a == 0,
         jnp.sum,
         lambda a: jnp.dot(X, a),
     ],
@@ -157,6 +173,7 @@ def test_assignment_is_refused(small, stack):
 
 def test_stays_an_object_with_an_identity(small):
     assert small == small and small != compress(WEIGHTS)
+    assert small != None and small != "a"  # noqa: E711
     assert len({small, small}) == 1
     assert isinstance(jax.device_put(small), DF11Array)
 
