@@ -19,7 +19,7 @@ from df11_jax._compress_tensor import compress_as
 from df11_jax._decode import decompress_params
 from df11_jax._files import crc32
 from df11_jax._flax import open_boxes
-from df11_jax._host_arrays import to_host
+from df11_jax._host_codec import decode
 from df11_jax._placement import on_cpu, own_mesh
 from df11_jax._select import Selection
 from df11_jax._shards import divided_as
@@ -59,7 +59,8 @@ def restore(stored: StoredItem, args: DF11Restore) -> PyTree:
                 if sharding_of(plan.target) is not None:  # JAX may have no 64 bits
                     dtype = jax.dtypes.canonicalize_dtype(dtype)
                 value = _numbers.as_array(value, dtype, name)
-            values[plan.leaf.keys] = _convert_and_place(plan, value, selection, options)
+            is_sound = args.verify and plan.leaf.crc32 is not None
+            values[plan.leaf.keys] = _convert_and_place(plan, value, is_sound, selection, options)
     ordered = [values.pop(plan.leaf.keys) for plan in plans]
     if args.compress is not None:
         paths = [plan.leaf.path for plan in plans]
@@ -111,7 +112,7 @@ def read_leaf_onto(stored: StoredItem, leaf: StoredLeaf, where: NamedSharding) -
     plan = LeafPlan(leaf, target, Conversion.NONE)
     values = _read(stored, [leaf], [_where.of_arrays(plan)])
     _verify(stored, [leaf], values)
-    return _convert_and_place(plan, values[0], Selection(), {})
+    return _convert_and_place(plan, values[0], False, Selection(), {})
 
 
 def _read(
@@ -210,19 +211,26 @@ def _check_stacks(stored: StoredItem, plans: Sequence[LeafPlan], selection: Sele
 
 
 def _convert_and_place(
-    plan: LeafPlan, value: Any, selection: Selection, options: Mapping[str, Any]
+    plan: LeafPlan, value: Any, is_sound: bool, selection: Selection, options: Mapping[str, Any]
 ) -> Any:
-    """Compresses or decompresses a leaf as planned, and shards it as the target says."""
+    """Compresses or decompresses a leaf as planned, and shards it as the target says.
+
+    Args:
+        plan: the plan for the leaf.
+        value: the leaf, as it was read.
+        is_sound: whether its checksum was verified.
+        selection: what the arguments of `compress_params` select.
+        options: those of them that say how leaves are compressed.
+    """
     path = plan.leaf.path
     if plan.conversion is Conversion.NONE:
         value = _place_arrays(plan, _fit(value, plan.target))
         return value if is_df11(value) else selection.to_front(path, value)
     if plan.conversion is Conversion.DECOMPRESS:
-        return _decompress(plan, value)
+        return _decompress(plan, value, is_sound)
     where = sharding_of(plan.target)
     if plan.conversion is Conversion.DIVIDE:
-        with on_cpu():
-            value = to_host(decompress_params({path: value})[path])
+        value = _decode_on_host(value, path)
         if isinstance(where, NamedSharding) and plan.leaf.layout and not is_df11(plan.target):
             layout = divided_as(plan.leaf.layout, value.ndim, where)
             return compress_as(value, layout, path, where)
@@ -244,22 +252,28 @@ def _place_arrays(plan: LeafPlan, value: Any) -> Any:
     return _leaf_arrays.join(placed, plan.leaf) if is_df11(value) else placed[0]
 
 
-def _decompress(plan: LeafPlan, value: DF11Array) -> Any:
+def _decompress(plan: LeafPlan, value: DF11Array, is_sound: bool) -> Any:
     """The weights where they are to be; each device decodes its parts, if it has whole ones."""
-    path = plan.leaf.path
+    # The name is a part of the program that decodes, so that each leaf would compile one of its
+    # own. The decoder needs it only for leaves that may be corrupt.
+    path = "leaf" if is_sound else plan.leaf.path
     where = _where.of_weights(plan)
     if where is None:
         with own_mesh(value):
             return decompress_params({path: value})[path]
-    if _where.of_arrays(plan)[0] is None:
-        with on_cpu():  # no device gets what it is not to have
-            return place(to_host(decompress_params({path: value})[path]), where)
+    if _where.of_arrays(plan)[0] is None:  # no device gets what it is not to have
+        return place(_decode_on_host(value, plan.leaf.path), where)
     placed = _place_arrays(plan, value)
     with own_mesh(placed):
         # In host memory, where the weights may be to go, programs compute nothing.
         near = jax.device_put(placed, jax.memory.Space.Device)
         weights = decompress_params({path: near})[path]
     return place(weights, where)
+
+
+def _decode_on_host(value: DF11Array, path: str) -> np.ndarray:
+    """The weights of a leaf that was read onto the host, by no program and no device."""
+    return decode([np.asarray(part) for part in value.payload], value.layout, path)
 
 
 def _fit(value: Any, target: Any) -> Any:

@@ -220,15 +220,9 @@ def test_with_a_mesh_that_is_set(tmp_path, from_eight):
 
 
 def test_the_host_decodes_with_a_mesh_that_is_set(divided, monkeypatch):
-    """Not each device of the mesh."""
+    """By no program, which each device of the mesh would run."""
     path, plain = divided
-    decoded = []
-
-    def decompress_params(params):
-        decoded.append(df11_jax.decompress_params(params))
-        return decoded[-1]
-
-    monkeypatch.setattr(_restore, "decompress_params", decompress_params)
+    monkeypatch.delattr(_restore, "decompress_params")
     rows = NamedSharding(mesh(4), PartitionSpec("x"))
     weights = jax.device_put(plain["w"], rows)
     again = df11_jax.compress_params({"w": weights})
@@ -239,4 +233,23 @@ def test_the_host_decodes_with_a_mesh_that_is_set(divided, monkeypatch):
     assert_same_tree(back, {"w": plain["w"]})
     assert shardings(compressed) == shardings(again)
     assert_same_tree(compressed, again)
-    assert [len(array.devices()) for array in jax.tree.leaves(decoded)] == [1, 1]
+
+
+@pytest.mark.parametrize("where", ["a device", "a mesh", "elsewhere"])
+def test_leaves_of_one_form_share_a_program(tmp_path, where, caplog):
+    """Whatever their names: to compile one for each took most of the time of restoring."""
+    weights, item = random_weights((256, 512)), None
+    tp = NamedSharding(mesh(4), PartitionSpec(None, "x"))
+    if where == "a mesh":
+        weights = jax.device_put(weights, tp)
+    elif where == "elsewhere":
+        item = jax.ShapeDtypeStruct(weights.shape, weights.dtype, sharding=tp)
+    small = df11_jax.compress(weights)
+    save(tmp_path / "first", {"a": small})
+    save(tmp_path / "others", {"b": small, "c": small})
+    restore(tmp_path / "first", item and {"a": item}, decompress=True)
+    with jax.log_compiles():
+        back = restore(tmp_path / "others", item and {"b": item, "c": item}, decompress=True)
+    assert not [text for text in caplog.messages if "XLA compilation" in text]
+    for array in back.values():
+        assert_same_bits(array, weights)
