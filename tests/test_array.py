@@ -70,6 +70,9 @@ def test_indexing_errors(stacked):
         a[3]
     with pytest.raises(TypeError, match=r"got \(0, 1\)"):
         a[0, 1]
+    for mask in (True, np.False_):
+        with pytest.raises(TypeError, match=f"got .*{mask}"):
+            a[mask]
     for use in (lambda: a[0][0], lambda: list(a[0])):
         with pytest.raises(TypeError, match=r"\[64,128\].* no stack axis .*decompress\(a\)\[index"):
             use()
