@@ -67,13 +67,15 @@ template __global__ void df11::native::bulk_decode_kernel<{warps}, {chunks}>(
 PRODUCT_SOURCE = """#include "native/cuda/product_kernel.cuh"
 namespace df11::native {
 #if __CUDA_ARCH__ >= 900
-using Copies = BulkCopies;
+using Copies = BulkCopies<false>;
+using CopiesWithX = BulkCopies<true>;
 #else
 using Copies = LaneCopies;
+using CopiesWithX = LaneCopies;
 #endif
 template __global__ void product_kernel<1, Copies>(const __grid_constant__ ProductWork);
-template __global__ void product_kernel<2, Copies>(const __grid_constant__ ProductWork);
-template __global__ void product_kernel<4, Copies>(const __grid_constant__ ProductWork);
+template __global__ void product_kernel<2, CopiesWithX>(const __grid_constant__ ProductWork);
+template __global__ void product_kernel<4, CopiesWithX>(const __grid_constant__ ProductWork);
 }"""
 PRODUCT_ROWS = {1: 8, 2: 16, 4: 32}  # by tiles of 8 rows
 PRODUCT_ARCHITECTURES = ("80", "90", "100", "120")
@@ -194,8 +196,8 @@ def stores(loop: list[str]) -> int:
 
 def copies_wait(loop: list[str], expected_loads: int) -> bool:
     """Whether copies depend on what so many loads have from where they go: see after_loads."""
-    loads = {at for at, i in enumerate(loop) if i.startswith("LDS.128")}
     copies = [at for at, i in enumerate(loop) if opcode(i) in ("UBLKCP", "LDGSTS")]
+    loads = {at for at, i in enumerate(loop) if i.startswith("LDS.128") and at < max(copies)}
     waits = all(loads <= computed_from(loop, at) for at in copies)
     return len(loads) == expected_loads and bool(copies) and waits
 
@@ -318,8 +320,9 @@ def product_loops(arch: str) -> dict[int, list[str]]:
             path
             for path in Kernel(lines).usual_paths((r"PRMT R\d+, R\S+, R\d\S*, R\d",))
             # 36 look-ups and loads for two steps; records in shared memory have refills there, too.
+            # More are of x, where it is copied.
             if sum(opcode(i) == "HMMA" for i in path) == 8 * tiles
-            and sum(opcode(i) == "LDS" for i in path) > 36
+            and sum(opcode(i) == "LDS" for i in path) > 36 + tiles
         ]
         loops[PRODUCT_ROWS[tiles]] = min(paths, key=len)
     return dict(sorted(loops.items()))

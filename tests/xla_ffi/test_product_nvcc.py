@@ -27,7 +27,7 @@ def test_resources(tmp_path):
         report,
         re.DOTALL,
     )
-    assert len(reports) == 2 * 3 * len(architectures)
+    assert len(reports) == (3 + 3 + 2) * len(architectures)
     for tiles, copies, arch, frame, spilled, registers in reports:
         used = None if arch == "75" else "LaneCopies" if arch.startswith("8") else "BulkCopies"
         assert (int(registers) > 10) == (copies == used)

@@ -35,9 +35,10 @@ bool any_copies() {
 }
 
 // How a launch shares its work out, and what the GPU has; what it computes must not depend on it.
+// With the more shared memory, more rows of x are copied.
 struct Shares {
   int blocks = 3, warps = kMostItemsPerGroup;
-  uint32_t shared_bytes = 64 * 1024;
+  uint32_t shared_bytes = random_below(2) == 0 ? 64 * 1024 : 96 * 1024;
   bool has_bulk_copies = any_copies();
 };
 

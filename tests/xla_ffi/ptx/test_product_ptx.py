@@ -56,7 +56,7 @@ class Shares:
 
     blocks: int = 2
     warps: int = 5
-    shared_kib: int = 64
+    shared_kib: int = 96
     items: tuple[int, int] = (0, 0)  # chunks of an item and items of a group, if not the usual
 
 

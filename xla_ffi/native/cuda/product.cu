@@ -89,8 +89,11 @@ cudaError_t launch_with(cudaStream_t stream, const ProductWork& work) {
 
 template <int kTiles>
 cudaError_t launch(cudaStream_t stream, const ProductWork& work) {
-  return work.has_bulk_copies ? launch_with<kTiles, BulkCopies>(stream, work)
-                              : launch_with<kTiles, LaneCopies>(stream, work);
+  if (!work.has_bulk_copies) return launch_with<kTiles, LaneCopies>(stream, work);
+  if constexpr (kTiles > 1) {
+    if (work.memory.x_bytes > 0) return launch_with<kTiles, BulkCopies<true>>(stream, work);
+  }
+  return launch_with<kTiles, BulkCopies<false>>(stream, work);
 }
 
 }  // namespace

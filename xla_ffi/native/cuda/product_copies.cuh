@@ -28,10 +28,17 @@ struct CopySource {
     return {matrix.sign_mantissa + int64_t{first} * kStepWords,
             static_cast<uint32_t>(steps_left > 1 ? kSlotBytes : kSlotBytes / kSlotSteps)};
   }
+  // Of the two steps that begin at k: all rows of x.
+  __device__ static CopySource of_x(const ProductWork& work, uint32_t k) {
+    const uint32_t bytes = work.memory.x_bytes;
+    const auto* from = reinterpret_cast<const char*>(work.x);
+    from += uint64_t{k / (kSlotSteps * kStepRows)} * bytes;
+    return {reinterpret_cast<const uint32_t*>(from), bytes};
+  }
 };
 
 // Where a warp has what: a slot of two steps' signs and mantissas, barriers, its place in its
-// group, a list of chunks, and one or two records.
+// group, a list of chunks, if x is copied two slots of that, and one or two records.
 class WarpMemory {
  public:
   __device__ WarpMemory(uint32_t memory, const ProductMemory& plan)
@@ -42,6 +49,9 @@ class WarpMemory {
   __device__ uint32_t record(int buffer) const {
     return memory_ + plan_.before_records + buffer * plan_.record_bytes;
   }
+
+  // Of the steps that have been waited for, the rows of x.
+  __device__ uint32_t x() const { return x_slot(~phases_ & 1); }
 
   // All lanes may ask for it after the next barrier.
   __device__ void keep(const PlaceInGroup& place) {
@@ -62,6 +72,9 @@ class WarpMemory {
  protected:
   static constexpr int kTurn = 3;  // a barrier behind those of the slot and of the records
 
+  // What was loaded there was multiplied before the signs and mantissas that were waited for since
+  // were loaded: so a copy that comes after these does not overtake it.
+  __device__ uint32_t next_x() const { return x_slot(phases_ & 1); }
   __device__ uint32_t barrier(int number) const { return barriers_ + 8 * number; }
   __device__ __forceinline__ void wait(int number) {
     wait_for_phase(barrier(number), phases_ >> number & 1);
@@ -69,16 +82,21 @@ class WarpMemory {
   }
 
  private:
+  __device__ uint32_t x_slot(uint32_t slot) const {
+    return memory_ + plan_.before_x + slot * plan_.x_bytes;
+  }
+
   uint32_t memory_, barriers_;
   const ProductMemory& plan_;
   uint32_t phases_ = 0;  // a bit a barrier
 };
 
-// Copies by one lane, of compute capability 9.0 and up.
+// Copies by one lane, of compute capability 9.0 and up; of x, too, or without it.
+template <bool kWithX>
 class BulkCopies : public WarpMemory {
  public:
   using WarpMemory::WarpMemory;
-  static constexpr bool kAreBulk = true;
+  static constexpr bool kAreBulk = true, kCopyX = kWithX;
   static constexpr bool kRunHere = kArchitecture == 0 || kArchitecture >= 900;
 
   __device__ void initialize() {
@@ -87,13 +105,19 @@ class BulkCopies : public WarpMemory {
       fence_barriers();
     }
   }
-  // `source` is computed by the lane that copies.
-  template <typename Source>
-  __device__ __forceinline__ void fetch_steps(const Source& source) {
-    if (elect_lane()) fetch(source(), steps(), barrier(0));
+  // Sources are computed by the lane that copies.
+  template <typename Steps, typename X>
+  __device__ __forceinline__ void fetch_steps(const Steps& of_steps, const X& of_x) {
+    if (!elect_lane()) return;
+    const CopySource source = of_steps(), x = kCopyX ? of_x() : CopySource{};
+    expect_bytes(barrier(0), source.bytes + x.bytes);
+    copy_to_shared(steps(), source.from, source.bytes, barrier(0));
+    if (kCopyX) copy_to_shared(next_x(), x.from, x.bytes, barrier(0));
   }
   __device__ void fetch_record(int buffer, const CopySource& source) {
-    if (elect_lane()) fetch(source, record(buffer), barrier(1 + buffer));
+    if (!elect_lane()) return;
+    expect_bytes(barrier(1 + buffer), source.bytes);
+    copy_to_shared(record(buffer), source.from, source.bytes, barrier(1 + buffer));
   }
   // To L2 only.
   __device__ void prefetch_record(const CopySource& source) {
@@ -101,13 +125,6 @@ class BulkCopies : public WarpMemory {
   }
   __device__ __forceinline__ void wait_for_steps() { wait(0); }
   __device__ void wait_for_record(int buffer) { wait(1 + buffer); }
-
- private:
-  __device__ __forceinline__ static void fetch(const CopySource& source, uint32_t to,
-                                               uint32_t barrier) {
-    expect_bytes(barrier, source.bytes);
-    copy_to_shared(to, source.from, source.bytes, barrier);
-  }
 };
 
 // Copies by all lanes, of earlier ones. A lane waits for all of its copies: so there is one record,
@@ -115,7 +132,7 @@ class BulkCopies : public WarpMemory {
 class LaneCopies : public WarpMemory {
  public:
   using WarpMemory::WarpMemory;
-  static constexpr bool kAreBulk = false;
+  static constexpr bool kAreBulk = false, kCopyX = false;
 #ifdef DF11_LANE_COPIES_EVERYWHERE  // where tests run them on newer GPUs
   static constexpr bool kRunHere = kArchitecture == 0 || kArchitecture >= 800;
 #else
@@ -129,9 +146,9 @@ class LaneCopies : public WarpMemory {
       fence_barriers();
     }
   }
-  template <typename Source>
-  __device__ __forceinline__ void fetch_steps(const Source& source) {
-    fetch(source(), steps());
+  template <typename Steps, typename X>
+  __device__ __forceinline__ void fetch_steps(const Steps& of_steps, const X&) {
+    fetch(of_steps(), steps());
   }
   __device__ void fetch_record(int, const CopySource& source) { fetch(source, record(0)); }
   // To L2 only, which has lines of 128 bytes.

@@ -213,7 +213,7 @@ __device__ __forceinline__ void multiply_chunk(Pairs pairs, Patches<Record> patc
 #pragma unroll 1
   for (int k = chunk.k(); k < end; k += kSlotSteps * kStepRows) {
     uint2 rows[kSlotSteps][kTiles];
-    x.load(k, rows);
+    if (!Copies::kCopyX) x.load(k, copies, rows);
     copies.wait_for_steps();
     uint4 words[kSlotSteps][2];
 #pragma unroll
@@ -230,12 +230,15 @@ __device__ __forceinline__ void multiply_chunk(Pairs pairs, Patches<Record> patc
         const int left = (end - k) / kStepRows - kSlotSteps;
         const int steps_left = left > 0 ? left : next.steps();
         if (steps_left > 0) {
-          const uint32_t first =
-              after_loads(left > 0 ? ahead : next.first_step, work.zero, words[0][0].x,
-                          words[0][1].x, words[1][0].x, words[1][1].x);
-          copies.fetch_steps([&] { return CopySource::of_steps(matrix, first, steps_left); });
+          const uint32_t loaded =
+              after_loads(0, work.zero, words[0][0].x, words[0][1].x, words[1][0].x, words[1][1].x);
+          const uint32_t first = (left > 0 ? ahead : next.first_step) + loaded;
+          const uint32_t next_k = (left > 0 ? k + kSlotSteps * kStepRows : next.k()) + loaded;
+          copies.fetch_steps([&] { return CopySource::of_steps(matrix, first, steps_left); },
+                             [&] { return CopySource::of_x(work, next_k); });
         }
         ahead += kSlotSteps;
+        if (Copies::kCopyX) x.load(k, copies, rows);  // not before, to leave registers
       }
       decode_half_step(pairs, words[step][1], 1, weights);
       const uint32_t number = static_cast<uint32_t>(k - chunk.k()) / kStepRows + step;
@@ -366,7 +369,8 @@ __device__ __forceinline__ void multiply(const ProductWork& work) {
   ProductChunk chunk = chunks.place_of(slice, first);
   if (chunk.steps() > 0) {
     copies.fetch_steps(
-        [&] { return CopySource::of_steps(matrix, chunk.first_step, chunk.steps()); });
+        [&] { return CopySource::of_steps(matrix, chunk.first_step, chunk.steps()); },
+        [&] { return CopySource::of_x(work, chunk.k()); });
   }
   const RowsOfX<kTiles> x(work.x, work.rows, lane);
   const LookupTable table{memory.table(base), memory.table_log2_bytes,

@@ -30,12 +30,19 @@ class RowsOfX {
     }
   }
 
-  // Of the steps that begin at k and after it.
-  __device__ __forceinline__ void load(int k, uint2 (&to)[kSlotSteps][kTiles]) const {
+  // Of the steps that begin at k and after it, for which the warp has waited if x is copied.
+  template <typename Copies>
+  __device__ __forceinline__ void load(int k, const Copies& copies,
+                                       uint2 (&to)[kSlotSteps][kTiles]) const {
     const uint4* from = x_ + k / (kSlotSteps * kStepRows) * 4 * rows_;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      const uint4 both = __ldg(from + first_[tile]);
+      uint4 both;
+      if constexpr (Copies::kCopyX) {
+        both = load_shared4(copies.x() + 16 * first_[tile]);
+      } else {
+        both = __ldg(from + first_[tile]);
+      }
       to[0][tile] = uint2{both.x, both.y};
       to[1][tile] = uint2{both.z, both.w};
     }

@@ -57,11 +57,13 @@ struct MatrixWork {
 struct ProductMemory {
   int warps, warps_before_table;
   uint32_t table_log2_bytes;
-  int list_chunks;          // that a warp's list has room for
-  uint32_t before_records;  // of a warp: what else it has
-  uint32_t records;         // buffers of a warp
-  uint32_t record_words;    // longer ones are read where they are
-  uint32_t record_bytes;    // of a buffer: with room behind a record, which lanes may read
+  int list_chunks;    // that a warp's list has room for
+  uint32_t x_bytes;   // of two steps' rows of x, if they are copied: a warp has two such slots
+  uint32_t before_x;  // of a warp: what it has before those
+  uint32_t before_records;
+  uint32_t records;       // buffers of a warp
+  uint32_t record_words;  // longer ones are read where they are
+  uint32_t record_bytes;  // of a buffer: with room behind a record, which lanes may read
   uint32_t warp_bytes;
   bool sums_in_records;             // of a group: of its first warp, which then has no other item
   int groups, groups_before_table;  // whose sums have room of their own
@@ -131,12 +133,14 @@ struct WarpShare {
 // little. `group_items` is the least number of warps in a group whose sums need room, those of
 // `rows` rows; 1 if none do.
 inline ProductMemory plan_memory(int steps, int rows, int group_items, const WarpShare& share,
-                                 int most_warps, uint32_t shared_bytes, bool has_bulk_copies) {
+                                 int most_warps, uint32_t shared_bytes, bool has_bulk_copies,
+                                 bool copy_x) {
   ProductMemory memory = {};
   // Records lie at multiples of 16 bytes.
   memory.list_chunks = static_cast<int>(std::min<int64_t>(round_up(share.chunks, 2), kLanes));
-  memory.before_records =
-      kSlotBytes + kBarrierBytes + kPlaceBytes + kListedBytes * memory.list_chunks;
+  memory.x_bytes = copy_x ? static_cast<uint32_t>(2 * rows * kSlotSteps * kStepRows) : 0;
+  memory.before_x = kSlotBytes + kBarrierBytes + kPlaceBytes + kListedBytes * memory.list_chunks;
+  memory.before_records = memory.before_x + 2 * memory.x_bytes;
   memory.record_words = usual_record_words(steps);
   memory.record_bytes = 4 * (memory.record_words + overread_words(steps));
   memory.group_bytes = kTileCols * 4 * round_up(rows, 2);
@@ -299,14 +303,24 @@ inline bool share_out(ProductWork& work, bool has_bulk_copies, int blocks, int m
     const bool is_less = least_group == 1 || matrix.group_items < least_group;
     if (matrix.group_items > 1 && is_less) least_group = matrix.group_items;
   }
-  const auto plan = [&](int most) {
+  const auto plan = [&](int most, bool copy_x) {
     const int warps = assign_warps(work, most);
     work.memory = plan_memory(steps, work.rows, least_group, most_of_a_warp(work), warps,
-                              shared_bytes, work.has_bulk_copies);
+                              shared_bytes, has_bulk_copies, copy_x);
     return work.memory.warps == warps;
   };
-  for (int most = most_warps; !plan(most);) most = work.memory.warps;
-  return work.memory.warps > 0;
+  const auto plan_as_many = [&](bool copy_x) {
+    for (int most = most_warps; !plan(most, copy_x);) most = work.memory.warps;
+    return work.memory.warps;
+  };
+  // Where x is loaded, not copied, the compiler does it just before it is needed, since registers
+  // have no room for it. With 28 warps, others work then. With fewer, those that have more rows, x
+  // is copied, if that does not leave still fewer.
+  const int warps = plan_as_many(false);
+  if (has_bulk_copies && product_tiles(work.rows) > 1 && plan_as_many(true) < warps) {
+    plan_as_many(false);
+  }
+  return warps > 0;
 }
 
 inline bool plan_product(const Product& product, uint32_t* counters, bool has_bulk_copies,
