@@ -154,8 +154,9 @@ class DF11Array(ArrayOperators):
         length = self.stack_shape[0]
         if not isinstance(index, (slice, jax.Array, np.ndarray)):
             try:
-                # To an array, True is a mask; to Python, the number 1.
-                index = operator.index(None if isinstance(index, bool) else index)
+                if isinstance(index, bool):
+                    raise TypeError  # to an array, True is a mask; to Python, the number 1
+                index = operator.index(index)
             except TypeError:
                 raise TypeError(
                     "the stack axis of a DF11Array is indexed by an integer, a slice or an "
