@@ -51,8 +51,12 @@ class OrbaxCheckpoint:
         return decode(payload, value.layout, f"{self.path}: {name}")
 
     def load(self, name: str, *, verify: bool = True) -> DF11Array | Array | np.ndarray:
-        """One leaf as it is stored, on the default device; always verified."""
-        return jax.tree.map(to_device, self._reader.read(name))
+        """One leaf as it is stored, on the default device; always verified.
+
+        A number of Python, such as the step of a train state, is an array, as it is when it comes
+        out of a native checkpoint.
+        """
+        return jax.tree.map(to_device, self.view(name))
 
     def layout(self, name: str) -> Layout | None:
         """The layout of the slices of a leaf; None if it is stored plain."""

@@ -97,6 +97,31 @@ def test_load_keeps_stacks(tmp_path):
         assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
 
 
+@pytest.mark.parametrize("saved_by_orbax", [True, False])
+def test_numbers_of_python_are_arrays(tmp_path, saved_by_orbax):
+    state = {"step": 2**40, "rate": 0.1, "done": True, "weights": random_weights((128, 256))}
+    if saved_by_orbax:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "orbax", state)
+    else:
+        save(tmp_path / "orbax", state)
+    checkpoints.save(state, tmp_path / "native")
+    for device in (None, jax.devices()[0]):
+        loaded = checkpoints.load(tmp_path / "orbax", device=device)
+        assert {name: loaded[name].dtype for name in ("step", "rate", "done")} == {
+            "step": np.int64,
+            "rate": np.float64,
+            "done": np.bool_,
+        }
+        assert {name: loaded[name].item() for name in ("step", "rate", "done")} == {
+            name: state[name] for name in ("step", "rate", "done")
+        }
+        native = checkpoints.load(tmp_path / "native", device=device)
+        assert {name: type(leaf) for name, leaf in loaded.items() if name != "weights"} == {
+            name: type(leaf) for name, leaf in native.items() if name != "weights"
+        }
+
+
 def test_damage_is_found(tmp_path):
     path = save(tmp_path / "orbax", df11_jax.compress_params({"w": random_weights((512, 512))}))
     damage(path)
