@@ -27,9 +27,30 @@ _TYPES: dict[type, Any] = {
 }
 
 
+def is_scalar(leaf: StoredLeaf) -> bool:
+    """Whether a leaf was a number of Python or of numpy, or an array of one on the host."""
+    is_on_host = leaf.shape == () and leaf.shardings == (None,)
+    return is_on_host and leaf.dtype is not None and not leaf.is_key
+
+
 def is_number(leaf: StoredLeaf) -> bool:
-    """Whether a leaf was a bool, an int or a float; or a numpy scalar, which is stored likewise."""
-    return leaf.shape == () and leaf.shardings == (None,) and leaf.dtype in _KINDS
+    """Whether a leaf was a bool, an int or a float; or one of numpy's that is no other than it."""
+    return is_scalar(leaf) and leaf.dtype in _KINDS
+
+
+def as_saved(value: Any, leaf: StoredLeaf) -> Any:
+    """A number as it was saved: Orbax stores numpy's scalars, of any dtype, as Python's numbers.
+
+    Programs take these for other types: a float32 and a bfloat16 make a float32, but a float of
+    Python and a bfloat16 make a bfloat16.
+
+    Args:
+        value: the leaf, as Orbax has read it.
+        leaf: its description.
+    """
+    if is_number(leaf) or not isinstance(value, (bool, int, float)) or leaf.dtype is None:
+        return value
+    return np.dtype(leaf.dtype).type(value)
 
 
 def agrees(leaf: StoredLeaf, target: Any) -> bool:

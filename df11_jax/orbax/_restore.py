@@ -140,14 +140,17 @@ def _read(
     values = []
     for leaf in leaves:
         parts = [arrays.pop(array.keys) for array in leaf.arrays]
-        values.append(_leaf_arrays.from_stored(parts, leaf) if leaf.is_compressed else parts[0])
+        if leaf.is_compressed:
+            values.append(_leaf_arrays.from_stored(parts, leaf))
+        else:
+            values.append(_numbers.as_saved(parts[0], leaf))
         _check(leaf, values[-1], f"{stored.name}: {leaf.path}")
     return values
 
 
 def _restore_args(leaf: StoredLeaf, sharding: Sharding | None) -> Any:
     """The arguments by which Orbax restores an array of a leaf."""
-    if _numbers.is_number(leaf):
+    if _numbers.is_scalar(leaf):
         return ocp.RestoreArgs()  # every process needs it, wherever it is to be
     if leaf.is_key or (sharding is not None and not sharding.is_fully_addressable):
         return ocp.ArrayRestoreArgs(

@@ -19,12 +19,18 @@ from orbax_helpers import (
 )
 
 import df11_jax
+from df11_jax import checkpoints
 
 NUMBERS = {"int": 5, "negative": -3, "float": 0.1, "bool": True}
 
 
 def shape(dtype):
     return jax.ShapeDtypeStruct((), dtype)
+
+
+def save_with_pytree_checkpointer(path, item):
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(path, item)
 
 
 @pytest.fixture(scope="module", params=[save, save_plain])
@@ -187,6 +193,23 @@ def test_arrays_are_not_converted(tmp_path):
     back = restore(tmp_path / "x", {"step": 0, "rate": 0.0})
     assert_same_tree(back, saved)
     assert all(isinstance(leaf, jax.Array) for leaf in back.values())
+
+
+@pytest.mark.parametrize("saver", [save, save_with_pytree_checkpointer])
+def test_scalars_of_numpy(saver, tmp_path):
+    """Orbax stores them as numbers of Python, which programs do not take for the same."""
+    saved = {"step": np.int32(5), "rate": np.float32(0.1), "byte": np.uint8(7)}
+    saver(tmp_path / "x", saved)
+    options = {} if saver is save else {"compress": {}}
+    for target in (None, saved, jax.tree.map(lambda leaf: shape(leaf.dtype), saved)):
+        assert_same_tree(restore(tmp_path / "x", target, **options), saved)
+    where = NamedSharding(jax.make_mesh((4,), ("x",)), PartitionSpec())
+    placed = jax.tree.map(lambda leaf: jax.device_put(leaf, where), saved)
+    back = restore(tmp_path / "x", placed)
+    assert_same_tree(back, saved)
+    assert all(leaf.sharding == where for leaf in back.values())
+    loaded = checkpoints.load(tmp_path / "x")
+    assert_same_tree(loaded, saved)
 
 
 @pytest.mark.parametrize("saver", [save, save_plain])
