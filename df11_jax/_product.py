@@ -25,9 +25,9 @@ from df11_jax._slices import (
     as_index,
     check_index,
     check_stacks,
+    constant_index,
     decode_slices,
     is_split,
-    zero_index,
 )
 
 # As many rows of x as the kernel takes. With 32, the products of a Llama-3.1-8B block take an H200
@@ -145,7 +145,7 @@ def _dot_all(x: Array, matrices: Sequence[Matrix], out_type: Any, exact: bool) -
         )
     if not matrices:
         return []
-    first = zero_index()
+    first = constant_index(0)
     operands = [_as_operand(matrix, i, first) for i, matrix in enumerate(matrices)]
     for i, a in enumerate(operands):
         k = _matrix_shape(a.stack)[1] if isinstance(a, DF11Slice) else a.shape[0]

@@ -11,7 +11,7 @@ from jaxtyping import Array, Int, PyTree
 from df11_jax._array import DF11Array, DF11Slice, is_df11
 from df11_jax._decode import path_name
 from df11_jax._lengths import common_length
-from df11_jax._slices import decode_slices, tie
+from df11_jax._slices import constant_index, decode_slices, tie
 
 Carry = TypeVar("Carry")
 
@@ -73,7 +73,7 @@ def scan_blocks(
         carry, y = result
         return (index - 1 if reverse else index + 1, carry), y
 
-    first = jnp.int32(length - 1 if reverse else 0)
+    first = constant_index(length - 1 if reverse else 0)
     (_, carry), ys = jax.lax.scan(
         stack.checkpoint(body), (first, carry), (stack.plain, xs), length=length, reverse=reverse
     )

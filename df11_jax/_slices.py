@@ -119,13 +119,13 @@ def decode_stacks(arrays: Sequence[Compressed], names: Sequence[str]) -> list[Ar
     """Decodes all slices of stacks with the same axes."""
     if check_stacks(arrays, names) == 0:
         return [jnp.zeros(a.stack_shape + a.slice_shape, jnp.bfloat16) for a in arrays]
-    return _decode(arrays, names, zero_index(), "all")
+    return _decode(arrays, names, constant_index(0), "all")
 
 
-@functools.partial(jax.jit, inline=True)
-def zero_index() -> Int32[Array, ""]:
-    """The index 0, made on the device: users may forbid transfers (`jax.transfer_guard`)."""
-    return jnp.int32(0)
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def constant_index(index: int) -> Int32[Array, ""]:
+    """An index, made on the device: users may forbid transfers (`jax.transfer_guard`)."""
+    return jnp.int32(index)
 
 
 def _count_bands(arrays: Sequence[Compressed], names: Sequence[str]) -> int:

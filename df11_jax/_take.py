@@ -19,7 +19,7 @@ from df11_jax._array import DF11Array, DF11Slice
 from df11_jax._decode import decompress
 from df11_jax._layout import TILE_COLS
 from df11_jax._leaves import is_array, raw_value
-from df11_jax._slices import Compressed, as_index, check_index, decode_slices, zero_index
+from df11_jax._slices import Compressed, as_index, check_index, constant_index, decode_slices
 
 # Bytes of decompressed weights at a time. Products of that size are efficient on any device, and
 # it is less than a block of all but the smallest models.
@@ -56,7 +56,7 @@ def take(
     if isinstance(a, DF11Array):
         if a.stack_shape:
             raise ValueError(f"take: got a stack, {a!r}: take a slice of it")
-        a = DF11Slice(a, zero_index())
+        a = DF11Slice(a, constant_index(0))
     elif not isinstance(a, DF11Slice) and not is_array(a):
         raise TypeError(
             f"take: expected a DF11Array, a DF11Slice or an array, got {type(a).__name__}"
@@ -71,15 +71,8 @@ def take(
     if not has_bands(a.stack):
         bits = jnp.take(_bits(decompress(a)), indices, axis=0, fill_value=_NAN)
         return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
-    rows, *row = a.shape
-    limits = jnp.iinfo(indices.dtype)  # clamped before they are narrowed
-    flat = jnp.clip(indices.reshape(-1), max(limits.min, -rows - 1), min(limits.max, rows))
-    flat = flat.astype(jnp.int32)
-    flat = jnp.where(flat < 0, flat + rows, flat)
-    is_there = (flat >= 0) & (flat < rows)
-    bits = _take_bits(a, jnp.where(is_there, flat, 0))
-    bits = jnp.where(is_there[:, None], bits, jnp.uint16(_NAN))
-    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).reshape(*indices.shape, *row)
+    view = a.stack.layout.view
+    return _take_rows(rows_in_piece(view.n, view.k) // TILE_COLS, a, indices)
 
 
 def scan_pieces(
@@ -131,30 +124,45 @@ def has_bands(stack: Compressed) -> bool:
     return layout.view.along_columns and axes == (0, 1) and not layout.parts
 
 
-@custom_vmap
-def _take_bits(a: DF11Slice, rows: Int[Array, " n"]) -> UInt16[Array, "n k"]:
-    """The bits of rows that there are."""
-    return _take_bits_of_one(_bands_in_piece(a), a, rows)
-
-
-@_take_bits.def_vmap
-def _take_mapped(size: int, are_mapped: Any, a: DF11Slice, rows: Array) -> tuple[Array, bool]:
-    # All rows of one matrix count together, for what is decompressed at a time.
-    of_a, of_rows = are_mapped
-    if not any(jax.tree.leaves(of_a)):
-        return _take_bits(a, rows.reshape(-1)).reshape(*rows.shape, -1), True
-    axes = jax.tree.map(lambda is_mapped: 0 if is_mapped else None, of_a), 0 if of_rows else None
-    take_from = functools.partial(_take_bits_of_one, _bands_in_piece(a))
-    return jax.vmap(take_from, axes, axis_size=size)(a, rows), True
-
-
-def _bands_in_piece(a: DF11Slice) -> int:
-    view = a.stack.layout.view
-    return rows_in_piece(view.n, view.k) // TILE_COLS
-
-
-# Under jit even where the caller is not: its loop would else be compiled each time.
+# Under jit even where the caller is not: its loop would else be compiled each time, and constants
+# would be transfers, which users may forbid (`jax.transfer_guard`).
 @functools.partial(jax.jit, static_argnums=0, inline=True)
+def _take_rows(
+    size: int, a: DF11Slice, indices: Int[Array, "*batch"]
+) -> BFloat16[Array, "*batch_and_row"]:
+    """`take` of a matrix that has bands, of which `size` are decompressed at a time."""
+    rows, *row = a.shape
+    limits = jnp.iinfo(indices.dtype)  # clamped before they are narrowed
+    flat = jnp.clip(indices.reshape(-1), max(limits.min, -rows - 1), min(limits.max, rows))
+    flat = flat.astype(jnp.int32)
+    flat = jnp.where(flat < 0, flat + rows, flat)
+    is_there = (flat >= 0) & (flat < rows)
+    bits = _taking(size)(a, jnp.where(is_there, flat, 0))
+    bits = jnp.where(is_there[:, None], bits, jnp.uint16(_NAN))
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).reshape(*indices.shape, *row)
+
+
+def _taking(size: int) -> Callable[[DF11Slice, Int[Array, " n"]], UInt16[Array, "n k"]]:
+    """A function that returns the bits of rows that there are."""
+
+    @custom_vmap
+    def take_bits(a: DF11Slice, rows: Int[Array, " n"]) -> UInt16[Array, "n k"]:
+        return _take_bits_of_one(size, a, rows)
+
+    @take_bits.def_vmap
+    def take_mapped(length: int, are_mapped: Any, a: DF11Slice, rows: Array) -> tuple[Array, bool]:
+        # All rows of one matrix count together, for what is decompressed at a time.
+        of_a, of_rows = are_mapped
+        if not any(jax.tree.leaves(of_a)):
+            return take_bits(a, rows.reshape(-1)).reshape(*rows.shape, -1), True
+        axes = jax.tree.map(lambda is_mapped: 0 if is_mapped else None, of_a)
+        take_from = functools.partial(_take_bits_of_one, size)
+        mapped = jax.vmap(take_from, (axes, 0 if of_rows else None), axis_size=length)
+        return mapped(a, rows), True
+
+    return take_bits
+
+
 def _take_bits_of_one(size: int, a: DF11Slice, rows: Int[Array, " n"]) -> UInt16[Array, "n k"]:
     view = a.stack.layout.view
     try:

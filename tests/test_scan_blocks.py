@@ -76,6 +76,21 @@ def test_in_reverse(params, x, lazy):
     assert_same_bits(ys, expected_ys)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_where_transfers_are_forbidden(params, x, reverse):
+    plain, compressed = ({"up": p["mlp"]["up"][:2], "down": p["mlp"]["down"][:2]} for p in params)
+
+    def step(x, p, _):
+        return jnp.tanh(x @ p["up"]) @ p["down"], None
+
+    def run(params):
+        return scan_blocks(step, x, params, reverse=reverse)[0]
+
+    with jax.transfer_guard("disallow"):  # as jax.lax.scan of arrays on the device
+        y = run(compressed)
+    assert_same_bits(y, run(plain))
+
+
 def test_every_bit_pattern():
     # XLA changes payloads of NaNs on CPUs, of plain weights as well, but not of other numbers.
     patterns = np.arange(2**16, dtype=np.uint16).reshape(2, 128, 256)

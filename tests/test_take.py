@@ -88,6 +88,14 @@ def test_is_compiled_once_outside_of_jit(weights, table, count, caplog):
     assert not [message for message in caplog.messages if message.startswith("Compiling")]
 
 
+@pytest.mark.parametrize("count", [2, 100])  # fewer than there are bands, and more
+def test_where_transfers_are_forbidden(weights, table, count):
+    indices = jnp.arange(-count, count)
+    with jax.transfer_guard("disallow"):  # as jnp.take of an array on the device
+        rows = df11_jax.take(table, indices)
+    assert_same_bits(rows, weights[indices])
+
+
 @on_cpu
 def test_slices_of_a_stack():
     weights = random_weights((3, 256, COLUMNS))
