@@ -52,3 +52,10 @@ def cpu_device() -> jax.Device | None:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX was told to use accelerators only
         return None
+
+
+def default_device() -> jax.Device:
+    """The device of arrays for which none is said, whatever mesh the caller has set."""
+    # What is computed would be on all devices of the mesh.
+    (device,) = jax.device_put(np.zeros((), np.uint8)).devices()
+    return device

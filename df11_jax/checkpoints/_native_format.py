@@ -23,6 +23,7 @@ from df11_jax._files.folder import Folder
 from df11_jax._files.folder_source import FolderSource
 from df11_jax._files.safetensors import DTYPES, Tensor, TensorFile, check_shape
 from df11_jax._files.source import Arrangement, TensorInfo
+from df11_jax._host_arrays import default_device, empty_aligned
 from df11_jax._host_codec import Payload
 from df11_jax._layout import Layout
 from df11_jax.checkpoints import _native_checksums
@@ -270,8 +271,12 @@ def to_device(array: np.ndarray) -> Array | np.ndarray:
     """
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         return array.copy()
-    if not jax.sharding.get_abstract_mesh().empty:  # whose devices would each get a copy
-        return jax.device_put(np.array(array))
-    # This copies. On a CPU, `device_put` would use the file as the array's memory if that happens
-    # to be aligned, even with `may_alias=False`.
-    return jnp.array(array)
+    if default_device().platform == "cpu":
+        # `device_put` would use the file as the array's memory if that happens to be aligned, even
+        # with `may_alias=False`.
+        copied = empty_aligned(array.shape, array.dtype)
+        copied[...] = array
+        array = copied
+    # Not `jax.numpy.array`, which is a transfer that users may forbid (`jax.transfer_guard`), and
+    # with a mesh that is set makes a copy for each of its devices.
+    return jax.device_put(array)

@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
 from df11_jax._files.untrusted_json import parse_json
+from df11_jax._host_arrays import default_device
 
 _METADATA_TYPES: dict[str, Any] = {
     "NamedSharding": ocp.metadata.NamedShardingMetadata,
@@ -65,6 +65,4 @@ def _has_devices(sharding: jax.sharding.Sharding) -> bool:
 
 def default() -> jax.sharding.Sharding:
     """The sharding of arrays on the default device, whatever mesh the caller has set."""
-    # What is computed would be on all devices of the mesh.
-    (device,) = jax.device_put(np.zeros((), np.uint8)).devices()
-    return jax.sharding.SingleDeviceSharding(device)
+    return jax.sharding.SingleDeviceSharding(default_device())

@@ -224,6 +224,19 @@ def test_with_a_mesh_that_is_set(tmp_path, format_):
             assert_same_bits(leaf, weights[name])
 
 
+@pytest.mark.parametrize("format_", ["plain", "native", "orbax"])
+def test_where_transfers_are_forbidden(tmp_path, format_):
+    weights = {"w": random_weights((256, 128)), "norm": random_weights((64,))}
+    path = write_as(format_, weights, tmp_path)
+    with jax.transfer_guard("disallow"):  # unless they are explicit
+        loaded = checkpoints.load(path)
+        placed = checkpoints.load(path, device=jax.devices()[0])
+    for tree in (loaded, placed):
+        assert all(isinstance(array, jax.Array) for array in jax.tree.leaves(tree))
+        for name, leaf in df11_jax.decompress_params(tree).items():
+            assert_same_bits(leaf, weights[name])
+
+
 def test_places_that_do_not_suit(tmp_path):
     path = tmp_path / "model.safetensors"
     checkpoints.save({"big": np.array([1 << 40, -1]), "w": np.ones((3, 5), np.float32)}, path)
