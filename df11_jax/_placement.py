@@ -47,10 +47,15 @@ def device_put(params: PyTree, shardings: PyTree) -> PyTree:
 
 
 def own_mesh(leaf: DF11Array) -> contextlib.AbstractContextManager[Any]:
-    """A context in which a leaf is computed with where it is, whatever mesh the caller has set."""
-    sharding = leaf.sharding if isinstance(leaf.header, jax.Array) else None
-    if sharding is None or jax.sharding.get_abstract_mesh().empty:
+    """A context in which a leaf is computed with where it is, whatever mesh the caller has set.
+
+    One that is on the host is computed with on the default device.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
         return contextlib.nullcontext()
+    if not isinstance(leaf.header, jax.Array):
+        return jax.set_mesh(Mesh(np.empty((), object), ()))  # which is none
+    sharding = leaf.sharding
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
         return jax.set_mesh(sharding.mesh)
     if len(sharding.device_set) == 1:

@@ -219,6 +219,18 @@ def test_with_a_mesh_that_is_set(tmp_path, from_eight):
         assert {tuple(array.devices()) for array in jax.tree.leaves(back)} == {(default,)}
 
 
+def test_decompress_what_the_host_saved_with_a_mesh_that_is_set(tmp_path):
+    """Onto the default device, and as free to be moved as what was never placed."""
+    on_host = jax.tree.map(np.asarray, params())
+    save(tmp_path / "x", on_host)
+    with jax.set_mesh(mesh(4)):
+        back = restore(tmp_path / "x", decompress=True)
+    assert_same_tree(back, df11_jax.decompress_params(params()))
+    (default,) = jax.device_put(0).devices()
+    for array in jax.tree.leaves(back):
+        assert array.devices() == {default} and not array.committed
+
+
 def test_the_host_decodes_with_a_mesh_that_is_set(divided, monkeypatch):
     """By no program, which each device of the mesh would run."""
     path, plain = divided
