@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 from df11_jax._array import is_df11
 from df11_jax._compress_tensor import as_weights, compress_tensor, encode_tensor
 from df11_jax._decode import path_name
-from df11_jax._flax import open_boxes
+from df11_jax._flax import move_names, open_boxes
 from df11_jax._identity import identity
 from df11_jax._leaves import as_array, is_array, naming, no_pytree, plain_shape
 from df11_jax._like import Form, forms_of
@@ -202,7 +202,9 @@ def compress_params(
     ]
     if like is not None:
         return jax.tree.unflatten(structure, kept)
-    return open_boxes(jax.tree.unflatten(treedef, kept), selection.takes_out_of_box)
+    opened = open_boxes(jax.tree.unflatten(treedef, kept), selection.takes_out_of_box)
+    moved = {path for path, leaf in named if selection.moves(path, leaf)}
+    return move_names(opened, moved, selection.stack_axis)
 
 
 def compress_leaves(

@@ -7,11 +7,12 @@ So the class is registered when modules of Flax are imported, be it before df11_
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import ModuleType
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec
 from jaxtyping import PyTree
 
 from df11_jax import _layout
@@ -46,6 +47,41 @@ def open_boxes(tree: PyTree, is_opened: Callable[[str, Any], bool] | None = None
 
     return jax.tree.map_with_path(
         open_box, tree, is_leaf=lambda node: isinstance(node, meta.AxisMetadata)
+    )
+
+
+def move_names(tree: PyTree, paths: Collection[str], axis: int) -> PyTree:
+    """The tree, whose variables of nnx name the axes of leaves in the order that these now have.
+
+    Names stay as they are where they are not one for each axis: which axis has none is not known.
+
+    Args:
+        tree: a pytree, of which some leaves had an axis moved to the front.
+        paths: the paths of these leaves.
+        axis: where that axis was.
+    """
+    nnx = sys.modules.get("flax.nnx")  # without it, there are no variables
+    if nnx is None or not paths:
+        return tree
+
+    def rename(path: tuple[Any, ...], node: Any) -> Any:
+        if not isinstance(node, nnx.Variable):
+            return node
+        leaves = jax.tree.leaves_with_path(node, is_leaf=is_df11)
+        names = node.get_metadata("out_sharding", None)
+        if len(leaves) != 1 or not isinstance(names, (tuple, list, PartitionSpec)):
+            return node
+        ((inner, leaf),) = leaves
+        is_moved = path_name((*path, *inner)) in paths
+        if not is_moved or not axis < len(names) == leaf.ndim:
+            return node
+        moved: Any = (names[axis], *names[:axis], *names[axis + 1 :])
+        if isinstance(names, PartitionSpec):
+            moved = PartitionSpec(*moved)
+        return type(node).from_metadata(leaf, node.get_metadata() | {"out_sharding": moved})
+
+    return jax.tree.map_with_path(
+        rename, tree, is_leaf=lambda node: is_df11(node) or isinstance(node, nnx.Variable)
     )
 
 

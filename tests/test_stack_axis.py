@@ -168,6 +168,53 @@ def test_nnx():
     assert_same_bits(nnx.jit(run, static_argnums=2)(model, x, 0), expected)
 
 
+def test_nnx_names_of_axes_move_with_them():
+    """Else `nnx.get_partition_spec` was wrong, and `nnx.scan` did not find the name to remove."""
+
+    def linear(names, wrap=tuple):
+        options = {"param_dtype": jnp.bfloat16, "dtype": jnp.bfloat16, "rngs": nnx.Rngs(0)}
+        metadata = {"out_sharding": wrap(names)}
+        return nnx.Linear(128, 128, kernel_metadata=metadata, use_bias=False, **options)
+
+    def make(names, **options):
+        meta = {"transform_metadata": {nnx.PARTITION_NAME: "layers"}}
+        layers = nnx.vmap(lambda _: linear(names), out_axes=1, axis_size=LAYERS, **(meta | options))
+        return layers(None)
+
+    with nnx.use_eager_sharding(False):
+        layers = make(("in", "out"))
+        state = nnx.state({"layers": layers, "head": linear(("in", "out"))})
+        # Without its name, there are fewer than axes.
+        state["unnamed"] = nnx.state(make(("in", "out"), transform_metadata={}))
+        spec = nnx.state(linear(jax.P("in", "layers", "out"), wrap=lambda spec: spec))
+        spec["kernel"].set_raw_value(state["layers"]["kernel"].get_raw_value())
+        state["spec"] = spec
+    small = compress_params(state, stacked="layers|spec|unnamed", stack_axis=1)
+    names = {name: part["kernel"].get_metadata("out_sharding") for name, part in small.items()}
+    assert names == {
+        "layers": ("layers", "in", "out"),
+        "head": ("in", "out"),
+        "unnamed": ("in", "out"),
+        "spec": jax.P("layers", "in", "out"),
+    }
+    assert isinstance(small["layers"]["kernel"].get_raw_value(), DF11Array)
+    assert state["layers"]["kernel"].get_metadata("out_sharding") == ("in", "layers", "out")
+
+    def run(layers, axis):
+        scan = nnx.scan(
+            lambda x, layer: layer(x),
+            in_axes=(nnx.Carry, axis),
+            out_axes=nnx.Carry,
+            transform_metadata={nnx.PARTITION_NAME: "layers"},
+        )
+        return scan(jnp.ones((2, 128), jnp.bfloat16), layers)
+
+    expected = run(layers, 1)
+    nnx.update(layers, small["layers"])
+    df11_jax.nnx.compress(layers, stacked=".")
+    assert_same_bits(run(layers, 0), expected)
+
+
 class TestDisagreement:
     def test_layers_along_another_axis(self):
         plain = {"wi": random_weights((128, 4, 512)), "wo": random_weights((512, 4, 128))}

@@ -18,7 +18,7 @@ from df11_jax._compress import align_layers, compress_leaves
 from df11_jax._compress_tensor import compress_as
 from df11_jax._decode import decompress_params
 from df11_jax._files import crc32
-from df11_jax._flax import open_boxes
+from df11_jax._flax import move_names, open_boxes
 from df11_jax._host_codec import decode
 from df11_jax._placement import on_cpu, own_mesh
 from df11_jax._select import Selection
@@ -74,7 +74,12 @@ def restore(stored: StoredItem, args: DF11Restore) -> PyTree:
         if target is ocp.PLACEHOLDER:  # and stays one, as with Orbax
             ordered.insert(i, target)
     restored = jax.tree.unflatten(treedef, ordered)
-    return restored if args.compress is None else open_boxes(restored, selection.takes_out_of_box)
+    if args.compress is None:
+        return restored
+    plain = [plan.leaf.path for plan in plans if not plan.leaf.is_compressed]
+    moved = {path for path in plain if selection.stack_axis and selection.stack_axes(path)}
+    opened = open_boxes(restored, selection.takes_out_of_box)
+    return move_names(opened, moved, selection.stack_axis)
 
 
 def read_leaf(stored: StoredItem, leaf: StoredLeaf) -> Any:

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from orbax_helpers import abstract, assert_same_tree, restore, save, save_plain
 from payloads import random_weights
 
@@ -61,6 +62,23 @@ def test_shardings_move_with_their_axes(tmp_path):
             assert layers[name].shape == (3, 128)
             moved = jax.NamedSharding(mesh, jax.P(None, "d"))
             assert layers[name].sharding.is_equivalent_to(moved, 2)
+
+
+@pytest.mark.parametrize("saver", [save, save_plain])
+def test_names_of_axes_move_with_them(saver, tmp_path):
+    """In the target, variables of nnx name the axes in the order that was stored."""
+    weights = {"up": random_weights((128, 3, 192)), "norm": jnp.ones((128, 3), jnp.bfloat16)}
+    names = {"up": ("in", "layers", "out"), "norm": ("in", "layers")}
+    with nnx.use_eager_sharding(False):
+        made = {name: nnx.Param(w, out_sharding=names[name]) for name, w in weights.items()}
+    state = nnx.State({"layers": made})
+    saver(tmp_path / "x", state)
+    layers = restore(tmp_path / "x", abstract(state), compress=MOVED)["layers"]
+    assert layers["up"].get_metadata("out_sharding") == ("layers", "in", "out")
+    assert layers["norm"].get_metadata("out_sharding") == ("layers", "in")
+    expected = df11_jax.compress_params({"layers": weights}, **MOVED)["layers"]
+    for name, leaf in expected.items():
+        assert_same_tree(layers[name].get_raw_value(), leaf)
 
 
 def test_errors(tmp_path):
