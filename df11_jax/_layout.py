@@ -340,8 +340,13 @@ def check_payload(
         if array.dtype != np.uint32 or shape[:-1] != (*stack, *parts) or not fits:
             last = "a multiple of 4" if expected is None else expected
             want = ", ".join(map(str, (*stack, *parts, last)))
+            is_moved = expected in shape[:-1] and shape[-1] != expected
+            hint = (
+                f". Its {expected} words are to be its last axis, and axes of a stack in front of "
+                "that: out_axes=0 of jax.vmap puts them there"
+            )
             raise ValueError(
                 f"{name}: {part} is {array.dtype}{list(shape)}, expected uint32[{want}] for slices "
-                f"of shape {list(layout.shape)}"
+                f"of shape {list(layout.shape)}" + (hint if is_moved else "")
             )
     return stack

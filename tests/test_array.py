@@ -153,6 +153,9 @@ def test_arrays_that_do_not_fit(stacked):
         decompress_params({"block": {"kernel": short}})
     with pytest.raises(ValueError, match=r"codebook is uint32\[2, 36\], expected uint32\[3, 36\]"):
         decompress(dataclasses.replace(a, codebook=a.codebook[:2]))
+    behind = jax.vmap(lambda a: a, out_axes=1)(a)
+    with pytest.raises(ValueError, match=r"header is uint32\[28, 3\].* Its 28 words.*out_axes=0"):
+        decompress(behind)
 
 
 @pytest.mark.parametrize(
