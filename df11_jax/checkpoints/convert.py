@@ -254,9 +254,11 @@ def _write_directory(source: Source, path: Path, target: _PlainTarget, progress:
             kept = {key: value for key, value in config.items() if key != CONFIG_KEY}
             copy_small_files(source.folder, path, kept)
         source.check_current()
-        if arrangement.index_file is not None:
+        # Where there is no tensor, no file says that it is a checkpoint, but for an index.
+        index_file = arrangement.index_file if arrangement.shards else INDEX
+        if index_file is not None:
             write_index(
-                path / arrangement.index_file,
+                path / index_file,
                 [path / shard for shard in arrangement.shards],
                 checksums=target.has_checksums,
                 metadata=target.index_metadata(arrangement.index_metadata),

@@ -364,11 +364,16 @@ def test_what_does_not_become_a_file(tmp_path, plain):
     assert target.read_text() == "mine"
 
 
-def test_a_file_of_no_tensors(tmp_path):
-    save_file({}, tmp_path / "empty.safetensors")
-    target = tmp_path / "out.safetensors"
-    write_native(open_checkpoint(tmp_path / "empty.safetensors"), target)
-    assert not open_checkpoint(target).tensors
+@pytest.mark.parametrize("target", ["out.safetensors", "out"])
+def test_a_file_of_no_tensors(tmp_path, target):
+    source = tmp_path / "plain"
+    source.mkdir()
+    save_file({}, source / "model.safetensors")
+    if target.endswith(".safetensors"):
+        source /= "model.safetensors"
+    write_native(open_checkpoint(source), tmp_path / target)
+    assert not open_checkpoint(tmp_path / target).tensors
+    assert checkpoints.load(tmp_path / target) == {}
 
 
 def test_a_file_that_cannot_be_finished_leaves_nothing(tmp_path, weights, monkeypatch):
