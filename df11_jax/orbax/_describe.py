@@ -56,9 +56,10 @@ def describe(params: PyTree) -> tuple[Manifest, list[Any]]:
         ):
             raise TypeError(f"{path}: Orbax cannot save a {type(value).__name__} of {dtype}")
         if not ocp.type_handlers.has_type_handler(type(value)):
-            raise TypeError(
-                f"{path}: Orbax cannot save a {type(value).__name__}; save numpy.asarray of it"
-            )
+            kind = type(value).__name__
+            if type(value).__module__ == "numpy":  # whose bool is not Python's, which can be saved
+                kind = f"numpy.{kind}"
+            raise TypeError(f"{path}: Orbax cannot save a {kind}; save numpy.asarray of it")
         if not getattr(dtype, "isnative", True):
             raise TypeError(
                 f"{path}: Orbax would not give back the byte order of {dtype}; save "

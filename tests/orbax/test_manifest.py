@@ -102,12 +102,16 @@ def test_names_that_orbax_confuses_are_refused(tmp_path):
 def test_leaves_that_cannot_be_saved(tmp_path):
     with pytest.raises(TypeError, match="a/0: Orbax cannot save a object"):
         save(tmp_path / "x", {"a": [object()]})
-    for number in (1j, jnp.bfloat16.dtype.type(1.5)):  # of which Orbax knows arrays only
+    # Of these, Orbax knows arrays only.
+    for number in (1j, jnp.bfloat16.dtype.type(1.5), np.bool_(True)):
         name = type(number).__name__
+        if isinstance(number, np.bool_):
+            name = rf"numpy\.{name}"  # Python's can be saved
         with pytest.raises(TypeError, match=f"a/0: Orbax cannot save a {name}; save numpy.asarray"):
             save(tmp_path / "x", {"a": [number]})
-        save(tmp_path / name, {"a": [np.asarray(number)]})  # as it says
-        assert restore(tmp_path / name)["a"][0] == number
+        folder = tmp_path / type(number).__name__
+        save(folder, {"a": [np.asarray(number)]})  # as it says
+        assert restore(folder)["a"][0] == number
 
 
 @pytest.mark.parametrize("options", [{}, {"compress": {}}])
