@@ -43,7 +43,7 @@ __all__ = ["compressed", "scan"]
 
 
 def compressed(
-    module: ModuleClass, *, methods: Sequence[str] = ("__call__",), fused: bool = False
+    module: ModuleClass, *, methods: Sequence[str] | None = None, fused: bool = False
 ) -> ModuleClass:
     """The same module class, whose parameters may be compressed.
 
@@ -58,7 +58,8 @@ def compressed(
 
     Args:
         module: a module class, or a `functools.partial` of one. This can be a class decorator.
-        methods: the methods that use parameters; their results are arrays, or pytrees of them.
+        methods: the names of the methods that use parameters; None for `__call__`, as in Flax.
+            Their results are arrays, or pytrees of them.
         fused: multiply without decompressing, as `df11_jax.dot` does and where it can, in `Dense`,
             `DenseGeneral`, `Einsum` and `Embed.attend`, be it in submodules. So sums are in another
             order than XLA's. `Embed` looks rows up as `df11_jax.take` does. All other parameters
@@ -81,7 +82,7 @@ def scan(
     *,
     variable_axes: Mapping[Any, Any],
     variable_broadcast: Any = False,
-    methods: Sequence[str] = ("__call__",),
+    methods: Sequence[str] | None = None,
     fused: bool = False,
     **options: Any,
 ) -> ModuleClass:
@@ -96,7 +97,7 @@ def scan(
         variable_axes: see `nn.scan`. Whatever axis it gives to parameters, it is 0 once some are
             compressed: `compress_params(..., stacked=..., stack_axis=...)` brings it to the front.
         variable_broadcast: see `nn.scan`.
-        methods: the names of the methods to scan over.
+        methods: the names of the methods to scan over; None for `__call__`, as in Flax.
         fused: see `compressed`.
         **options: all other options of `nn.scan`.
 
@@ -126,6 +127,8 @@ def _transform(
     base = module.func if isinstance(module, functools.partial) else module
     if not (isinstance(base, type) and issubclass(base, nn.Module)):
         raise TypeError(f"expected a class of flax.linen modules, got {module!r}")
+    if methods is None:
+        methods = ("__call__",)
     if isinstance(methods, (str, Mapping)) or not isinstance(methods, Iterable):
         raise TypeError(f"methods: expected names, such as ('__call__', 'attend'), got {methods!r}")
     transformed = transforms.lift_transform(transform, module, methods=tuple(methods), **options)

@@ -435,11 +435,34 @@ def test_only_module_classes():
         scan(lambda x: x, variable_axes={"params": 0})
 
 
-@pytest.mark.parametrize("methods", ["attend", {"attend": {"reverse": True}}, None])
+def test_methods_may_be_none_as_in_flax():
+    """Which is the default of `nn.scan`: a program's own wrapper may pass it on."""
+    table = random_weights((256, 128))
+    embed = compressed(nn.Embed, methods=None)(256, 128, param_dtype=jnp.bfloat16)
+    params = compress_params({"embedding": table})
+    assert isinstance(params["embedding"], DF11Array)
+    rows = embed.apply({"params": params}, jnp.array([3, 7]))
+    assert_same_bits(rows, table[jnp.array([3, 7])])
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.Dense(128, use_bias=False, param_dtype=jnp.bfloat16)(x), None
+
+    options = {"variable_axes": {"params": 0}, "length": 2, "methods": None}
+    kernel = random_weights((2, 128, 128))
+    small = compress_params({"Dense_0": {"kernel": kernel}}, stacked=".")
+    x = jnp.ones((1, 128), jnp.bfloat16)
+    y, _ = scan(Block, **options)().apply({"params": small}, x, None)
+    plain, _ = nn.scan(Block, **options)().apply(
+        {"params": {"Dense_0": {"kernel": kernel}}}, x, None
+    )
+    assert_same_bits(y, plain)
+
+
+@pytest.mark.parametrize("methods", ["attend", {"attend": {"reverse": True}}, 3])
 def test_methods_are_a_sequence_of_names(methods):
-    with pytest.raises(
-        TypeError, match=r"methods: expected names, such as .*, got .*(attend|None)"
-    ):
+    with pytest.raises(TypeError, match=r"methods: expected names, such as .*, got .*(attend|3)"):
         compressed(nn.Embed, methods=methods)
     with pytest.raises(TypeError, match="methods: expected names"):
         scan(nn.Embed, methods=methods, variable_axes={"params": 0})
