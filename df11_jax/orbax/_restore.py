@@ -20,6 +20,7 @@ from df11_jax._decode import decompress_params
 from df11_jax._files import crc32
 from df11_jax._flax import move_names, open_boxes
 from df11_jax._host_codec import decode
+from df11_jax._leaves import naming
 from df11_jax._placement import on_cpu, own_mesh
 from df11_jax._select import Selection
 from df11_jax._shards import divided_as
@@ -41,7 +42,8 @@ def restore(stored: StoredItem, args: DF11Restore) -> PyTree:
 
     Raises:
         ValueError: the target disagrees with the checkpoint, a checksum is wrong, a number does
-            not fit in the target's dtype, or a leaf is damaged; the message has the paths.
+            not fit in the target's dtype, or a leaf is damaged; the message, or a note, has the
+            paths.
     """
     plans = _plan.plan_leaves(stored, args)
     selection, options = Selection.split(args.compress or {})
@@ -61,6 +63,10 @@ def restore(stored: StoredItem, args: DF11Restore) -> PyTree:
                 value = _numbers.as_array(value, dtype, name)
             is_sound = args.verify and plan.leaf.crc32 is not None
             values[plan.leaf.keys] = _convert_and_place(plan, value, is_sound, selection, options)
+    for plan in plans:
+        if plan.conversion is Conversion.DECOMPRESS:  # by programs that may run still, and fail
+            with naming(plan.leaf.path, "decompressing"):
+                jax.block_until_ready(values[plan.leaf.keys])
     ordered = [values.pop(plan.leaf.keys) for plan in plans]
     if args.compress is not None:
         paths = [plan.leaf.path for plan in plans]
@@ -235,7 +241,8 @@ def _convert_and_place(
         value = _place_arrays(plan, _fit(value, plan.target))
         return value if is_df11(value) else selection.to_front(path, value)
     if plan.conversion is Conversion.DECOMPRESS:
-        return _decompress(plan, value, is_sound)
+        with naming(path, "decompressing"):
+            return _decompress(plan, value, is_sound)
     where = sharding_of(plan.target)
     if plan.conversion is Conversion.DIVIDE:
         value = _decode_on_host(value, path)
@@ -263,7 +270,8 @@ def _place_arrays(plan: LeafPlan, value: Any) -> Any:
 def _decompress(plan: LeafPlan, value: DF11Array, is_sound: bool) -> Any:
     """The weights where they are to be; each device decodes its parts, if it has whole ones."""
     # The name is a part of the program that decodes, so that each leaf would compile one of its
-    # own. The decoder needs it only for leaves that may be corrupt.
+    # own. The decoder needs it only for leaves that may be corrupt. Of those that were so when they
+    # were saved, a note on the error has it.
     path = "leaf" if is_sound else plan.leaf.path
     where = _where.of_weights(plan)
     if where is None:

@@ -1,5 +1,6 @@
 """Damaged, foreign, and newer checkpoints."""
 
+import dataclasses
 import gc
 import pathlib
 import shutil
@@ -18,6 +19,7 @@ from orbax_helpers import (
     save,
     save_plain,
 )
+from payloads import random_weights
 
 import df11_jax
 from df11_jax import _layout
@@ -78,6 +80,23 @@ def test_verification_can_be_left_out(saved):
     either = (jax.errors.JaxRuntimeError, ValueError)  # the latter where jax had it compiled
     with pytest.raises(either, match=r"DATA_LOSS.*layers/up.*corrupt"):
         restore(saved, verify=False, decompress=True)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="kernels of GPUs raise no errors")
+@pytest.mark.parametrize("rows", [256, 8192])  # decoded at once, and while others are dispatched
+@pytest.mark.parametrize("to_host", [False, True])
+def test_what_was_corrupt_when_it_was_saved(tmp_path, rows, to_host):
+    """Its checksum fits, and leaves of one form share a program, which has no path."""
+    small = df11_jax.compress(random_weights((rows, 512)))
+    exponents = np.array(small.exponents)
+    exponents[len(exponents) // 2] ^= 0x5A5A
+    bad = dataclasses.replace(small, exponents=jnp.asarray(exponents))
+    params = {"good": small, "layers": {"bad": bad}}
+    save(tmp_path / "x", jax.tree.map(np.asarray, params) if to_host else params)
+    either = (jax.errors.JaxRuntimeError, ValueError)
+    with pytest.raises(either, match=r"DATA_LOSS.*corrupt") as caught:
+        restore(tmp_path / "x", decompress=True)
+    assert "df11_jax: while decompressing the leaf layers/bad" in caught.value.__notes__
 
 
 # Where reading an array fails, Orbax and TensorStore leave other reads behind.
