@@ -356,11 +356,14 @@ def _make_fused(module_type: Any) -> Any:
 def _fused_type(module_type: type[Any]) -> Any:
     """The type of modules that are of `module_type`, and fuse what that has Flax multiply."""
     last = next(_fused_last(*row) for row in _PRODUCTS if issubclass(module_type, row[0]))
-    names = {"__module__": module_type.__module__, "__qualname__": module_type.__qualname__}
     # A subclass is a pytree unless it says otherwise, even of one that is none.
     is_pytree = getattr(module_type, "_pytree__is_pytree", True)
     options = {} if is_pytree else {"pytree": False}
-    return type(module_type.__name__, (module_type, last), names, **options)
+    # It gets its name afterwards: a base may register its subclasses by their names.
+    bases, names = (module_type, last), {"__module__": module_type.__module__}
+    made: Any = type(f"Fused{module_type.__name__}", bases, names, **options)
+    made.__name__, made.__qualname__ = module_type.__name__, module_type.__qualname__
+    return made
 
 
 @functools.cache

@@ -581,6 +581,26 @@ def test_nnx_subclasses_with_code_of_their_own(name, fused_products):
     assert nnx.graphdef(model) == before and type(model) is kind
 
 
+def test_nnx_subclasses_that_are_registered_by_name():
+    """The type that is made of one does not take its place."""
+    registered = {}
+
+    class Registered:
+        def __init_subclass__(cls, **options):
+            super().__init_subclass__(**options)
+            registered[cls.__name__] = registered[cls.__qualname__] = cls
+
+    class Twice(Registered, nnx.Linear):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    model = Twice(WIDTH, WIDTH, rngs=nnx.Rngs(0), **bf16)
+    df11_jax.nnx.compress(model, fused=True)
+    assert type(model) is not Twice
+    assert (type(model).__name__, type(model).__qualname__) == ("Twice", Twice.__qualname__)
+    assert registered["Twice"] is registered[Twice.__qualname__] is Twice
+
+
 # How leaves are compressed as matrices.
 
 
