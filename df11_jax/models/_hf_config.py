@@ -60,6 +60,7 @@ _READ_IN = {
 
 # Fields that change what is computed, with the values under which they do not.
 _NOT_IMPLEMENTED = {
+    "is_causal": (None, True),  # transformers lets all tokens attend to all others otherwise
     "use_bidirectional_attention": (None, False, "vision"),  # which is among images
 }
 _ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")

@@ -317,6 +317,7 @@ def test_frequencies():
             "rope_scaling: partial_rotary_factor 0.5",
         ),
         (LLAMA | {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
+        (LLAMA | {"is_causal": False}, "is_causal False is not supported"),
         (LLAMA | {"layer_types": ["linear_attention"] * 3}, "the layer type 'linear_attention'"),
         (QWEN_3_5 | {"layer_types": ["sliding_attention"] * 4}, "only full_attention and linear"),
         (QWEN_3_5 | {"attn_output_gate": False}, "attn_output_gate False .* qwen3_5_text, only Tr"),
