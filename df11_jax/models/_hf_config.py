@@ -281,14 +281,19 @@ def _rope(scaling: Fields, theta: float, f: Fields, family: str, head_dim: int) 
     size = rotary_dim(Rope(**common), head_dim)
     if not size or size % 2:
         raise said.error("partial_rotary_factor", f"an even part of a head of {head_dim}")
+    # Queries grow whatever the frequencies are.
+    growth = "llama_4_scaling_beta"
+    if family == "ministral3" and (kind == "yarn" or scaling.get(growth) is not None):
+        common |= {
+            "query_growth": scaling.number(growth),
+            "original_length": _original_length(scaling, f),
+        }
     # "dynamic" changes nothing up to the length that the model was made for.
     if kind in ("default", "dynamic"):
         return Rope(**common)
     if kind == "linear":
         return Rope(**common, kind=kind, factor=scaling.number("factor"))
-    longest = f.size("max_position_embeddings")
-    outer = f if f.get("original_max_position_embeddings") is not None else scaling
-    length = outer.size("original_max_position_embeddings", longest)
+    longest, length = f.size("max_position_embeddings"), _original_length(scaling, f)
     common |= {"kind": kind, "original_length": length}
     if kind == "llama3":
         return Rope(
@@ -310,15 +315,19 @@ def _rope(scaling: Fields, theta: float, f: Fields, family: str, head_dim: int) 
         raise UnsupportedModelError(f"{scaling.where}: truncate is not supported, only true is")
     if common["theta"] <= 1:
         raise ValueError(f"{f.where}: rope_theta is {common['theta']:g}, expected more than 1")
-    ministral3 = family == "ministral3"
     return Rope(
         **common,
         factor=factor,
         low_freq_factor=scaling.number("beta_slow", 1),
         high_freq_factor=scaling.number("beta_fast", 32),
         attention_factor=scaling.number("attention_factor", _yarn_attention(scaling, factor)),
-        query_growth=scaling.number("llama_4_scaling_beta") if ministral3 else 0.0,
     )
+
+
+def _original_length(scaling: Fields, f: Fields) -> int:
+    """The length that a model was made for before its frequencies were scaled."""
+    outer = f if f.get("original_max_position_embeddings") is not None else scaling
+    return outer.size("original_max_position_embeddings", f.size("max_position_embeddings"))
 
 
 def _yarn_attention(scaling: Fields, factor: float) -> float:

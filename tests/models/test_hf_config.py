@@ -214,6 +214,18 @@ def test_dynamic_changes_nothing_up_to_the_length_of_the_model():
     assert read_config(LLAMA | {"rope_scaling": scaling}) == plain
 
 
+@pytest.mark.parametrize("kind", ["default", "linear", "yarn"])
+def test_queries_grow_whatever_the_frequencies_are(kind):
+    scaling = {"rope_type": kind, "factor": 2.0, "original_max_position_embeddings": 8}
+    fields = families.CONFIGS["ministral3"]
+    for name in ("rope_parameters", "rope_scaling"):
+        said = {"rope_parameters": None, name: scaling | {"llama_4_scaling_beta": 0.5}}
+        rope = read_config(fields | said).rope
+        assert (rope.query_growth, rope.original_length) == (0.5, 8)
+    if kind != "yarn":
+        assert read_config(fields | {"rope_parameters": scaling}).rope.query_growth == 0
+
+
 def test_yarn_that_was_added_makes_models_longer():
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
     assert read_config(LLAMA | {"rope_scaling": scaling}).max_length == 2048
