@@ -46,6 +46,13 @@ def device_put(params: PyTree, shardings: PyTree) -> PyTree:
     return jax.tree.unflatten(treedef, placed)
 
 
+def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """A context in which programs are on a mesh, or on none, whatever mesh the caller has set."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    return jax.set_mesh(Mesh(np.empty((), object), ()) if mesh is None else mesh)
+
+
 def own_mesh(leaf: DF11Array) -> contextlib.AbstractContextManager[Any]:
     """A context in which a leaf is computed with where it is, whatever mesh the caller has set.
 

@@ -1,5 +1,6 @@
 """Parameters on devices: where each leaf is put, and over which mesh parameters are divided."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from jaxtyping import Array, Shaped
 
 from df11_jax._array import DF11Array, is_df11
 from df11_jax._decode import path_name
+from df11_jax._placement import on_mesh
 from df11_jax.models._config import Config
 from df11_jax.models._experts import EXPERTS
 from df11_jax.models._processes import put_shards, spans_processes
@@ -148,9 +150,8 @@ def find_mesh(params: Params) -> Mesh | None:
     Raises:
         ValueError: the parameters were divided for several devices, and are not on as many.
     """
-    sharding = getattr(jax.tree.leaves(params["embed_tokens"])[0], "sharding", None)
-    mesh: Mesh | None = None
-    if isinstance(sharding, NamedSharding) and sharding.spec[:1] == (ALL_AXES,):
+    sharding, mesh = _named_sharding(params), None
+    if sharding is not None and sharding.spec[:1] == (ALL_AXES,):
         assert isinstance(sharding.mesh, Mesh)
         mesh = sharding.mesh
     count, shards = mesh.shape[AXIS] if mesh else 1, _count_shards(params)
@@ -159,6 +160,23 @@ def find_mesh(params: Params) -> Mesh | None:
             f"params are divided for {shards} devices, but on {count}: see models.place_params"
         )
     return mesh
+
+
+def on_own_mesh(params: Params) -> contextlib.AbstractContextManager[Any]:
+    """A context in which programs are where parameters are, whatever mesh the caller has set.
+
+    Under that, each of its devices would get all parameters that are on a single device, in each
+    call; and those that are divided are on a mesh of their own.
+    """
+    sharding = _named_sharding(params)
+    has_mesh = sharding is not None and isinstance(sharding.mesh, Mesh)
+    return on_mesh(sharding.mesh if has_mesh else None)
+
+
+def _named_sharding(params: Params) -> NamedSharding | None:
+    """The sharding of the first of the parameters, if it is one on a mesh."""
+    sharding = getattr(jax.tree.leaves(params["embed_tokens"])[0], "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else None
 
 
 def _find_devices(devices: Devices | None) -> list[jax.Device]:

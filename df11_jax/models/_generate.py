@@ -8,7 +8,7 @@ from jaxtyping import Int
 
 from df11_jax._brief import brief
 from df11_jax.models._config import Config
-from df11_jax.models._devices import find_mesh
+from df11_jax.models._devices import find_mesh, on_own_mesh
 from df11_jax.models._programs import NO_TOKEN, decode, prefill
 from df11_jax.models._sampling import Sampling, check_integers
 from df11_jax.models._transformer import Params
@@ -62,7 +62,6 @@ def generate(
     longest = max(map(len, prompts))
     padded = pad_prompts(prompts, padded_length(longest, tokens, length))
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    keys = jax.random.split(jax.random.key(seed), len(prompts))
     if not isinstance(stop, Iterable):
         raise TypeError(f"stop is {brief(stop)}, expected the tokens that end a row")
     stop = [token for token in stop if token < 2**31]  # the others are no tokens of a model
@@ -79,12 +78,15 @@ def generate(
         if callback is not None and any(rows):
             callback(rows)
 
-    state = prefill(params, padded, lengths, sampling, keys, stops, length, config, mesh)
+    with on_own_mesh(params):
+        keys = jax.random.split(jax.random.key(seed), len(prompts))
+        state = prefill(params, padded, lengths, sampling, keys, stops, length, config, mesh)
     add(np.asarray(state.tokens)[:, None])
     left = tokens - 1
-    while left and not np.all(state.done):
+    while left and not np.asarray(state.done).all():
         steps = min(left, every)
-        state, out = decode(params, state, steps, sampling, keys, stops, every, config, mesh)
+        with on_own_mesh(params):
+            state, out = decode(params, state, steps, sampling, keys, stops, every, config, mesh)
         add(np.asarray(out))
         left -= steps
     return generated

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, BFloat16, Shaped
 
 from df11_jax._array import DF11Array
@@ -15,6 +15,7 @@ from df11_jax._decode import decompress
 from df11_jax._host_arrays import BFLOAT16, empty_aligned
 from df11_jax._host_codec import encode
 from df11_jax._layout import Layout, make_layout
+from df11_jax._placement import on_mesh
 from df11_jax._select import is_candidate, is_worth_keeping
 from df11_jax._stack import StackBuilder
 from df11_jax.models._experts import EXPERTS, ROUTERS
@@ -113,10 +114,13 @@ class CompressedLeafBuilder:
             return array
         if isinstance(where, NamedSharding):
             # Otherwise each device would gather and decompress all of it.
-            spec = where.spec
-            here = jax.shard_map(decompress, mesh=where.mesh, in_specs=spec, out_specs=spec)
-            return jax.jit(here, out_shardings=where)(array)
-        return decompress(array)
+            mesh, spec = where.mesh, where.spec
+            assert isinstance(mesh, Mesh)
+            here = jax.shard_map(decompress, mesh=mesh, in_specs=spec, out_specs=spec)
+            with on_mesh(mesh):
+                return jax.jit(here, out_shardings=where)(array)
+        with on_mesh(None):
+            return decompress(array)
 
 
 def transpose(

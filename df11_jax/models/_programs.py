@@ -19,7 +19,7 @@ from df11_jax._product import is_fused_in
 from df11_jax.models import _cache, _transformer
 from df11_jax.models._cache import Cache
 from df11_jax.models._config import Config
-from df11_jax.models._devices import find_mesh
+from df11_jax.models._devices import find_mesh, on_own_mesh
 from df11_jax.models._layers import rms_norm
 from df11_jax.models._parallel import cache_specs, on_each_device, on_one_device
 from df11_jax.models._sampling import Sampling, choose
@@ -235,15 +235,16 @@ def compile_programs(
     padded = padded_length(prompt, tokens, length)
     prompts = jax.ShapeDtypeStruct((batch, padded), jnp.int32)
     lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-    stop = jax.ShapeDtypeStruct((stops,), jnp.int32)
-    mesh = find_mesh(params)
-    lowered = prefill.lower(params, prompts, lengths, sampling, keys, stop, length, config, mesh)
-    first, state = lowered.compile(), lowered.out_info
-    if mesh is not None:
-        state = jax.tree.map(_with_sharding, state, first.output_shardings)
-    lowered = decode.lower(params, state, every, sampling, keys, stop, every, config, mesh)
-    return Programs(first, lowered.compile(), _cache.count_bytes(on_one_device(state.cache)))
+    stop, mesh = jax.ShapeDtypeStruct((stops,), jnp.int32), find_mesh(params)
+    with on_own_mesh(params):
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+        args = sampling, keys, stop
+        lowered = prefill.lower(params, prompts, lengths, *args, length, config, mesh)
+        first, state = lowered.compile(), lowered.out_info
+        if mesh is not None:
+            state = jax.tree.map(_with_sharding, state, first.output_shardings)
+        second = decode.lower(params, state, every, *args, every, config, mesh).compile()
+    return Programs(first, second, _cache.count_bytes(on_one_device(state.cache)))
 
 
 def _next(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import shapes
+from mostly_slow import mostly_slow
 from payloads import count_decodes
 from runs import BF16, DRAWN, F32, PROMPTS, assert_same_bits, begin, run
 
@@ -52,6 +53,33 @@ def load(family, devices, compress=True):
 
 
 # What is computed.
+
+
+# A single token needs no program of the token loop.
+@pytest.mark.parametrize(("devices", "count"), mostly_slow([(2, 1), (1, 2), (2, 2)]))
+def test_whatever_mesh_the_caller_has_set(devices, count):
+    config = models.read_config(families.CONFIGS["llama"])
+    source, rows = families.NoisySource(config), [[1, 2, 3], [4]]
+    expected = models.load_params(source, config, devices=devices)
+    tokens = models.generate(expected, rows, config, tokens=count)
+    with jax.set_mesh(jax.make_mesh((4,), ("x",))):
+        params = models.load_params(source, config, devices=devices)
+        assert_same_bits(params, expected)
+        assert models.generate(params, rows, config, tokens=count) == tokens
+    # Kernels that do not compress are decompressed by a program, which would be on that mesh.
+    for leaf, like in zip(*map(jax.tree.leaves, (params, expected)), strict=True):
+        assert leaf.sharding == like.sharding
+
+
+@pytest.mark.slow
+def test_programs_are_where_parameters_are_whatever_mesh_is_set():
+    for devices in (1, 2):
+        params, config = load("llama-biases", devices)
+        with jax.set_mesh(jax.make_mesh((4,), ("x",))):
+            programs = models.compile_programs(params, config, batch=2, prompt=3, tokens=2)
+        for program in (programs.prefill, programs.decode):
+            places = jax.tree.leaves(program.input_shardings)
+            assert {len(place.device_set) for place in places} == {devices}
 
 
 @pytest.mark.slow
