@@ -6,8 +6,7 @@ are fused (see `df11_jax.dot`), the token loop has no decompressed blocks at all
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +21,11 @@ from df11_jax.models._config import Config
 from df11_jax.models._devices import find_mesh, on_own_mesh
 from df11_jax.models._layers import rms_norm
 from df11_jax.models._parallel import cache_specs, on_each_device, on_one_device
+from df11_jax.models._promotion import with_promotion
 from df11_jax.models._sampling import Sampling, choose
 from df11_jax.models._sharding import STAGES, shard_config
 from df11_jax.models._transformer import Params
 from df11_jax.models.prompts import cache_length, padded_length
-
-Args = ParamSpec("Args")
-Result = TypeVar("Result")
 
 # Prompts are read in pieces of about this many tokens, all rows together: enough to be worth the
 # decompression of all blocks for each piece, and few enough to need little memory.
@@ -57,19 +54,8 @@ class State(NamedTuple):
     cache: Cache
 
 
-def _with_promotion(function: Callable[Args, Result]) -> Callable[Args, Result]:
-    """The same function, where users have JAX refuse to broadcast in code of their own."""
-
-    @functools.wraps(function)
-    def inner(*args: Args.args, **kwargs: Args.kwargs) -> Result:
-        with jax.numpy_rank_promotion("allow"):
-            return function(*args, **kwargs)
-
-    return inner
-
-
 @functools.partial(jax.jit, static_argnames=("length", "config", "mesh"))
-@_with_promotion
+@with_promotion
 def prefill(
     params: Params,
     prompts: Int[Array, "batch seq"],
@@ -134,7 +120,7 @@ def prefill(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "room", "mesh"), donate_argnames=("state",))
-@_with_promotion
+@with_promotion
 def decode(
     params: Params,
     state: State,

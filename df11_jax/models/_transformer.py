@@ -56,6 +56,7 @@ from df11_jax.models._layer_types import (
 )
 from df11_jax.models._layers import RMSNorm, activate, multiply, rms_norm
 from df11_jax.models._per_layer import PerLayerInputs, TokenInputs
+from df11_jax.models._promotion import with_promotion
 
 Params = dict[str, Any]
 # Tokens, their positions, the slot of the first of them, and how many of them sliding layers keep.
@@ -170,6 +171,7 @@ def _mixture(config: Config) -> Mixture:
     return Mixture(config, shared, name="mlp")
 
 
+@with_promotion
 def forward(
     params: Params,
     tokens: Int[Array, "batch seq"],
@@ -377,6 +379,7 @@ def _scan_layers(
     return x, cache
 
 
+@with_promotion
 def project(
     params: Params, x: Float[Array, "*batch dim"], config: Config
 ) -> Float[Array, "*batch vocab"]:

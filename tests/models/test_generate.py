@@ -44,11 +44,30 @@ def test_same_bits_as_with_plain_weights(family, monkeypatch):
     assert_same_bits(run(compressed, fusing, batch=3), expected)
 
 
-def test_ranks_that_users_do_not_let_jax_promote(llama):
+def test_ranks_and_dtypes_that_users_do_not_let_jax_promote(llama):
     jax.clear_caches()  # of what other tests have patched
     expected = run(*llama)
-    with jax.numpy_rank_promotion("raise"):
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         assert_same_bits(run(*llama), expected)
+
+
+@pytest.mark.parametrize("family", families.KINDS)
+def test_what_users_do_not_let_jax_promote_in_other_families(family):
+    params, config = load(family)
+    tokens, keys = families.prompts(), jax.random.split(jax.random.key(0), 2)
+    positions, lengths = np.broadcast_to(np.arange(24), tokens.shape), np.array([24, 24], np.int32)
+
+    def logits(params):
+        cache = models.init_cache(config, *tokens.shape)
+        x, _ = models.forward(params, tokens, positions, 0, cache, config)
+        return models.project(params, x, config)
+
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        assert jax.eval_shape(logits, params).shape == (*tokens.shape, config.vocab)
+        args = params, tokens, lengths, DRAWN, keys, NONE
+        state = jax.eval_shape(lambda: models.prefill(*args, 32, config))
+        args = state, 5, DRAWN, keys, NONE
+        models.decode.trace(params, *args, 8, config)
 
 
 @pytest.mark.parametrize(
