@@ -59,6 +59,7 @@ def generate(
     if every < 1:
         raise ValueError(f"every is {every}, expected at least 1")
     length = check_prompts(prompts, config, tokens, length)
+    every = min(every, length)  # the results of a call have room for as many tokens
     longest = max(map(len, prompts))
     padded = pad_prompts(prompts, padded_length(longest, tokens, length))
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)

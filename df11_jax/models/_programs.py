@@ -218,7 +218,7 @@ def compile_programs(
     """
     sampling = (sampling or Sampling()).checked()
     length = cache_length(prompt, tokens)
-    padded = padded_length(prompt, tokens, length)
+    padded, every = padded_length(prompt, tokens, length), min(every, length)
     prompts = jax.ShapeDtypeStruct((batch, padded), jnp.int32)
     lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
     stop, mesh = jax.ShapeDtypeStruct((stops,), jnp.int32), find_mesh(params)

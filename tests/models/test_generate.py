@@ -215,6 +215,12 @@ def test_callback_gets_tokens_as_they_come(llama):
     assert [token for part in parts for token in part[0]] == tokens[0]
 
 
+def test_callbacks_that_never_come_take_no_memory(llama):
+    params, config = llama
+    tokens = models.generate(params, [[1, 2]], config, tokens=10)
+    assert models.generate(params, [[1, 2]], config, tokens=10, every=2**40) == tokens
+
+
 # Sampling.
 
 
