@@ -58,6 +58,8 @@ def generate(
         raise ValueError(f"seed is {seed}, expected 0 to {2**32 - 1}")
     if every < 1:
         raise ValueError(f"every is {every}, expected at least 1")
+    if length is not None:
+        check_integers(length=length)
     length = check_prompts(prompts, config, tokens, length)
     every = min(every, length)  # the results of a call have room for as many tokens
     longest = max(map(len, prompts))

@@ -351,6 +351,7 @@ def test_what_cannot_be_generated(llama, prompts, options, message):
     [
         ({"tokens": 2.5}, "tokens is 2.5, expected an integer"),
         ({"every": 2.0}, "every is 2.0, expected an integer"),
+        ({"length": 64.0}, "length is 64.0, expected an integer"),
         ({"stop": 3}, "stop is 3, expected the tokens that end a row"),
         ({"sampling": models.Sampling(1.0, 2.5)}, "top_k is 2.5, expected an integer"),
     ],
