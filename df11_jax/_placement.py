@@ -58,15 +58,13 @@ def own_mesh(leaf: DF11Array) -> contextlib.AbstractContextManager[Any]:
 
     One that is on the host is computed with on the default device.
     """
-    if jax.sharding.get_abstract_mesh().empty:
-        return contextlib.nullcontext()
     if not isinstance(leaf.header, jax.Array):
-        return jax.set_mesh(Mesh(np.empty((), object), ()))  # which is none
+        return on_mesh(None)
     sharding = leaf.sharding
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
-        return jax.set_mesh(sharding.mesh)
+        return on_mesh(sharding.mesh)
     if len(sharding.device_set) == 1:
-        return jax.set_mesh(Mesh(np.array(list(sharding.device_set)), ("device",)))
+        return on_mesh(_mesh_of(*sharding.device_set))
     return contextlib.nullcontext()
 
 
@@ -78,12 +76,13 @@ def on_cpu() -> Iterator[None]:
     would get all of it.
     """
     cpu = cpu_device()
-    is_alone = cpu is None or jax.sharding.get_abstract_mesh().empty
-    mesh = (
-        contextlib.nullcontext() if is_alone else jax.set_mesh(Mesh(np.array([cpu]), ("device",)))
-    )
+    mesh = contextlib.nullcontext() if cpu is None else on_mesh(_mesh_of(cpu))
     with jax.default_device(cpu), mesh:
         yield
+
+
+def _mesh_of(device: jax.Device) -> Mesh:
+    return Mesh(np.array([device]), ("device",))
 
 
 def place(leaf: Any, where: Any, name: str) -> Any:

@@ -169,8 +169,8 @@ def on_own_mesh(params: Params) -> contextlib.AbstractContextManager[Any]:
     call; and those that are divided are on a mesh of their own.
     """
     sharding = _named_sharding(params)
-    has_mesh = sharding is not None and isinstance(sharding.mesh, Mesh)
-    return on_mesh(sharding.mesh if has_mesh else None)
+    mesh = None if sharding is None else sharding.mesh
+    return on_mesh(mesh if isinstance(mesh, Mesh) else None)
 
 
 def _named_sharding(params: Params) -> NamedSharding | None:
