@@ -29,6 +29,7 @@ from df11_jax._slices import (
     decode_slices,
     is_split,
 )
+from df11_jax._symbolic import holds
 
 # As many rows of x as the kernel takes. With 32, the products of a Llama-3.1-8B block take an H200
 # 297 us, and decoding first takes about 320 (docs/figures.md).
@@ -260,11 +261,7 @@ def _can_fuse(stack: DF11Array) -> bool:
 
 def _platforms(rows: int) -> tuple[str, ...]:
     """The platforms on which products of so many rows are fused."""
-    try:
-        is_fused = bool(1 <= rows <= MOST_FUSED_ROWS)
-    except jax.errors.InconclusiveDimensionOperation:  # exported for any number of rows
-        is_fused = False
-    return _ffi.product_platforms() if is_fused else ()
+    return _ffi.product_platforms() if holds(lambda: 1 <= rows <= MOST_FUSED_ROWS) else ()
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

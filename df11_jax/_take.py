@@ -20,6 +20,7 @@ from df11_jax._decode import decompress
 from df11_jax._layout import TILE_COLS
 from df11_jax._leaves import is_array, raw_value
 from df11_jax._slices import Compressed, as_index, check_index, constant_index, decode_slices
+from df11_jax._symbolic import holds
 
 # Bytes of decompressed weights at a time. Products of that size are efficient on any device, and
 # it is less than a block of all but the smallest models.
@@ -71,8 +72,7 @@ def take(
     if not has_bands(a.stack):
         bits = jnp.take(_bits(decompress(a)), indices, axis=0, fill_value=_NAN)
         return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
-    view = a.stack.layout.view
-    return _take_rows(rows_in_piece(view.n, view.k) // TILE_COLS, a, indices)
+    return _take_rows(a, indices)
 
 
 def scan_pieces(
@@ -80,7 +80,6 @@ def scan_pieces(
     carry: Array,
     step: Callable[[Array, Int[Array, ""], BFloat16[Array, "some_rows k"]], Array],
     after: Any = None,
-    size: int | None = None,
 ) -> Array:
     """`carry = step(carry, first_row, rows)` over all rows of a matrix, a piece at a time.
 
@@ -93,10 +92,9 @@ def scan_pieces(
         carry: the carry for the first piece.
         step: a function that returns the carry for the next one.
         after: see `decode_slices`.
-        size: the number of bands of a piece; None for that of `rows_in_piece`.
     """
     rows, k = a.shape[0], math.prod(a.shape[1:])
-    bands, size = -(-rows // TILE_COLS), size or rows_in_piece(rows, k) // TILE_COLS
+    bands, size = -(-rows // TILE_COLS), rows_in_piece(rows, k) // TILE_COLS
 
     def body(i: Int[Array, ""], carry: Array) -> Array:
         start = jnp.minimum(i * size, bands - size)
@@ -126,50 +124,40 @@ def has_bands(stack: Compressed) -> bool:
 
 # Under jit even where the caller is not: its loop would else be compiled each time, and constants
 # would be transfers, which users may forbid (`jax.transfer_guard`).
-@functools.partial(jax.jit, static_argnums=0, inline=True)
-def _take_rows(
-    size: int, a: DF11Slice, indices: Int[Array, "*batch"]
-) -> BFloat16[Array, "*batch_and_row"]:
-    """`take` of a matrix that has bands, of which `size` are decompressed at a time."""
+@functools.partial(jax.jit, inline=True)
+def _take_rows(a: DF11Slice, indices: Int[Array, "*batch"]) -> BFloat16[Array, "*batch_and_row"]:
+    """`take` of a matrix that has bands."""
     rows, *row = a.shape
     limits = jnp.iinfo(indices.dtype)  # clamped before they are narrowed
     flat = jnp.clip(indices.reshape(-1), max(limits.min, -rows - 1), min(limits.max, rows))
     flat = flat.astype(jnp.int32)
     flat = jnp.where(flat < 0, flat + rows, flat)
     is_there = (flat >= 0) & (flat < rows)
-    bits = _taking(size)(a, jnp.where(is_there, flat, 0))
+    bits = _take_bits(a, jnp.where(is_there, flat, 0))
     bits = jnp.where(is_there[:, None], bits, jnp.uint16(_NAN))
     return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).reshape(*indices.shape, *row)
 
 
-def _taking(size: int) -> Callable[[DF11Slice, Int[Array, " n"]], UInt16[Array, "n k"]]:
-    """A function that returns the bits of rows that there are."""
-
-    @custom_vmap
-    def take_bits(a: DF11Slice, rows: Int[Array, " n"]) -> UInt16[Array, "n k"]:
-        return _take_bits_of_one(size, a, rows)
-
-    @take_bits.def_vmap
-    def take_mapped(length: int, are_mapped: Any, a: DF11Slice, rows: Array) -> tuple[Array, bool]:
-        # All rows of one matrix count together, for what is decompressed at a time.
-        of_a, of_rows = are_mapped
-        if not any(jax.tree.leaves(of_a)):
-            return take_bits(a, rows.reshape(-1)).reshape(*rows.shape, -1), True
-        axes = jax.tree.map(lambda is_mapped: 0 if is_mapped else None, of_a)
-        take_from = functools.partial(_take_bits_of_one, size)
-        mapped = jax.vmap(take_from, (axes, 0 if of_rows else None), axis_size=length)
-        return mapped(a, rows), True
-
-    return take_bits
+@custom_vmap
+def _take_bits(a: DF11Slice, rows: Int[Array, " n"]) -> UInt16[Array, "n k"]:
+    """The bits of rows that there are."""
+    return _take_bits_of_one(a, rows)
 
 
-def _take_bits_of_one(size: int, a: DF11Slice, rows: Int[Array, " n"]) -> UInt16[Array, "n k"]:
+@_take_bits.def_vmap
+def _take_mapped(size: int, are_mapped: Any, a: DF11Slice, rows: Array) -> tuple[Array, bool]:
+    # All rows of one matrix count together, for what is decompressed at a time.
+    of_a, of_rows = are_mapped
+    if not any(jax.tree.leaves(of_a)):
+        return _take_bits(a, rows.reshape(-1)).reshape(*rows.shape, -1), True
+    axes = jax.tree.map(lambda is_mapped: 0 if is_mapped else None, of_a), 0 if of_rows else None
+    return jax.vmap(_take_bits_of_one, axes, axis_size=size)(a, rows), True
+
+
+def _take_bits_of_one(a: DF11Slice, rows: Int[Array, " n"]) -> UInt16[Array, "n k"]:
     view = a.stack.layout.view
-    try:
-        are_few = bool(rows.size < view.bands)
-    except jax.errors.InconclusiveDimensionOperation:  # exported for any number of them
-        are_few = False
-    if are_few:
+    if holds(lambda: rows.size < view.bands):
+        size = rows_in_piece(view.n, view.k) // TILE_COLS
         return _in_pieces(lambda part: _decode_rows(a, part), rows, size)
 
     def choose(bits: Array, first: Array, piece: Array) -> Array:
@@ -181,7 +169,7 @@ def _take_bits_of_one(size: int, a: DF11Slice, rows: Int[Array, " n"]) -> UInt16
     # different from device to device.
     differing = [jnp.ravel(array)[:1, None].astype(jnp.uint16) & 0 for array in jax.tree.leaves(a)]
     zeros = jnp.zeros((rows.size, view.k), jnp.uint16) + (rows[:, None] & 0).astype(jnp.uint16)
-    return scan_pieces(a, sum(differing, zeros), choose, size=size)
+    return scan_pieces(a, sum(differing, zeros), choose)
 
 
 def _decode_rows(a: DF11Slice, rows: Int[Array, " n"]) -> UInt16[Array, "n k"]:

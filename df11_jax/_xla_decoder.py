@@ -17,6 +17,7 @@ from jaxtyping import Array, BFloat16, Bool, Int32, UInt16, UInt32
 
 from df11_jax import _layout
 from df11_jax._layout import Layout, View
+from df11_jax._symbolic import holds
 
 _U32 = jnp.uint32
 # Entries of the table are found by the next 12 bits of a stream, whose first bit is the lowest.
@@ -65,11 +66,7 @@ def decode(
         for array in (header, codebook, chunk_offsets, exponents, sign_mantissa)
     )
     header = header[which]
-    try:
-        are_many = bool(number.size > stack)  # many bands of few slices
-    except jax.errors.InconclusiveDimensionOperation:  # exported for any number of them
-        are_many = False
-    if are_many:
+    if holds(lambda: number.size > stack):  # many bands of few slices
         table, slice_ok = (of_all[which] for of_all in _build_table(codebook, layout.code_bits))
     else:
         table, slice_ok = _build_table(codebook[which], layout.code_bits)
