@@ -11,17 +11,11 @@
 #include <cstdio>
 #include <cstdlib>
 
+#include "check_cuda.h"
 #include "common/async_copies.cuh"
 
 namespace df11 {
 namespace {
-
-void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
-  std::exit(1);
-}
-#define CHECK(call) check(call, #call)
 
 constexpr int kBlocks = 132, kWarpSize = 32;
 constexpr size_t kBytes = size_t{1} << 31;  // many times what L2 holds

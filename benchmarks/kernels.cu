@@ -25,19 +25,13 @@
 #include <thread>
 #include <vector>
 
+#include "check_cuda.h"
 #include "native/cuda/decode.h"
 #include "native/cuda/product.h"
 #include "native/encode.h"
 
 namespace df11::native {
 namespace {
-
-void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
-  std::exit(1);
-}
-#define CHECK(call) check(call, #call)
 
 const int kThreads = std::max(1u, std::thread::hardware_concurrency());
 

@@ -317,8 +317,9 @@ inline bool share_out(ProductWork& work, bool has_bulk_copies, int blocks, int m
   // have no room for it. With 28 warps, others work then. With fewer, those that have more rows, x
   // is copied, if that does not leave still fewer.
   const int warps = plan_as_many(false);
-  if (has_bulk_copies && product_tiles(work.rows) > 1 && plan_as_many(true) < warps) {
-    plan_as_many(false);
+  if (has_bulk_copies && product_tiles(work.rows) > 1) {
+    const ProductWork loading = work;
+    if (plan_as_many(true) < warps) work = loading;
   }
   return warps > 0;
 }
