@@ -1,10 +1,9 @@
 """Linen models, plain and for compressed parameters, for several tests."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from mostly_slow import mostly_slow
 
@@ -104,9 +103,12 @@ def make(kind, block=Compact):
     return WRAPPED[kind](block), plain_model, plain, small
 
 
-@functools.cache
-def init(model):
-    return jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+def init(model, *inputs):
+    """Variables of a model, drawn by NumPy: initializers take seconds to compile."""
+    inputs = inputs or (jnp.zeros((1, 2), jnp.int32),)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, WIDTH**-0.5, x.shape), x.dtype), shapes)
 
 
 def generate(model, variables, tokens, steps=3):

@@ -204,7 +204,7 @@ def test_interceptors_of_ones_own_are_called(is_scanned, fused_products):
         options = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 2}
         model, ours = nn.scan(model, **options), scan(model, fused=True, **options)
     tokens = jnp.array([3, 1023, 70])
-    plain = model().init(jax.random.key(0), tokens, None)
+    plain = init(model(), tokens, None)
     stacked = "." if is_scanned else None
     small = df11_jax.compress_params(plain, along_columns="embed", stacked=stacked)
     expected = jax.jit(model().apply)(plain, tokens, None)[1]
@@ -245,7 +245,7 @@ class Adapted(nn.Dense):
 def test_subclasses_with_code_of_their_own(make, is_fused, fused_products):
     x = random_weights((3, 128), scale=1)
     kind = type(make())
-    plain = make().init(jax.random.key(0), x)
+    plain = init(make(), x)
     small = df11_jax.compress_params(plain)
     actual = jax.jit(make(compressed(kind, fused=True)).apply)(small, x)
     assert_same_bits(actual, jax.jit(make().apply)(plain, x))
@@ -291,7 +291,7 @@ class Einsums(nn.Module):
 def test_einsum(subscripts, shape, x, layout, is_fused, fused_products):
     module = Einsums(subscripts, shape)
     x = random_weights(x, scale=1)
-    plain = module.init(jax.random.key(0), x)
+    plain = init(module, x)
     small = df11_jax.compress_params(plain, min_size=8192, **layout)
     expected = jax.jit(module.apply)(plain, x)
     actual = jax.jit(compressed(Einsums, fused=True)(subscripts, shape).apply)(small, x)
@@ -321,7 +321,7 @@ def test_einsums_that_do_not_fit(shape, kernel, bias, x, error, fused_products):
 def test_other_types_are_left_to_flax(dtype, fused_products):
     module = nn.Dense(128, dtype=dtype, param_dtype=jnp.bfloat16)
     x = jnp.ones((2, 128), jnp.float32)
-    plain = module.init(jax.random.key(0), x)
+    plain = init(module, x)
     small = df11_jax.compress_params(plain)
     fused = compressed(nn.Dense, fused=True)(128, dtype=dtype, param_dtype=jnp.bfloat16)
     actual, expected = jax.jit(fused.apply)(small, x), jax.jit(module.apply)(plain, x)
@@ -346,7 +346,7 @@ def test_a_product_of_ones_own_stays(fused_products):
 
     module = nn.Dense(128, dot_general=twice, **bf16)
     x = jnp.ones((2, 128), jnp.bfloat16)
-    plain = module.init(jax.random.key(0), x)
+    plain = init(module, x)
     fused = compressed(nn.Dense, fused=True)(128, dot_general=twice, **bf16)
     small = df11_jax.compress_params(plain)
     assert_same_bits(jax.jit(fused.apply)(small, x), jax.jit(module.apply)(plain, x))
@@ -374,7 +374,7 @@ def test_parameters_that_a_layer_maps_over():
 
     options = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 2}
     x = jnp.ones((3, 5, 128), jnp.bfloat16)
-    plain = nn.scan(Experts, **options)().init(jax.random.key(0), x, None)
+    plain = init(nn.scan(Experts, **options)(), x, None)
     small = df11_jax.compress_params(plain, stacked=".")
     expected, _ = jax.jit(nn.scan(Experts, **options)().apply)(plain, x, None)
     actual, _ = jax.jit(scan(Experts, **options)().apply)(small, x, None)

@@ -152,7 +152,7 @@ def test_parameters_that_a_module_maps(is_scanned):
     model = nn.scan(Transposed, **options) if is_scanned else Transposed
     ours = scan(Transposed, **options) if is_scanned else compressed(Transposed)
     x = random_weights((2, WIDTH), scale=1)
-    plain = model().init(jax.random.key(0), x, None)
+    plain = init(model(), x, None)
     small = compress_params(plain, stacked="." if is_scanned else None)
     expected, _ = jax.jit(model().apply)(plain, x, None)
     assert_same_bits(jax.jit(ours().apply)(small, x, None)[0], expected)
@@ -187,7 +187,7 @@ def test_filters_that_name_all_collections_but_some(options, shape):
     options |= {"split_rngs": {"params": True}, "length": LAYERS}
     x = jnp.ones((2, WIDTH), jnp.bfloat16)
     every = {"variable_axes": {True: 0}, "split_rngs": {"params": True}, "length": LAYERS}
-    params = nn.scan(Counting, **every)().init(jax.random.key(0), x, None)["params"]
+    params = init(nn.scan(Counting, **every)(), x, None)["params"]
     plain = {"params": params, "counts": {"count": jnp.zeros(shape)}}
     small = plain | {"params": compress_params(plain["params"], stacked=".")}
     run = lambda model, variables: jax.jit(model.apply, static_argnames="mutable")(  # noqa: E731
@@ -225,7 +225,7 @@ def test_modules_that_are_shared(frozen):
             return x
 
     x = jnp.ones((2, WIDTH), jnp.bfloat16)
-    plain = Parent(Sharing).init(jax.random.key(0), x)
+    plain = init(Parent(Sharing), x)
     assert len(plain["params"]) == 3
     variables = compress_params(flax.core.freeze(plain) if frozen else plain)
     model = Parent(compressed(Sharing))
@@ -245,7 +245,7 @@ def test_a_scan_that_shares():
     options = SCAN | {"in_axes": nn.broadcast}
     x = jnp.ones((2, WIDTH), jnp.bfloat16)
     plain_model = Parent(nn.scan(Sharing, **options))
-    plain = plain_model.init(jax.random.key(0), x)
+    plain = init(plain_model, x)
     variables = compress_params(plain, stacked=".")
     assert_same_bits(
         jax.jit(Parent(scan(Sharing, **options)).apply)(variables, x),
@@ -259,7 +259,7 @@ def test_vmap(transform, tokens):
     dense = functools.partial(nn.Dense, 4 * WIDTH, use_bias=False, **bf16)
     plain_model = nn.vmap(nn.Dense, **options)(4 * WIDTH, use_bias=False, **bf16)
     x = jax.random.normal(jax.random.key(1), (3, 2, WIDTH), jnp.bfloat16)
-    plain = plain_model.init(jax.random.key(0), x)
+    plain = init(plain_model, x)
     model = nn.vmap(transform(dense), **options)()
     variables = compress_params(plain, stacked=".")
     expected = jax.jit(plain_model.apply)(plain, x)
@@ -306,7 +306,7 @@ def test_partitioned_parameters(tokens):
     options["metadata_params"] = {nn.PARTITION_NAME: "layers"}
     x = jnp.ones((2, WIDTH), jnp.bfloat16)
     plain_model = nn.scan(Layer, **options)()
-    plain = plain_model.init(jax.random.key(0), x, None)
+    plain = init(plain_model, x, None)
     assert plain["params"]["dense"]["kernel"].names == ("layers", "in", "out")
     variables = compress_params(plain, stacked=".")
     assert isinstance(variables["params"]["dense"]["kernel"], DF11Array)
@@ -370,7 +370,7 @@ def test_modules_that_round_float32_parameters_themselves(tokens):
             x = nn.RMSNorm(dtype=jnp.bfloat16)(embed(tokens))
             return embed.attend(nn.Dense(WIDTH, dtype=jnp.bfloat16)(x))
 
-    plain = Model().init(jax.random.key(0), tokens)
+    plain = init(Model(), tokens)
     with pytest.warns(UserWarning, match="compressed nothing: .* 2 leaves .* float32"):
         assert compress_params(plain)["params"]["embed"] == plain["params"]["embed"]
     variables = compress_params(plain, cast=True)
@@ -407,7 +407,7 @@ def test_a_class_decorator_and_a_partial():
     assert scan(Compact, **SCAN).__name__ == nn.scan(Compact, **SCAN).__name__
     x = jnp.ones((2, WIDTH), jnp.bfloat16)
     model = compressed(functools.partial(Layer, features=2 * WIDTH))()
-    plain = model.init(jax.random.key(0), x)
+    plain = init(model, x)
     assert set(plain["params"]) == {"Dense_0"}
     assert_same_bits(model.apply(compress_params(plain), x), model.apply(plain, x))
 

@@ -19,6 +19,7 @@ from linen_models import (
     Stack,
     bf16,
     generate,
+    init,
     layers,
     loss,
     make,
@@ -95,7 +96,7 @@ def test_decodes_each_layer_once_a_token(kind, tokens):
 def test_one_layer_in_a_token_loop_is_not_decoded_in_advance():
     # XLA unrolls a scan of length one.
     x = jnp.ones((2, WIDTH), jnp.bfloat16)
-    layer = compress_params(Matrices().init(jax.random.key(0), x))
+    layer = compress_params(init(Matrices(), x))
     stacked = jax.tree.map(lambda leaf: leaf[None], layer)
     options = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 1}
 
