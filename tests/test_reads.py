@@ -5,12 +5,15 @@ import weakref
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx, struct
 from payloads import assert_same_bits, count_decodes, random_weights
 
 import df11_jax
+import df11_jax.nnx
+from df11_jax import _reads
 from df11_jax.nnx import CompressedParam, compress
 
 WEIGHTS = [random_weights((128, 128), seed) for seed in range(2)]
@@ -123,3 +126,20 @@ def test_a_model_that_moves_axes_of_arrays_is_told_of():
     with pytest.raises(ValueError, match="header is uint32") as error:
         moved.get_value()
     assert "param_scan_axis=0" in error.value.__notes__[0]
+
+
+def test_nothing_is_kept_of_what_was_read():
+    model = nnx.Linear(128, 128, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    compress(model)
+    weights = model.kernel[...]
+    found = _reads.source_of(weights)
+    assert found.exponents is model.kernel.get_raw_value().exponents
+    assert _reads.source_of(jnp.copy(weights)) is None
+    assert _reads.source_of(np.asarray(weights)) is None
+    del found
+    df11_jax.nnx.decompress(model)
+    gc.collect()
+    assert _reads.source_of(weights) is None  # the compressed arrays are gone
+    del weights
+    gc.collect()
+    assert not _reads._sources
