@@ -121,6 +121,16 @@ def init_slots(config: Config, layers: int, batch: int, slots: int) -> Slots:
     )
 
 
+def capacity(cache: Cache, config: Config) -> int:
+    """The number of tokens of each sequence that there is room for; `NOWHERE` if any number."""
+    slots = cache.full or cache.sliding
+    if slots is None:
+        return int(NOWHERE)
+    count = slots.positions.shape[1]
+    # Those of a whole window are written again and again.
+    return int(NOWHERE) if cache.full is None and count == config.window else count
+
+
 def count_bytes(cache: Cache) -> int:
     """Bytes of keys, values and positions of a cache, which may have shapes in place of arrays."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))

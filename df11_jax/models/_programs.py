@@ -136,9 +136,8 @@ def decode(
 
     Args:
         params: plain or compressed parameters.
-        state: the state from `prefill` or an earlier call, which is donated. Its cache has room for
-            `steps` more tokens.
-        steps: the most tokens to choose, no more than `room`.
+        state: the state from `prefill` or an earlier call, which is donated.
+        steps: the most tokens to choose. No more are than `room`, and than its cache has room for.
         sampling: the way to choose tokens.
         keys: the keys that `prefill` got.
         stop: tokens that end a row.
@@ -147,13 +146,17 @@ def decode(
         mesh: the mesh that `prefill` got, static.
 
     Returns:
-        The state, and the tokens chosen, `NO_TOKEN` after a row's stop token and after `steps`.
+        The state, and the tokens chosen, `NO_TOKEN` after a row's stop token and after the last
+        step.
     """
     if mesh is not None:
         shard = shard_config(config, mesh.size, mesh.shape[STAGES])
         run, specs = functools.partial(decode, room=room, config=shard), _state_specs(config)
         everywhere = on_each_device(run, mesh, params, (specs, *(P(),) * 4), (specs, P()))
         return everywhere(params, state, steps, sampling, keys, stop)
+
+    left = _cache.capacity(state.cache, config) - state.slot
+    steps = jnp.minimum(jnp.minimum(steps, room), left)
 
     def is_unfinished(loop: tuple[Array, State, Array]) -> Array:
         step, state, _ = loop

@@ -378,6 +378,31 @@ def test_prompts_longer_than_the_cache(llama):
         models.prefill(params, prompts, lengths, GREEDY, keys, NONE, 8, config)
 
 
+@pytest.mark.parametrize(
+    ("family", "length", "room", "expected"),
+    [
+        ("llama", 6, 12, 4),
+        ("llama", 64, 5, 5),
+        # Sliding layers only: with a whole window there is always room.
+        ("mistral", 6, 12, 4),
+        ("mistral", 8, 12, 12),
+    ],
+)
+@pytest.mark.slow
+def test_no_token_where_there_is_no_room(family, length, room, expected):
+    params, config = load(family)
+    keys, prompts = jax.random.split(jax.random.key(0), 1), np.ones((1, 2), np.int32)
+
+    def decode(length, room):
+        args = prompts, np.array([2], np.int32), GREEDY, keys, NONE
+        state = models.prefill(params, *args, length, config)
+        return np.asarray(models.decode(params, state, 12, GREEDY, keys, NONE, room, config)[1])
+
+    tokens = decode(length, room)
+    np.testing.assert_array_equal(tokens[:, :expected], decode(64, 12)[:, :expected])
+    assert (tokens[:, expected:] == models.NO_TOKEN).all()
+
+
 @pytest.mark.slow
 def test_just_enough_room(llama):
     params, config = llama
