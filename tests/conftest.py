@@ -4,6 +4,8 @@ import importlib.metadata
 import importlib.util
 import os
 import pathlib
+import shutil
+import tempfile
 
 import pytest
 
@@ -17,6 +19,14 @@ _FLAGS = (
 if importlib.util.find_spec("jax_plugins") is None:
     _FLAGS += ("--xla_backend_optimization_level=0",)
 os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_FLAGS)).strip()
+
+# What tests, their processes and both of pytest's compile alike is compiled once. The folder is
+# this run's, which removes it; processes get it from the one that begins.
+_programs = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _programs = tempfile.mkdtemp(prefix="df11_jax_programs_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 
 def _package_folder() -> pathlib.Path:
@@ -42,6 +52,11 @@ def pytest_configure() -> None:
     # Tests that start `python -P -c` get the package that is tested here.
     folders = (str(_package_folder().parent), os.environ.get("PYTHONPATH", ""))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
+
+
+def pytest_unconfigure() -> None:
+    if _programs is not None:
+        shutil.rmtree(_programs, ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
