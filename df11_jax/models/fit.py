@@ -306,6 +306,10 @@ def _read_checkpoint(source: Source, where: str) -> Model:
     else:
         parameters = sum(math.prod(info.shape) for info in infos)
     weights = _weights(infos, is_plain)
+    if config is not None and saved:
+        # Several devices may have had the same heads, which other numbers of devices have not.
+        whole = estimate.estimate_weights(config).plain
+        weights = estimate.WeightBytes(*(-(-nbytes * whole // weights.plain) for nbytes in weights))
     return Model(path, source.format, config, reason, parameters, weights, wide)
 
 

@@ -251,6 +251,24 @@ def test_saved_parameters_take_what_their_headers_say(tmp_path):
     assert estimated == ask(directory, "--memory", "1GB") | {"format": "", "model": ""}
 
 
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
+def test_what_devices_shared_when_saved_counts_once(tmp_path):
+    directory = families.write_family(tmp_path / "model", "llama")  # with two key-value heads
+    saved = {}
+    for devices in (1, 4):
+        params = models.load(directory, devices=devices).params
+        checkpoints.save(params, tmp_path / f"saved{devices}")
+        shutil.copy(directory / "config.json", tmp_path / f"saved{devices}")
+        saved[devices] = df11_jax.size_report(params).nbytes
+    for devices in (1, 2, 4):
+        options = ("--memory", "1GB", "--devices", devices)
+        one, four = (ask(tmp_path / f"saved{n}", *options) for n in saved)
+        assert one["exact"] and four["exact"]
+        assert four["plain"] == one["plain"]
+    # Four devices have what was saved for four; norms are on all of them.
+    assert four["compressed"]["weights"] == pytest.approx(saved[4] / 4, rel=0.01)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_wide_checkpoints_are_taken_to_be_rounded(tmp_path, dtype):
     name, source = np.dtype(dtype).name, families.source_of("llama")
