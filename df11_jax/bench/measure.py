@@ -165,5 +165,8 @@ def _kernel_seconds_per_call(program: Program, kernel: str = "") -> float | None
         kernels = profile_kernels(program)
         if kernels is None:
             return None
-        runs.append(sum(found.seconds for found in kernels if kernel in found.name))
+        seconds = [found.seconds for found in kernels if kernel in found.name]
+        if not seconds:  # plain XLA operations decode, in kernels of any names
+            return None
+        runs.append(sum(seconds))
     return statistics.median(runs) / program.calls

@@ -104,6 +104,17 @@ def test_wrong_bits_are_an_error(invoke, monkeypatch):
     assert set(report["errors"]) == {"256 K", "Llama-3.1-8B / 32", "scan"}
 
 
+def test_a_gpu_on_which_plain_xla_decodes(invoke, monkeypatch):
+    monkeypatch.setattr(peers, "_is_installed", lambda module: False)
+    kernels = [timing.Kernel("loop_add_fusion", 1e-3)]
+    monkeypatch.setattr(bench.measure, "profile_kernels", lambda program: kernels)
+    result = invoke("--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["scan"]["kernel_seconds"] is report["scan"]["kernel_overhead"] is None
+    assert report["decodings"][0]["kernel_seconds"] > 0
+
+
 def test_too_little_memory(invoke, monkeypatch):
     monkeypatch.setattr(decoding, "free_bytes", lambda: 2**20)
     monkeypatch.setattr(peers, "_is_installed", lambda module: False)
