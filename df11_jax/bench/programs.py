@@ -39,8 +39,7 @@ def decode_program(workload: Workload) -> Program:
 
     def in_loop(arrays: Any) -> Any:
         def decode(i: Any, carry: Any) -> Any:
-            decoded = decode_slices(arrays, i % slices, after=carry)
-            return carry + decoded[0][0, 0].astype(jnp.float32)
+            return _add_one_of_each(carry, decode_slices(arrays, i % slices, after=carry))
 
         return jax.lax.fori_loop(0, calls, decode, jnp.float32(0))
 
@@ -56,14 +55,19 @@ def decode_program(workload: Workload) -> Program:
 
 
 def scan_program(workload: Workload) -> Program:
-    """A scan over all slices as blocks, each of which uses one of its weights."""
+    """A scan over all slices as blocks, each of which uses one weight of each matrix."""
 
     def block(carry: Any, weights: Any, _: None) -> tuple[Any, None]:
-        return carry + weights[0][0, 0].astype(jnp.float32), None
+        return _add_one_of_each(carry, weights), None
 
     jitted = jax.jit(lambda carry, arrays: scan_blocks(block, carry, arrays)[0])
     carry = jnp.float32(0)
     return Program(lambda: jitted(carry, workload.arrays), workload.slices)
+
+
+def _add_one_of_each(carry: Any, decoded: Any) -> Any:
+    """Adds a weight of each matrix: XLA would not decode others, where its own operations do."""
+    return sum((matrix[0, 0].astype(jnp.float32) for matrix in decoded), carry)
 
 
 def copy_programs(moved_bytes: float, slices: int) -> dict[str, Program]:

@@ -4,9 +4,11 @@ import statistics
 
 import jax
 import matplotlib
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
+import df11_jax
 from df11_jax import bench
 from df11_jax.bench import decoding, peers, timing
 from df11_jax.bench.blocks import BLOCKS
@@ -113,6 +115,15 @@ def test_a_gpu_on_which_plain_xla_decodes(invoke, monkeypatch):
     report = json.loads(result.stdout)
     assert report["scan"]["kernel_seconds"] is report["scan"]["kernel_overhead"] is None
     assert report["decodings"][0]["kernel_seconds"] > 0
+
+
+def test_programs_use_a_weight_of_each_matrix():
+    """Where its own operations decode, XLA leaves out matrices of which nothing is used."""
+    workload = bench.workload.make_workload("block", {"up": (64, 256), "down": (256, 64)}, 8)
+    firsts = [df11_jax.decompress(array)[:, 0, 0] for array in workload.arrays]
+    expected = np.asarray(firsts, np.float32).sum()
+    for make in (bench.programs.scan_program, bench.programs.decode_program):
+        assert float(make(workload).run()) == pytest.approx(expected, rel=1e-4)
 
 
 def test_too_little_memory(invoke, monkeypatch):
