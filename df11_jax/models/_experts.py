@@ -170,7 +170,8 @@ def activation_nbytes(config: Config, tokens: int) -> int:
     """The bytes of activations within a mixture of experts."""
     c, width = config, jnp.dtype(config.dtype).itemsize
     rows = experts_at_once(c, tokens) * rows_at_once(c, tokens)
-    return width * (rows * (2 * c.dim + 3 * c.hidden) + tokens * c.experts.per_token * c.dim)
+    results = jnp.dtype(_result_dtype(c)).itemsize * c.dim * (rows + tokens * c.experts.per_token)
+    return width * rows * (c.dim + 3 * c.hidden) + results
 
 
 def experts(
