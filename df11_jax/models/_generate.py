@@ -38,7 +38,8 @@ def generate(
         sampling: the way to choose them; None for the likeliest ones.
         seed: the seed of sampling.
         stop: tokens that end a row; they are not returned.
-        length: the length of the key-value cache; None for the least that is needed.
+        length: the length of the key-value cache; None for what is needed, rounded up so that
+            prompts of similar lengths share a program.
         every: the number of tokens to generate between calls of `callback`.
         callback: a function that is called with the new tokens of each prompt, as they come.
 

@@ -71,7 +71,8 @@ class TextModel:
             tokens: the most tokens to generate for each text.
             sampling: the way to choose them; None for the likeliest ones.
             seed: the seed of sampling.
-            length: the length of the key-value cache in tokens; None for the least that is needed.
+            length: the length of the key-value cache in tokens; None for what is needed, rounded
+                up so that prompts of similar lengths share a program.
             every: the number of tokens to generate between calls of `callback`.
             callback: a function that is called with the new part of each text, as it comes. A part
                 may be empty, because a character can take several tokens.

@@ -81,7 +81,7 @@ def check_prompts(
         prompts: the tokens of each prompt.
         config: the configuration of the transformer.
         tokens: the number of tokens to generate for each.
-        length: the length of the cache; None for the least that is needed.
+        length: the length of the cache; None for what is needed, see `cache_length`.
 
     Raises:
         ValueError: there are no prompts, or one is no sequence, is empty, has tokens that are no
