@@ -6,11 +6,11 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import PyTree
 
 from df11_jax._array import DF11Array
+from df11_jax._exchange import gather
 from df11_jax._host_arrays import to_host
 from df11_jax._host_codec import encode
 from df11_jax._layout import Layout, make_layout
@@ -165,9 +165,10 @@ def encode_shards(tensor: Shards, name: str, layout: Layout, **options: Any) -> 
         return jax.make_array_from_single_device_arrays((*leading, words), sharding, on_devices)
 
     # All parts have arrays of the same shapes, wherever they are.
-    longest = np.array([[part.shape[-1] for part in payload] for payload in payloads]).max(axis=0)
+    lengths = [[part.shape[-1] for part in payload] for payload in payloads]
+    longest = np.array(lengths, np.uint32).max(axis=0)
     if not tensor.sharding.is_fully_addressable:
-        longest = multihost_utils.process_allgather(longest).max(axis=0)
+        longest = np.max(list(gather(longest, tensor.sharding).values()), axis=0)
     arrays = zip(*payloads, strict=True)
     return DF11Array.from_payload(map(place, arrays, longest.tolist()), layout)
 

@@ -9,10 +9,10 @@ from typing import Any, TypeGuard
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Shaped
 
+from df11_jax._exchange import gather
 from df11_jax.models._sharding import DeviceOrSharding
 
 
@@ -38,7 +38,7 @@ def find_longest(words: int, where: DeviceOrSharding) -> int:
     """The largest of the numbers that the processes of an array have."""
     if not spans_processes(where):
         return words
-    return int(multihost_utils.process_allgather(np.uint32(words)).max())
+    return int(max(gather(np.array(words, np.uint32), where).values()))
 
 
 def check_same(what: Any, where: DeviceOrSharding) -> None:
@@ -53,8 +53,8 @@ def check_same(what: Any, where: DeviceOrSharding) -> None:
     """
     if not spans_processes(where):
         return
-    digests = multihost_utils.process_allgather(np.uint32(zlib.crc32(repr(what).encode())))
-    if other := np.flatnonzero(digests != digests[0]).tolist():
+    digests = gather(np.array(zlib.crc32(repr(what).encode()), np.uint32), where)
+    if other := [process for process in sorted(digests) if digests[process] != digests[0]]:
         raise ValueError(
             f"processes {other} load another model, or with other arguments, than process 0: all "
             "need the same files and the same arguments"
