@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Shaped
 
 from df11_jax._exchange import gather
+from df11_jax._shards import parts_of
 from df11_jax.models._sharding import DeviceOrSharding
 
 
@@ -31,7 +32,12 @@ def put_shards(array: Shaped[np.ndarray, "..."], where: DeviceOrSharding) -> Arr
     """
     if not spans_processes(where):
         return jax.device_put(array, where)
-    return jax.make_array_from_process_local_data(where, array)
+    # JAX finds the shape of the whole array by itself only if all processes have as much of it.
+    (count,) = parts_of(where, 1)
+    indices = where.devices_indices_map((count,))
+    here = {indices[device][0].start for device in where.addressable_devices}
+    shape = (array.shape[0] // len(here) * count, *array.shape[1:])
+    return jax.make_array_from_process_local_data(where, array, shape)
 
 
 def find_longest(words: int, where: DeviceOrSharding) -> int:

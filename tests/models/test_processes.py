@@ -42,9 +42,9 @@ import test_processes
 
 
 def start(program, path, count, devices, timeout=600):
-    port = find_port()
+    port, each = find_port(), [devices] * count if isinstance(devices, int) else devices
     return [
-        start_python(START + program, port, count, i, timeout, path, devices=devices)
+        start_python(START + program, port, count, i, timeout, path, devices=each[i])
         for i in range(count)
     ]
 
@@ -150,6 +150,10 @@ def assert_same_shards(parts, whole):
     assert any("sign_mantissa" in name for name in whole["digests"])
     for part in parts:
         assert part["nbytes"] * len(parts) == whole["nbytes"]
+    assert_same_digests(parts, whole)
+
+
+def assert_same_digests(parts, whole):
     assert collections.ChainMap(*(part["digests"] for part in parts)) == whole["digests"]
 
 
@@ -169,6 +173,13 @@ def test_four_processes_load_what_one_does(one):
     statement = "[*map(test_processes.describe, test_processes.load_all(path))]"
     for parts, whole in zip(zip(*collect(one, 4, 1, statement), strict=True), one[1], strict=False):
         assert_same_shards(parts, whole)
+
+
+def test_processes_that_have_one_device_and_three(one):
+    statement = "[*map(test_processes.describe, test_processes.load_all(path))]"
+    results = collect(one, 2, (1, 3), statement)
+    for parts, whole in zip(zip(*results, strict=True), one[1], strict=False):
+        assert_same_digests(parts, whole)
 
 
 @pytest.mark.parametrize("count", [2, 4])
