@@ -58,7 +58,8 @@ def constant(function: Callable[..., PyTree]) -> Callable[..., Any]:
 def call_decoder(decoder: DecoderCall, *arrays: Array) -> PyTree:
     """Decodes arrays, by what is there for the platform that the program is lowered for."""
     _ffi.warn_if_slow()
-    with jax.numpy_rank_promotion("allow"):  # whatever the user wants of their own code
+    # Whatever the user wants of their own code.
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         return _decode_on_any_platform(decoder, _ffi.platforms(decoder.target), *arrays)
 
 

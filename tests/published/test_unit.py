@@ -205,6 +205,14 @@ def test_without_a_compiled_decoder(unit, tensors, monkeypatch):
     assert_same_tensors(decompress(unit), tensors)
 
 
+@pytest.mark.parametrize("compiled_decoder", [True, False])
+def test_strict_modes(unit, tensors, compiled_decoder, monkeypatch):
+    if not compiled_decoder:
+        monkeypatch.setattr(_ffi, "platforms", lambda target: ())
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        assert_same_tensors(decompress(unit), tensors)
+
+
 def test_jit(unit, tensors):
     compiled = jax.jit(decompress).lower(unit).compile()
     assert _ffi.PUBLISHED_DECODE_TARGET in compiled.as_text()
