@@ -1,6 +1,6 @@
 """What checkpoints of safetensors files have in common, whatever their format."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from df11_jax._files.directory import (
@@ -62,23 +62,36 @@ class FolderSource:
         metadata: Callable[[TensorFile], Mapping[str, str]],
         index_metadata: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda entries: entries,
     ) -> Arrangement:
-        """The files of tensors.
+        """The files of tensors, with the names that they are to have in another directory.
 
         Args:
             files: the file of each tensor.
             metadata: a function that returns the strings that a file had before compression.
             index_metadata: a function that returns those entries of the index's metadata.
         """
-        shards: dict[str, list[str]] = {}
+        leaves: dict[TensorFile, list[str]] = {}
         for name, file in files.items():
-            shards.setdefault(self._name(file), []).append(name)
+            leaves.setdefault(file, []).append(name)
         index = find_index(self.folder)
+        index_file = index or (INDEX if len(leaves) > 1 else None)
+        names = self._names(list(leaves), index_file)
         return Arrangement(
-            shards,
-            {self._name(file): metadata(file) for file in dict.fromkeys(files.values())},
-            index or (INDEX if len(shards) > 1 else None),
+            {names[file]: held for file, held in leaves.items()},
+            {names[file]: metadata(file) for file in leaves},
+            index_file,
             index_metadata(read_index_metadata(self.folder, index)) if index else {},
         )
+
+    def _names(self, files: Sequence[TensorFile], index: str | None) -> dict[TensorFile, str]:
+        """The names of files in a directory of their own, in which this will be their index."""
+        names = {file: self._name(file) for file in files}
+        # Libraries take a file of this name for all of the model, whatever an index says, and make
+        # up the weights that it lacks. DFloat11's own has what belongs to no unit.
+        whole = (index or "").removesuffix(".index.json")
+        if len(files) == 1 or whole not in names.values():
+            return names
+        stem, count = whole.removesuffix(".safetensors"), len(files)
+        return {file: f"{stem}-{i:05}-of-{count:05}.safetensors" for i, file in enumerate(files, 1)}
 
     def _name(self, file: TensorFile) -> str:
         """The name of a file in a directory of its own."""

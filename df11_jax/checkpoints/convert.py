@@ -43,7 +43,8 @@ def write_native(
     """Writes a native checkpoint, with one tensor in memory at a time.
 
     It compresses the tensors that `compress_params` would. Each file of the source becomes one of
-    the same name, which keeps the strings in its header. After an interruption, the same call
+    the same name, or of those that Hugging Face gives to shards if one of several has the name of a
+    whole model; it keeps the strings in its header. After an interruption, the same call
     writes the files that are missing.
 
     Args:
@@ -67,7 +68,8 @@ def write_plain(source: Source, path: Path, *, progress: bool = False) -> None:
     """Writes a checkpoint without compression, as Hugging Face's libraries read it.
 
     Memory, and what happens after an interruption, are as for `write_native`. Files have the names
-    and the strings in their headers that they had before compression, if that is known.
+    and the strings in their headers that they had before compression, if that is known, but for
+    names that other libraries would take for those of whole models.
 
     Args:
         source: the checkpoint to decompress.

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from payloads import random_weights
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
-from df11_jax import checkpoints
+from df11_jax import checkpoints, published
 from df11_jax._files.safetensors import TensorFile
 from df11_jax.checkpoints.convert import write_native, write_plain
 from df11_jax.cli import _commands
 
 STEM = "diffusion_pytorch_model"
 INDEX = f"{STEM}.safetensors.index.json"
+WHOLE = "model.safetensors"
 
 
 def write(path, shards, metadata):
@@ -67,6 +68,32 @@ def test_there_and_back(tmp_path, shards, metadata):
         assert after["weight_map"] == before["weight_map"]
         size = sum(array.nbytes for array in tensors.values())
         assert after["metadata"] == {"total_size": size, "total_parameters": 7}
+
+
+@pytest.mark.parametrize("format_", ["plain", "published"])
+def test_no_file_is_taken_for_the_whole_model(tmp_path, format_):
+    """As transformers takes a model.safetensors, beside whatever index."""
+    tensors = {f"{i}.weight": np.asarray(random_weights((192, 128), i)) for i in range(3)}
+    path, shapes = tmp_path / format_, {name: array.shape for name, array in tensors.items()}
+    if format_ == "published":
+        published.write(tensors, path, {"[01]": []})
+    else:
+        path.mkdir()
+        files = {name: f"{name}.safetensors" for name in tensors} | {"2.weight": WHOLE}
+        for name, file in files.items():
+            save_file({name: tensors[name]}, path / file)
+        (path / f"{WHOLE}.index.json").write_text(json.dumps({"weight_map": files}))
+    assert (path / WHOLE).exists()
+    source = checkpoints.open_checkpoint(path, shapes=shapes)
+    write_native(source, tmp_path / "native")
+    write_plain(checkpoints.open_checkpoint(tmp_path / "native"), tmp_path / "back")
+    write_plain(source, tmp_path / "at once")
+    for back in (tmp_path / "back", tmp_path / "at once"):
+        model_files.assert_holds(checkpoints.open_checkpoint(back), tensors)
+        names = {file.name for file in back.glob("*.safetensors")}
+        assert names == {f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)}
+        index = json.loads((back / f"{WHOLE}.index.json").read_text())["weight_map"]
+        assert {name: load_file(back / file)[name].shape for name, file in index.items()} == shapes
 
 
 @pytest.mark.parametrize("name", ["my.model.safetensors", "model-00002-of-00003.safetensors", "x"])
