@@ -22,6 +22,7 @@ from df11_jax._files.source import (
     TensorSource,
     unchanged,
 )
+from df11_jax._host_codec import thread_count
 from df11_jax._progress import ProgressBar
 from df11_jax.published._checkpoint import GEOMETRY
 from df11_jax.published._patterns import PatternDict, check_pattern_dict, match_units
@@ -70,15 +71,18 @@ def write(
     Raises:
         FileExistsError: something else is at `path`.
         OSError: reading or writing failed.
+        TypeError: JSON cannot hold `config`, or `threads` is not an integer.
         ValueError: the layout cannot hold a unit (a weight is not bfloat16 or not a matrix, or has
             an exponent of 240 or more), a unit lacks a tensor, no unit matches, or names do not
-            fit; the message names all such units, and no file stays. Or a checkpoint was changed
-            while it was read.
+            fit; the message names all such units, and no file stays. Or `threads` is below 1, or a
+            checkpoint was changed while it was read.
         RuntimeError: a unit does not come back as it was, because of broken hardware or a bug.
     """
     path = Path(path)
     source = tensors if isinstance(tensors, Source) else PyTreeSource(tensors)
     patterns = check_pattern_dict(pattern_dict, "write")
+    threads = thread_count(threads)
+    config_text = _config_text(config or {}, patterns)  # before hours of work end in an error
     infos = _without_tied(source, ModelConfig(config))
     units = match_units(patterns, infos)
     _check_types(units, infos)
@@ -103,18 +107,27 @@ def write(
             for shard in shards:
                 shard.file.unlink(missing_ok=True)
             raise _refusal_error(writer.refusals)
-        published = {
-            "version": _DFLOAT11_VERSION,
-            **GEOMETRY,
-            "pattern_dict": patterns,
-        }
         if isinstance(source, FolderSource):
             copy_small_files(source.folder, path, config or {})
         if isinstance(source, Source):
             source.check_current()
         with new_file(path / CONFIG) as file:
-            text = json.dumps({**(config or {}), CONFIG_KEY: published}, indent=2)
-            file.write(text.encode() + b"\n")
+            file.write(config_text)
+
+
+def _config_text(config: Mapping[str, Any], patterns: PatternDict) -> bytes:
+    published = {
+        "version": _DFLOAT11_VERSION,
+        **GEOMETRY,
+        "pattern_dict": patterns,
+    }
+    try:
+        return json.dumps({**config, CONFIG_KEY: published}, indent=2).encode() + b"\n"
+    except TypeError as error:
+        raise TypeError(
+            f"config: cannot be a config.json: {error}. Pass the content of one, such as what the "
+            "method to_dict of a configuration of transformers returns"
+        ) from None
 
 
 def _without_tied(source: TensorSource, model: ModelConfig) -> dict[str, TensorInfo]:

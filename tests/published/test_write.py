@@ -271,6 +271,25 @@ def test_refused_before_anything_is_written(tmp_path, tensors, patterns, message
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"config": {"dtype": np.dtype("f4")}},
+            TypeError,
+            "^config: .* not JSON serializable.*to_",
+        ),
+        ({"config": 5}, TypeError, "^config: .*not a mapping"),
+        ({"threads": 0}, ValueError, "^threads is 0"),
+        ({"threads": 1.0}, TypeError, "^threads: expected an integer"),
+    ],
+)
+def test_options_are_checked_before_anything_is_written(tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        published.write({"a.weight": matrix()}, tmp_path / "model", {"a": []}, **options)
+    assert not list(tmp_path.iterdir())
+
+
 def test_types_that_numpy_lacks(tmp_path):
     source = checkpoints.open_checkpoint(model_files.write_unknown_dtype(tmp_path / "plain"))
     published.write(source, tmp_path / "model", {"a": []})
