@@ -1,6 +1,6 @@
 """What checkpoints of safetensors files have in common, whatever their format."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from df11_jax._files.directory import (
@@ -13,6 +13,9 @@ from df11_jax._files.directory import (
 from df11_jax._files.folder import Folder
 from df11_jax._files.safetensors import TensorFile
 from df11_jax._files.source import Arrangement, source_changed
+
+# The names that transformers and diffusers give to a model's only file.
+_WHOLE_MODELS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 
 
 class FolderSource:
@@ -74,24 +77,21 @@ class FolderSource:
             leaves.setdefault(file, []).append(name)
         index = find_index(self.folder)
         index_file = index or (INDEX if len(leaves) > 1 else None)
-        names = self._names(list(leaves), index_file)
+        names = {file: self._name(file) for file in leaves}
+        # Libraries take a file of this name for all of the model, whatever an index says, and make
+        # up the weights that it lacks. DFloat11's own has what belongs to no unit.
+        whole = next((name for name in _WHOLE_MODELS if name in names.values()), None)
+        if whole is not None and len(leaves) > 1:
+            index_file = f"{whole}.index.json"
+            stem, count = whole.removesuffix(".safetensors"), len(leaves)
+            shards = (f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1))
+            names = dict(zip(leaves, shards, strict=True))
         return Arrangement(
             {names[file]: held for file, held in leaves.items()},
             {names[file]: metadata(file) for file in leaves},
             index_file,
             index_metadata(read_index_metadata(self.folder, index)) if index else {},
         )
-
-    def _names(self, files: Sequence[TensorFile], index: str | None) -> dict[TensorFile, str]:
-        """The names of files in a directory of their own, in which this will be their index."""
-        names = {file: self._name(file) for file in files}
-        # Libraries take a file of this name for all of the model, whatever an index says, and make
-        # up the weights that it lacks. DFloat11's own has what belongs to no unit.
-        whole = (index or "").removesuffix(".index.json")
-        if len(files) == 1 or whole not in names.values():
-            return names
-        stem, count = whole.removesuffix(".safetensors"), len(files)
-        return {file: f"{stem}-{i:05}-of-{count:05}.safetensors" for i, file in enumerate(files, 1)}
 
     def _name(self, file: TensorFile) -> str:
         """The name of a file in a directory of its own."""

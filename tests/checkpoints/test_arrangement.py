@@ -16,7 +16,6 @@ from df11_jax.cli import _commands
 
 STEM = "diffusion_pytorch_model"
 INDEX = f"{STEM}.safetensors.index.json"
-WHOLE = "model.safetensors"
 
 
 def write(path, shards, metadata):
@@ -70,20 +69,23 @@ def test_there_and_back(tmp_path, shards, metadata):
         assert after["metadata"] == {"total_size": size, "total_parameters": 7}
 
 
+@pytest.mark.parametrize("stem", ["model", STEM])
 @pytest.mark.parametrize("format_", ["plain", "published"])
-def test_no_file_is_taken_for_the_whole_model(tmp_path, format_):
+def test_no_file_is_taken_for_the_whole_model(tmp_path, format_, stem):
     """As transformers takes a model.safetensors, beside whatever index."""
+    whole = f"{stem}.safetensors"
     tensors = {f"{i}.weight": np.asarray(random_weights((192, 128), i)) for i in range(3)}
     path, shapes = tmp_path / format_, {name: array.shape for name, array in tensors.items()}
     if format_ == "published":
         published.write(tensors, path, {"[01]": []})
+        (path / "model.safetensors").rename(path / whole)  # as diffusers names what has no unit
     else:
         path.mkdir()
-        files = {name: f"{name}.safetensors" for name in tensors} | {"2.weight": WHOLE}
+        files = {name: f"{name}.safetensors" for name in tensors} | {"2.weight": whole}
         for name, file in files.items():
             save_file({name: tensors[name]}, path / file)
-        (path / f"{WHOLE}.index.json").write_text(json.dumps({"weight_map": files}))
-    assert (path / WHOLE).exists()
+        (path / f"{whole}.index.json").write_text(json.dumps({"weight_map": files}))
+    assert (path / whole).exists()
     source = checkpoints.open_checkpoint(path, shapes=shapes)
     write_native(source, tmp_path / "native")
     write_plain(checkpoints.open_checkpoint(tmp_path / "native"), tmp_path / "back")
@@ -91,8 +93,8 @@ def test_no_file_is_taken_for_the_whole_model(tmp_path, format_):
     for back in (tmp_path / "back", tmp_path / "at once"):
         model_files.assert_holds(checkpoints.open_checkpoint(back), tensors)
         names = {file.name for file in back.glob("*.safetensors")}
-        assert names == {f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)}
-        index = json.loads((back / f"{WHOLE}.index.json").read_text())["weight_map"]
+        assert names == {f"{stem}-{i:05}-of-00003.safetensors" for i in (1, 2, 3)}
+        index = json.loads((back / f"{whole}.index.json").read_text())["weight_map"]
         assert {name: load_file(back / file)[name].shape for name, file in index.items()} == shapes
 
 
