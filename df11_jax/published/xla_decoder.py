@@ -104,14 +104,17 @@ class _Windows(NamedTuple):
         rows = self.luts.shape[0] - 1
         entry = self.luts[0][bits >> 24]
         ok = jnp.ones_like(offset, bool)
+        before = jnp.zeros_like(offset)  # bits before those of the last row
         for shift in (16, 8, 0):
             row = _codebook.ROW_ENTRIES - entry.astype(_U32)
             follows = entry >= _codebook.FIRST_POINTER
             ok &= ~follows | (row < rows)
+            before += 8 * follows.astype(_U32)
             following = self.luts[jnp.minimum(row, rows - 1), bits >> shift & 0xFF]
             entry = jnp.where(follows, following, entry)
         length = self.luts[-1][entry].astype(_U32)
-        ok &= (entry < _codebook.FIRST_POINTER) & (length <= _codebook.MAX_CODE_BITS)
+        # The place of the end symbol, which is no element, repeats an entry, perhaps across rows.
+        ok &= (entry < _codebook.FIRST_POINTER) & (before < length) & (length <= before + 8)
         return entry.astype(_U32), jnp.where(ok, length, 0)
 
 

@@ -105,6 +105,25 @@ def test_xla_decoder_agrees_with_the_host(unit):
     assert poisoned > 150
 
 
+def test_xla_decoder_takes_no_end_symbol_for_an_element():
+    """Where damage makes fewer codes of a stream, the symbol that fills it up comes too soon."""
+    unit = encode_unit({"w": published_cases.normal(500).view(jnp.bfloat16)})
+    streams = np.repeat(unit.encoded_exponent[None], 128, axis=0)
+    for bit, stream in enumerate(streams):
+        stream[bit // 8] ^= 1 << bit % 8
+    decode = jax.vmap(xla_decoder.decode, in_axes=(None, 0, None, None, None))
+    arrays = unit.sign_mantissa, streams, unit.luts, unit.output_positions, unit.gaps
+    refused = 0
+    for stream, found in zip(streams, bits(decode(*arrays)), strict=True):
+        try:
+            expected = bits(decode_host(dataclasses.replace(unit, encoded_exponent=stream)))
+        except ValueError:
+            refused += 1
+            expected = np.full_like(found, 0xFFFF)
+        np.testing.assert_array_equal(found, expected)
+    assert 30 < refused < 128
+
+
 def test_xla_decoder_survives_any_tables(unit):
     rng = np.random.default_rng(0)
     good = bits(xla_decoder.decode(*unit.arrays))
