@@ -13,6 +13,7 @@ from df11_jax._files.folder import CONFIG, Folder, JsonFile, is_index
 from df11_jax._files.safetensors import TensorFile
 
 INDEX = "model.safetensors.index.json"
+_WHOLE = "model.safetensors"  # a model in one file
 # A directory has this file from before the first shard is written until it is complete.
 JOURNAL = "df11_jax-incomplete.json"
 # In the metadata of an index: checksums of the headers of its shards.
@@ -46,8 +47,8 @@ def find_tensors(folder: Folder) -> dict[str, TensorFile]:
         return _indexed_tensors(folder, index)
     check_complete(folder)
     found, indices = folder.tensor_files, find_indices(folder)
-    if "model.safetensors" in found:
-        found = ["model.safetensors"]
+    if _WHOLE in found:
+        found = [_WHOLE]
     elif indices:
         raise _several_error(path, indices)
     if not found:
@@ -91,14 +92,25 @@ def is_one_of_several(name: str) -> bool:
 
 
 def find_index(folder: Folder) -> str | None:
-    """The name of the index of a directory of shards, if it has one."""
+    """The name of the index of a directory of shards, if it has one.
+
+    Raises:
+        ValueError: it has shards, and a whole model beside them.
+    """
     if folder.is_file or folder.index is not None:
         return folder.index
     if INDEX in folder.names:
-        return INDEX
+        shards = set(read_index(folder, INDEX).values())
+        if _WHOLE not in folder.names or _WHOLE in shards:
+            return INDEX
+        # transformers would load the one, others the shards. Without these, the index is what is
+        # left of a model that was saved here before.
+        if shards & set(folder.names):
+            raise _several_error(folder.path, [_WHOLE, INDEX])
+        return None
     found = find_indices(folder)
     # Beside the usual model.safetensors, another index belongs to some other variant.
-    return found[0] if len(found) == 1 and "model.safetensors" not in folder.names else None
+    return found[0] if len(found) == 1 and _WHOLE not in folder.names else None
 
 
 def find_indices(folder: Folder) -> list[str]:

@@ -179,6 +179,21 @@ def test_a_variant_with_its_name_at_the_end_of_its_index(tmp_path):
     assert not (tmp_path / "one" / f"model{INDEX}").exists()
 
 
+def test_a_whole_model_beside_shards(tmp_path):
+    """Of which transformers loads the first: it leaves an index when it saves to the same place."""
+    tensors = [{"w": random_weights((64, 128), i), "v": random_weights((9,), i)} for i in range(2)]
+    path = model_files.write_model(tmp_path / "model", tensors[0], 2)
+    whole, index = path / "model.safetensors", path / f"model{INDEX}"
+    model_files.write_model(tmp_path / "other", tensors[1])
+    (tmp_path / "other" / "model.safetensors").rename(whole)
+    assert_refused(path, "several variants", str(whole), str(index))
+    model_files.assert_holds(checkpoints.open_checkpoint(whole), tensors[1])
+    model_files.assert_holds(checkpoints.open_checkpoint(index), tensors[0])
+    for shard in path.glob("model-*.safetensors"):
+        shard.unlink()
+    model_files.assert_holds(checkpoints.open_checkpoint(path), tensors[1])
+
+
 def test_the_index_of_a_native_checkpoint(tmp_path):
     params = {"w": random_weights((256, 128)), "b": np.ones(3, np.float32)}
     path = tmp_path / "native"

@@ -121,6 +121,8 @@ def test_a_message_about_a_large_header_is_short_and_costs_nothing(tmp_path, hea
 )
 def test_an_index_that_names_what_are_no_weights(tmp_path, weight_map):
     path = model_files.write_model(tmp_path / "x", {"w": np.zeros(3, np.float32)})
+    # Beside a whole model, an index of what is missing is ignored.
+    (path / "model.safetensors").rename(path / "other.safetensors")
     index = path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises((ValueError, FileNotFoundError), match=str(path)):
