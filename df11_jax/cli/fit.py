@@ -117,7 +117,7 @@ def _notes(answer: "Fit") -> list[str]:
     if model.config:
         notes.append(
             "Temporary memory is estimated from what XLA plans for an H100; the totals came out up "
-            "to 1.5 % too high with compressed weights, and 2.1 % with plain ones, which are taken "
+            "to 3 % too high with compressed weights, and 5 % with plain ones, which are taken "
             "to need as much."
         )
     else:
