@@ -1,27 +1,27 @@
-"""What the processes that have devices of a mesh tell each other."""
+"""What the processes that have some of several devices tell each other."""
 
-from typing import Any
+from collections.abc import Collection
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, UInt32
+from jaxtyping import UInt32
 
 
 def gather(
-    words: UInt32[np.ndarray, "*shape"], where: NamedSharding
+    words: UInt32[np.ndarray, "*shape"], devices: Collection[jax.Device]
 ) -> dict[int, UInt32[np.ndarray, "*shape"]]:
-    """What each of the processes passes that have devices of a sharding, by process.
+    """What each of the processes passes that have some of the devices, by process.
 
     JAX's own `process_allgather` waits for all processes that there are, also those that have none
     of these devices, and wants as many devices of each.
 
     Args:
         words: what this process tells, of the same shape in all of them.
-        where: the sharding. All processes that have devices of it, such as this one, call this.
+        devices: such as those of a sharding. All processes that have some, such as this one, call
+            this.
     """
     first: dict[int, jax.Device] = {}
-    devices: set[Any] = where.device_set
     for device in sorted(devices, key=lambda device: device.id):
         first.setdefault(device.process_index, device)
     mesh = Mesh(np.array(list(first.values())), ("process",))
@@ -30,9 +30,5 @@ def gather(
         (len(first), *words.shape), NamedSharding(mesh, PartitionSpec("process")), [here]
     )
     with jax.set_mesh(mesh):  # whatever mesh the caller has set
-        whole = jax.jit(_same, out_shardings=NamedSharding(mesh, PartitionSpec()))(told)
+        whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(told)
     return dict(zip(first, np.asarray(whole.addressable_data(0)), strict=True))
-
-
-def _same(array: Array) -> Array:
-    return array

@@ -11,6 +11,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, PyTree
 
 from df11_jax import _ffi
+from df11_jax._promotion import with_promotion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +59,8 @@ def constant(function: Callable[..., PyTree]) -> Callable[..., Any]:
 def call_decoder(decoder: DecoderCall, *arrays: Array) -> PyTree:
     """Decodes arrays, by what is there for the platform that the program is lowered for."""
     _ffi.warn_if_slow()
-    # Whatever the user wants of their own code.
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        return _decode_on_any_platform(decoder, _ffi.platforms(decoder.target), *arrays)
+    decode = with_promotion(_decode_on_any_platform)
+    return decode(decoder, _ffi.platforms(decoder.target), *arrays)
 
 
 # Under jit even where the caller is not: platform_dependent would otherwise go by the default

@@ -168,7 +168,7 @@ def encode_shards(tensor: Shards, name: str, layout: Layout, **options: Any) -> 
     lengths = [[part.shape[-1] for part in payload] for payload in payloads]
     longest = np.array(lengths, np.uint32).max(axis=0)
     if not tensor.sharding.is_fully_addressable:
-        longest = np.max(list(gather(longest, tensor.sharding).values()), axis=0)
+        longest = np.max(list(gather(longest, tensor.sharding.device_set).values()), axis=0)
     arrays = zip(*payloads, strict=True)
     return DF11Array.from_payload(map(place, arrays, longest.tolist()), layout)
 

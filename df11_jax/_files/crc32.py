@@ -16,8 +16,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from df11_jax._exchange import gather
 from df11_jax._host_arrays import as_bytes, to_host
 
 _POLYNOMIAL = 0xEDB88320  # of CRC-32; bit 31 is the coefficient of x^0
@@ -127,20 +127,9 @@ def _square_chain(n: int) -> int:
 
 def _sum_over_processes(arrays: Sequence[Any], parts: Sequence[int]) -> list[int]:
     """The sums of the parts that all processes with shards of the arrays have found."""
-    devices: dict[int, Any] = {
-        device.process_index: device
-        for array in arrays
-        for device in sorted(array.sharding.device_set, key=str)
-    }
-    mesh = Mesh(np.array([devices[process] for process in sorted(devices)]), ("process",))
-    found = jax.make_array_from_process_local_data(
-        NamedSharding(mesh, PartitionSpec("process")),
-        np.array([parts], np.uint32),
-        (len(devices), len(parts)),
-    )
-    with jax.set_mesh(mesh):  # the caller may have set another one
-        everywhere = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(found)
-    return [int(part) for part in np.bitwise_xor.reduce(np.asarray(everywhere), axis=0)]
+    devices = set().union(*(array.sharding.device_set for array in arrays))
+    found = gather(np.array(parts, np.uint32), devices)
+    return [int(part) for part in np.bitwise_xor.reduce(list(found.values()), axis=0)]
 
 
 def _is_local(array: Any) -> bool:

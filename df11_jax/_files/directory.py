@@ -13,7 +13,9 @@ from df11_jax._files.folder import CONFIG, Folder, JsonFile, is_index
 from df11_jax._files.safetensors import TensorFile
 
 INDEX = "model.safetensors.index.json"
-_WHOLE = "model.safetensors"  # a model in one file
+# The names that transformers and diffusers give to the only file of a model.
+WHOLE_MODELS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+_WHOLE = WHOLE_MODELS[0]
 # A directory has this file from before the first shard is written until it is complete.
 JOURNAL = "df11_jax-incomplete.json"
 # In the metadata of an index: checksums of the headers of its shards.
@@ -100,8 +102,10 @@ def find_index(folder: Folder) -> str | None:
     if folder.is_file or folder.index is not None:
         return folder.index
     if INDEX in folder.names:
+        if _WHOLE not in folder.names:
+            return INDEX
         shards = set(read_index(folder, INDEX).values())
-        if _WHOLE not in folder.names or _WHOLE in shards:
+        if _WHOLE in shards:
             return INDEX
         # transformers would load the one, others the shards. Without these, the index is what is
         # left of a model that was saved here before.

@@ -5,6 +5,7 @@ from typing import Any
 
 from df11_jax._files.directory import (
     INDEX,
+    WHOLE_MODELS,
     files_of_model,
     find_index,
     is_one_of_several,
@@ -13,9 +14,6 @@ from df11_jax._files.directory import (
 from df11_jax._files.folder import Folder
 from df11_jax._files.safetensors import TensorFile
 from df11_jax._files.source import Arrangement, source_changed
-
-# The names that transformers and diffusers give to a model's only file.
-_WHOLE_MODELS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 
 
 class FolderSource:
@@ -80,7 +78,7 @@ class FolderSource:
         names = {file: self._name(file) for file in leaves}
         # Libraries take a file of this name for all of the model, whatever an index says, and make
         # up the weights that it lacks. DFloat11's own has what belongs to no unit.
-        whole = next((name for name in _WHOLE_MODELS if name in names.values()), None)
+        whole = next((name for name in WHOLE_MODELS if name in names.values()), None)
         if whole is not None and len(leaves) > 1:
             index_file = f"{whole}.index.json"
             stem, count = whole.removesuffix(".safetensors"), len(leaves)

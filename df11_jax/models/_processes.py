@@ -44,7 +44,7 @@ def find_longest(words: int, where: DeviceOrSharding) -> int:
     """The largest of the numbers that the processes of an array have."""
     if not spans_processes(where):
         return words
-    return int(max(gather(np.array(words, np.uint32), where).values()))
+    return int(max(gather(np.array(words, np.uint32), where.device_set).values()))
 
 
 def check_same(what: Any, where: DeviceOrSharding) -> None:
@@ -59,9 +59,10 @@ def check_same(what: Any, where: DeviceOrSharding) -> None:
     """
     if not spans_processes(where):
         return
-    digests = gather(np.array(zlib.crc32(repr(what).encode()), np.uint32), where)
-    if other := [process for process in sorted(digests) if digests[process] != digests[0]]:
+    digests = gather(np.array(zlib.crc32(repr(what).encode()), np.uint32), where.device_set)
+    first = min(digests)
+    if other := [process for process in sorted(digests) if digests[process] != digests[first]]:
         raise ValueError(
-            f"processes {other} load another model, or with other arguments, than process 0: all "
-            "need the same files and the same arguments"
+            f"processes {other} load another model, or with other arguments, than process {first}: "
+            "all need the same files and the same arguments"
         )

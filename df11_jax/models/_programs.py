@@ -15,13 +15,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from df11_jax._product import is_fused_in
+from df11_jax._promotion import with_promotion
 from df11_jax.models import _cache, _transformer
 from df11_jax.models._cache import Cache
 from df11_jax.models._config import Config
 from df11_jax.models._devices import find_mesh, on_own_mesh
 from df11_jax.models._layers import rms_norm
 from df11_jax.models._parallel import cache_specs, on_each_device, on_one_device
-from df11_jax.models._promotion import with_promotion
 from df11_jax.models._sampling import Sampling, choose
 from df11_jax.models._sharding import STAGES, shard_config
 from df11_jax.models._transformer import Params

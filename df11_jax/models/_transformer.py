@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, Int
 
 from df11_jax._array import DF11Array
 from df11_jax._product import can_fuse
+from df11_jax._promotion import with_promotion
 from df11_jax._scan import scan_range, stack_length
 from df11_jax._slices import tie
 from df11_jax.models import (
@@ -56,7 +57,6 @@ from df11_jax.models._layer_types import (
 )
 from df11_jax.models._layers import RMSNorm, activate, multiply, rms_norm
 from df11_jax.models._per_layer import PerLayerInputs, TokenInputs
-from df11_jax.models._promotion import with_promotion
 
 Params = dict[str, Any]
 # Tokens, their positions, the slot of the first of them, and how many of them sliding layers keep.

@@ -51,6 +51,10 @@ class WeightBytes(NamedTuple):
     least: int
     most: int
 
+    def in_proportion(self, part: int, whole: int) -> "WeightBytes":
+        """Those of a part, in proportion to bytes of plain weights."""
+        return WeightBytes(*(-(-nbytes * part // whole) for nbytes in self))
+
     @property
     def exact(self) -> bool:
         """Whether the bytes of the compressed weights are known exactly."""
@@ -182,7 +186,7 @@ def shard_weights(
 ) -> WeightBytes:
     """The bytes on each device of known weights, in proportion to the estimated plain weights."""
     shard, whole = estimate_weights(config, devices, stages).plain, estimate_weights(config).plain
-    return WeightBytes(*(-(-nbytes * shard // whole) for nbytes in weights))
+    return weights.in_proportion(shard, whole)
 
 
 def cache_nbytes(

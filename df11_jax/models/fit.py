@@ -309,7 +309,7 @@ def _read_checkpoint(source: Source, where: str) -> Model:
     if config is not None and saved:
         # Several devices may have had the same heads, which other numbers of devices have not.
         whole = estimate.estimate_weights(config).plain
-        weights = estimate.WeightBytes(*(-(-nbytes * whole // weights.plain) for nbytes in weights))
+        weights = weights.in_proportion(whole, weights.plain)
     return Model(path, source.format, config, reason, parameters, weights, wide)
 
 
