@@ -55,5 +55,6 @@ def test_bundled_checkpoint_was_trained():
 
     # Another Python version has other topics, but much the same.
     _, held_out = train.load_text()
+    held_out = held_out[: len(held_out) // 4]  # all of it takes half a minute
     params = df11_jax.decompress_params(checkpoint.load_checkpoint())
     assert train.held_out_loss(params, held_out) < 1.25

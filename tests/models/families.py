@@ -197,13 +197,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 
-# For parametrize: one that is dense, a mixture, a hybrid and one with windows.
-_FEW = ("llama", "qwen3_moe", "qwen3_5_text", "gemma3_text")
-# One for each kind of weights and of caches: qwen2_moe has an expert for all tokens, gemma4_text
-# layers that share caches. What the others have of their own (positions, norms, biases) is in the
-# logits and tokens that all are tested for.
-KINDS = mostly_slow([*_FEW, "qwen2_moe", "gemma4_text"])
-EACH = mostly_slow([*_FEW, *sorted(CONFIGS.keys() - set(_FEW))], fast=2)
+# For parametrize: one for each kind of weights and of caches. qwen2_moe has experts, and one for
+# all tokens; gemma4_text has windows, and layers that share caches. What the others have of their
+# own (positions, norms, biases) is in the logits and tokens that all are tested for.
+_KINDS = ("llama", "qwen2_moe", "qwen3_5_text", "gemma4_text")
+KINDS = mostly_slow(_KINDS)
+EACH = mostly_slow([*_KINDS, *sorted(CONFIGS.keys() - set(_KINDS))], fast=2)
 
 
 class NoisySource(RandomSource):

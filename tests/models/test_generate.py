@@ -285,7 +285,7 @@ def test_lengths_of_the_same_bucket_cost_no_compilation(llama):
 
 
 @pytest.mark.parametrize("tokens", [(), (3,), (2, 3), (40,), (3, 200)])
-@pytest.mark.parametrize("piece", [1, 2, 3, 5, 100])
+@pytest.mark.parametrize("piece", [1, 3, 100])
 def test_tables_in_pieces(monkeypatch, tokens, piece):
     dim, vocab = 64, 5 * TILE_COLS - 37
     jax.clear_caches()  # of pieces of another size

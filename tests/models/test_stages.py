@@ -17,7 +17,7 @@ CONFIGS = {
     | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4},
     "mixtral": families.CONFIGS["mixtral"] | {"num_hidden_layers": 2},
     # Each stage has a layer of each type, in stacks of their own.
-    "hybrid": families.CONFIGS["qwen3_5_moe_text"]
+    "hybrid": families.CONFIGS["qwen3_5_text"]
     | {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2},
     "sliding": families.CONFIGS["gemma3_text"]
     | {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
@@ -39,7 +39,7 @@ def load(name, devices, stages=1, compress=True):
 
 @pytest.mark.parametrize(
     ("name", "devices", "stages"),
-    [("wide", 4, 4), ("wide", 4, 2), ("mixtral", 2, 2), ("hybrid", 4, 2), ("sliding", 4, 2)],
+    [("wide", 4, 4), ("mixtral", 2, 2), ("hybrid", 4, 2), ("sliding", 4, 2)],
 )
 def test_stages_compute_what_their_devices_do_without(name, devices, stages):
     (alone, config), (staged, _) = load(name, devices // stages), load(name, devices, stages)
@@ -55,7 +55,7 @@ def test_stages_compute_what_their_devices_do_without(name, devices, stages):
         assert {s.data.nbytes * stages for s in leaf.addressable_shards} == {leaf.nbytes}
 
 
-@pytest.mark.parametrize("name", ["wide", "hybrid", "sliding"])
+@pytest.mark.parametrize("name", ["hybrid", "sliding"])
 def test_prompts_in_pieces(name, monkeypatch):
     # Each row has pieces before its prompt begins; and a stage begins one while the next works.
     monkeypatch.setattr(_programs, "PIECE_TOKENS", 12)

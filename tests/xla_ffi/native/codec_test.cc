@@ -310,8 +310,9 @@ void check_codec() {
   // Exponents from 240 on: 32 from the least one go beyond the last.
   const auto large = [](int64_t) { return static_cast<uint16_t>(0x7800 | random_bits() % 0x800); };
   const Source sources[] = {normal_weight, pattern, noise, constant, uneven, rare, infinite, large};
-  for (const Source& source : sources) {
-    check_encoder_loops(source);
+  for (const Source& source : sources) check_encoder_loops(source);
+  // Every shape with weights of all kinds of chunks; the other kinds with a few shapes.
+  for (const Source& source : {Source(rare), Source(noise)}) {
     for (int64_t n : {0,   1,   2,    7,    8,    9,    63,   64,   65,    127,
                       128, 129, 1023, 1024, 1025, 8191, 8192, 8193, 16385, 65536}) {
       round_trip({n}, source);
@@ -320,6 +321,12 @@ void check_codec() {
       for (int64_t cols : {8, 56, 64, 72, 100, 128, 192}) round_trip({rows, cols}, source);
     }
     for (int64_t rows : {5, 16, 48, 130}) round_trip({3, rows, 64}, source);
+  }
+  for (const Source& source : sources) {
+    for (int64_t n : {1, 65, 8193, 65536}) round_trip({n}, source);
+    for (int64_t rows : {17, 144}) {
+      for (int64_t cols : {64, 100}) round_trip({rows, cols}, source);
+    }
     round_trip({40, 4, 24}, source);
     round_trip({}, source);
   }
