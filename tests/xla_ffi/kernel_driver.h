@@ -13,7 +13,16 @@
 #include <utility>
 #include <vector>
 
+#include "thread_sanitizer.h"
+
 namespace df11 {
+
+// How often damage is drawn: a GPU decodes in no time, the emulation does not.
+#ifdef __CUDACC__
+inline constexpr int kDraws = 200;
+#else
+inline constexpr int kDraws = kIsSlow ? 10 : 40;
+#endif
 
 inline int failures = 0;
 // Of a section: chunks or blocks, whatever the kernel poisons as a whole.

@@ -379,7 +379,7 @@ int main(int argc, char** argv) {
     return 2;
   }
   using namespace df11::native;
-  const int rounds = argc > 1 ? std::atoi(argv[1]) : df11::kIsSlow ? 10 : 40;
+  const int rounds = argc > 1 ? std::atoi(argv[1]) : df11::kDraws;
   const std::string only = argc > 2 ? argv[2] : "";
   const auto run = [&](const char* name, const std::function<void()>& test) {
     if (only.empty() || only == name) df11::section(name, "chunks", test);

@@ -402,7 +402,7 @@ void damage_of(const Layout& layout, const Weights& weights, int tries) {
   }
 }
 
-int tries = kIsSlow ? 4 : 30;  // of damage
+int tries = kDraws / 2;  // of damage
 
 void damage() {
   damage_of(layout_of({300, 192}, false, 8, 12), rare_weight, tries);

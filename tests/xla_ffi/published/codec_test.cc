@@ -232,12 +232,12 @@ int run() {
   encode_others(two, skewed);
   encode_others(skewed, two);
   if (!kIsSlow) fuzz_tables();  // by one thread
-  const int tries = kIsSlow ? 30 : 300;
+  const int tries = kIsSlow ? 15 : 100;
   for (const Source& source : sources) {
     fuzz(30, source, tries);
     fuzz(40000, source, tries);
   }
-  if (!kIsSlow) fuzz(20000, normal_weight, 2000);
+  if (!kIsSlow) fuzz(20000, normal_weight, 500);
   std::printf("%s\n", failures ? "FAILED" : "all passed");
   return failures != 0;
 }

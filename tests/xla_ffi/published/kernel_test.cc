@@ -324,7 +324,7 @@ int main(int argc, char** argv) {
     std::printf("no GPU\n");
     return 2;
   }
-  const int rounds = argc > 1 ? std::atoi(argv[1]) : 200;
+  const int rounds = argc > 1 ? std::atoi(argv[1]) : df11::kDraws;
   using namespace df11::published_test;
   df11::section("sizes", "blocks", test_sizes);
   df11::section("codes", "blocks", test_codes);
