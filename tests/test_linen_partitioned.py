@@ -6,12 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from linen_models import (
-    WIDTH,
-    bf16,
-    init,
-    make,
-)
+from linen_models import WIDTH, bf16, init, make
 from payloads import assert_same_bits, random_weights
 
 from df11_jax import DF11Array, compress_params

@@ -46,13 +46,13 @@ def test_generation_holds_one_block_and_a_piece_of_the_head(family):
     [("llama", 1), ("gemma3_text", 7), ("qwen3_5_text", 1)],
 )
 def test_caches_are_not_copied(family, batch, monkeypatch):
+    sizes = SIZES | {"num_hidden_layers": 14, "sliding_window": 128, "vocab_size": 70}
+    config = models.read_config(sizes | {"model_type": family})
+    params = shapes.param_shapes(config, compress=True)
     # Pieces of 70 tokens and of 10, both shorter than the window, and of 300.
     for tokens in (70, 300):
         monkeypatch.setattr(_programs, "PIECE_TOKENS", tokens)
-        sizes = SIZES | {"num_hidden_layers": 14, "sliding_window": 128}
         jax.clear_caches()  # of the pieces before
-        config = models.read_config(sizes | {"model_type": family, "vocab_size": 70})
-        params = shapes.param_shapes(config, compress=True)
         programs = models.compile_programs(params, config, batch=batch, prompt=600, tokens=100)
         assert shapes.cache_copies(programs.prefill) == []
         assert shapes.cache_copies(programs.decode) == []
