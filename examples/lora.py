@@ -17,7 +17,7 @@ import optax
 import df11_jax.linen
 
 VOCAB, WIDTH, HEADS, LAYERS, RANK = 256, 256, 4, 8, 8
-BATCH, LENGTH, STEPS = 4, 64, 30
+BATCH, LENGTH, STEPS = 4, 64, 10
 
 TEXT = (
     "Lossless compression keeps every bit of a weight. A frozen weight is read in the forward "

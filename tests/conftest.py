@@ -14,11 +14,13 @@ _FLAGS = (
     "--xla_cpu_enable_concurrency_optimized_scheduler=false",
     "--xla_force_host_platform_device_count=4",
 )
-# On a CPU most programs run once, and are small: to optimize them takes longer than it saves. The
-# compiler for GPUs, which JAX's plugins bring, makes what users run.
+# On a CPU most programs run once, and are small: to optimize them takes longer than it saves, and
+# XLA's newer code generator takes twice as long as the older one. The compiler for GPUs, which
+# JAX's plugins bring, makes what users run; so do examples, notebooks and the demo on a CPU.
 if importlib.util.find_spec("jax_plugins") is None:
-    _FLAGS += ("--xla_backend_optimization_level=0",)
-os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_FLAGS)).strip()
+    _FLAGS += ("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false")
+# Of the same flag, the last counts.
+os.environ["XLA_FLAGS"] = " ".join((*_FLAGS, os.environ.get("XLA_FLAGS", ""))).strip()
 
 # What tests, their processes and both of pytest's compile alike is compiled once. The folder is
 # this run's, which removes it; processes get it from the one that begins.
@@ -52,6 +54,14 @@ def pytest_configure() -> None:
     # Tests that start `python -P -c` get the package that is tested here.
     folders = (str(_package_folder().parent), os.environ.get("PYTHONPATH", ""))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("fusion_emitters"):
+        name = "--xla_cpu_use_fusion_emitters="
+        set_to = [f for f in os.environ["XLA_FLAGS"].split() if f.startswith(name)]
+        if set_to and set_to[-1] == f"{name}false":
+            pytest.skip(f"needs XLA's newer code generator: XLA_FLAGS={name}true")
 
 
 def pytest_unconfigure() -> None:

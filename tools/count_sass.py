@@ -106,16 +106,18 @@ def find_tool(name: str) -> str | None:
     return None
 
 
-def disassemble(source_text: str, arch: str, folder: pathlib.Path) -> dict[str, list[str]]:
+@functools.cache
+def disassemble(source_text: str, arch: str) -> dict[str, list[str]]:
     """The lines of each kernel, labels and instructions."""
-    source, cubin = folder / "kernels.cu", folder / f"sm_{arch}.cubin"
-    source.write_text(source_text)
-    include = f"-I{ROOT / 'xla_ffi'}"
-    command = [find_tool("nvcc"), "-std=c++17", include, f"-arch=sm_{arch}", "-cubin"]
-    subprocess.run([*command, "-o", cubin, source], check=True)
-    text = subprocess.run(
-        [find_tool("nvdisasm"), "-c", cubin], check=True, capture_output=True, text=True
-    ).stdout
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = (pathlib.Path(folder, name) for name in ("kernels.cu", "kernels.cubin"))
+        source.write_text(source_text)
+        include = f"-I{ROOT / 'xla_ffi'}"
+        command = [find_tool("nvcc"), "-std=c++17", include, f"-arch=sm_{arch}", "-cubin"]
+        subprocess.run([*command, "-o", cubin, source], check=True)
+        text = subprocess.run(
+            [find_tool("nvdisasm"), "-c", cubin], check=True, capture_output=True, text=True
+        ).stdout
     sections = re.split(r"^\s*\.section\s+\.text\.(\S+?),.*$", text, flags=re.MULTILINE)
     return {
         name: body.splitlines() for name, body in zip(sections[1::2], sections[2::2], strict=True)
@@ -241,17 +243,14 @@ def inner_loop(lines: list[str]) -> tuple[list[str], int]:
 
 def count(arch: str) -> tuple[int, int, collections.Counter]:
     """(instructions, weights, instructions by unit) of the native layout's inner loop."""
-    with tempfile.TemporaryDirectory() as folder:
-        (lines,) = disassemble(SOURCE, arch, pathlib.Path(folder)).values()
+    (lines,) = disassemble(SOURCE, arch).values()
     loop, weights = inner_loop(lines)
     return len(loop), weights, units(loop)
 
 
-@functools.cache
 def bulk_loop(arch: str, chunks: int) -> list[str]:
     """The inner loop of the decoder for groups of chunks."""
-    with tempfile.TemporaryDirectory() as folder:
-        (lines,) = disassemble(bulk_source(chunks), arch, pathlib.Path(folder)).values()
+    (lines,) = disassemble(bulk_source(chunks), arch).values()
     return Kernel(lines).loop_of_boxes()
 
 
@@ -285,8 +284,7 @@ def codes_per_lookup() -> float:
 
 def count_published(arch: str) -> list[tuple[str, int, float, collections.Counter]]:
     """(loop, instructions, weights of a lane, instructions by unit) of the published layout's."""
-    with tempfile.TemporaryDirectory() as folder:
-        (lines,) = disassemble(PUBLISHED_SOURCE, arch, pathlib.Path(folder)).values()
+    (lines,) = disassemble(PUBLISHED_SOURCE, arch).values()
     kernel = Kernel(lines)
 
     def shortest(loads: int, stores: int) -> list[str]:
@@ -311,10 +309,8 @@ def product_loops(arch: str) -> dict[int, list[str]]:
 
     Without patches: they are branched over, and put into weights by a permutation that is computed.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        kernels = disassemble(PRODUCT_SOURCE, arch, pathlib.Path(folder))
     loops = {}
-    for name, lines in kernels.items():
+    for name, lines in disassemble(PRODUCT_SOURCE, arch).items():
         tiles = int(re.search(r"ILi(\d)E", name)[1])
         paths = [
             path

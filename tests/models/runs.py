@@ -31,13 +31,19 @@ def run(params, config, batch=3, sampling=GREEDY):
     The first one is on the host; None if it is spread over several processes.
     """
     mesh = models.find_mesh(params)
-    prompts = families.prompts(batch)
-    lengths = np.arange(24, 24 - batch, -1, dtype=np.int32)
     keys = jax.random.split(jax.random.key(0), batch)
-    state = models.prefill(params, prompts, lengths, sampling, keys, NONE, 40, config, mesh)
+    state = read(params, config, batch, sampling)
     is_here = all(leaf.is_fully_addressable for leaf in jax.tree.leaves(state))
     first = jax.tree.map(np.asarray, state) if is_here else None  # the state itself is used up
     return first, models.decode(params, state, 10, sampling, keys, NONE, 12, config, mesh)
+
+
+def read(params, config, batch=3, sampling=GREEDY):
+    """The state after the prompts."""
+    prompts = families.prompts(batch)
+    lengths = np.arange(24, 24 - batch, -1, dtype=np.int32)
+    keys, mesh = jax.random.split(jax.random.key(0), batch), models.find_mesh(params)
+    return models.prefill(params, prompts, lengths, sampling, keys, NONE, 40, config, mesh)
 
 
 def begin(params, config):

@@ -284,8 +284,10 @@ def test_lengths_of_the_same_bucket_cost_no_compilation(llama):
 # Embedding and output head in pieces.
 
 
-@pytest.mark.parametrize("tokens", [(), (3,), (2, 3), (40,), (3, 200)])
-@pytest.mark.parametrize("piece", [1, 3, 100])
+@pytest.mark.parametrize(
+    ("tokens", "piece"),
+    [((3,), 1), ((3,), 3), ((3,), 100), ((), 1), ((2, 3), 3), ((40,), 3), ((3, 200), 100)],
+)
 def test_tables_in_pieces(monkeypatch, tokens, piece):
     dim, vocab = 64, 5 * TILE_COLS - 37
     jax.clear_caches()  # of pieces of another size

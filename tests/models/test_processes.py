@@ -225,7 +225,6 @@ assert models.generate(alone, [[1, 2]], config, tokens=2)
     ("dying", "end"),
     [
         (0, "os.kill(os.getpid(), signal.SIGKILL)"),
-        (1, "os.kill(os.getpid(), signal.SIGKILL)"),
         (1, "raise ValueError('damaged')"),
     ],
 )

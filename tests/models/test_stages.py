@@ -37,6 +37,7 @@ def load(name, devices, stages=1, compress=True):
     return models.load_params(source, config, **options), dataclasses.replace(config, dtype=F32)
 
 
+@pytest.mark.fusion_emitters
 @pytest.mark.parametrize(
     ("name", "devices", "stages"),
     [("wide", 4, 4), ("mixtral", 2, 2), ("hybrid", 4, 2), ("sliding", 4, 2)],

@@ -19,7 +19,7 @@ MOST_REGISTERS = {
 @needs_nvcc
 def test_resources(tmp_path):
     # What is for other GPUs is an empty kernel.
-    architectures = ("75", "89", *count_sass.PRODUCT_ARCHITECTURES)
+    architectures = ("75", *count_sass.PRODUCT_ARCHITECTURES)
     report = ptxas_report("native/cuda/product.cu", architectures, tmp_path)
     reports = re.findall(
         r"Compiling entry function '\w+product_kernelILi(\d)E\w*?([A-Z][a-z]+Copies)\w+' "

@@ -39,7 +39,7 @@ _SIMPLE: dict[str, Callable[..., Any]] = {
 
 
 def compute(name: Sequence[str], values: Sequence[Any]) -> Any:
-    """The result of an instruction: `compute(["add", "u32"], [a, b])`.
+    """The result of an instruction: `compute(("add", "u32"), [a, b])`.
 
     Args:
         name: the parts of its name; the last is the type.
@@ -49,7 +49,12 @@ def compute(name: Sequence[str], values: Sequence[Any]) -> Any:
         KernelError: a division by zero.
     """
     kind, dtype = name[0], TYPES[name[-1]]
-    if kind == "mul" and name[1] in ("wide", "hi"):
+    if kind in _SIMPLE and name[1] not in ("wide", "hi"):
+        if dtype.kind != "f":
+            return _SIMPLE[kind](*values)
+        with np.errstate(all="ignore"):  # of what is no number
+            return _SIMPLE[kind](*values)
+    if kind == "mul":
         wide = np.dtype(f"{dtype.kind}{2 * dtype.itemsize}")
         product = np.multiply(*(value.astype(wide) for value in values))
         return product if name[1] == "wide" else product >> wide.type(8 * dtype.itemsize)
@@ -73,13 +78,9 @@ def compute(name: Sequence[str], values: Sequence[Any]) -> Any:
         highest = np.frexp(values[0].astype(np.float64))[1] - 1
         found = 31 - highest if "shiftamt" in name else highest
         return np.where(values[0] == 0, np.uint32(2**32 - 1), found.astype(np.uint32))
-    if kind == "brev":
-        flipped = np.unpackbits(values[0][..., None].view(np.uint8), axis=-1, bitorder="little")
-        return np.packbits(flipped, axis=-1).view(">u4")[..., 0].astype(np.uint32)
-    if dtype.kind != "f":
-        return _SIMPLE[kind](*values)
-    with np.errstate(all="ignore"):  # of what is no number
-        return _SIMPLE[kind](*values)
+    assert kind == "brev", name
+    flipped = np.unpackbits(values[0][..., None].view(np.uint8), axis=-1, bitorder="little")
+    return np.packbits(flipped, axis=-1).view(">u4")[..., 0].astype(np.uint32)
 
 
 def to_bfloat16x2(high: Any, low: Any) -> Any:

@@ -14,8 +14,24 @@ class Instruction:
     line: int
     guard: str
     negated: bool
-    name: list[str]
+    name: tuple[str, ...]
     operands: list[str]
+
+
+# What follows is asked for each time that an instruction runs.
+
+
+@functools.cache
+def names_in(operand: str) -> list[str]:
+    """The registers of `{%r1, %r2}`, or of one."""
+    return re.findall(r"[%\w]+", operand)
+
+
+@functools.cache
+def parse_address(operand: str) -> tuple[str, int]:
+    """Of `[%rd1+16]`: the register or symbol, and the bytes behind it."""
+    match = re.fullmatch(r"\[\s*([%$\w]+)\s*(?:\+\s*(-?\d+))?\s*\]", operand)
+    return match[1], int(match[2] or 0)
 
 
 class Kernel:
@@ -45,7 +61,7 @@ class Kernel:
             elif match := re.match(r"(\$?\w+):", text):
                 self.labels[match[1]] = len(self.code)
             elif match := re.match(r"(?:@(!?)([%\w]+)\s+)?([a-z][\w.:]*)\s*([^;]*);", text):
-                name = match[3].split(".")
+                name = tuple(match[3].split("."))
                 operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s|]+", match[4])
                 self.code.append(
                     Instruction(number, match[2] or "", bool(match[1]), name, operands)

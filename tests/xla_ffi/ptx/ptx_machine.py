@@ -23,7 +23,7 @@ import numpy as np
 from device_memory import WARP, GlobalMemory, KernelError, Races
 from ptx_arithmetic import COMPARISONS, TYPES, compute, multiply_add_tile, to_bfloat16x2
 from ptx_bulk import Bulk
-from ptx_kernel import SHARED_BASE, Instruction, Kernel
+from ptx_kernel import SHARED_BASE, Instruction, Kernel, names_in, parse_address
 
 
 def launch(
@@ -68,6 +68,36 @@ def as_kind(number: int, kind: np.dtype | None) -> Any:
         return np.bool_(number)
     bits = number & (2 ** (8 * kind.itemsize) - 1)
     return np.array(bits, np.dtype(f"u{kind.itemsize}")).view(kind)
+
+
+@functools.cache
+def register_type(name: str) -> np.dtype:
+    """Of what a register holds; those of PTX have a letter or two and a number."""
+    prefix = re.match(r"%?([a-z]+)", name)[1]
+    types = {"rs": np.uint16, "r": np.uint32, "rd": np.uint64, "f": np.uint32}
+    return np.dtype(types.get(prefix, np.bool_))
+
+
+@functools.cache
+def access_of(name: tuple[str, ...]) -> tuple[str, np.dtype, int]:
+    """Of a load's or store's name: the space, the type and the number of elements."""
+    space = next((s for s in name if s in ("param", "shared", "global")), "generic")
+    count = next((int(s[1:]) for s in name if s in ("v2", "v4")), 1)
+    return space, TYPES[name[-1]], count
+
+
+@functools.cache
+def operand_types(name: tuple[str, ...], count: int) -> list[np.dtype]:
+    """Of an arithmetic instruction's operands."""
+    types = [TYPES[name[-1]]] * count
+    if name[0] in ("shl", "shr"):
+        types[1] = TYPES["u32"]
+    elif name[0] == "bfi":
+        types[2:] = [TYPES["u32"]] * 2
+    return types
+
+
+_WIDE = frozenset(("bar", "barrier", "shfl", "vote", "redux", "elect", "mma"))
 
 
 class _Block:
@@ -145,10 +175,10 @@ class _Block:
                 self.pc[lanes] = pc
                 self.exited[active] = True
                 return
-            if kind in ("bar", "barrier", "shfl", "vote", "redux", "elect", "mma"):
+            if kind in _WIDE:
                 self.synchronize(step, active, pc)
                 return
-            if kind in ("mbarrier", "fence") or step.name[:3] == ["cp", "async", "bulk"]:
+            if kind in ("mbarrier", "fence") or step.name[:3] == ("cp", "async", "bulk"):
                 waiting = self.bulk.execute(step, active)
                 if len(waiting):
                     self.pc[lanes] = pc
@@ -165,11 +195,8 @@ class _Block:
 
     def register(self, name: str) -> np.ndarray:
         if name not in self.registers:
-            prefix = re.match(r"%?([a-z]+)", name)[1]
-            kinds = {"rs": np.uint16, "r": np.uint32, "rd": np.uint64, "f": np.uint32}
-            self.registers[name] = self.rng.integers(2**63, size=self.size).astype(
-                kinds.get(prefix, np.bool_)
-            )
+            rubbish = self.rng.integers(2**63, size=self.size)
+            self.registers[name] = rubbish.astype(register_type(name))
         return self.registers[name]
 
     def get(self, name: str, where: Any, kind: np.dtype | None = None) -> Any:
@@ -191,26 +218,22 @@ class _Block:
 
     def put(self, name: str, where: Any, value: Any) -> None:
         if name != "_":
-            register = self.register(name)
-            value = np.asarray(value)
-            if value.dtype.kind == "i":
-                value = value.astype(np.int64).astype(np.uint64)
-            elif value.dtype.kind == "f":  # registers hold bits
+            if value.dtype.kind == "f":  # registers hold bits
                 value = value.view(np.uint32)
-            register[where] = value.astype(register.dtype)
+            if name not in self.registers and isinstance(where, slice):  # all threads write it
+                self.registers[name] = np.empty(self.size, register_type(name))
+            self.register(name)[where] = value
 
     # Memory.
 
     def access(self, step: Instruction, active: np.ndarray) -> None:
         load = step.name[0] == "ld"
-        space = next((s for s in step.name if s in ("param", "shared", "global")), "generic")
-        kind = TYPES[step.name[-1]]
-        count = next((int(s[1:]) for s in step.name if s in ("v2", "v4")), 1)
+        space, kind, count = access_of(step.name)
         values, address = step.operands if load else step.operands[::-1]
         if space == "generic":
-            register = re.match(r"\[\s*(%\w+)", address)[1]
+            register, _ = parse_address(address)
             space = "shared" if (self.get(register, active) < self.PARAM_BASE).all() else "global"
-        registers = re.findall(r"[%\w]+", values)
+        registers = names_in(values)
         places = self.bytes_of(address, active, space, kind.itemsize * count)
         if load:
             data = (
@@ -229,16 +252,12 @@ class _Block:
 
     def bytes_of(self, operand: str, active: np.ndarray, space: str, size: int) -> np.ndarray:
         """Addresses of all bytes of an access, [active, size]; places, outside of global memory."""
-        match = re.fullmatch(r"\[\s*([%$\w]+)\s*(?:\+\s*(-?\d+))?\s*\]", operand)
-        kind = np.dtype(np.uint64)
-        base = (
-            self.get(match[1], active, None)
-            if match[1].startswith("%")
-            else np.uint64(self.kernel.symbols[match[1]])
-        )
-        base = np.broadcast_to(base, len(active)).astype(np.uint64)
-        offset = int(match[2] or 0)
-        address = base + np.array(offset, np.int64).view(kind)
+        name, offset = parse_address(operand)
+        address = np.full(len(active), offset, np.int64).view(np.uint64)
+        if name.startswith("%"):
+            address += self.get(name, active)
+        else:
+            address += np.uint64(self.kernel.symbols[name])
         if (address % np.uint64(size)).any():
             raise KernelError(f"access of {size} bytes at {address[0]:#x} is not aligned")
         if space == "global":
@@ -315,13 +334,12 @@ class _Block:
             self.put(ops[0], where, np.where(self.get(ops[3], where), a, b))
         elif kind == "mov" and ops[0].startswith("{"):
             value = self.get(ops[1], where, np.dtype(np.uint64))
-            low, high = re.findall(r"[%\w]+", ops[0])
+            low, high = names_in(ops[0])
             self.put(low, where, value & np.uint64(2**32 - 1))
             self.put(high, where, value >> np.uint64(32))
         elif kind == "mov" and ops[1].startswith("{"):
             low, high = (
-                self.get(o, where, np.dtype(np.uint32)).astype(np.uint64)
-                for o in re.findall(r"[%\w]+", ops[1])
+                self.get(o, where, np.dtype(np.uint32)).astype(np.uint64) for o in names_in(ops[1])
             )
             self.put(ops[0], where, low | high << np.uint64(32))
         elif kind == "cvta":
@@ -337,14 +355,9 @@ class _Block:
         else:
             self.put(ops[0], where, self.arithmetic(name, ops[1:], where))
 
-    def arithmetic(self, name: list[str], ops: list[str], where: Any) -> Any:
-        kinds = [TYPES[name[-1]]] * len(ops)
-        if name[0] in ("shl", "shr"):
-            kinds[1] = TYPES["u32"]
-        elif name[0] == "bfi":
-            kinds[2:] = [TYPES["u32"]] * 2
-        values = [self.get(op, where, kind) for op, kind in zip(ops, kinds, strict=True)]
-        return compute(name, values)
+    def arithmetic(self, name: tuple[str, ...], ops: list[str], where: Any) -> Any:
+        types = operand_types(name, len(ops))
+        return compute(name, [self.get(op, where, t) for op, t in zip(ops, types, strict=True)])
 
     def copy_async(self, step: Instruction, active: np.ndarray) -> None:
         kind = step.name[2]
@@ -389,7 +402,7 @@ class _Block:
             lanes = active[active // WARP == warp]
             named = np.unique(mask[active // WARP == warp])
             here = np.bitwise_or.reduce(1 << (lanes % WARP))
-            if len(named) > 1 or not all(int(named[0]) >> int(lane % WARP) & 1 for lane in lanes):
+            if len(named) > 1 or here & ~int(named[0]):
                 raise KernelError(f"lanes {here:#010x} name lanes {[hex(m) for m in named]}")
             if here != named[0]:
                 self.pc[lanes], self.waiting[lanes] = after - 1, True
@@ -412,7 +425,7 @@ class _Block:
             total = self.get(ops[1], lanes, TYPES["u32"]).sum(dtype=np.uint32)
             self.put(ops[0], lanes, np.full(len(lanes), total, np.uint32))
         elif kind == "mma":
-            d, a, b, c = (re.findall(r"[%\w]+", o) for o in ops)
+            d, a, b, c = map(names_in, ops)
             words = [
                 np.stack([self.get(name, lanes, kind) for name in names], axis=1)
                 for names, kind in ((a, TYPES["b32"]), (b, TYPES["b32"]), (c, TYPES["f32"]))
