@@ -56,6 +56,11 @@ def pytest_configure() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The longest tests come first: if they were the last ones, a process would run them alone.
+    items.sort(key=lambda item: "xla_ffi" not in item.path.parts)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("fusion_emitters"):
         name = "--xla_cpu_use_fusion_emitters="
