@@ -8,7 +8,7 @@ from compiling import needs_nvcc, needs_nvdisasm, ptxas_report
 
 pytestmark = pytest.mark.slow
 
-ARCHITECTURES = ["75", "80", "90", "120"]
+ARCHITECTURES = ["75", "80", "90", "100", "120"]
 
 
 # Registers and bytes of static shared memory, which ends at 48 KB, that each kernel may take. A
