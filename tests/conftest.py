@@ -15,8 +15,9 @@ _FLAGS = (
     "--xla_force_host_platform_device_count=4",
 )
 # On a CPU most programs run once, and are small: to optimize them takes longer than it saves, and
-# XLA's newer code generator takes twice as long as the older one. The compiler for GPUs, which
-# JAX's plugins bring, makes what users run; so do examples, notebooks and the demo on a CPU.
+# XLA's newer code generator takes twice as long as the older one (which jaxlib 0.9.2 to 0.12.0
+# have; XLA ends a process that sets a flag it does not know). The compiler for GPUs, which JAX's
+# plugins bring, makes what users run; so do examples, notebooks and the demo on a CPU.
 if importlib.util.find_spec("jax_plugins") is None:
     _FLAGS += ("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false")
 # Of the same flag, the last counts.
