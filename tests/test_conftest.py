@@ -9,6 +9,7 @@ import pytest
 import df11_jax
 
 
+@pytest.mark.slow
 def test_a_source_tree_that_is_not_compiled(tmp_path):
     # As after `pip install .`, when it is the tree that Python imports.
     package = pathlib.Path(df11_jax.__file__).parent

@@ -80,6 +80,7 @@ def test_a_plot_that_cannot_be_written(invoke, tmp_path, name, message):
     assert not result.stdout
 
 
+@pytest.mark.slow
 def test_zipnn(invoke):
     pytest.importorskip("zipnn", reason="needs ZipNN: pip install zipnn")
     (peer,) = json.loads(invoke("--json").stdout)["peers"]

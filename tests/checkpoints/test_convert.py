@@ -81,6 +81,7 @@ def test_other_libraries_read_what_is_decompressed(tmp_path, weights, plain):
         assert array.tobytes() == weights[name].tobytes()
 
 
+@pytest.mark.slow
 def test_transformers_loads_what_is_decompressed(tmp_path):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")

@@ -119,6 +119,7 @@ def test_empty_stacks(tmp_path):
     assert checkpoints.load(tmp_path / "native")["w"].shape == (0, 96, 64)
 
 
+@pytest.mark.slow
 def test_a_header_that_is_too_long_for_readers(tmp_path):
     names = {"w" * 900 + f"{i:06}": np.zeros(0, np.uint8) for i in range(110_000)}
     with pytest.raises(ValueError, match=r"110,000 tensors need a header of up to .* divide them"):

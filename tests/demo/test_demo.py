@@ -16,6 +16,7 @@ def test_demo_command():
     assert "bits per weight" in result.output
 
 
+@pytest.mark.slow
 def test_demo_fails_if_a_bit_differs(monkeypatch):
     decompress = df11_jax.decompress_params
 

@@ -218,6 +218,7 @@ def test_partial_restore_out_of_lists(tmp_path):
     assert_same_tree(restore(tmp_path / "x", abstract(last), partial_restore=True), last)
 
 
+@pytest.mark.slow
 def test_what_is_not_asked_for_is_not_read(tmp_path):
     """Restoring one leaf does not need the memory that all would take."""
     program = """
@@ -245,6 +246,7 @@ else:
     assert float(run_python(program, tmp_path / "x")) < 3.5
 
 
+@pytest.mark.slow
 def test_memory_of_compressing_on_the_way_in(tmp_path):
     """Beside the result, the host holds what one leaf needs, and a cache of Orbax's."""
     program = """
