@@ -30,8 +30,7 @@ def run(params, config, batch=3, sampling=GREEDY):
 
     The first one is on the host; None if it is spread over several processes.
     """
-    mesh = models.find_mesh(params)
-    keys = jax.random.split(jax.random.key(0), batch)
+    keys, mesh = _keys(batch), models.find_mesh(params)
     state = read(params, config, batch, sampling)
     is_here = all(leaf.is_fully_addressable for leaf in jax.tree.leaves(state))
     first = jax.tree.map(np.asarray, state) if is_here else None  # the state itself is used up
@@ -42,13 +41,17 @@ def read(params, config, batch=3, sampling=GREEDY):
     """The state after the prompts."""
     prompts = families.prompts(batch)
     lengths = np.arange(24, 24 - batch, -1, dtype=np.int32)
-    keys, mesh = jax.random.split(jax.random.key(0), batch), models.find_mesh(params)
-    return models.prefill(params, prompts, lengths, sampling, keys, NONE, 40, config, mesh)
+    mesh = models.find_mesh(params)
+    return models.prefill(params, prompts, lengths, sampling, _keys(batch), NONE, 40, config, mesh)
+
+
+def _keys(batch):
+    return jax.random.split(jax.random.key(0), batch)
 
 
 def begin(params, config):
     """The state after a prompt of two tokens, and a function that chooses five more."""
-    keys, mesh = jax.random.split(jax.random.key(0), 1), models.find_mesh(params)
+    keys, mesh = _keys(1), models.find_mesh(params)
     prompts, lengths = np.ones((1, 2), np.int32), np.array([2], np.int32)
     state = models.prefill(params, prompts, lengths, GREEDY, keys, NONE, 16, config, mesh)
     state = jax.block_until_ready(state)

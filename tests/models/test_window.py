@@ -59,8 +59,8 @@ def with_pieces(config, piece, monkeypatch):
     return dataclasses.replace(config, max_length=200 + piece)
 
 
-# Tokens of a row that are read at once: fewer than the window has, more, and one. Other tests have
-# the same programs.
+# Tokens of a row that are read at once: fewer than the window has, more, and one. The tests
+# below that read as many have the programs compiled already.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("order", "piece"),

@@ -12,6 +12,8 @@ from compiling import ROOT
 from payloads import random_weights
 
 from df11_jax import _layout
+from df11_jax._compress_tensor import compress_as
+from df11_jax._layout import make_layout
 
 UNWRITTEN = 0x5A5A
 RNG = np.random.default_rng(0)
@@ -88,6 +90,12 @@ def fill_tensor(memory, tensor, array, index, moved, bands=False):
     tensor.out = memory.allocate(out, moved.get("out", 0), writable=True)
     tensor.batch_axes, tensor.axes[0] = 1, BatchAxis(len(index), 0, 1)
     return view
+
+
+def compressed(weights, *, steps=8, code_bits=12, stack_axes=0, **matrix):
+    """A compressed tensor whose chunks have so many steps, and codes at most so many bits."""
+    layout = make_layout(weights.shape[stack_axes:], **matrix)
+    return compress_as(weights, dataclasses.replace(layout, steps=steps, code_bits=code_bits), "w")
 
 
 def damaged(good, i):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from device_memory import KernelError, unordered
 from ptx_arithmetic import TYPES
-from ptx_kernel import SHARED_BASE, Instruction
+from ptx_kernel import SHARED_BASE, Instruction, parse_address
 
 # How tests write down a tensor map: address, tiles, rows and bytes from row to row of a matrix of
 # two-byte elements in tiles of 64 columns; tiles of a box, which has 16 rows and a swizzle of 128.
@@ -107,9 +107,9 @@ class Bulk:
 
     def address(self, operand: str, thread: int) -> int:
         """An address that is in brackets."""
-        name = re.fullmatch(r"\[\s*([%\w]+)\s*\]", operand)[1]
+        name, offset = parse_address(operand)
         number = self.block.get(name, np.array([thread]), None)
-        return int(np.broadcast_to(number, 1)[0])
+        return int(np.broadcast_to(number, 1)[0]) + offset
 
     def places(self, address: int, size: int) -> np.ndarray:
         place = address - SHARED_BASE

@@ -17,6 +17,7 @@ from kernel_arguments import (
     UNWRITTEN,
     TensorSlices,
     compile_ptx,
+    compressed,
     damaged,
     fill_tensor,
     sprinkled,
@@ -25,8 +26,6 @@ from kernel_arguments import (
 from ptx_kernel import SHARED_BASE, read_kernel
 from ptx_machine import launch
 
-from df11_jax._compress_tensor import compress_as
-from df11_jax._layout import make_layout
 from df11_jax._product import _in_kernel_order, workspace_words
 
 pytestmark = [needs_nvcc, needs_compiler, pytest.mark.slow]
@@ -139,11 +138,6 @@ def run_product(ptx, plan, x, arrays, *, index=0, float_out=True, shares=USUAL):
     assert not memory.read_back(counters).any()
     outs = [memory.read_back(matrix.out) for matrix in product.matrices[: product.count]]
     return [out.view(kind).reshape(rows, -1) for out in outs]
-
-
-def compressed(weights, *, steps=8, code_bits=12, stack_axes=0, **matrix):
-    layout = make_layout(weights.shape[stack_axes:], **matrix)
-    return compress_as(weights, dataclasses.replace(layout, steps=steps, code_bits=code_bits), "w")
 
 
 def below_overflow(bits):

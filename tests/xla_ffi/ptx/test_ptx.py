@@ -17,6 +17,7 @@ from kernel_arguments import (
     UNWRITTEN,
     TensorSlices,
     compile_ptx,
+    compressed,
     damaged,
     every_pattern,
     fill_tensor,
@@ -30,8 +31,6 @@ from ptx_machine import launch
 
 import df11_jax
 from df11_jax import _layout, _xla_decoder, published
-from df11_jax._compress_tensor import compress_as
-from df11_jax._layout import make_layout
 
 pytestmark = [needs_nvcc, pytest.mark.slow]
 
@@ -173,7 +172,7 @@ def decode_published(ptx, unit, *, blocks=2):
 
 
 SHAPES = [(1,), (63,), (8191,), (8193,), (130, 72), (100, 100), (256, 192)]
-MOVED = itertools.product([(8191,), (100, 100), (256, 192)], [{"out": 2}, {"exponents": 4}])
+MOVED = [*itertools.product([(8191,), (100, 100), (256, 192)], [{"out": 2}, {"exponents": 4}])]
 
 
 @pytest.mark.parametrize(("shape", "moved"), [*((shape, {}) for shape in SHAPES), *MOVED], ids=str)
@@ -247,8 +246,7 @@ def test_native_launch_of_many(native_ptx):
 
 def test_corrupt_native(native_ptx):
     """It is poisoned as the decoder in plain XLA poisons it, and nothing else is touched."""
-    layout = dataclasses.replace(make_layout((80, 128)), steps=2)
-    good = compress_as(sprinkled((80, 128), 80), layout, "w")
+    good = compressed(sprinkled((80, 128), 80), steps=2)
     poisoned = 0
     for i in range(20):
         bad = damaged(good, i)
@@ -260,12 +258,11 @@ def test_corrupt_native(native_ptx):
 
 def test_corrupt_groups(groups):
     """The same; at last, codes are longer than the header allows."""
-    layout = dataclasses.replace(make_layout((96, 128)), steps=2)
-    good = compress_as(sprinkled((96, 128), 50), layout, "w")
+    good = compressed(sprinkled((96, 128), 50), steps=2)
     poisoned = 0
     for i in range(11):
         if i == 10:
-            layout = dataclasses.replace(layout, code_bits=11)
+            layout = dataclasses.replace(good.layout, code_bits=11)
             header, known = np.array(good.header), _layout.CODEBOOK_ID
             header[:known] = _layout.pack_header(layout)[:known]
             bad = dataclasses.replace(good, header=jnp.asarray(header), layout=layout)
@@ -340,7 +337,7 @@ def test_every_barrier_of_groups_is_needed(groups):
     patch(stack, 80)
     stack[0, 64:80, :64], stack[0, 70, 100] = 0.02, 1e30  # of a pair, only the second has patches
     stack[0, :32, 64:128] = every_pattern()[:32, :64]  # raw
-    small = compress_as(stack, dataclasses.replace(make_layout((rows, 192)), steps=2), "w")
+    small = compressed(stack, steps=2, stack_axes=1)
     words = np.array(small.sign_mantissa)
     words[1, [5, 4 * 512 + 9]] ^= 1  # chunks that are to be poisoned, one of either side of a pair
     small = dataclasses.replace(small, sign_mantissa=jnp.asarray(words))

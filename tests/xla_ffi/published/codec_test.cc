@@ -216,10 +216,9 @@ int run() {
   const auto rare = [](int64_t i) {
     return with_exponent(i % 11 ? 100 : 120 + random_bits() % 30 * (random_bits() % 50 == 0));
   };
+  std::vector<Source> sources = {normal_weight, skewed};
   // Threads do the same with the others.
-  const std::vector<Source> sources =
-      kIsSlow ? std::vector<Source>{normal_weight, skewed}
-              : std::vector<Source>{normal_weight, constant, two, even, skewed, rare};
+  if (!kIsSlow) sources.insert(sources.end(), {constant, two, even, rare});
   for (const Source& source : sources) {
     for (int64_t n :
          {1,   2,    3,    4,    5,    7,     8,     9,     63,    64,    65,    127,   128,
