@@ -274,9 +274,11 @@ def left_out_parts(names: Iterable[str]) -> list[str]:
 
 
 def _is_left_out(name: str, config: Config) -> bool:
-    if match := _UNSHARED.fullmatch(name):
-        return config.layers - config.shared_layers <= int(match[1]) < config.layers
-    return bool(_IGNORED.fullmatch(name) or _LEFT_OUT.fullmatch(name))
+    if _IGNORED.fullmatch(name) or _LEFT_OUT.fullmatch(name):
+        return True
+    # Layers of other parts may have such names, too.
+    match = _UNSHARED.fullmatch(name)
+    return bool(match) and config.layers - config.shared_layers <= int(match[1]) < config.layers
 
 
 def find_tied_head(names: Iterable[str], config: Config) -> str | None:

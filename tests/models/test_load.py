@@ -68,7 +68,9 @@ def test_every_tensor_is_where_it_belongs(directory, compress):
 def test_multimodal_checkpoints_have_the_text_model_inside(tmp_path):
     text = families.CONFIGS["gemma3_text"]
     inner = models.load(families.write_family(tmp_path / "text", "gemma3_text"))
-    tensors = {"vision_tower.vision_model.embeddings.weight": np.zeros((2, 2), np.float32)}
+    # What sees has layers with keys and values of its own.
+    parts = ("vision_model.embeddings", "vision_model.encoder.layers.0.self_attn.k_proj")
+    tensors = {f"vision_tower.{part}.weight": np.zeros((2, 2), np.float32) for part in parts}
     tensors["multi_modal_projector.weight"] = np.zeros(2, np.float32)
     for style in ("language_model.model.", "model.language_model."):
         renamed = {
