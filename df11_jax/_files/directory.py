@@ -207,6 +207,15 @@ def small_files(folder: Folder) -> list[str]:
     ]
 
 
+def folders_beside(folder: Folder) -> list[str]:
+    """The names of the folders in the directory of a model, but for hidden ones."""
+    return [
+        name
+        for name, state in folder.states.items()
+        if state is None and not name.startswith(".") and (folder.directory / name).is_dir()
+    ]
+
+
 def files_of_model(folder: Folder) -> list[str]:
     """The names of the files that are read when a model is written in another format."""
     # A single file is converted without the configuration beside it.

@@ -136,7 +136,7 @@ class _PlainTarget:
         Args:
             source_metadata: those of the file that it is made of, or was before compression.
         """
-        # transformers refuses files that do not name the library that they are for.
+        # transformers 4 refuses files that do not name the library that they are for.
         return source_metadata or {"format": "pt"}
 
     def index_metadata(self, source_metadata: Mapping[str, Any]) -> Mapping[str, Any]:

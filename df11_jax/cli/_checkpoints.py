@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from df11_jax._brief import brief
-from df11_jax._files.directory import read_json
+from df11_jax._brief import brief, listed
+from df11_jax._files.directory import folders_beside, read_json
+from df11_jax._files.folder_source import FolderSource
+from df11_jax._progress import say
 from df11_jax._units import format_bytes
 from df11_jax.checkpoints import Source, open_checkpoint
 from df11_jax.checkpoints.summary import Summary, summarize
@@ -41,10 +43,14 @@ def require_directory(target: Path) -> None:
 
 
 def print_outcome(source: Source, target: Path) -> Summary:
-    """Prints in one line what was written, and returns its summary."""
+    """Prints what was written, in one line, and what was not; returns a summary of the first."""
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
     summary = summarize(open_checkpoint(target, shapes=shapes))
     echo(f"{target}: {summary.format}, {describe_totals(summary)}")
+    # To Orbax's folders, weights alone are written.
+    if isinstance(source, FolderSource) and summary.format != "orbax":
+        if folders := folders_beside(source.folder):
+            say(f"Folders in {source.path} were not copied: {listed(folders)}")
     return summary
 
 

@@ -67,7 +67,7 @@ def compress(
 
     SRC is a safetensors file or the directory of a model, in another format than DST is to have:
     a published checkpoint is transcoded to the native format. Tokenizer, configuration and the
-    like are copied. If SRC is a file, DST may be one as well, OUT.safetensors.
+    like are copied, folders are not. If SRC is a file, DST may be one as well, OUT.safetensors.
 
     If this is interrupted, the same command goes on from there. (With Orbax, it starts anew, the
     weights alone are written, and they are in memory at once, compressed.)

@@ -39,6 +39,19 @@ def test_there_and_back(tmp_path, plain, weights):
     assert not (tmp_path / "one" / "tokenizer.json").exists()
 
 
+def test_folders_that_are_not_copied_are_named(tmp_path, plain):
+    for name in ("additional_chat_templates", "1_Pooling", ".cache"):
+        (plain / name).mkdir()
+    notice = f"Folders in {plain} were not copied: 1_Pooling, additional_chat_templates\n"
+    assert notice in run("compress", plain, tmp_path / "native")
+    assert "not copied" not in run("decompress", tmp_path / "native", tmp_path / "back")
+    (tmp_path / "native" / "onnx").mkdir()
+    assert "native were not copied: onnx\n" in run(
+        "decompress", tmp_path / "native", tmp_path / "b"
+    )
+    assert "not copied" not in run("compress", plain, tmp_path / "orbax", "--format", "orbax")
+
+
 def test_one_checkpoint_alone(tmp_path, plain):
     run("compress", plain, tmp_path / "native")
     assert "17 tensors" in (output := run("verify", tmp_path / "native"))
