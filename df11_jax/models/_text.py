@@ -24,6 +24,9 @@ from df11_jax.models.prompts import encode
 if TYPE_CHECKING:
     import tokenizers
 
+# The files of tokenizers that older models have in place of tokenizer.json.
+_OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json")
+
 
 class Completion(NamedTuple):
     """The text that was generated after a prompt.
@@ -259,9 +262,15 @@ def read_directory(
     try:
         text = folder.content("tokenizer.json")
     except FileNotFoundError:
+        others = [name for name in _OTHER_TOKENIZERS if (folder.directory / name).exists()]
+        hints = [
+            f". From {name}, transformers makes it: AutoTokenizer.from_pretrained(directory)"
+            ".save_pretrained(directory)"
+            for name in others[:1]
+        ]
         raise FileNotFoundError(
             f"{folder.directory / 'tokenizer.json'}: is missing; it says which texts tokens stand "
-            "for"
+            f"for{''.join(hints)}"
         ) from None
     if kind := find_format(text):
         raise OtherFormatError(f"{folder.directory / 'tokenizer.json'}: is {kind}; expected JSON")

@@ -352,7 +352,10 @@ def test_missing_files(directory, tmp_path):
         models.load(path)
     path = write(tmp_path / "tokenizer", tensors_of("llama"))
     (path / "tokenizer.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json.* stand for$"):
+        models.load(path)
+    (path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"for\. From tokenizer\.model, transformers makes"):
         models.load(path)
 
 
