@@ -262,15 +262,18 @@ def read_directory(
     try:
         text = folder.content("tokenizer.json")
     except FileNotFoundError:
-        others = [name for name in _OTHER_TOKENIZERS if (folder.directory / name).exists()]
-        hints = [
-            f". From {name}, transformers makes it: AutoTokenizer.from_pretrained(directory)"
-            ".save_pretrained(directory)"
-            for name in others[:1]
-        ]
+        hint = next(
+            (
+                f". From {name}, transformers makes it: AutoTokenizer.from_pretrained(directory)"
+                ".save_pretrained(directory)"
+                for name in _OTHER_TOKENIZERS
+                if (folder.directory / name).exists()
+            ),
+            "",
+        )
         raise FileNotFoundError(
             f"{folder.directory / 'tokenizer.json'}: is missing; it says which texts tokens stand "
-            f"for{''.join(hints)}"
+            f"for{hint}"
         ) from None
     if kind := find_format(text):
         raise OtherFormatError(f"{folder.directory / 'tokenizer.json'}: is {kind}; expected JSON")
