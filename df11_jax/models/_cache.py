@@ -205,10 +205,15 @@ def assign_slots(
         window, rope = config.window, config.local_rope
     rotation = _rope.rotation(positions, rope, config.head_dim, size)
     if window is None or seq == 1:
-        slot = slot if window is None else slot % size
-        keys = jax.lax.dynamic_update_slice_in_dim(slots.positions, positions, slot, axis=1)
-        inputs = Inputs(window, positions, keys, slot[None], None, rotation)
-        return slots._replace(positions=keys), inputs
+        begin = slot if window is None else slot % size
+
+        def put(positions: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(slots.positions, positions, begin, axis=1)
+
+        inputs = Inputs(window, positions, put(positions), begin[None], None, rotation)
+        # What leaves its slot leaves the window, too: a single token that is not kept leaves none.
+        kept = positions if window is None else jnp.where(keep > 0, positions, NOWHERE)
+        return slots._replace(positions=put(kept)), inputs
     # Counted back from the slot of the last token that is kept, slots are of the tokens before it.
     last = slot + keep - 1
     origins = keep - 1 - (last - jnp.arange(size)) % size

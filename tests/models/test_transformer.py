@@ -112,6 +112,22 @@ def test_reading_in_pieces_is_reading_at_once(family):
     np.testing.assert_allclose(jnp.concatenate(out, axis=1), whole, rtol=0, atol=TOLERANCE)
 
 
+def test_a_token_that_is_not_kept_comes_again():
+    params, config = load("mistral")
+    tokens = families.prompts(batch=1, length=15)
+
+    @jax.jit
+    def read(params):
+        cache = models.init_cache(config, 1, 20)
+        for begin, end, keep in ((0, 10, 10), (10, 11, 0), (10, 15, 5)):
+            piece, positions = tokens[:, begin:end], jnp.arange(begin, end)[None]
+            x, cache = models.forward(params, piece, positions, begin, cache, config, keep)
+        return models.project(params, x, config)
+
+    (expected,) = all_logits(params, config, tokens)
+    np.testing.assert_allclose(read(params)[0], expected[10:], rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.slow
 def test_longrope_has_short_factors_up_to_the_original_length():
     params, config = load("phi3")
