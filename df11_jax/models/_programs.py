@@ -91,6 +91,8 @@ def prefill(
         run = functools.partial(prefill, length=length, config=shard)
         everywhere = on_each_device(run, mesh, params, (P(),) * 5, _state_specs(config))
         return everywhere(params, prompts, lengths, sampling, keys, stop)
+    # Positions begin as lengths, and would overflow the bytes or shorts that these may be.
+    lengths = jnp.asarray(lengths, jnp.int32)
     batch, seq = prompts.shape
     if seq > length:
         raise ValueError(f"prompts have {seq} tokens, but the cache has room for {length}")

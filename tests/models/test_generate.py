@@ -162,6 +162,20 @@ def test_the_length_of_the_cache_does_not_matter(llama):
     assert models.generate(params, PROMPTS, config, tokens=9, length=78) == tokens
 
 
+def test_positions_go_beyond_the_type_of_lengths(llama):
+    params, config = llama
+    longest = np.iinfo(np.int8).max
+    prompts, keys = np.ones((1, longest), np.int32), jax.random.split(jax.random.key(0), 1)
+    args, room = (GREEDY, keys, NONE), 4
+
+    def logits(lengths):
+        state = models.prefill(params, prompts, lengths, *args, longest + room, config)
+        return models.decode(params, state, room, *args, room, config)[0].logits
+
+    expected = logits(np.array([longest], np.int32))
+    assert_same_bits(logits(np.array([longest], np.int8)), expected)
+
+
 def test_drawn_tokens_depend_on_seed_and_row(llama):
     params, config = llama
     sampling = models.Sampling(temperature=2.0)
