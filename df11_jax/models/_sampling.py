@@ -10,13 +10,16 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from df11_jax._brief import brief
 
+_TINY = float(np.finfo(np.float32).tiny)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen: the likeliest one, or one drawn at random.
 
-    Under `jit`, `temperature` and `top_p` are traced: other values cost no compilation.
+    Under `jit`, `temperature` and `top_p` are traced: other values cost no compilation. `prefill`
+    and `decode` also take arrays [batch, 1], a value for each row.
 
     Attributes:
         temperature: logits are divided by it before drawing; None or 0 for the likeliest token.
@@ -38,6 +41,9 @@ class Sampling:
         """
         if self.top_k is not None:
             check_integers(top_k=self.top_k)
+        for name in ("temperature", "top_p"):
+            if shape := np.shape(getattr(self, name)):
+                raise ValueError(f"{name} has shape {shape}, expected one number for all rows")
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature}, expected 0 or more")
         if self.top_k is not None and self.top_k < 1:
@@ -45,7 +51,7 @@ class Sampling:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, expected more than 0 and at most 1, or None")
         # A smaller temperature would be a subnormal number in float32, or 0.
-        if self.temperature is None or self.temperature < np.finfo(np.float32).tiny:
+        if self.temperature is None or self.temperature < _TINY:
             return Sampling()
         top_p = float(self.top_p) if self.top_p is not None and self.top_p < 1 else None
         return Sampling(float(self.temperature), self.top_k, top_p)
@@ -70,8 +76,14 @@ def choose(
     """
     if sampling.temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    # The largest logit becomes 0, so that dividing by a low temperature overflows to -inf only.
-    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
+    for name in ("temperature", "top_p"):
+        # Those of shape [batch] would belong to tokens, not to rows.
+        if (shape := np.shape(getattr(sampling, name)))[-1:] not in ((), (1,)):
+            raise ValueError(f"{name} has shape {shape}, expected one number, or [batch, 1]")
+    # The largest logit becomes 0, so that dividing by a low temperature overflows to -inf only; and
+    # by 0 it is not divided.
+    temperature = jnp.maximum(jnp.asarray(sampling.temperature, logits.dtype), _TINY)
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
     draw = jax.vmap(jax.random.categorical)
     if sampling.top_k is None and sampling.top_p is None:
         return draw(keys, logits).astype(jnp.int32)

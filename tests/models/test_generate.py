@@ -277,6 +277,42 @@ def test_what_can_be_drawn(sampling, kept):
     assert sorted(np.flatnonzero(found)) == sorted(order[i] for i in kept)
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        models.Sampling(0.0),
+        models.Sampling(0.0, top_k=3),
+        models.Sampling(1e-40, top_p=0.5),
+        models.Sampling(jnp.float16(0), top_k=3, top_p=0.5),
+    ],
+)
+def test_a_temperature_of_0_is_the_likeliest_token_in_programs_too(sampling):
+    # `prefill` and `decode` get what the user gives, which `generate` would simplify.
+    rows = jax.random.normal(jax.random.key(1), (20, 7))
+    keys = jax.random.split(jax.random.key(0), 20)
+    chosen = jax.jit(lambda *args: choose(*args))(rows, sampling, keys)
+    np.testing.assert_array_equal(chosen, np.argmax(rows, axis=-1))
+
+
+def test_rows_have_numbers_of_their_own():
+    rows = jax.random.normal(jax.random.key(1), (4, 7))
+    keys, temperature = jax.random.split(jax.random.key(0), 4), np.array([0, 0.5, 1, 9], np.float32)
+    top_p, draw = np.array([0.9, 0.5, 0.7, 0.8], np.float32), jax.jit(lambda *args: choose(*args))
+    each = models.Sampling(temperature[:, None], top_k=4, top_p=top_p[:, None])
+    expected = [
+        draw(rows[i : i + 1], models.Sampling(temperature[i], 4, top_p[i]), keys[i : i + 1])[0]
+        for i in range(4)
+    ]
+    np.testing.assert_array_equal(draw(rows, each, keys), expected)
+    # Of four tokens that are left, each would have one of these.
+    with pytest.raises(
+        ValueError, match=r"top_p has shape \(4,\), expected one number, or \[batch"
+    ):
+        draw(rows, models.Sampling(1.0, top_k=4, top_p=top_p), keys)
+    with pytest.raises(ValueError, match=r"temperature has shape \(4,\), expected one number for"):
+        models.Sampling(temperature).checked()
+
+
 def test_other_numbers_cost_no_compilation():
     draw = jax.jit(choose)
     keys = jax.random.split(jax.random.key(0), 1)
