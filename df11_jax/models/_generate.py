@@ -68,7 +68,10 @@ def generate(
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     if not isinstance(stop, Iterable):
         raise TypeError(f"stop is {brief(stop)}, expected the tokens that end a row")
-    stop = [token for token in stop if token < 2**31]  # the others are no tokens of a model
+    stop = stop.tolist() if isinstance(stop, (jax.Array, np.ndarray)) else list(stop)
+    for i, token in enumerate(stop):
+        check_integers(**{f"stop[{i}]": token})
+    stop = [token for token in stop if 0 <= token < 2**31]  # the others are no tokens of a model
     stops = np.array(sorted(set(stop)), np.int32)
     ends = {NO_TOKEN, *stop}
     mesh = find_mesh(params)

@@ -406,6 +406,8 @@ def test_what_cannot_be_generated(llama, prompts, options, message):
         ({"every": 2.0}, "every is 2.0, expected an integer"),
         ({"length": 64.0}, "length is 64.0, expected an integer"),
         ({"stop": 3}, "stop is 3, expected the tokens that end a row"),
+        ({"stop": [7, None]}, r"stop\[1\] is None, expected an integer"),
+        ({"stop": "</s>"}, r"stop\[0\] is '<', expected an integer"),
         ({"sampling": models.Sampling(1.0, 2.5)}, "top_k is 2.5, expected an integer"),
     ],
 )
@@ -420,6 +422,8 @@ def test_prompts_that_come_one_by_one_and_a_stop_token_of_no_model(llama):
     expected = models.generate(params, [[1], [2]], config, tokens=3)
     prompts = ([i] for i in (1, 2))
     assert models.generate(params, prompts, config, tokens=3, stop=[10**12]) == expected
+    for stop in ([-(10**12)], jnp.array([299])):  # as in the arrays that `prefill` takes
+        assert models.generate(params, [[1], [2]], config, tokens=3, stop=stop) == expected
 
 
 def test_prompts_longer_than_the_cache(llama):
