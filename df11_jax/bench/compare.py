@@ -3,9 +3,11 @@
 This one asks for no devices: JAX would reserve most of their memory for it.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Collection, Iterator, Mapping
@@ -73,13 +75,14 @@ def _events(task: Task, way: str) -> Iterator[Event]:
     flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith(_TRITON)]
     environment = os.environ | {"XLA_FLAGS": " ".join([*flags, WAYS[way]]).strip()}
     say(f"XLA's way {way}{WAYS[way] and f' ({WAYS[way]})'} ...")
-    process = subprocess.Popen(
-        [*_COMMAND, json.dumps(dataclasses.asdict(task))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+    with _without_interrupts():
+        process = subprocess.Popen(
+            [*_COMMAND, json.dumps(dataclasses.asdict(task))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
     assert process.stdout is not None
     try:
         yield from map(json.loads, process.stdout)
@@ -89,3 +92,17 @@ def _events(task: Task, way: str) -> Iterator[Event]:
     finally:
         process.kill()
         process.communicate()
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Blocks interrupts, as processes that are started here inherit it, until this ends.
+
+    A terminal interrupts these processes, too, but this one ends them. They ignore interrupts as
+    soon as they run; before that, while they import, they would print a traceback.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

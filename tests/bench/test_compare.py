@@ -153,7 +153,21 @@ def test_each_way_has_xla_flags_of_its_own(monkeypatch):
     assert flags["cublas"] == "--xla_a=1 --xla_gpu_enable_triton_gemm=false"
 
 
+def test_an_interrupt_of_the_terminal_is_for_this_process_alone(monkeypatch, capfd):
+    # The other one has not come to ignoring it yet.
+    monkeypatch.setattr(compare, "_COMMAND", [sys.executable, "-c", INTERRUPT])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert [event["event"] for event in compare._events(TASK, "default")] == ["alive"]
+    assert "Traceback" not in capfd.readouterr().err
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
 PRINT_FLAGS = "import json, os; print(json.dumps({'flags': os.environ['XLA_FLAGS']}))"
+INTERRUPT = """
+import json, os, signal
+os.kill(os.getpid(), signal.SIGINT)
+print(json.dumps({"event": "alive"}))
+"""
 TASK = one_way.Task(None, (), 8, 4, None, NAMES, longest=False, progress=False)
 
 
