@@ -278,7 +278,8 @@ def _is_left_out(name: str, config: Config) -> bool:
         return True
     # Layers of other parts may have such names, too.
     match = _UNSHARED.fullmatch(name)
-    return bool(match) and config.layers - config.shared_layers <= int(match[1]) < config.layers
+    first = config.layers - config.shared_layers
+    return match is not None and first <= int(match[1]) < config.layers
 
 
 def find_tied_head(names: Iterable[str], config: Config) -> str | None:
