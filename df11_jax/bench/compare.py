@@ -98,8 +98,8 @@ def _events(task: Task, way: str) -> Iterator[Event]:
 def _without_interrupts() -> Iterator[None]:
     """Blocks interrupts, as processes that are started here inherit it, until this ends.
 
-    A terminal interrupts these processes, too, but this one ends them. They ignore interrupts as
-    soon as they run; before that, while they import, they would print a traceback.
+    A terminal interrupts these processes, too, but this one ends them. To ignore interrupts there
+    would be too late: while they import, they would print a traceback.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

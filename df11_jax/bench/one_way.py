@@ -8,7 +8,6 @@ ends when its standard input does: it does not outlive who started it.
 import dataclasses
 import json
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -230,7 +229,6 @@ def _end_with_standard_input() -> None:
 
 def main() -> None:
     """Measures, and prints events."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started this ends it
     threading.Thread(target=_end_with_standard_input, daemon=True).start()
     # What libraries print must not come in between.
     output = os.fdopen(os.dup(1), "w")

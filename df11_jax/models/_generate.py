@@ -69,8 +69,7 @@ def generate(
     if not isinstance(stop, Iterable):
         raise TypeError(f"stop is {brief(stop)}, expected the tokens that end a row")
     stop = stop.tolist() if isinstance(stop, (jax.Array, np.ndarray)) else list(stop)
-    for i, token in enumerate(stop):
-        check_integers(**{f"stop[{i}]": token})
+    check_integers(**{f"stop[{i}]": token for i, token in enumerate(stop)})
     stop = [token for token in stop if 0 <= token < 2**31]  # the others are no tokens of a model
     stops = np.array(sorted(set(stop)), np.int32)
     ends = {NO_TOKEN, *stop}

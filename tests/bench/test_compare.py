@@ -154,7 +154,6 @@ def test_each_way_has_xla_flags_of_its_own(monkeypatch):
 
 
 def test_an_interrupt_of_the_terminal_is_for_this_process_alone(monkeypatch, capfd):
-    # The other one has not come to ignoring it yet.
     monkeypatch.setattr(compare, "_COMMAND", [sys.executable, "-c", INTERRUPT])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     assert [event["event"] for event in compare._events(TASK, "default")] == ["alive"]
