@@ -38,7 +38,7 @@ int main(int argc, char** argv) {
   const View view = make_view(layout);
   const EncodedSlice slice = encode_slice(weights.data(), layout, 1);
   const auto decoder = std::make_unique<ChunkDecoder>(df11::Simd::kPortable);
-  decoder->set_slice({view, slice.codebook.data(), slice.chunk_offsets.data(),
+  decoder->set_slice({view, kMaxCodeBits, slice.codebook.data(), slice.chunk_offsets.data(),
                       slice.exponents.data(), static_cast<int64_t>(slice.exponents.size()),
                       slice.sign_mantissa.data()});
   for (int round = 0; round < std::atoi(argv[3]); ++round) {

@@ -74,13 +74,16 @@ struct RowExponents {
 };
 
 // Decodes each lane from bit starts[4 * lane] up to the next lane's start or beyond; `count` pairs
-// of each, a multiple of 4, are enough. Returns the number of look-ups, a multiple of 4.
+// of each, a multiple of 4, are enough. Returns the number of look-ups, a multiple of 4; after each
+// four of a lane it calls `meanwhile`.
+template <typename Meanwhile>
 DF11_INLINE int look_up_row(const uint8_t* streams, const uint32_t* starts, int count,
-                            const LookUpTable& table, RowEntries& out) {
-  uint32_t at[kRowLanes], longest = 0;
+                            const LookUpTable& table, RowEntries& out, Meanwhile& meanwhile) {
+  uint64_t at[kRowLanes];  // 64 bits, else compilers add constants to addresses by themselves
+  uint32_t longest = 0;
   for (int l = 0; l < kRowLanes; ++l) {
     at[l] = starts[4 * l];
-    longest = std::max(longest, starts[4 * l + 1] - at[l]);
+    longest = std::max(longest, starts[4 * l + 1] - starts[4 * l]);
   }
   const int least = static_cast<int>(longest / kMaxCodeBits);
   int look_ups = 0;
@@ -105,6 +108,7 @@ DF11_INLINE int look_up_row(const uint8_t* streams, const uint32_t* starts, int 
       }
     }
     for (int l = 0; l < kRowLanes; ++l) at[l] += __builtin_clzll(window[l]);
+    meanwhile();
     look_ups += 4;
     if (look_ups < least) continue;
     more = false;
