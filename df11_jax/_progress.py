@@ -11,8 +11,9 @@ _INTERVAL = 10.0  # seconds between lines
 
 
 def say(line: str) -> None:
-    """Prints a line, or several, at once."""
-    print(printable(line, keep="\n"), file=sys.stderr, flush=True)
+    """Prints a line, or several, at once; nothing if there is no standard error."""
+    if sys.stderr is not None:  # `print` would take the standard output instead
+        print(printable(line, keep="\n"), file=sys.stderr, flush=True)
 
 
 class ProgressBar:

@@ -13,7 +13,7 @@ def main() -> None:
     require("cli", "click", "packaging", "rich")
     try:
         from df11_jax.cli._commands import commands
-        from df11_jax.cli._errors import INTERRUPTED
+        from df11_jax.cli._errors import FAILED, INTERRUPTED
     except KeyboardInterrupt:
         print("Error: interrupted", file=sys.stderr)
         os._exit(130)
@@ -33,3 +33,5 @@ def main() -> None:
                     stream.flush()
             os._exit(INTERRUPTED)
         raise
+    except OSError:  # the standard error is full, or nobody reads it: click could not say more
+        os._exit(FAILED)

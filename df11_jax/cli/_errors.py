@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, Any, NoReturn
 
 import click
 
@@ -24,9 +24,17 @@ _TRACEBACK = "DF11_JAX_TRACEBACK"
 _NOTE = "df11_jax: "  # what notes of ours begin with
 
 
+class _Failure(click.ClickException):
+    """The end of a command, with a status that does not depend on who reads the message."""
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        with contextlib.suppress(OSError):
+            super().show(file)
+
+
 def fail(exit_code: int, *lines: str) -> NoReturn:
     """Ends the command with a message of one line or several, and a status."""
-    failure = click.ClickException("\n".join(map(printable, lines)))
+    failure = _Failure("\n".join(map(printable, lines)))
     failure.exit_code = exit_code  # type: ignore[misc]
     raise failure from None
 

@@ -258,6 +258,28 @@ def test_nobody_reads_the_output(plain, args):
     assert (ended.returncode, ended.stderr) == (141, "")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="has no /dev/full")
+@pytest.mark.parametrize(
+    ("args", "status"),
+    [(("verify", ".", "other"), 1), (("verify", ".", "nothing"), 2), (("nothing",), 2)],
+)
+def test_the_status_does_not_depend_on_the_standard_error(plain, args, status):
+    model_files.write_model(plain / "other", {"w": np.zeros(3, np.float32)})
+    # Nobody is told what differs, or what is missing; status 1 must mean the first alone.
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-P", "-c", "from df11_jax.cli import main; main()", *args]
+        assert subprocess.run(command, stderr=full, cwd=plain, timeout=600).returncode == status
+
+
+def test_no_standard_error(plain):
+    (plain / "folder").mkdir()  # of which compress says that it is not copied
+    closed = "import os, sys; os.close(2); sys.stderr = None"
+    ended = process("compress", plain, "out", before=closed, stdout=subprocess.PIPE, cwd=plain)
+    assert ended.returncode == 0
+    (line,) = ended.stdout.splitlines()  # what others read, without what is said beside it
+    assert line.startswith("out: native, ")
+
+
 def test_names_that_the_output_cannot_show(plain):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     ended = process("info", plain, stdout=subprocess.PIPE, env=environment)
