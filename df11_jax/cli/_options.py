@@ -14,7 +14,22 @@ from df11_jax.cli._errors import FAILED, fail
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-PATH = click.Path(path_type=Path)
+
+class _Path(click.Path):
+    """A path, of which an empty one is none: `Path("")` would be the current directory."""
+
+    def convert(
+        self,
+        value: str | os.PathLike[str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> Any:
+        if not os.fspath(value):  # such as "$MODEL" of a variable that is not set
+            self.fail("a path must not be empty.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = _Path(path_type=Path)
 COUNT = click.IntRange(1, 2**31 - 1)
 
 
@@ -137,7 +152,7 @@ def _check_plot(context: click.Context, option: click.Parameter, path: str | Non
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 plot_option = click.option(
     "--plot",
-    type=click.Path(dir_okay=False),
+    type=_Path(dir_okay=False),
     callback=_check_plot,
     help="Draw a plot to this file.",
 )

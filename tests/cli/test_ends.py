@@ -194,6 +194,24 @@ def test_paths_at_which_nothing_can_be(tmp_path, monkeypatch, command, path):
         assert run(command, plain, path)[0] == 2
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        *((command, "", *args) for command, args in COMMANDS.items()),
+        ("verify", ".", ""),
+        ("compress", "plain", ""),
+        ("decompress", "plain", ""),
+        ("bench", "--plot", ""),
+        ("compare", "--plot", ""),
+    ],
+)
+def test_an_empty_path_is_not_the_current_directory(tmp_path, monkeypatch, args):
+    here = model_files.write_model(tmp_path / "here", {"w": np.zeros(3, np.float32)})
+    monkeypatch.chdir(here)
+    status, output = run(*args)
+    assert status == 2 and "must not be empty" in output
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_directories_that_cannot_be_read(tmp_path, command):
