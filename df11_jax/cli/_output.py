@@ -1,8 +1,10 @@
 """What commands print: lines, tables and JSON, in which names and paths cannot do harm."""
 
 import json
+import os
 import sys
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any, Protocol
 
 import click
@@ -11,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from df11_jax._brief import printable
+from df11_jax._files.atomic import new_file
 
 
 class Figures(Protocol):
@@ -71,7 +74,22 @@ def print_figures(figures: Figures, *, as_json: bool, plot: str | None) -> None:
     else:
         click.echo(printable(str(figures), keep="\n"))
     if plot is not None:
-        figures.plot().savefig(plot)
+        save_plot(figures.plot(), plot)
+
+
+def save_plot(figure: Any, path: str) -> None:
+    """Draws a plot to a file, which replaces what is there when it is complete.
+
+    Args:
+        figure: a figure of matplotlib.
+        path: the path of the file; one without a suffix gets that of matplotlib's default format.
+    """
+    format_ = os.path.splitext(path)[1][1:]
+    if not format_:
+        format_ = figure.canvas.get_default_filetype()
+        path = f"{path.rstrip('.')}.{format_}"
+    with new_file(Path(path)) as file:
+        figure.savefig(file, format=format_)
 
 
 def show_progress() -> bool:

@@ -9,7 +9,7 @@ import click
 from df11_jax._brief import printable
 from df11_jax.cli._errors import DIFFERENT, FAILED, fail
 from df11_jax.cli._options import COUNT, examples, json_option, memory_option, plot_option
-from df11_jax.cli._output import show_progress
+from df11_jax.cli._output import save_plot, show_progress
 from df11_jax.cli._require import require
 
 _PARTS = ("compressed", "exact", "plain", "offloaded", "default", "cublas", "longest")
@@ -112,7 +112,7 @@ def compare(
             else:
                 click.echo(printable(figures.summary(), keep="\n"))
             if plot is not None:
-                figures.plot().savefig(plot)
+                save_plot(figures.plot(), plot)
     if figures.errors:
         fail(FAILED, *figures.errors.values())
     if figures.differences:
