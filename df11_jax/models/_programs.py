@@ -84,7 +84,7 @@ def prefill(
         The state after that, for `decode`.
 
     Raises:
-        ValueError: the prompts are longer than the cache.
+        ValueError: the prompts are longer than the cache, or there is not a length for each.
     """
     if mesh is not None:
         shard = shard_config(config, mesh.size, mesh.shape[STAGES])
@@ -96,6 +96,10 @@ def prefill(
     batch, seq = prompts.shape
     if seq > length:
         raise ValueError(f"prompts have {seq} tokens, but the cache has room for {length}")
+    if lengths.shape != (batch,):
+        raise ValueError(
+            f"lengths have the shape {lengths.shape}, expected {(batch,)}: one for each prompt"
+        )
     size = min(seq, max(1, PIECE_TOKENS // batch))
     pieces = -(-seq // size)
     # Rows end together, so that the last slots have the last tokens of all of them.

@@ -26,6 +26,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from df11_jax._array import DF11Array
@@ -202,8 +203,15 @@ def forward(
         with these tokens added.
 
     Raises:
-        ValueError: the parameters do not have as many layers as the configuration says.
+        ValueError: tokens and positions have other shapes; or the parameters do not have as many
+            layers as the configuration says.
     """
+    if np.shape(positions) != np.shape(tokens):
+        # Those of one row for all would mix up the queries of the rows.
+        raise ValueError(
+            f"positions have the shape {np.shape(positions)}, expected {np.shape(tokens)}, that of "
+            "the tokens"
+        )
     keep = tokens.shape[1] if keep is None else keep
     x, cache = forward_pieces(params, lambda _: (tokens, positions, slot, keep), 1, cache, config)
     return rms_norm(x, params["norm"], config), cache

@@ -434,6 +434,16 @@ def test_prompts_longer_than_the_cache(llama):
         models.prefill(params, prompts, lengths, GREEDY, keys, NONE, 8, config)
 
 
+def test_each_prompt_has_a_length(llama):
+    params, config = llama
+    keys, prompts = jax.random.split(jax.random.key(0), 1), np.ones((2, 9), np.int32)
+    for lengths in (np.array([9]), np.int32(9)):
+        with pytest.raises(
+            ValueError, match=r"lengths have the shape .*, expected \(2,\): one for"
+        ):
+            models.prefill(params, prompts, lengths, GREEDY, keys, NONE, 9, config)
+
+
 @pytest.mark.parametrize(
     ("family", "length", "room", "expected"),
     [

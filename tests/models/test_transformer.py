@@ -147,3 +147,11 @@ def test_layers_must_be_as_many_as_configured():
     tokens = jnp.zeros((1, 1), jnp.int32)
     with pytest.raises(ValueError, match="params have 3 layers, and 0 in host memory, expected 4"):
         models.forward(params, tokens, tokens, 0, cache, more)
+
+
+def test_each_row_has_its_positions():
+    params, config = load("llama")
+    tokens, cache = families.prompts(), models.init_cache(config, 2, 24)
+    for positions in (np.arange(24), np.arange(24)[None]):
+        with pytest.raises(ValueError, match=r"positions have the shape .*, expected \(2, 24\)"):
+            models.forward(params, tokens, positions, 0, cache, config)
