@@ -131,6 +131,32 @@ def capacity(cache: Cache, config: Config) -> int:
     return int(NOWHERE) if cache.full is None and count == config.window else count
 
 
+def _check(cache: Cache, batch: int, config: Config) -> None:
+    """Checks the shapes of a cache, since slicing would clamp the indices that it does not have.
+
+    Raises:
+        ValueError: `init_cache` makes no cache of these shapes.
+    """
+    slots = cache.full or cache.sliding
+    room = 1 if slots is None else slots.positions.shape[1]
+
+    def shapes(cache: Cache) -> dict[str, str]:
+        leaves = jax.tree.leaves_with_path(cache)
+        return {
+            jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves
+        }
+
+    here, expected = shapes(cache), shapes(jax.eval_shape(lambda: init_cache(config, batch, room)))
+    for name in expected | here:
+        if here.get(name) != expected.get(name):
+            raise ValueError(
+                f"cache{name} is {here.get(name, 'absent')}, expected "
+                f"{expected.get(name, 'absent')} on each device, as init_cache makes it for "
+                f"{batch} sequences with {room} slots: a cache is that of one configuration, "
+                "divided for one number of devices"
+            )
+
+
 def count_bytes(cache: Cache) -> int:
     """Bytes of keys, values and positions of a cache, which may have shapes in place of arrays."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
@@ -147,7 +173,11 @@ def take_slots(
 
     Returns:
         The cache, and the inputs of the blocks of each type.
+
+    Raises:
+        ValueError: the cache is that of another configuration, or of other sequences.
     """
+    _check(cache, positions.shape[0], config)
     inputs: dict[LayerType, Any] = {}
     types: tuple[tuple[LayerType, LayerType], ...]
     types = ("full", "shared_full"), ("sliding", "shared_sliding")

@@ -203,8 +203,9 @@ def forward(
         with these tokens added.
 
     Raises:
-        ValueError: tokens and positions have other shapes; or the parameters do not have as many
-            layers as the configuration says.
+        ValueError: positions or cache are not those of as many sequences; the cache is that of
+            another configuration; or the parameters do not have as many layers as the
+            configuration says.
     """
     if np.shape(positions) != np.shape(tokens):
         # Those of one row for all would mix up the queries of the rows.

@@ -155,3 +155,31 @@ def test_each_row_has_its_positions():
     for positions in (np.arange(24), np.arange(24)[None]):
         with pytest.raises(ValueError, match=r"positions have the shape .*, expected \(2, 24\)"):
             models.forward(params, tokens, positions, 0, cache, config)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"layers": 2, "sliding": (False,) * 2}, ".full.keys"),  # the last layer would share slots
+        ({"kv_heads": 4}, ".full.keys"),  # as on four devices, of which two share a head
+        ({"dtype": jnp.bfloat16}, ".full.keys"),
+        ({"window": 8, "sliding": (False, True, True)}, ".full.keys"),
+    ],
+)
+def test_a_cache_is_that_of_its_configuration(change, name):
+    params, config = load("llama")
+    cache = models.init_cache(dataclasses.replace(config, **change), 2, 24)
+    tokens = jnp.zeros((2, 1), jnp.int32)
+    with pytest.raises(ValueError, match=rf"cache\{name} is uint.*, expected uint32\[3, 2, 2, 24,"):
+        models.forward(params, tokens, tokens, 0, cache, config)
+
+
+@pytest.mark.parametrize(("batch", "slots"), [(1, 24), (5, 24), (2, 6)])
+def test_a_cache_is_that_of_its_sequences_with_whole_windows(batch, slots):
+    params, config = load("gemma3_text")
+    cache = models.init_cache(config, 2, 24)
+    other = models.init_cache(config, batch, slots)
+    tokens = jnp.zeros((2, 1), jnp.int32)
+    cache = cache._replace(sliding=other.sliding)  # of 6 slots, if only full layers got more
+    with pytest.raises(ValueError, match=r"cache.sliding.keys is .*, expected .* for 2 sequences"):
+        models.forward(params, tokens, tokens, 0, cache, config)
