@@ -261,7 +261,7 @@ def to_bits(
     new: Float[Array, "batch seq kv_heads head_dim"],
 ) -> UInt[Array, "batch kv_heads seq head_dim"]:
     """Keys or values of some tokens, as the bit patterns that slots hold."""
-    return jax.lax.bitcast_convert_type(jnp.moveaxis(new, 1, 2), _bits(new.dtype))
+    return _delta_rule.to_bits(jnp.moveaxis(new, 1, 2))
 
 
 def write(

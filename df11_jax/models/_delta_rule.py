@@ -59,6 +59,25 @@ def init_states(rule: DeltaRule, batch: int, bits: np.dtype) -> States:
     )
 
 
+@jax.custom_jvp
+def to_bits(new: Float[Array, "*batch"]) -> UInt[Array, "*batch"]:
+    """The bit patterns of what a cache keeps of some tokens.
+
+    Raises:
+        TypeError: it is differentiated. JAX would take integers for constants, and gradients would
+            lack what comes through the cache.
+    """
+    return jax.lax.bitcast_convert_type(new, f"uint{8 * new.dtype.itemsize}")
+
+
+@to_bits.defjvp
+def _to_bits_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    raise TypeError(
+        "the blocks of a text model cannot be differentiated: their cache holds bit patterns, "
+        "which have no derivatives. What comes after the blocks can, such as an output head"
+    )
+
+
 def convolve(
     x: Float[Array, "batch seq channels"],
     taps: Float[Array, "taps 1 channels"],
@@ -79,8 +98,7 @@ def convolve(
         x[:, i : i + seq].astype(jnp.float32) * taps[i].astype(jnp.float32) for i in range(count)
     )
     last = jax.lax.dynamic_slice_in_dim(x, steps.keep, count - 1, axis=1)
-    last = jax.lax.bitcast_convert_type(last, states.inputs.dtype)
-    states = states._replace(inputs=_put(states.inputs, last, layer))
+    states = states._replace(inputs=_put(states.inputs, to_bits(last), layer))
     return jax.nn.silu(sum(parts)).astype(x.dtype), states
 
 

@@ -12,6 +12,7 @@ import transformers_logits
 from mostly_slow import mostly_slow
 
 from df11_jax import models
+from df11_jax._array import is_df11
 from df11_jax.models import _attention, _programs
 
 EXPECTED = np.load(transformers_logits.EXPECTED)
@@ -183,3 +184,25 @@ def test_a_cache_is_that_of_its_sequences_with_whole_windows(batch, slots):
     cache = cache._replace(sliding=other.sliding)  # of 6 slots, if only full layers got more
     with pytest.raises(ValueError, match=r"cache.sliding.keys is .*, expected .* for 2 sequences"):
         models.forward(params, tokens, tokens, 0, cache, config)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3_5_text"])
+def test_gradients_that_would_lack_what_comes_through_the_cache(kind):
+    params, config = load(kind)
+    tokens = families.prompts()
+    positions = np.broadcast_to(np.arange(24), tokens.shape)
+
+    def loss(change, name):
+        def scaled(path, leaf):
+            path = "." + jax.tree_util.keystr(path, simple=True, separator="/")
+            return leaf * change if path.endswith(name) else leaf
+
+        changed = jax.tree.map_with_path(scaled, params, is_leaf=is_df11)
+        cache = models.init_cache(config, *tokens.shape)
+        x, _ = models.forward(changed, tokens, positions, 0, cache, config)
+        return models.project(changed, x, config).sum()
+
+    with pytest.raises(TypeError, match="the blocks of a text model cannot be differentiated"):
+        jax.eval_shape(lambda change: jax.grad(loss)(change, "/input_layernorm/scale"), 1.0)
+    # What comes after the blocks can be.
+    jax.eval_shape(lambda change: jax.grad(loss)(change, ".norm"), 1.0)
