@@ -54,6 +54,22 @@ def cpu_device() -> jax.Device | None:
         return None
 
 
+def start_backends() -> None:
+    """Starts JAX's backends, as the first use of a device does.
+
+    Raises:
+        RuntimeError: one of those that JAX was told to use is unknown or cannot be started, or none
+            of them has a device.
+    """
+    try:
+        jax.local_devices()
+    except AssertionError:  # JAX says no more of an NVIDIA GPU that it does not see
+        raise RuntimeError(
+            f"JAX was told to use {jax.config.values['jax_platforms']} (JAX_PLATFORMS), and sees "
+            "no such device here"
+        ) from None
+
+
 def default_device() -> jax.Device:
     """The device of arrays for which none is said, whatever mesh the caller has set."""
     # What is computed would be on all devices of the mesh.

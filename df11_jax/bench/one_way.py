@@ -18,6 +18,7 @@ import numpy as np
 
 import df11_jax
 from df11_jax._array import is_df11
+from df11_jax._host_arrays import start_backends
 from df11_jax._product import is_fused_in
 from df11_jax._progress import say
 from df11_jax.bench.compared_model import open_model
@@ -86,6 +87,7 @@ def measure(task: Task, emit: Callable[[Event], None]) -> None:
 
 
 def _measure(task: Task, emit: Callable[[Event], None]) -> None:
+    start_backends()
     model = open_model(task.model)
     config = model.config
     if (needed := task.prompt + task.tokens - 1) > config.max_length:

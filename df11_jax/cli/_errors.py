@@ -90,6 +90,13 @@ def _describe(error: BaseException) -> str:
         return "interrupted"
     if isinstance(error, OSError) and error.strerror:  # none of ours, which are texts
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, AssertionError) and not said:
+        from df11_jax._host_arrays import start_backends
+
+        try:
+            start_backends()
+        except RuntimeError as reason:
+            return str(reason)
     if isinstance(error, MemoryError):
         return f"not enough memory{said and f': {said}'}"
     is_expected = isinstance(error, (OSError, ValueError, ImportError, RuntimeError))

@@ -10,6 +10,7 @@ import jax.extend
 
 from df11_jax import _cuda, _ffi, _host_codec
 from df11_jax._host import processor_name
+from df11_jax._host_arrays import start_backends
 from df11_jax.doctor.extras import installed_version
 from df11_jax.doctor.self_test import simd_name
 
@@ -69,8 +70,9 @@ def list_backends() -> list[Backend]:
     """Starts JAX's backends, and says what decodes on each.
 
     Raises:
-        RuntimeError: JAX cannot start one that it was told to use.
+        RuntimeError: JAX cannot start what it was told to use.
     """
+    start_backends()
     default = jax.local_devices()[0].platform
     backends = []
     for platform, client in jax.extend.backend.backends().items():

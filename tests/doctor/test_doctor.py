@@ -1,5 +1,6 @@
 """`df11-jax doctor`, on what is here, and on copies of the package that are damaged."""
 
+import glob
 import json
 import os
 import pathlib
@@ -209,6 +210,23 @@ def test_a_package_that_is_too_old_and_a_backend_that_is_not_there(copy):
     assert found["extras"]["demo"]["packages"]["nowhere"] is None
     assert found["extras"]["demo"]["packages"]["click"]
     assert found["extras"]["demo"]["will_do"] is False
+
+
+@pytest.mark.skipif(bool(glob.glob("/dev/nvidia*")), reason="needs a machine without NVIDIA's GPUs")
+@pytest.mark.parametrize("command", ["doctor", "bench", "compare"])
+def test_a_gpu_that_jax_does_not_see(command):
+    # As in a container that was started without its GPUs: JAX 0.10 ends with an
+    # AssertionError that has no text.
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", "from df11_jax.cli import main; main()", command, "--json"],
+        env=os.environ | {"JAX_PLATFORMS": "cuda"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    output = result.stdout + result.stderr
+    assert result.returncode == (1 if command == "doctor" else 2)
+    assert "cuda" in output and "Traceback" not in output and "a bug" not in output
 
 
 def test_import_starts_nothing():
