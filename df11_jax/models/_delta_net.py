@@ -1,13 +1,14 @@
 """The linear layers of hybrid models: projections around the gated delta rule."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from df11_jax.models import _delta_rule
-from df11_jax.models._config import Config
+from df11_jax.models._config import Config, DeltaRule
 from df11_jax.models._delta_rule import States, Steps
 from df11_jax.models._layers import RMSNorm, multiply
 
@@ -31,16 +32,14 @@ class GatedDeltaNet(nn.Module):
         *parts, gate, rate, decay = multiply(self, x, features, False)
         taps = [Taps(rule.taps, width, name=f"conv1d_{part}")() for part, width in widths.items()]
         mixed, states = _delta_rule.convolve(
-            jnp.concatenate(parts, axis=-1), jnp.concatenate(taps, axis=-1), states, layer, steps
+            _join(parts, rule), _join(taps, rule), states, layer, steps
         )
-        query, key, value = (
-            part.reshape(*x.shape[:2], -1, width)
-            for part, width in zip(
-                jnp.split(mixed, [keys, 2 * keys], axis=-1),
-                (rule.key_dim, rule.key_dim, rule.value_dim),
-                strict=True,
-            )
+        query, key, value = jnp.split(
+            mixed.reshape(*x.shape[:2], rule.key_heads, -1),
+            [rule.key_dim, 2 * rule.key_dim],
+            axis=-1,
         )
+        value = value.reshape(*x.shape[:2], heads, rule.value_dim)
         zeros = nn.initializers.zeros
         pace = -jnp.exp(self.param("A_log", zeros, (heads,)).astype(jnp.float32))
         bias = self.param("dt_bias", zeros, (heads,)).astype(jnp.float32)
@@ -52,6 +51,16 @@ class GatedDeltaNet(nn.Module):
         out = (out * nn.silu(gate.reshape(out.shape).astype(jnp.float32))).astype(x.dtype)
         (out,) = multiply(self, out.reshape(*x.shape[:2], -1), {"out_proj": c.dim}, False, c.axis)
         return out, states
+
+
+def _join(parts: Sequence[Float[Array, "*batch _"]], rule: DeltaRule) -> Float[Array, "*batch _"]:
+    """The channels of queries, keys and values, those of each key head together.
+
+    So devices, each of which has some of the heads, divide the states of one.
+    """
+    heads = [part.reshape(*part.shape[:-1], rule.key_heads, -1) for part in parts]
+    joined = jnp.concatenate(heads, axis=-1)
+    return joined.reshape(*joined.shape[:-2], -1)
 
 
 class Taps(nn.Module):

@@ -28,7 +28,8 @@ class States(NamedTuple):
     """The states of all linear layers, in place of keys and values.
 
     Attributes:
-        inputs: the last inputs of the convolution, as bit patterns, for the reason that keys are.
+        inputs: the last inputs of the convolution, as bit patterns, for the reason that keys are;
+            channels of queries, keys and values of a key head are neighbours.
         matrices: the matrices of the rule. GPUs sum along their last axis, for each token: with
             another one there, XLA would transpose the states of all layers.
     """
