@@ -157,6 +157,26 @@ def _check(cache: Cache, batch: int, config: Config) -> None:
             )
 
 
+def check_room(cache: Cache, slot: Any, seq: int, config: Config) -> None:
+    """Checks the slots of some tokens, as far as they are known before the program runs.
+
+    Raises:
+        ValueError: the cache does not have them.
+    """
+    if np.shape(slot):
+        raise ValueError(
+            f"slot has the shape {np.shape(slot)}, expected one number: the tokens of all rows "
+            "take the same slots"
+        )
+    if isinstance(slot, jax.Array):
+        return
+    room = capacity(cache, config)
+    if not 0 <= slot <= room - seq:
+        raise ValueError(
+            f"slot is {slot}, and {seq} tokens come, but the cache has room for {room}"
+        )
+
+
 def count_bytes(cache: Cache) -> int:
     """Bytes of keys, values and positions of a cache, which may have shapes in place of arrays."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))

@@ -191,7 +191,8 @@ def forward(
             before all others of it and have the largest int32: no other token attends to them, and
             their outputs have no meaning.
         slot: the slot of the first token in the cache, which is the number of tokens before it.
-            The cache has room for all of these tokens.
+            The cache has room for all of these tokens; under `jit`, where the slot may be any,
+            this is not checked.
         cache: the cache from `init_cache` or an earlier call.
         config: the configuration of the transformer, static under `jit`.
         keep: the number of tokens that sliding layers keep; None for all. The next call begins with
@@ -204,8 +205,8 @@ def forward(
 
     Raises:
         ValueError: positions or cache are not those of as many sequences; the cache is that of
-            another configuration; or the parameters do not have as many layers as the
-            configuration says.
+            another configuration, or does not have these slots; or the parameters do not have as
+            many layers as the configuration says.
     """
     if np.shape(positions) != np.shape(tokens):
         # Those of one row for all would mix up the queries of the rows.
@@ -213,6 +214,7 @@ def forward(
             f"positions have the shape {np.shape(positions)}, expected {np.shape(tokens)}, that of "
             "the tokens"
         )
+    _cache.check_room(cache, slot, tokens.shape[1], config)
     keep = tokens.shape[1] if keep is None else keep
     x, cache = forward_pieces(params, lambda _: (tokens, positions, slot, keep), 1, cache, config)
     return rms_norm(x, params["norm"], config), cache

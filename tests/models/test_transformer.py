@@ -206,3 +206,26 @@ def test_gradients_that_would_lack_what_comes_through_the_cache(kind):
         jax.eval_shape(lambda change: jax.grad(loss)(change, "/input_layernorm/scale"), 1.0)
     # What comes after the blocks can be.
     jax.eval_shape(lambda change: jax.grad(loss)(change, ".norm"), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "slot", "message"),
+    [
+        ("llama", 5, "slot is 5, and 2 tokens come, but the cache has room for 6"),
+        ("llama", np.int64(-1), "slot is -1, and 2 tokens come"),
+        ("mistral", 5, "slot is 5, and 2 tokens come, but the cache has room for 6"),
+        ("llama", np.array([4, 4]), r"slot has the shape \(2,\), expected one number"),
+    ],
+)
+def test_slots_that_a_cache_does_not_have(kind, slot, message):
+    params, config = load(kind)
+    cache, tokens = models.init_cache(config, 2, 6), np.zeros((2, 2), np.int32)
+
+    def read(slot, cache):
+        return jax.eval_shape(lambda: models.forward(params, tokens, tokens, slot, cache, config))
+
+    with pytest.raises(ValueError, match=message):
+        read(slot, cache)
+    read(4, cache)
+    if kind == "mistral":  # a whole window has room for any number of tokens
+        read(slot, models.init_cache(config, 2, 8))
