@@ -191,8 +191,8 @@ def forward(
             before all others of it and have the largest int32: no other token attends to them, and
             their outputs have no meaning.
         slot: the slot of the first token in the cache, which is the number of tokens before it.
-            The cache has room for all of these tokens; under `jit`, where the slot may be any,
-            this is not checked.
+            The cache has room for all of these tokens; that of a JAX array, as under `jit`, is
+            not checked.
         cache: the cache from `init_cache` or an earlier call.
         config: the configuration of the transformer, static under `jit`.
         keep: the number of tokens that sliding layers keep; None for all. The next call begins with
