@@ -34,8 +34,9 @@ def first_slice(table: Table) -> DF11Slice | BFloat16[Array, "rows dim"]:
 
 
 def look_up(table: Table, tokens: Int[Array, "*batch"]) -> BFloat16[Array, "*batch dim"]:
-    """The rows of some tokens; NaNs for those that the table does not have."""
-    return take(first_slice(table), tokens)
+    """The rows of some tokens."""
+    rows = first_slice(table)
+    return take(rows, tokens) if isinstance(rows, DF11Slice) else rows[tokens]
 
 
 def project(

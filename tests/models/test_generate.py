@@ -358,15 +358,6 @@ def test_tables_in_pieces(monkeypatch, tokens, piece):
         assert count_decodes(jax.jit(tables.look_up), table, ids) <= -(-ids.size // piece) * piece
 
 
-def test_tokens_that_a_table_does_not_have():
-    plain = np.random.default_rng(0).standard_normal((1, 2 * TILE_COLS, 64)).astype(jnp.bfloat16)
-    table = df11_jax.compress(plain, stack_axes=1, along_columns=True)
-    tokens = np.array([3, -1, 2 * TILE_COLS, 10**6, -(10**6)])
-    rows = [jax.jit(tables.look_up)(either, tokens) for either in (table, jnp.asarray(plain))]
-    assert_same_bits(*rows)
-    assert list(np.isnan(rows[0]).all(axis=1)) == [False, False, True, True, True]
-
-
 @pytest.mark.slow
 def test_tables_that_the_user_compressed():
     # With pairs along rows, as of other matrices.
