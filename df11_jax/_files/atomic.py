@@ -88,15 +88,34 @@ def new_directory(path: Path) -> Iterator[Path]:
     """
     path = path.resolve()
     mode = stat.S_IMODE(os.stat(path).st_mode)
-    remove_left(path.parent, path.name)
-    partial, descriptor = _create(path, _create_directory)
-    try:
+    with directory_beside(path) as partial:
         yield partial
-        os.fchmod(descriptor, mode)
+        partial.chmod(mode)
         _exchange(partial, path)
         sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def directory_beside(path: Path) -> Iterator[Path]:
+    """A directory of this writer alone, which is removed with all that is still in it.
+
+    What killed writers of the path have left is removed, too.
+
+    Args:
+        path: the path for which something is written.
+
+    Yields:
+        The path of the directory, which is on the same file system.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    remove_left(path.parent, path.name)
+    directory, descriptor = _create(path, _create_directory)
+    try:
+        yield directory
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
         os.close(descriptor)
 
 

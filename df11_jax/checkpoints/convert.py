@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from df11_jax._files.atomic import directory_beside
 from df11_jax._files.directory import INDEX, copy_small_files, write_index
 from df11_jax._files.folder_source import FolderSource
 from df11_jax._files.journal import Job, incomplete
@@ -89,8 +90,8 @@ def write_plain(source: Source, path: Path, *, progress: bool = False) -> None:
 def write_orbax(source: Source, path: Path, *, progress: bool = False) -> None:
     """Writes a checkpoint that `df11_jax.orbax.DF11Restore` restores.
 
-    All tensors are in memory at once, compressed. Orbax gives the folder its name when it is
-    complete; after an interruption, everything has to be done again.
+    All tensors are in memory at once, compressed. The folder gets its name when it is complete;
+    after an interruption, everything has to be done again.
 
     Args:
         source: the checkpoint to compress.
@@ -98,7 +99,7 @@ def write_orbax(source: Source, path: Path, *, progress: bool = False) -> None:
         progress: whether to show a progress bar.
 
     Raises:
-        FileExistsError: there is something at `path`.
+        FileExistsError: there is something at `path`, or before all is written.
         ImportError: Orbax is not installed.
         OSError: reading or writing failed.
         ValueError: the source is corrupt, was changed while it was read, or has a dtype that numpy
@@ -118,7 +119,17 @@ def write_orbax(source: Source, path: Path, *, progress: bool = False) -> None:
     with jax.default_device(cpu_device()):
         params = load(source, progress=progress)
     source.check_current()
-    save_item(params, path.resolve())
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not at the path itself: Orbax takes what others are writing there for something left behind.
+    with directory_beside(path) as directory:
+        save_item(params, directory / "item")
+        try:
+            os.rename(directory / "item", path)
+        except OSError as error:
+            if not os.path.lexists(path):
+                raise
+            raise FileExistsError(f"{path}: was written by another process meanwhile") from error
 
 
 class _PlainTarget:

@@ -1,6 +1,8 @@
 """Orbax checkpoints as one format among others: tests/orbax tests what is in them."""
 
+import concurrent.futures
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +74,25 @@ def test_what_compress_refuses(tmp_path):
     assert "bit-identical" in run("verify", path, tmp_path / "native")
     plain = model_files.write_model(tmp_path / "plain", model_files.tensors())
     assert "exists already" in run("compress", plain, path, "--format", "orbax", status=2)
+
+
+def test_what_another_process_writes_meanwhile_stays(tmp_path):
+    plain = model_files.write_model(tmp_path / "plain", model_files.tensors())
+    path = tmp_path / "new" / "orbax"
+
+    def write():
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("new/*.partial")) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        path.mkdir()
+        (path / "theirs").touch()
+
+    with concurrent.futures.ThreadPoolExecutor(1) as other:
+        written = other.submit(write)
+        output = run("compress", plain, path, "--format", "orbax", status=2)
+        written.result()
+    assert f"{path}: was written by another process meanwhile" in output
+    assert [file.name for file in path.parent.rglob("*")] == ["orbax", "theirs"]
 
 
 def test_a_tensor_without_a_name(tmp_path):
