@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt
-from numpy.typing import DTypeLike
 
-from df11_jax.models import _delta_rule, _rope
+from df11_jax.models import _bit_patterns, _delta_rule, _rope
 from df11_jax.models._config import Config
 from df11_jax.models._delta_rule import States, Steps
 from df11_jax.models._layer_types import LayerType, layer_types, type_config
@@ -106,14 +105,14 @@ def init_cache(config: Config, batch: int, slots: int) -> Cache:
     return Cache(
         init("full", slots),
         init("sliding", min(slots, config.window)),
-        None if rule is None else _delta_rule.init_states(rule, batch, _bits(config.dtype)),
+        None if rule is None else _delta_rule.init_states(rule, batch, config.dtype),
     )
 
 
 def init_slots(config: Config, layers: int, batch: int, slots: int) -> Slots:
     """Empty slots of layers of one type."""
     shape = (layers, batch, config.kv_heads, slots, config.head_dim)
-    bits = _bits(config.dtype)
+    bits = _bit_patterns.bits_dtype(config.dtype)
     return Slots(
         jnp.zeros(shape, bits),
         jnp.zeros(shape, bits),
@@ -281,7 +280,7 @@ def to_bits(
     new: Float[Array, "batch seq kv_heads head_dim"],
 ) -> UInt[Array, "batch kv_heads seq head_dim"]:
     """Keys or values of some tokens, as the bit patterns that slots hold."""
-    return _delta_rule.to_bits(jnp.moveaxis(new, 1, 2))
+    return _bit_patterns.to_bits(jnp.moveaxis(new, 1, 2))
 
 
 def write(
@@ -352,8 +351,3 @@ def _pick(new: Array, old: Array, origins: Int[Array, " n"], axis: int) -> Array
     shape[axis] = len(origins)
     picked = jnp.take(new, jnp.maximum(origins, 0), axis=axis, mode="clip")
     return jnp.where(origins.reshape(shape) >= 0, picked, old)
-
-
-def _bits(dtype: DTypeLike) -> np.dtype:
-    """The unsigned integers of the same size."""
-    return np.dtype(f"u{np.dtype(dtype).itemsize}")

@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
+from numpy.typing import DTypeLike
 
+from df11_jax.models._bit_patterns import bits_dtype, to_bits
 from df11_jax.models._config import DeltaRule
 
 # Tokens that are computed at once. More need more products, fewer more steps.
@@ -50,32 +51,13 @@ class Steps(NamedTuple):
     keep: Int[Array, ""]
 
 
-def init_states(rule: DeltaRule, batch: int, bits: np.dtype) -> States:
-    """The states before the first token, with bit patterns of some unsigned integers."""
+def init_states(rule: DeltaRule, batch: int, dtype: DTypeLike) -> States:
+    """The states before the first token, of which some inputs have this dtype."""
     layers = sum(rule.layers)
     matrix = rule.value_dim, rule.key_dim
     return States(
-        jnp.zeros((layers, batch, rule.taps - 1, rule.channels), bits),
+        jnp.zeros((layers, batch, rule.taps - 1, rule.channels), bits_dtype(dtype)),
         jnp.zeros((layers, batch, rule.value_heads, *matrix), jnp.float32),
-    )
-
-
-@jax.custom_jvp
-def to_bits(new: Float[Array, "*batch"]) -> UInt[Array, "*batch"]:
-    """The bit patterns of what a cache keeps of some tokens.
-
-    Raises:
-        TypeError: it is differentiated. JAX would take integers for constants, and gradients would
-            lack what comes through the cache.
-    """
-    return jax.lax.bitcast_convert_type(new, f"uint{8 * new.dtype.itemsize}")
-
-
-@to_bits.defjvp
-def _to_bits_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    raise TypeError(
-        "the blocks of a text model cannot be differentiated: their cache holds bit patterns, "
-        "which have no derivatives. What comes after the blocks can, such as an output head"
     )
 
 

@@ -21,7 +21,7 @@ def draw(seq, seed=0):
     shapes = ((2, 8), (2, 8), (4, 6), (4,), (4,))
     q, k, v, g, beta = (rng.standard_normal((BATCH, seq, *shape)) for shape in shapes)
     k[:, 1::2] = k[:, :1]  # keys that are the same make the system that is solved a hard one
-    states = _delta_rule.init_states(RULE, BATCH, np.dtype(np.uint32))
+    states = _delta_rule.init_states(RULE, BATCH, np.float32)
     matrices = rng.standard_normal(states.matrices.shape)
     parts = q, k, v, -np.exp(g - 3), 1 / (1 + np.exp(-4 * beta))
     return [jnp.asarray(x, jnp.float32) for x in parts], states._replace(
@@ -65,7 +65,7 @@ def test_convolutions_go_on_after_the_tokens_that_are_kept(keep):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((BATCH, 5, RULE.channels)), jnp.float32)
     taps = jnp.asarray(rng.standard_normal((RULE.taps, 1, RULE.channels)), jnp.float32)
-    states = _delta_rule.init_states(RULE, BATCH, np.dtype(np.uint32))
+    states = _delta_rule.init_states(RULE, BATCH, np.float32)
     exist = np.array([[True] * 5, [False] + [True] * 4])  # one row begins with padding
 
     def convolve(first, states, keep):
