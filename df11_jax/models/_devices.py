@@ -13,7 +13,6 @@ from df11_jax._array import DF11Array, is_df11
 from df11_jax._decode import path_name
 from df11_jax._placement import on_mesh
 from df11_jax.models._config import Config
-from df11_jax.models._experts import EXPERTS
 from df11_jax.models._processes import put_shards, spans_processes
 from df11_jax.models._sharding import (
     ALL_AXES,
@@ -154,7 +153,8 @@ def find_mesh(params: Params) -> Mesh | None:
     if sharding is not None and sharding.spec[:1] == (ALL_AXES,):
         assert isinstance(sharding.mesh, Mesh)
         mesh = sharding.mesh
-    count, shards = mesh.shape[AXIS] if mesh else 1, _count_shards(params)
+    # Each device has a part of the embedding, also where stages have no more than one device.
+    count, shards = mesh.size if mesh else 1, params["embed_tokens"].shape[0]
     if shards != count:
         raise ValueError(
             f"params are divided for {shards} devices, but on {count}: see models.place_params"
@@ -209,13 +209,3 @@ def _find_devices(devices: Devices | None) -> list[jax.Device]:
             f"processes, or of process {jax.process_index()} alone"
         )
     return list(devices)
-
-
-def _count_shards(params: Params) -> int:
-    """The number of devices that parameters were divided for, wherever they are."""
-    block = params["layers"]
-    if "input_layernorm" not in block:  # a stack for each type of layers
-        block = next(iter(block.values()))
-    layers = block["input_layernorm"]["scale"].shape[0]
-    mlp = block["mlp"].get(EXPERTS, block["mlp"])
-    return mlp["down_proj"]["kernel"].shape[0] // layers if layers else 1

@@ -29,7 +29,16 @@ def table_shape(vocab: int, dim: int, devices: int = 1) -> tuple[int, int, int]:
 
 
 def first_slice(table: Table) -> DF11Slice | BFloat16[Array, "rows dim"]:
-    """All rows that a device has; a compressed table is not decompressed."""
+    """All rows that a device has; a compressed table is not decompressed.
+
+    Raises:
+        ValueError: the table has the rows of several devices, of which these would be the first.
+    """
+    if table.shape[0] != 1:
+        raise ValueError(
+            f"params are divided for {table.shape[0]} devices, which compute together: prefill and "
+            "decode need mesh=models.find_mesh(params), forward and project take those of one"
+        )
     return DF11Slice(table, jnp.int32(0)) if isinstance(table, DF11Array) else table[0]
 
 

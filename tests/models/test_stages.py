@@ -7,7 +7,7 @@ import families
 import jax
 import numpy as np
 import pytest
-from runs import DRAWN, F32, PROMPTS, assert_same_bits, run
+from runs import DRAWN, F32, GREEDY, NONE, PROMPTS, assert_same_bits, run
 
 from df11_jax import checkpoints, models
 from df11_jax.models import _programs
@@ -78,6 +78,22 @@ def test_saved_parameters_fit_any_number_of_stages(tmp_path):
         placed = models.place_params(loaded, config, 2 * stages, stages=stages)
         assert models.find_mesh(placed).shape == {"stage": stages, "model": 2}
         assert_same_bits(placed["layers"], (staged if stages == 2 else alone)["layers"])
+
+
+def test_stages_of_one_device_are_several_devices():
+    # Such stages have whole layers; what shows that there are others is the embedding.
+    staged, config = load("sliding", 2, 2)
+    tokens = np.array([[1, 2]])
+    prompt = tokens, np.array([2]), GREEDY, jax.random.split(jax.random.key(0), 1), NONE, 4
+    with pytest.raises(ValueError, match=r"divided for 2 devices.* need mesh=models.find_mesh"):
+        models.prefill(staged, *prompt, config)
+    with pytest.raises(ValueError, match=r"divided for 2 devices.* forward and project take"):
+        models.forward(staged, tokens, tokens, 0, models.init_cache(config, 1, 4), config)
+    with pytest.raises(ValueError, match=r"divided for 2 devices.* forward and project take"):
+        models.project(staged, np.ones((1, config.dim), F32), config)
+    alone = jax.device_put(staged, jax.devices()[0])
+    with pytest.raises(ValueError, match=r"divided for 2 devices, but on 1: see .*place_params"):
+        models.generate(alone, [[1]], config, tokens=2)
 
 
 @pytest.mark.parametrize(
