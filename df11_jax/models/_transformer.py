@@ -29,7 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from df11_jax._array import DF11Array
+from df11_jax._array import DF11Array, is_df11
+from df11_jax._decode import path_name
 from df11_jax._product import can_fuse
 from df11_jax._promotion import with_promotion
 from df11_jax._scan import scan_range, stack_length
@@ -206,7 +207,7 @@ def forward(
     Raises:
         ValueError: positions or cache are not those of as many sequences; the cache is that of
             another configuration, or does not have these slots; or the parameters do not have as
-            many layers as the configuration says.
+            many layers as the configuration says, or have leaves that it does not know.
     """
     if np.shape(positions) != np.shape(tokens):
         # Those of one row for all would mix up the queries of the rows.
@@ -240,8 +241,10 @@ def forward_pieces(
         The output for the last piece, which is not normed, and the cache.
 
     Raises:
-        ValueError: the parameters do not have as many layers as the configuration says.
+        ValueError: the parameters do not have as many layers as the configuration says, or have
+            leaves that it does not know.
     """
+    _check_leaves(params, config)
 
     def embed(i: Int[Array, ""]) -> Array:
         return _embed(params, piece(i)[0], config)
@@ -288,6 +291,35 @@ def _run_blocks(
         carry = _scan_layers(params["host_layers"], carry, inputs, c, layers, None, fetch)
     x, cache = carry
     return x, _cache.without_recent(cache)
+
+
+def _check_leaves(params: Params, config: Config) -> None:
+    """Checks that no leaf would be left out without a word, such as biases that a user has added.
+
+    Raises:
+        ValueError: the parameters have leaves that the configuration does not know.
+    """
+    tops = {"embed_tokens", "norm"}
+    tops |= set() if config.tied else {"lm_head"}
+    if config.per_layer is not None:
+        tops |= {"embed_tokens_per_layer", "per_layer_projection_norm"}
+    for keys, _ in jax.tree.leaves_with_path(params, is_leaf=is_df11):
+        top, _, name = path_name(keys).partition("/")
+        known = name in _block_leaves(config) if top in ("layers", "host_layers") else top in tops
+        if not known:
+            raise ValueError(
+                f"params have {path_name(keys)}, which is not used by a {config.family} "
+                f"transformer of this configuration (tied={config.tied}, "
+                f"qkv_bias={config.qkv_bias}, output_bias={config.output_bias}, "
+                f"mlp_bias={config.mlp_bias}, qk_norm={config.qk_norm}): remove it, or change the "
+                "configuration"
+            )
+
+
+@functools.lru_cache(maxsize=8)
+def _block_leaves(config: Config) -> frozenset[str]:
+    """The names of the leaves of blocks, below those of their stacks."""
+    return frozenset(path_name(keys) for keys, _ in jax.tree.leaves_with_path(block_shapes(config)))
 
 
 def _count_layers(params: Params, config: Config) -> tuple[int, int]:

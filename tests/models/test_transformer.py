@@ -150,6 +150,26 @@ def test_layers_must_be_as_many_as_configured():
         models.forward(params, tokens, tokens, 0, cache, more)
 
 
+@pytest.mark.parametrize(
+    ("module", "leaf", "name"),
+    [
+        ("o_proj", "bias", "layers/self_attn/o_proj/bias"),  # as for steering
+        ("q_norm", "scale", "layers/self_attn/q_norm/scale"),
+        (None, None, "lm_head"),  # the embedding would be the head
+    ],
+)
+def test_leaves_that_would_be_left_out(module, leaf, name):
+    params, config = load("llama")
+    if module is None:
+        config = dataclasses.replace(config, tied=True)
+    else:
+        params = jax.tree.map(lambda x: x, params, is_leaf=is_df11)
+        params["layers"]["self_attn"].setdefault(module, {})[leaf] = jnp.ones((3, 16))
+    tokens, cache = np.zeros((1, 1), np.int32), models.init_cache(config, 1, 4)
+    with pytest.raises(ValueError, match=f"params have {name}, which is not used by a llama"):
+        models.forward(params, tokens, tokens, 0, cache, config)
+
+
 def test_each_row_has_its_positions():
     params, config = load("llama")
     tokens, cache = families.prompts(), models.init_cache(config, 2, 24)
