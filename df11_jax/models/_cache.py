@@ -176,6 +176,38 @@ def check_room(cache: Cache, slot: Any, seq: int, config: Config) -> None:
         )
 
 
+def check_positions(positions: Any) -> None:
+    """Checks positions, as far as they are known before the program runs.
+
+    Raises:
+        ValueError: some are negative, such as those that mark padding elsewhere, or no int32: all
+            tokens would attend to them.
+    """
+    if isinstance(positions, jax.Array) or not np.size(positions):
+        return
+    least, most = np.min(positions), np.max(positions)
+    if not 0 <= least <= most <= NOWHERE:
+        raise ValueError(
+            f"positions are {least} to {most}, expected 0 or more, and {NOWHERE}, the largest "
+            "int32, for tokens that only pad a row"
+        )
+
+
+def check_keep(keep: Any, seq: int) -> None:
+    """Checks how many tokens are kept, as far as that is known before the program runs.
+
+    Raises:
+        ValueError: it is no number from 0 to `seq`, for all rows.
+    """
+    if np.shape(keep):
+        raise ValueError(
+            f"keep has the shape {np.shape(keep)}, expected one number: of all rows, as many "
+            "tokens are kept"
+        )
+    if keep is not None and not isinstance(keep, jax.Array) and not 0 <= keep <= seq:
+        raise ValueError(f"keep is {keep}, but {seq} tokens come")
+
+
 def count_bytes(cache: Cache) -> int:
     """Bytes of keys, values and positions of a cache, which may have shapes in place of arrays."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))

@@ -190,7 +190,7 @@ def forward(
         tokens: the next tokens of each sequence.
         positions: the positions of the tokens, counted from 0. Tokens that only pad a row come
             before all others of it and have the largest int32: no other token attends to them, and
-            their outputs have no meaning.
+            their outputs have no meaning. Those of a JAX array, as under `jit`, are not checked.
         slot: the slot of the first token in the cache, which is the number of tokens before it.
             The cache has room for all of these tokens; that of a JAX array, as under `jit`, is
             not checked.
@@ -205,17 +205,23 @@ def forward(
         with these tokens added.
 
     Raises:
-        ValueError: positions or cache are not those of as many sequences; the cache is that of
+        ValueError: positions or cache are not those of as many sequences; positions are negative,
+            or `keep` is, or is more than there are tokens; the cache is that of
             another configuration, or does not have these slots; or the parameters do not have as
             many layers as the configuration says, or have leaves that it does not know.
     """
+    if np.ndim(tokens) != 2:
+        raise ValueError(f"tokens have the shape {np.shape(tokens)}, expected [batch, seq]")
+    tokens = jnp.asarray(tokens)
     if np.shape(positions) != np.shape(tokens):
         # Those of one row for all would mix up the queries of the rows.
         raise ValueError(
             f"positions have the shape {np.shape(positions)}, expected {np.shape(tokens)}, that of "
             "the tokens"
         )
+    _cache.check_positions(positions)
     _cache.check_room(cache, slot, tokens.shape[1], config)
+    _cache.check_keep(keep, tokens.shape[1])
     keep = tokens.shape[1] if keep is None else keep
     x, cache = forward_pieces(params, lambda _: (tokens, positions, slot, keep), 1, cache, config)
     return rms_norm(x, params["norm"], config), cache

@@ -178,6 +178,31 @@ def test_each_row_has_its_positions():
             models.forward(params, tokens, positions, 0, cache, config)
 
 
+@pytest.mark.parametrize("nowhere", [-1, np.iinfo(np.int64).max])
+def test_positions_that_all_tokens_would_attend_to(nowhere):
+    params, config = load("llama")
+    cache, positions = models.init_cache(config, 1, 4), np.array([[nowhere, 0, 1]])
+    with pytest.raises(ValueError, match=r"positions are .*, expected 0 or more, and 2147483647"):
+        models.forward(params, np.ones((1, 3), np.int32), positions, 0, cache, config)
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        (3, "keep is 3, but 2 tokens come"),
+        (-1, "keep is -1, but 2 tokens come"),
+        (np.array([1, 2]), r"keep has the shape \(2,\), expected one number"),
+    ],
+)
+def test_tokens_to_keep_that_do_not_come(keep, message):
+    params, config = load("mistral")
+    cache, tokens = models.init_cache(config, 2, 8), np.zeros((2, 2), np.int32)
+    with pytest.raises(ValueError, match=message):
+        models.forward(params, tokens, tokens, 0, cache, config, keep)
+    with pytest.raises(ValueError, match=r"tokens have the shape \(2,\), expected \[batch, seq\]"):
+        models.forward(params, tokens[0], tokens[0], 0, cache, config)
+
+
 @pytest.mark.parametrize(
     ("change", "name"),
     [
