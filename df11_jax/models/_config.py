@@ -5,6 +5,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
+_KINDS = "default", "linear", "llama3", "yarn", "longrope", "proportional"
+_ACTIVATIONS = "silu", "gelu_tanh"
+
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
@@ -63,6 +66,11 @@ class Rope:
     fraction: float = 1.0
     interleaved: bool = False
     query_growth: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a kind that would be taken for "default"."""
+        if self.kind not in _KINDS:
+            raise ValueError(f"kind is {self.kind!r}, expected one of {', '.join(_KINDS)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +220,13 @@ class Config:
     shared_hidden: int = 0
     shares_keys: bool = False
     per_layer: PerLayer | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for an activation that would be taken for another one."""
+        if self.activation not in _ACTIVATIONS:
+            raise ValueError(
+                f"activation is {self.activation!r}, expected one of {', '.join(_ACTIVATIONS)}"
+            )
 
     @property
     def layers_differ(self) -> bool:

@@ -1,6 +1,7 @@
 """What is read from `config.json`, and what is refused."""
 
 import copy
+import dataclasses
 import json
 import math
 
@@ -380,3 +381,11 @@ def test_refused_by_name(fields, message):
 def test_fields_that_make_no_sense(change, message):
     with pytest.raises(ValueError, match=rf"somewhere/config\.json.*{message}"):
         read_config(LLAMA | change, "somewhere/config.json")
+
+
+def test_configurations_by_hand_that_would_be_others():
+    config = read_config(LLAMA)
+    with pytest.raises(ValueError, match="activation is 'gelu', expected one of silu, gelu_tanh"):
+        dataclasses.replace(config, activation="gelu")
+    with pytest.raises(ValueError, match="kind is 'dynamic', expected one of default, linear,"):
+        dataclasses.replace(config.rope, kind="dynamic")
