@@ -441,9 +441,17 @@ def project(
 
     Returns:
         Logits in float32.
+
+    Raises:
+        ValueError: the output head has fewer rows than the configuration has tokens.
     """
-    table = params["embed_tokens"] if config.tied else params["lm_head"]
-    logits = _collectives.project(table, x, config.is_divided, config.may_fuse)
+    name = "embed_tokens" if config.tied else "lm_head"
+    logits = _collectives.project(params[name], x, config.is_divided, config.may_fuse)
+    if logits.shape[-1] < config.vocab:
+        raise ValueError(
+            f"params have {logits.shape[-1]} rows in {name}, expected at least {config.vocab}, the "
+            "vocabulary of the configuration"
+        )
     logits = logits[..., : config.vocab]
     return softcap(logits, config.logit_softcap)
 

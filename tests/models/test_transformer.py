@@ -170,6 +170,13 @@ def test_leaves_that_would_be_left_out(module, leaf, name):
         models.forward(params, tokens, tokens, 0, cache, config)
 
 
+def test_logits_of_tokens_that_the_head_does_not_have():
+    params, config = load("llama")
+    more, x = dataclasses.replace(config, vocab=321), jnp.zeros((1, config.dim))
+    with pytest.raises(ValueError, match="params have 320 rows in lm_head, expected at least 321"):
+        models.project(params, x, more)
+
+
 def test_each_row_has_its_positions():
     params, config = load("llama")
     tokens, cache = families.prompts(), models.init_cache(config, 2, 24)
