@@ -190,7 +190,9 @@ def forward(
         tokens: the next tokens of each sequence.
         positions: the positions of the tokens, counted from 0. Tokens that only pad a row come
             before all others of it and have the largest int32: no other token attends to them, and
-            their outputs have no meaning. Those of a JAX array, as under `jit`, are not checked.
+            their outputs have no meaning. Where a row has tokens in the cache already, no more
+            padding may come: windows and states would lose tokens. Positions of a JAX array, as
+            under `jit`, are not checked.
         slot: the slot of the first token in the cache, which is the number of tokens before it.
             The cache has room for all of these tokens; that of a JAX array, as under `jit`, is
             not checked.
