@@ -130,7 +130,7 @@ def capacity(cache: Cache, config: Config) -> int:
     return int(NOWHERE) if cache.full is None and count == config.window else count
 
 
-def _check(cache: Cache, batch: int, config: Config) -> None:
+def _check_shapes(cache: Cache, batch: int, config: Config) -> None:
     """Checks the shapes of a cache, since slicing would clamp the indices that it does not have.
 
     Raises:
@@ -156,58 +156,6 @@ def _check(cache: Cache, batch: int, config: Config) -> None:
             )
 
 
-def check_room(cache: Cache, slot: Any, seq: int, config: Config) -> None:
-    """Checks the slots of some tokens, as far as they are known before the program runs.
-
-    Raises:
-        ValueError: the cache does not have them.
-    """
-    if np.shape(slot):
-        raise ValueError(
-            f"slot has the shape {np.shape(slot)}, expected one number: the tokens of all rows "
-            "take the same slots"
-        )
-    if isinstance(slot, jax.Array):
-        return
-    room = capacity(cache, config)
-    if not 0 <= slot <= room - seq:
-        raise ValueError(
-            f"slot is {slot}, and {seq} tokens come, but the cache has room for {room}"
-        )
-
-
-def check_positions(positions: Any) -> None:
-    """Checks positions, as far as they are known before the program runs.
-
-    Raises:
-        ValueError: some are negative, such as those that mark padding elsewhere, or no int32: all
-            tokens would attend to them.
-    """
-    if isinstance(positions, jax.Array) or not np.size(positions):
-        return
-    least, most = np.min(positions), np.max(positions)
-    if not 0 <= least <= most <= NOWHERE:
-        raise ValueError(
-            f"positions are {least} to {most}, expected 0 or more, and {NOWHERE}, the largest "
-            "int32, for tokens that only pad a row"
-        )
-
-
-def check_keep(keep: Any, seq: int) -> None:
-    """Checks how many tokens are kept, as far as that is known before the program runs.
-
-    Raises:
-        ValueError: it is no number from 0 to `seq`, for all rows.
-    """
-    if np.shape(keep):
-        raise ValueError(
-            f"keep has the shape {np.shape(keep)}, expected one number: of all rows, as many "
-            "tokens are kept"
-        )
-    if keep is not None and not isinstance(keep, jax.Array) and not 0 <= keep <= seq:
-        raise ValueError(f"keep is {keep}, but {seq} tokens come")
-
-
 def count_bytes(cache: Cache) -> int:
     """Bytes of keys, values and positions of a cache, which may have shapes in place of arrays."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
@@ -228,7 +176,7 @@ def take_slots(
     Raises:
         ValueError: the cache is that of another configuration, or of other sequences.
     """
-    _check(cache, positions.shape[0], config)
+    _check_shapes(cache, positions.shape[0], config)
     inputs: dict[LayerType, Any] = {}
     types: tuple[tuple[LayerType, LayerType], ...]
     types = ("full", "shared_full"), ("sliding", "shared_sliding")

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-_KINDS = "default", "linear", "llama3", "yarn", "longrope", "proportional"
+ROPE_KINDS = "default", "linear", "llama3", "yarn", "longrope", "proportional"
 _ACTIVATIONS = "silu", "gelu_tanh"
 
 
@@ -69,8 +69,8 @@ class Rope:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a kind that would be taken for "default"."""
-        if self.kind not in _KINDS:
-            raise ValueError(f"kind is {self.kind!r}, expected one of {', '.join(_KINDS)}")
+        if self.kind not in ROPE_KINDS:
+            raise ValueError(f"kind is {self.kind!r}, expected one of {', '.join(ROPE_KINDS)}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 from df11_jax._brief import brief
 from df11_jax._files.model_config import DEFAULTS
 from df11_jax.models import _hf_gemma4, _hf_mixtures, _hf_qwen3_5
-from df11_jax.models._config import Config, Rope
+from df11_jax.models._config import ROPE_KINDS, Config, Rope
 from df11_jax.models._hf_fields import MOST, MOST_LAYERS, Fields, UnsupportedModelError
 from df11_jax.models._rope import rotary_dim
 
@@ -63,7 +63,7 @@ _NOT_IMPLEMENTED = {
     "is_causal": (None, True),  # transformers lets all tokens attend to all others otherwise
     "use_bidirectional_attention": (None, False, "vision"),  # which is among images
 }
-_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
+_ROPE_TYPES = (*ROPE_KINDS, "dynamic")
 
 
 def read_config(fields: Mapping[str, Any], where: str = "config.json") -> Config:

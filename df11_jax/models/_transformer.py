@@ -26,7 +26,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from df11_jax._array import DF11Array, is_df11
@@ -46,6 +45,7 @@ from df11_jax.models import (
 )
 from df11_jax.models._attention import softcap
 from df11_jax.models._cache import Cache, Inputs, Slots
+from df11_jax.models._checks import check_tokens
 from df11_jax.models._config import Config
 from df11_jax.models._delta_net import GatedDeltaNet
 from df11_jax.models._delta_rule import Steps
@@ -191,11 +191,10 @@ def forward(
         positions: the positions of the tokens, counted from 0. Tokens that only pad a row come
             before all others of it and have the largest int32: no other token attends to them, and
             their outputs have no meaning. Where a row has tokens in the cache already, no more
-            padding may come: windows and states would lose tokens. Positions of a JAX array, as
-            under `jit`, are not checked.
+            padding may come: windows and states would lose tokens.
         slot: the slot of the first token in the cache, which is the number of tokens before it.
-            The cache has room for all of these tokens; that of a JAX array, as under `jit`, is
-            not checked.
+            The cache has room for all of these tokens. (What JAX arrays have in them, as under
+            `jit`, is not checked.)
         cache: the cache from `init_cache` or an earlier call.
         config: the configuration of the transformer, static under `jit`.
         keep: the number of tokens that sliding layers keep; None for all. The next call begins with
@@ -207,23 +206,13 @@ def forward(
         with these tokens added.
 
     Raises:
-        ValueError: positions or cache are not those of as many sequences; positions are negative,
-            or `keep` is, or is more than there are tokens; the cache is that of
-            another configuration, or does not have these slots; or the parameters do not have as
-            many layers as the configuration says, or have leaves that it does not know.
+        ValueError: positions, `slot`, `keep` or the cache do not fit the tokens, as far as that is
+            known before the program runs; the cache is that of another configuration; or the
+            parameters do not have as many layers as the configuration says, or have leaves that it
+            does not know.
     """
-    if np.ndim(tokens) != 2:
-        raise ValueError(f"tokens have the shape {np.shape(tokens)}, expected [batch, seq]")
+    check_tokens(tokens, positions, slot, keep, cache, config)
     tokens = jnp.asarray(tokens)
-    if np.shape(positions) != np.shape(tokens):
-        # Those of one row for all would mix up the queries of the rows.
-        raise ValueError(
-            f"positions have the shape {np.shape(positions)}, expected {np.shape(tokens)}, that of "
-            "the tokens"
-        )
-    _cache.check_positions(positions)
-    _cache.check_room(cache, slot, tokens.shape[1], config)
-    _cache.check_keep(keep, tokens.shape[1])
     keep = tokens.shape[1] if keep is None else keep
     x, cache = forward_pieces(params, lambda _: (tokens, positions, slot, keep), 1, cache, config)
     return rms_norm(x, params["norm"], config), cache
