@@ -90,7 +90,7 @@ def _describe(error: BaseException) -> str:
         return "interrupted"
     if isinstance(error, OSError) and error.strerror:  # none of ours, which are texts
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if isinstance(error, AssertionError) and not said:
+    if isinstance(error, AssertionError) and not said:  # as JAX's, where there is no device
         from df11_jax._host_arrays import start_backends
 
         try:
