@@ -296,13 +296,14 @@ def _check_leaves(params: Params, config: Config) -> None:
     Raises:
         ValueError: the parameters have leaves that the configuration does not know.
     """
-    tops = {"embed_tokens", "norm"}
-    tops |= set() if config.tied else {"lm_head"}
+    blocks, tops = _block_leaves(config), {"embed_tokens", "norm"}
+    if not config.tied:
+        tops.add("lm_head")
     if config.per_layer is not None:
         tops |= {"embed_tokens_per_layer", "per_layer_projection_norm"}
     for keys, _ in jax.tree.leaves_with_path(params, is_leaf=is_df11):
         top, _, name = path_name(keys).partition("/")
-        known = name in _block_leaves(config) if top in ("layers", "host_layers") else top in tops
+        known = name in blocks if top in ("layers", "host_layers") else top in tops
         if not known:
             raise ValueError(
                 f"params have {path_name(keys)}, which is not used by a {config.family} "
