@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from df11_jax.models import _cache
@@ -44,4 +45,29 @@ def check_tokens(
             raise ValueError(
                 f"positions are {least} to {most}, expected 0 or more, and {_cache.NOWHERE}, the "
                 "largest int32, for tokens that only pad a row"
+            )
+
+
+def check_rows(prompts: Any, lengths: Any, keys: Any, length: int) -> None:
+    """Checks arguments of `prefill`: their shapes and dtypes alone, since it is compiled.
+
+    Raises:
+        TypeError: the prompts are no array of integers.
+        ValueError: shapes do not fit each other, or the cache.
+    """
+    if not hasattr(prompts, "dtype") or not jnp.issubdtype(prompts.dtype, jnp.integer):
+        kind = getattr(prompts, "dtype", type(prompts).__name__)
+        raise TypeError(f"prompts are {kind}, expected an array [batch, seq] of integers")
+    if prompts.ndim != 2 or 0 in prompts.shape:
+        raise ValueError(
+            f"prompts have the shape {prompts.shape}, expected [batch, seq], at least one of each"
+        )
+    batch, seq = prompts.shape
+    if seq > length:
+        raise ValueError(f"prompts have {seq} tokens, but the cache has room for {length}")
+    # Keys as `jax.random.PRNGKey` makes them have an axis of their own behind.
+    for name, shape in (("lengths", np.shape(lengths)), ("keys", np.shape(keys)[:1])):
+        if shape != (batch,):
+            raise ValueError(
+                f"{name} have the shape {shape}, expected {(batch,)}: one for each prompt"
             )

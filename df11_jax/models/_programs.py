@@ -18,6 +18,7 @@ from df11_jax._product import is_fused_in
 from df11_jax._promotion import with_promotion
 from df11_jax.models import _cache, _transformer
 from df11_jax.models._cache import Cache
+from df11_jax.models._checks import check_rows
 from df11_jax.models._config import Config
 from df11_jax.models._devices import find_mesh, on_own_mesh
 from df11_jax.models._layers import rms_norm
@@ -84,8 +85,11 @@ def prefill(
         The state after that, for `decode`.
 
     Raises:
-        ValueError: the prompts are longer than the cache, or there is not a length for each.
+        TypeError: the prompts are no array of integers.
+        ValueError: the prompts are longer than the cache, or there is not a length and a key for
+            each.
     """
+    check_rows(prompts, lengths, keys, length)
     if mesh is not None:
         shard = shard_config(config, mesh.size, mesh.shape[STAGES])
         run = functools.partial(prefill, length=length, config=shard)
@@ -94,12 +98,6 @@ def prefill(
     # Positions begin as lengths, and would overflow the bytes or shorts that these may be.
     lengths = jnp.asarray(lengths, jnp.int32)
     batch, seq = prompts.shape
-    if seq > length:
-        raise ValueError(f"prompts have {seq} tokens, but the cache has room for {length}")
-    if lengths.shape != (batch,):
-        raise ValueError(
-            f"lengths have the shape {lengths.shape}, expected {(batch,)}: one for each prompt"
-        )
     size = min(seq, max(1, PIECE_TOKENS // batch))
     pieces = -(-seq // size)
     # Rows end together, so that the last slots have the last tokens of all of them.
@@ -154,6 +152,9 @@ def decode(
     Returns:
         The state, and the tokens chosen, `NO_TOKEN` after a row's stop token and after the last
         step.
+
+    Raises:
+        ValueError: there is room for no token.
     """
     if mesh is not None:
         shard = shard_config(config, mesh.size, mesh.shape[STAGES])
@@ -161,6 +162,10 @@ def decode(
         everywhere = on_each_device(run, mesh, params, (specs, *(P(),) * 4), (specs, P()))
         return everywhere(params, state, steps, sampling, keys, stop)
 
+    if room < 1:
+        raise ValueError(f"room is {room}, expected at least 1 token")
+    # Those that the caller chose may be int64, where JAX is told to have it.
+    state = state._replace(tokens=jnp.asarray(state.tokens, jnp.int32))
     left = _cache.capacity(state.cache, config) - state.slot
     steps = jnp.minimum(jnp.minimum(steps, room), left)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mostly_slow import mostly_slow
 from payloads import count_decodes
-from runs import BF16, DRAWN, F32, GREEDY, NONE, PROMPTS, assert_same_bits, begin, load, run
+from runs import BF16, DRAWN, F32, GREEDY, NONE, PROMPTS, assert_same_bits, begin, load, read, run
 
 import df11_jax
 from df11_jax import _ffi, _take, models
@@ -427,22 +427,50 @@ def test_prompts_that_come_one_by_one_and_a_stop_token_of_no_model(llama):
         assert models.generate(params, [[1], [2]], config, tokens=3, stop=stop) == expected
 
 
-def test_prompts_longer_than_the_cache(llama):
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"length": 8}, ValueError, "prompts have 9 tokens, but the cache has room for 8"),
+        ({"prompts": [[1, 2], [3, 4]]}, TypeError, r"prompts are list, expected an array \[batch"),
+        ({"prompts": np.ones((2, 9))}, TypeError, "prompts are float.*, expected .* of integers"),
+        ({"prompts": np.ones(9, np.int32)}, ValueError, r"prompts have the shape \(9,\), expected"),
+        ({"prompts": np.ones((2, 0), np.int32)}, ValueError, "at least one of each"),
+        (
+            {"lengths": np.array([9])},
+            ValueError,
+            r"lengths have the shape .*, expected \(2,\): one",
+        ),
+        ({"lengths": np.int32(9)}, ValueError, r"lengths have the shape .*, expected \(2,\): one"),
+        (
+            {"keys": jax.random.key(0)},
+            ValueError,
+            r"keys have the shape \(\), expected \(2,\): one",
+        ),
+    ],
+)
+def test_rows_that_do_not_fit_each_other(llama, changed, error, message):
     params, config = llama
-    keys = jax.random.split(jax.random.key(0), 1)
-    prompts, lengths = np.ones((1, 9), np.int32), np.array([9], np.int32)
-    with pytest.raises(ValueError, match="prompts have 9 tokens, but the cache has room for 8"):
-        models.prefill(params, prompts, lengths, GREEDY, keys, NONE, 8, config)
+    arrays = {
+        "prompts": np.ones((2, 9), np.int32),
+        "lengths": np.array([9, 8]),
+        "keys": jax.random.split(jax.random.key(0), 2),
+        "length": 16,
+    }
+    args = arrays | changed
+    with pytest.raises(error, match=message):
+        models.prefill(params, sampling=GREEDY, stop=NONE, config=config, **args)
 
 
-def test_each_prompt_has_a_length(llama):
+def test_decode_takes_tokens_that_the_caller_chose_as_another_integer(llama):
     params, config = llama
-    keys, prompts = jax.random.split(jax.random.key(0), 1), np.ones((2, 9), np.int32)
-    for lengths in (np.array([9]), np.int32(9)):
-        with pytest.raises(
-            ValueError, match=r"lengths have the shape .*, expected \(2,\): one for"
-        ):
-            models.prefill(params, prompts, lengths, GREEDY, keys, NONE, 9, config)
+    keys = jax.random.split(jax.random.key(0), 3)
+    state = read(params, config)
+    with pytest.raises(ValueError, match="room is 0, expected at least 1 token"):
+        models.decode(params, state, 2, GREEDY, keys, NONE, 0, config)
+    _, expected = models.decode(params, read(params, config), 2, GREEDY, keys, NONE, 2, config)
+    state = state._replace(tokens=state.tokens.astype(jnp.int16))
+    _, tokens = models.decode(params, state, 2, GREEDY, keys, NONE, 2, config)
+    np.testing.assert_array_equal(tokens, expected)
 
 
 @pytest.mark.parametrize(
