@@ -8,6 +8,7 @@ import shutil
 import tempfile
 
 import pytest
+from packaging.version import Version
 
 _FLAGS = (
     # Otherwise the CPU scheduler runs independent decodes at once, and memory tests mean nothing.
@@ -15,13 +16,14 @@ _FLAGS = (
     "--xla_force_host_platform_device_count=4",
 )
 # On a CPU most programs run once, and are small: to optimize them takes longer than it saves, and
-# XLA's newer code generator takes twice as long as the older one (which jaxlib 0.9.2 to 0.12.0
-# have; XLA ends a process that sets a flag it does not know). The compiler for GPUs, which JAX's
-# plugins bring, makes what users run; so do examples, notebooks and the demo on a CPU.
+# XLA's newer code generator takes twice as long as the older one, where there still is that one
+# (XLA ends a process that sets a flag it does not know). The compiler for GPUs, which JAX's plugins
+# bring, makes what users run; so do examples, notebooks and the demo on a CPU.
 if importlib.util.find_spec("jax_plugins") is None:
-    _FLAGS += ("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false")
-# Of the same flag, the last counts.
-os.environ["XLA_FLAGS"] = " ".join((*_FLAGS, os.environ.get("XLA_FLAGS", ""))).strip()
+    _FLAGS += ("--xla_backend_optimization_level=0",)
+    _has_older_generator = Version(importlib.metadata.version("jaxlib")) < Version("0.11.1")
+else:
+    _has_older_generator = False
 
 # What tests, their processes and both of pytest's compile alike is compiled once. The folder is
 # this run's, which removes it; processes get it from the one that begins.
@@ -51,7 +53,12 @@ def _package_folder() -> pathlib.Path:
     return folder
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    flags = _FLAGS
+    if _has_older_generator and config.option.markexpr != "fusion_emitters":
+        flags += ("--xla_cpu_use_fusion_emitters=false",)
+    # Of the same flag, the last counts.
+    os.environ["XLA_FLAGS"] = " ".join((*flags, os.environ.get("XLA_FLAGS", ""))).strip()
     # Tests that start `python -P -c` get the package that is tested here.
     folders = (str(_package_folder().parent), os.environ.get("PYTHONPATH", ""))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
@@ -67,7 +74,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         name = "--xla_cpu_use_fusion_emitters="
         set_to = [f for f in os.environ["XLA_FLAGS"].split() if f.startswith(name)]
         if set_to and set_to[-1] == f"{name}false":
-            pytest.skip(f"needs XLA's newer code generator: XLA_FLAGS={name}true")
+            pytest.skip("needs XLA's newer code generator: pytest -m fusion_emitters tests/models")
 
 
 def pytest_unconfigure() -> None:
