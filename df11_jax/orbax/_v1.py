@@ -106,4 +106,5 @@ def _has_compressed_leaf(tree: Any) -> bool:
         return False
 
 
-v1.handlers.register_handler(DF11Handler)
+# Items that the other API has saved name its handler.
+v1.handlers.register_handler(DF11Handler, secondary_typestrs=[DF11CheckpointHandler.typestr()])

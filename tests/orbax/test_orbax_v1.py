@@ -106,6 +106,12 @@ def test_both_apis_read_each_other(tmp_path):
         manager.save(0, args=ocp.args.Composite(params=DF11Save(small)))
     args = {"params": DF11Restore()}
     assert_same_tree(v1.load_checkpointables(tmp_path / "y" / "0", args)["params"], small)
+    assert_same_tree(v1.load_checkpointables(tmp_path / "y" / "0")["params"], small)
+    metadata = v1.checkpointables_metadata(tmp_path / "y" / "0").metadata["params"]
+    assert str(df11_jax.size_report(metadata)) == str(df11_jax.size_report(small))
+    with ocp.Checkpointer(DF11CheckpointHandler()) as checkpointer:
+        checkpointer.save(tmp_path / "z", args=DF11Save(small))
+    assert_same_tree(v1.load(tmp_path / "z"), small)
 
 
 def test_plain_v1_alone(tmp_path):
