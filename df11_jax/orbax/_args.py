@@ -22,8 +22,15 @@ _REFUSED = {
 
 def _check_options(caller: str, compress: Mapping[str, Any] | None) -> None:
     """Raises TypeError or ValueError for what are no arguments of `compress_params`."""
+    if compress is None:
+        return
+    if not isinstance(compress, Mapping):
+        raise TypeError(
+            f"{caller}: compress: expected a dict of arguments of compress_params, such as {{}} or "
+            f'{{"stacked": "^layers/"}}, or None to compress nothing, got {compress!r}'
+        )
     known = inspect.signature(compress_params).parameters.keys() - {"params", *_REFUSED}
-    for name in compress or ():
+    for name in compress:
         if name in _REFUSED:
             raise TypeError(f"{caller}: compress has {name!r}, {_REFUSED[name]}")
         if name not in known:
@@ -31,7 +38,7 @@ def _check_options(caller: str, compress: Mapping[str, Any] | None) -> None:
                 f"{caller}: compress has {name!r}, and compress_params no such argument; it has "
                 f"{', '.join(sorted(known))}"
             )
-    Selection.split(compress or {})
+    Selection.split(compress)
 
 
 @dataclasses.dataclass

@@ -131,6 +131,9 @@ def test_stacks_that_have_been_moved_already(tmp_path):
 def test_what_are_no_arguments(made):
     with pytest.raises(TypeError, match="compress has 'stakced', and compress_params no such"):
         made({"stakced": "^layers/"})
+    for wrong in (True, False, "layers/"):
+        with pytest.raises(TypeError, match=f"compress: expected a dict of .* got {wrong!r}"):
+            made(wrong)
     with pytest.raises(TypeError, match="compress has 'like', which needs a whole tree"):
         made({"like": {}})
     with pytest.raises(TypeError, match="compress has 'shardings', but what is saved stays"):
