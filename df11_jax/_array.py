@@ -264,6 +264,14 @@ class DF11Slice(ArrayOperators):
     stack: DF11Array
     index: Int32[Array, "*batch"]
 
+    def __post_init__(self) -> None:
+        if isinstance(self.stack, (jax.Array, np.ndarray)):
+            raise TypeError(
+                f"DF11Slice: expected a stack that is a DF11Array, got {self.stack.dtype}"
+                f"{list(self.stack.shape)}, which is plain, as what is small or is not bfloat16 "
+                "stays: index it, array[index]"
+            )
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the slice; of several, with the axes of the index in front."""

@@ -89,6 +89,10 @@ def check_index(index: Any, length: int, name: str) -> None:
         IndexError: there is no such slice.
         TypeError: these are no integers.
     """
+    if isinstance(index, (list, tuple)):
+        raise TypeError(
+            f"{name}: the index of a slice is {index!r}, expected an integer, or an array of them"
+        )
     dtype = jax.dtypes.result_type(index)
     if not np.issubdtype(dtype, np.integer):
         raise TypeError(f"{name}: the index of a slice has dtype {dtype}, expected integers")

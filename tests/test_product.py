@@ -236,6 +236,15 @@ def test_indices_that_are_known():
     assert_same_bits(some[0], df11_jax.decompress(stack[2]))
     with pytest.raises(IndexError, match="no slice -2"):
         df11_jax.decompress(df11_jax.DF11Slice(stack, np.array([2, -2])))
+    with pytest.raises(TypeError, match=r"tensor: the index of a slice is \[2, 0\], expected"):
+        df11_jax.decompress(df11_jax.DF11Slice(stack, [2, 0]))
+
+
+def test_slices_of_what_stayed_plain():
+    """The guide makes a `DF11Slice` of each leaf, and `compress_params` leaves small ones plain."""
+    for plain in (np.ones((3, 8), jnp.bfloat16), jnp.ones((3, 8))):
+        with pytest.raises(TypeError, match=rf"a DF11Array, got {plain.dtype}\[3, 8\], which is"):
+            jax.jit(lambda i, plain=plain: df11_jax.DF11Slice(plain, i))(1)
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 4), (4, 0), (0, 0)])
