@@ -26,3 +26,10 @@ def test_programs_say_what_they_need(path):
     assert requirements[0].partition("[")[0] == "df11_jax"
     assert any("==" in requirement for requirement in requirements)
     assert f"examples/programs/{path.name}" in (ROOT / "docs" / "programs.md").read_text()
+
+
+def test_a_program_that_is_not_there():
+    command = [sys.executable, "-P", ROOT / "tools" / "programs.py", "with_qwix.py"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert "no such example: with_qwix.py; there are with_bonsai, " in ended.stderr

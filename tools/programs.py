@@ -30,9 +30,12 @@ def main():
     parser.add_argument("--environments", type=pathlib.Path, metavar="DIRECTORY")
     parser.add_argument("names", nargs="*", metavar="NAME")
     arguments = parser.parse_args()
+    known = sorted(path.stem for path in EXAMPLES.glob("with_*.py"))
+    names = arguments.names or known
+    if unknown := set(names) - set(known):
+        parser.error(f"no such example: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     if sys.version_info < (3, 12):
         parser.error("the programs need Python 3.12 or newer; run this with it")
-    names = arguments.names or sorted(path.stem for path in EXAMPLES.glob("with_*.py"))
     results = {}
     with tempfile.TemporaryDirectory() as temporary:
         temporary = pathlib.Path(temporary)
