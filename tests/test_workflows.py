@@ -15,9 +15,10 @@ SCRIPTS = sorted((ROOT / ".ci").glob("*"))
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_steps_are_scripts(path):
     # What only a workflow does cannot be tried without one.
+    readme = (ROOT / "README.md").read_text()
     for command in re.findall(r"^ *- run: (.*)$", path.read_text(), re.MULTILINE):
         program, script, *_ = command.split()
-        if program != "git":
+        if program != "git" and f"\n    {command}\n" not in readme:
             assert program == "bash" and ROOT / script in SCRIPTS, f"{path.name}: {command}"
 
 
