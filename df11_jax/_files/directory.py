@@ -23,9 +23,10 @@ _HEADER_CHECKSUMS = "header_crc32"
 
 _WEIGHTS = re.compile(
     r".*\.(safetensors|(safetensors|bin)\.index(\.[\w-]+)?\.json|bin|pt|pth|ckpt|pkl|h5|gguf"
-    r"|msgpack|onnx|onnx_data|npz|npy|partial)"
+    r"|msgpack|onnx|onnx_data|npz|npy|partial)",
+    re.DOTALL,
 )
-_ONE_OF_SEVERAL = re.compile(r".*-\d{5}-of-(?!00001)\d{5}\.safetensors")
+_ONE_OF_SEVERAL = re.compile(r".*-\d{5}-of-(?!00001)\d{5}\.safetensors", re.DOTALL)
 _SMALL = 100 * 2**20  # the largest tokenizers have a third of that
 
 

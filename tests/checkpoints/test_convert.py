@@ -51,6 +51,15 @@ def break_source(monkeypatch, source, name):
     monkeypatch.setattr(source, "read", failing)
 
 
+def test_a_file_with_a_line_feed_in_its_name_is_not_copied_over_what_is_written(tmp_path, weights):
+    (tmp_path / "plain").mkdir()
+    save_file(weights, tmp_path / "plain" / "x\ny.safetensors")
+    write_native(open_checkpoint(tmp_path / "plain"), tmp_path / "native")
+    assert open_checkpoint(tmp_path / "native").format == "native"
+    write_plain(open_checkpoint(tmp_path / "native"), tmp_path / "copy")
+    model_files.assert_holds(open_checkpoint(tmp_path / "copy"), weights)
+
+
 @pytest.mark.parametrize("verify", [True, False])
 def test_there_and_back(tmp_path, weights, plain, verify, capsys, monkeypatch):
     monkeypatch.setattr("df11_jax._progress._INTERVAL", 0)
