@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -14,6 +15,9 @@ from rich.text import Text
 
 from df11_jax._brief import printable
 from df11_jax._files.atomic import new_file
+
+# In a narrower terminal lines are broken, since columns of tables would lose what is in them.
+_LEAST_WIDTH = 40
 
 
 class Figures(Protocol):
@@ -44,8 +48,9 @@ class _Console(Console):
 
 def open_console() -> Console:
     """A console on the standard output, which shows strings as they are, each in one line."""
-    # What is not a terminal has no width to keep to.
-    return _Console(width=None if sys.stdout.isatty() else 160)
+    if not sys.stdout.isatty():  # what is no terminal has no width to keep to
+        return _Console(width=160)
+    return _Console(width=max(_LEAST_WIDTH, shutil.get_terminal_size().columns))
 
 
 def make_table(*columns: str, right: Collection[str] = (), title: str | None = None) -> Table:

@@ -1,12 +1,23 @@
-"""What commands write beside checkpoints: plots."""
+"""What commands print and write beside checkpoints: tables and plots."""
 
 import errno
 import resource
+import sys
 
 import pytest
 from matplotlib.figure import Figure
 
-from df11_jax.cli._output import save_plot
+from df11_jax.cli._output import make_table, open_console, save_plot
+
+
+@pytest.mark.parametrize("columns", ["0", "20"])
+def test_tables_lose_nothing_in_narrow_terminals(capsys, monkeypatch, columns):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", columns)
+    table = make_table(*"abcdefgh")
+    table.add_row(*"ABCDEFGH")
+    open_console().print(table)
+    assert set("abcdefghABCDEFGH") <= set(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
