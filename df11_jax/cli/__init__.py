@@ -1,9 +1,11 @@
 """The command line, `df11-jax`: a module for each command, named like it."""
 
+import _thread
 import contextlib
 import io
 import os
 import sys
+from typing import Any
 
 from df11_jax.cli._require import require
 
@@ -11,6 +13,7 @@ from df11_jax.cli._require import require
 def main() -> None:
     """Runs the command line; says what to install if that is missing."""
     require("cli", "click", "packaging", "rich")
+    sys.unraisablehook = _interrupt_again
     try:
         from df11_jax.cli._commands import commands
         from df11_jax.cli._errors import FAILED, INTERRUPTED
@@ -35,3 +38,16 @@ def main() -> None:
         raise
     except OSError:  # the standard error is full, or nobody reads it: click could not say more
         os._exit(FAILED)
+
+
+def _interrupt_again(dropped: Any) -> None:
+    """Interrupts anew if the first interrupt came where Python drops exceptions.
+
+    JAX has a callback for the collection of garbage, which runs often while modules are imported.
+    """
+    if issubclass(dropped.exc_type, KeyboardInterrupt):
+        # From another thread, for it would come here otherwise, and be dropped as well.
+        with contextlib.suppress(RuntimeError):  # Python ends
+            _thread.start_new_thread(_thread.interrupt_main, ())
+    else:
+        sys.__unraisablehook__(dropped)
