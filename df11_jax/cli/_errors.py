@@ -58,11 +58,12 @@ def failures() -> Iterator[None]:
     except BaseException as error:  # panics of Rust are no `Exception`
         if os.environ.get(_TRACEBACK):
             click.echo(printable(traceback.format_exc(), keep="\n"), err=True)
-        interrupted = isinstance(error, KeyboardInterrupt)
+        # A module in C++ that is interrupted while it is imported raises an ImportError for it.
+        interrupted = isinstance(error.__cause__ or error, KeyboardInterrupt)
         notes = (note for note in getattr(error, "__notes__", ()) if note.startswith(_NOTE))
         fail(
             INTERRUPTED if interrupted else FAILED,
-            _describe(error),
+            "interrupted" if interrupted else _describe(error),
             *(note.removeprefix(_NOTE) for note in notes),
         )
 
@@ -86,8 +87,6 @@ def resumable(target: Path) -> Iterator[None]:
 
 def _describe(error: BaseException) -> str:
     said = str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
     if isinstance(error, OSError) and error.strerror:  # none of ours, which are texts
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, AssertionError) and not said:  # as JAX's, where there is no device

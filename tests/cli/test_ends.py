@@ -319,6 +319,14 @@ original, info.summarize = info.summarize, summarize
     assert (ended.returncode, ended.stderr) == (130, "Error: interrupted\n")
 
 
+def test_an_interrupt_while_a_module_is_imported(plain, monkeypatch):
+    def fail(*args):
+        raise ImportError("initialization failed") from KeyboardInterrupt()
+
+    monkeypatch.setattr(info, "summarize", fail)
+    assert run("info", plain) == (130, "Error: interrupted\n")
+
+
 @pytest.mark.parametrize(
     "error", [KeyError("\x1b[31mkey"), RecursionError("deep"), AssertionError()]
 )
