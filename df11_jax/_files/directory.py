@@ -217,6 +217,19 @@ def folders_beside(folder: Folder) -> list[str]:
     ]
 
 
+def others_beside(folder: Folder) -> list[str]:
+    """The names in the directory of a model of what is neither copied, nor weights, nor a folder.
+
+    Those are links to nothing and large files, but for hidden ones.
+    """
+    known = {JOURNAL, *small_files(folder), *folders_beside(folder)}
+    return [
+        name
+        for name in folder.names
+        if not (name in known or name.startswith(".") or _WEIGHTS.fullmatch(name))
+    ]
+
+
 def files_of_model(folder: Folder) -> list[str]:
     """The names of the files that are read when a model is written in another format."""
     # A single file is converted without the configuration beside it.

@@ -52,6 +52,18 @@ def test_folders_that_are_not_copied_are_named(tmp_path, plain):
     assert "not copied" not in run("compress", plain, tmp_path / "orbax", "--format", "orbax")
 
 
+def test_files_that_are_not_copied_are_named(tmp_path, plain):
+    (plain / "vocab.json").symlink_to("../blobs/deleted")
+    (plain / ".hidden").symlink_to("deleted")
+    (plain / "pytorch_model.bin").write_bytes(b"weights")
+    with open(plain / "imatrix.dat", "wb") as file:
+        file.truncate(200 * 2**20)
+    output = run("compress", plain, tmp_path / "native")
+    assert "MiB, were not copied: imatrix.dat, vocab.json\n" in output
+    shard = plain / "model-00001-of-00009.safetensors"
+    assert "not copied" not in run("compress", shard.rename(plain / "blob"), tmp_path / "one")
+
+
 def test_one_checkpoint_alone(tmp_path, plain):
     run("compress", plain, tmp_path / "native")
     assert "17 tensors" in (output := run("verify", tmp_path / "native"))
