@@ -103,9 +103,9 @@ def write_orbax(source: Source, path: Path, *, progress: bool = False) -> None:
         ImportError: Orbax is not installed.
         OSError: reading or writing failed.
         ValueError: the source is corrupt, was changed while it was read, or has a dtype that numpy
-            lacks, or a tensor whose name is empty.
+            lacks, or a tensor whose name is empty; or `path` is not UTF-8.
     """
-    from df11_jax.orbax.items import save_item  # Orbax is optional
+    from df11_jax.orbax.items import check_path, save_item  # Orbax is optional
 
     if os.path.lexists(path):
         what = "is a link to nothing" if not path.exists() else "exists already"
@@ -115,6 +115,7 @@ def write_orbax(source: Source, path: Path, *, progress: bool = False) -> None:
             f"{source.path}: '': a tensor without a name, which would get another one in an Orbax "
             "checkpoint; rename it"
         )
+    check_path(path.resolve())
     source.check_current()
     with jax.default_device(cpu_device()):
         params = load(source, progress=progress)

@@ -17,6 +17,16 @@ _READ_WHOLE = {METADATA_FILE, "_CHECKPOINT_METADATA", "_sharding", "manifest.ocd
 _READ_WHOLE_BELOW = "array_metadatas/"
 
 
+def check_path(directory: os.PathLike[str] | str) -> None:
+    """Raises ValueError if Orbax cannot read or write a directory of that path."""
+    try:
+        os.fspath(directory).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{directory}: is not UTF-8, as the paths of Orbax's checkpoints must be; rename it"
+        ) from None
+
+
 def check_files(directory: epath.Path) -> int | None:
     """Checks that Orbax can read all files of an item without blocking, and in bounded memory.
 

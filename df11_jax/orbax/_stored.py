@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 from df11_jax._files.untrusted_json import parse_json
 from df11_jax.orbax import _checked_read, _describe, _leaf_arrays, _manifest, _shardings
 from df11_jax.orbax._checked_read import Stored, StoredArrayError
-from df11_jax.orbax._folder import METADATA_FILE, check_files
+from df11_jax.orbax._folder import METADATA_FILE, check_files, check_path
 from df11_jax.orbax._manifest import Keys, Manifest, StoredArray, StoredLeaf
 
 ON_HOST = ocp.RestoreArgs(restore_type=np.ndarray)
@@ -148,6 +148,7 @@ class StoredItem:
     @contextlib.contextmanager
     def _orbax_errors(self) -> Iterator[None]:
         """Adds the checkpoint's name to the errors, of any type, that Orbax raises for damage."""
+        check_path(self._directory)
         try:
             yield
         except StoredArrayError:

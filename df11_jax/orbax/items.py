@@ -11,11 +11,12 @@ from jaxtyping import PyTree
 from df11_jax._files.file_stats import file_stats
 from df11_jax.orbax import _restore
 from df11_jax.orbax._args import DF11Save
+from df11_jax.orbax._folder import check_path
 from df11_jax.orbax._manifest import StoredLeaf
 from df11_jax.orbax._stored import StoredItem
 from df11_jax.orbax._v0 import DF11CheckpointHandler
 
-__all__ = ["LeafReader", "StoredLeaf", "save_item"]
+__all__ = ["LeafReader", "StoredLeaf", "check_path", "save_item"]
 
 
 class LeafReader:

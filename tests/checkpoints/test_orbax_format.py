@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import os
 import time
 
 import jax
@@ -93,6 +94,17 @@ def test_what_another_process_writes_meanwhile_stays(tmp_path):
         written.result()
     assert f"{path}: was written by another process meanwhile" in output
     assert [file.name for file in path.parent.rglob("*")] == ["orbax", "theirs"]
+
+
+def test_a_path_that_is_not_utf_8(tmp_path):
+    path = tmp_path / os.fsdecode(b"\xff")
+    weights = {"w": np.asarray(random_weights((256, 128)))}
+    plain = model_files.write_model(tmp_path / "plain", weights)
+    output = run("compress", plain, path, "--format", "orbax", status=2)
+    assert r"\udcff: is not UTF-8" in output and not path.exists()
+    save(tmp_path / "orbax", weights).rename(path)
+    assert r"\udcff: is not UTF-8" in run("decompress", path, tmp_path / "back", status=2)
+    assert not (tmp_path / "back").exists()
 
 
 def test_a_tensor_without_a_name(tmp_path):
