@@ -208,34 +208,22 @@ def small_files(folder: Folder) -> list[str]:
     ]
 
 
-def folders_beside(folder: Folder) -> list[str]:
-    """The names of the folders in the directory of a model, but for hidden ones."""
-    return [
-        name
-        for name, state in folder.states.items()
-        if state is None and not name.startswith(".") and (folder.directory / name).is_dir()
-    ]
-
-
-def others_beside(folder: Folder) -> list[str]:
-    """The names in the directory of a model of what is neither copied, nor weights, nor a folder.
-
-    Those are links to nothing and large files, but for hidden ones.
-    """
-    known = {JOURNAL, *small_files(folder), *folders_beside(folder)}
-    return [
-        name
-        for name in folder.names
-        if not (name in known or name.startswith(".") or _WEIGHTS.fullmatch(name))
-    ]
-
-
 def files_of_model(folder: Folder) -> list[str]:
     """The names of the files that are read when a model is written in another format."""
     # A single file is converted without the configuration beside it.
     if folder.is_file:
         return folder.names
     return list(dict.fromkeys([*folder.used, *small_files(folder)]))
+
+
+def left_beside(folder: Folder) -> list[str]:
+    """The names of what is in a model's directory, and neither read nor copied with the model.
+
+    Those are folders, weights in other files and formats, large files, and links to nothing; but
+    for hidden ones.
+    """
+    known = {JOURNAL, *files_of_model(folder)}
+    return [name for name in folder.names if name not in known and not name.startswith(".")]
 
 
 def copy_small_files(folder: Folder, target: Path, config: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from df11_jax._brief import brief, listed
-from df11_jax._files.directory import folders_beside, others_beside, read_json
+from df11_jax._files.directory import left_beside, read_json
 from df11_jax._files.folder_source import FolderSource
 from df11_jax._progress import say
 from df11_jax._units import format_bytes
@@ -49,13 +49,8 @@ def print_outcome(source: Source, target: Path) -> Summary:
     echo(f"{target}: {summary.format}, {describe_totals(summary)}")
     # To Orbax's folders, weights alone are written.
     if isinstance(source, FolderSource) and not source.folder.is_file and summary.format != "orbax":
-        if folders := folders_beside(source.folder):
-            say(f"Folders in {source.path} were not copied: {listed(folders)}")
-        if others := others_beside(source.folder):
-            say(
-                f"Links to nothing in {source.path}, or files of more than 100 MiB, were not "
-                f"copied: {listed(others)}"
-            )
+        if left := left_beside(source.folder):
+            say(f"In {source.path}, neither read nor copied: {listed(left)}")
     return summary
 
 

@@ -39,29 +39,28 @@ def test_there_and_back(tmp_path, plain, weights):
     assert not (tmp_path / "one" / "tokenizer.json").exists()
 
 
-def test_folders_that_are_not_copied_are_named(tmp_path, plain):
+def test_what_is_left_out_is_named(tmp_path, plain):
     for name in ("additional_chat_templates", "1_Pooling", ".cache"):
         (plain / name).mkdir()
-    notice = f"Folders in {plain} were not copied: 1_Pooling, additional_chat_templates\n"
-    assert notice in run("compress", plain, tmp_path / "native")
-    assert "not copied" not in run("decompress", tmp_path / "native", tmp_path / "back")
-    (tmp_path / "native" / "onnx").mkdir()
-    assert "native were not copied: onnx\n" in run(
-        "decompress", tmp_path / "native", tmp_path / "b"
-    )
-    assert "not copied" not in run("compress", plain, tmp_path / "orbax", "--format", "orbax")
-
-
-def test_files_that_are_not_copied_are_named(tmp_path, plain):
     (plain / "vocab.json").symlink_to("../blobs/deleted")
     (plain / ".hidden").symlink_to("deleted")
-    (plain / "pytorch_model.bin").write_bytes(b"weights")
+    for name in ("pytorch_model.bin", "model.fp16.safetensors"):
+        (plain / name).write_bytes(b"weights")
     with open(plain / "imatrix.dat", "wb") as file:
         file.truncate(200 * 2**20)
-    output = run("compress", plain, tmp_path / "native")
-    assert "MiB, were not copied: imatrix.dat, vocab.json\n" in output
+    notice = (
+        f"In {plain}, neither read nor copied: 1_Pooling, additional_chat_templates, imatrix.dat, "
+        "model.fp16.safetensors, pytorch_model.bin, vocab.json\n"
+    )
+    assert notice in run("compress", plain, tmp_path / "native")
+    assert "copied" not in run("decompress", tmp_path / "native", tmp_path / "back")
+    (tmp_path / "native" / "onnx").mkdir()
+    assert "native, neither read nor copied: onnx\n" in run(
+        "decompress", tmp_path / "native", tmp_path / "b"
+    )
+    assert "copied" not in run("compress", plain, tmp_path / "orbax", "--format", "orbax")
     shard = plain / "model-00001-of-00009.safetensors"
-    assert "not copied" not in run("compress", shard.rename(plain / "blob"), tmp_path / "one")
+    assert "copied" not in run("compress", shard.rename(plain / "blob"), tmp_path / "one")
 
 
 def test_one_checkpoint_alone(tmp_path, plain):
