@@ -250,7 +250,8 @@ for chained in (True, False):
     assert result.returncode == 0, result.stderr
     bytes_per_weight = list(map(float, result.stdout.split()))
     assert max(bytes_per_weight[:3]) < 2 + 4 + 1
-    assert min(bytes_per_weight[3:]) > 4 * 16  # which it is to prevent
+    # Which it is to prevent: those of all calls, decoded, and by older versions of XLA as float32.
+    assert bytes_per_weight[3] >= 2 * 16
 
 
 def made_up(name="qkv", compressed=2e-5, plain=(1e-5, 3e-5), fused=1.5e-5):

@@ -307,13 +307,14 @@ def test_names_that_the_output_cannot_show(plain):
 
 def test_an_interrupt_during_the_collection_of_garbage(plain):
     before = """
-import gc, os, signal
+import gc, os, signal, time
 from df11_jax.cli import info
 def summarize(source):
     gc.callbacks.append(lambda *_: gc.callbacks.pop() and os.kill(os.getpid(), signal.SIGINT))
     gc.collect()
-    return original(source)
-original, info.summarize = info.summarize, summarize
+    for _ in range(6000):
+        time.sleep(0.01)
+info.summarize = summarize
 """
     ended = process("info", plain, before=before)
     assert (ended.returncode, ended.stderr) == (130, "Error: interrupted\n")
