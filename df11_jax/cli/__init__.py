@@ -1,9 +1,9 @@
 """The command line, `df11-jax`: a module for each command, named like it."""
 
-import _thread
 import contextlib
 import io
 import os
+import signal
 import sys
 from typing import Any
 
@@ -13,6 +13,7 @@ from df11_jax.cli._require import require
 def main() -> None:
     """Runs the command line; says what to install if that is missing."""
     require("cli", "click", "packaging", "rich")
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
     sys.unraisablehook = _interrupt_again
     try:
         from df11_jax.cli._commands import commands
@@ -46,8 +47,7 @@ def _interrupt_again(dropped: Any) -> None:
     JAX has a callback for the collection of garbage, which runs often while modules are imported.
     """
     if issubclass(dropped.exc_type, KeyboardInterrupt):
-        # From another thread, for it would come here otherwise, and be dropped as well.
-        with contextlib.suppress(RuntimeError):  # Python ends
-            _thread.start_new_thread(_thread.interrupt_main, ())
+        # A little later, for it would come here otherwise, and be dropped as well.
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
     else:
         sys.__unraisablehook__(dropped)
