@@ -143,14 +143,7 @@ class DF11Array(ArrayOperators):
                 integer array.
         """
         if not self.stack_shape:
-            if index is ...:
-                return self.__jax_array__()
-            raise TypeError(
-                f"{self!r} has no stack axis to index: only whole slices can be taken out of a "
-                "compressed stack. To index the weights, df11_jax.decompress(a)[index]. What code "
-                "of others indexes, such as an embedding, can be left plain: "
-                "compress_params(..., predicate=lambda path, leaf: 'embed' not in path)"
-            )
+            return _whole(self, index)
         length = self.stack_shape[0]
         if not isinstance(index, (slice, jax.Array, np.ndarray)):
             try:
@@ -234,6 +227,18 @@ class DF11Array(ArrayOperators):
             return f"DF11Array({leaves}, layout={self.layout!r})"
 
 
+def _whole(a: "DF11Array | DF11Slice", index: Any) -> BFloat16[Array, "..."]:
+    """`a[...]`, decompressed, of what has no stack axis; raises TypeError for another index."""
+    if index is ...:
+        return a.__jax_array__()
+    raise TypeError(
+        f"{a!r} has no stack axis to index: only whole slices can be taken out of a compressed "
+        "stack. To index the weights, df11_jax.decompress(a)[index]. What code of others indexes, "
+        "such as an embedding, can be left plain: "
+        "compress_params(..., predicate=lambda path, leaf: 'embed' not in path)"
+    )
+
+
 jax.export.register_pytree_node_serialization(
     DF11Array,
     serialized_name="df11_jax.DF11Array",
@@ -286,6 +291,11 @@ class DF11Slice(ArrayOperators):
     def ndim(self) -> int:
         """The number of axes, those of the index included."""
         return len(self.shape)
+
+    def __getitem__(self, index: Any) -> BFloat16[Array, "..."]:
+        return _whole(self, index)
+
+    __setitem__ = DF11Array.__setitem__
 
     def __jax_array__(self) -> BFloat16[Array, "..."]:
         return decode_slices([self.stack], self.index, names=["tensor"])[0]

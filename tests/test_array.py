@@ -76,6 +76,8 @@ def test_indexing_errors(stacked):
     for use in (lambda: a[0][0], lambda: list(a[0])):
         with pytest.raises(TypeError, match=r"\[64,128\].* no stack axis .*decompress\(a\)\[index"):
             use()
+    with pytest.raises(TypeError, match=r"DF11Slice.* no stack axis to index"):
+        DF11Slice(a, 0)[0]
     assert len(list(a)) == 3
 
 

@@ -32,7 +32,7 @@ USES = {
     "gelu": lambda a, x: jax.nn.gelu(a),
     "T": lambda a, x: a.T,
     "mT": lambda a, x: a.mT,
-    "all of it": lambda a, x: a[...] if isinstance(a, DF11Array) else jnp.asarray(a),
+    "all of it": lambda a, x: a[...],
     "astype": lambda a, x: a.astype(jnp.float32),
     "reshape": lambda a, x: a.reshape(-1, 4),
     "transpose": lambda a, x: a.transpose(1, 0),
@@ -99,7 +99,9 @@ def test_is_decoded_where_it_is_used(small):
     assert count_decodes(jax.jit(lambda a, x: (a.shape, a.dtype, x)[-1]), small, X) == 0
 
 
-@pytest.mark.parametrize("name", ["left", "right", "numpy on the left", "einsum", "T", "astype"])
+@pytest.mark.parametrize(
+    "name", ["left", "right", "numpy on the left", "einsum", "T", "all of it", "astype"]
+)
 def test_a_slice_gives_what_its_tensor_gives(name):
     weights = jnp.stack([WEIGHTS, WEIGHTS[::-1]])
     stack, use = compress(weights, stack_axes=1), USES[name]
