@@ -48,7 +48,7 @@ def print_outcome(source: Source, target: Path) -> Summary:
     summary = summarize(open_checkpoint(target, shapes=shapes))
     echo(f"{target}: {summary.format}, {describe_totals(summary)}")
     # To Orbax's folders, weights alone are written.
-    if isinstance(source, FolderSource) and not source.folder.is_file and summary.format != "orbax":
+    if isinstance(source, FolderSource) and summary.format != "orbax":
         if left := left_beside(source.folder):
             say(f"In {source.path}, neither read nor copied: {listed(left)}")
     return summary

@@ -48,9 +48,9 @@ class _Console(Console):
 
 def open_console() -> Console:
     """A console on the standard output, which shows strings as they are, each in one line."""
-    if not sys.stdout.isatty():  # what is no terminal has no width to keep to
-        return _Console(width=160)
-    return _Console(width=max(_LEAST_WIDTH, shutil.get_terminal_size().columns))
+    # What is not a terminal has no width to keep to.
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 160
+    return _Console(width=max(_LEAST_WIDTH, width))
 
 
 def make_table(*columns: str, right: Collection[str] = (), title: str | None = None) -> Table:
