@@ -5,6 +5,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -368,6 +369,28 @@ void absent() {
   multiply({{&matrix}, random_x(2, 256), 2, -1});
 }
 
+// Other workspaces have other counters, however many launches there were between: one may be in a
+// CUDA graph, and run again at any time. Launches with the same workspace need no others.
+void counters() {
+  constexpr int64_t kCount = 1000;
+  const std::vector<uint32_t> workspaces(2500);
+  const auto take = [](const uint32_t& workspace, int64_t count) {
+    uint32_t* first = nullptr;
+    expect(take_counters(&workspace, count, &first) == cudaSuccess, "counters");
+    return first;
+  };
+  std::vector<const uint32_t*> taken;
+  for (const uint32_t& workspace : workspaces) {
+    taken.push_back(take(workspace, kCount));
+    expect(take(workspace, kCount / 2) == taken.back(), "a workspace keeps its counters");
+    ++checked;
+  }
+  std::sort(taken.begin(), taken.end());
+  for (size_t i = 1; i < taken.size(); ++i) {
+    expect(taken[i] - taken[i - 1] >= kCount, "two workspaces have the same counters");
+  }
+}
+
 // What is damaged is NaN, or as wrong as it looks; the other columns are right.
 void damage_of(const Layout& layout, const Weights& weights, int tries) {
   const CompressedMatrix good(layout, weights);
@@ -420,6 +443,7 @@ int run() {
   section("long items", "results", long_items);
   section("batches", "results", batches);
   section("absent", "results", absent);
+  section("counters", "counters", counters);
   section("damage", "results", damage);
   std::printf("%d failures\n", failures);
   return failures != 0;

@@ -11,30 +11,40 @@
 namespace df11::native {
 namespace {
 
-// Counters of launches that follow each other on a device, each with its own, from memory that is
-// never freed and always 0 between launches: to set them to 0 before each would take 2 us. They are
-// used again after a million; so many are not under way at a time, and where XLA has captured a
-// launch in a graph, the launches beside it in the graph have others.
+// Counters of a device, from memory that is never freed and always 0 between launches: to set them
+// to 0 before each would take 2 us. Launches that may run at the same time have workspaces of their
+// own, so each workspace has counters of its own. To take the next ones for each launch would not
+// do: of a CUDA graph XLA captures some launches anew and leaves others as they are, so they would
+// meet some day.
 class CounterPool {
  public:
-  static cudaError_t take(int device, int64_t count, uint32_t** counters) {
+  static cudaError_t take(int device, const uint32_t* workspace, int64_t count,
+                          uint32_t** counters) {
     static std::mutex mutex;
     // Not destroyed when the process ends: kernels may still run.
     static std::map<int, CounterPool>& pools = *new std::map<int, CounterPool>;
     if (count > kCounters) return cudaErrorInvalidValue;
     const std::lock_guard<std::mutex> lock(mutex);
     CounterPool& pool = pools[device];
-    if (!pool.memory_) {
-      if (cudaError_t error = pool.allocate(); error != cudaSuccess) return error;
+    Range& range = pool.of_workspaces_[workspace];
+    if (range.count < count) {
+      if (pool.left_ < count) {
+        if (cudaError_t error = pool.allocate(); error != cudaSuccess) return error;
+      }
+      range = {pool.next_, count};
+      pool.next_ += count;
+      pool.left_ -= count;
     }
-    if (pool.next_ + count > kCounters) pool.next_ = 0;
-    *counters = pool.memory_ + pool.next_;
-    pool.next_ += count;
+    *counters = range.first;
     return cudaSuccess;
   }
 
  private:
-  static constexpr int64_t kCounters = 1 << 20;
+  static constexpr int64_t kCounters = 1 << 20;  // that are allocated at a time
+  struct Range {
+    uint32_t* first = nullptr;
+    int64_t count = 0;
+  };
 
   // Also while a stream is captured, which this has nothing to do with.
   cudaError_t allocate() {
@@ -49,14 +59,18 @@ class CounterPool {
     if (error == cudaSuccess) error = cudaMemsetAsync(memory, 0, kBytes, stream);
     if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
     if (stream) cudaStreamDestroy(stream);
-    if (error == cudaSuccess) memory_ = memory;
+    if (error == cudaSuccess) {
+      next_ = memory;
+      left_ = kCounters;
+    }
     if (error != cudaSuccess && memory) cudaFree(memory);
     cudaThreadExchangeStreamCaptureMode(&mode);
     return error;
   }
 
-  uint32_t* memory_ = nullptr;
-  int64_t next_ = 0;
+  std::map<const uint32_t*, Range> of_workspaces_;
+  uint32_t* next_ = nullptr;
+  int64_t left_ = 0;
 };
 
 cudaError_t most_shared_bytes(int* bytes) {
@@ -109,6 +123,12 @@ cudaError_t launch_product_work(cudaStream_t stream, const ProductWork& work) {
   }
 }
 
+cudaError_t take_counters(const uint32_t* workspace, int64_t count, uint32_t** counters) {
+  int device = 0;
+  if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  return CounterPool::take(device, workspace, count, counters);
+}
+
 cudaError_t launch_product(cudaStream_t stream, const Product& product) {
   int device = 0, major = 0, blocks = 0, shared_bytes = 0;
   if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
@@ -128,7 +148,7 @@ cudaError_t launch_product(cudaStream_t stream, const Product& product) {
   }
   if (!is_aligned(product.x) || !is_aligned(product.workspace)) return cudaErrorMisalignedAddress;
   uint32_t* counters = nullptr;
-  error = CounterPool::take(device, product_counters(product), &counters);
+  error = take_counters(product.workspace, product_counters(product), &counters);
   if (error != cudaSuccess) return error;
   ProductWork work;
   if (!plan_product(product, counters, major >= 9, blocks, static_cast<uint32_t>(shared_bytes),

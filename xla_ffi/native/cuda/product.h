@@ -116,7 +116,9 @@ inline int64_t product_workspace_words(const Product& product) {
 // Enqueues a product. All matrices have the same k, and can be multiplied. Pointers in
 // `product` are device pointers. `exponents` and `sign_mantissa` must be aligned to 16 bytes.
 // Nothing is allocated, synchronized or queried on the stream, so that the call can be captured in
-// a CUDA graph; the first call on a device allocates the memory that counters are taken from.
+// a CUDA graph; but the first call on a device allocates the memory that counters are taken from,
+// and so does a call with a new workspace when that memory is used up. Products that may run at the
+// same time must have different workspaces.
 //
 // A kernel cannot report a corrupt payload: where a header, a codebook, an offset or a
 // length is wrong, the columns that it concerns become NaN. Checksums are not verified.
