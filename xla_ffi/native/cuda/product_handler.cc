@@ -19,6 +19,11 @@ ffi::Error ProductCudaImpl(cudaStream_t stream, std::string_view names,
     return error;
   }
   const cudaError_t status = launch_product(stream, product);
+  if (status == cudaErrorMemoryAllocation) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted,
+                      "df11_product: the GPU has no 4 MB left for counters beside the memory that "
+                      "XLA has taken; give XLA less, by XLA_CLIENT_MEM_FRACTION");
+  }
   if (status != cudaSuccess) {
     return ffi::Error::Internal(std::string("df11_product: ") + cudaGetErrorString(status));
   }
