@@ -153,15 +153,9 @@ __device__ __forceinline__ void prefetch_copy(const void* from, uint32_t bytes) 
                : "memory");
 }
 
-// Stores belong to the thread that issues them, and are waited for in groups.
-__device__ __forceinline__ void copy_to_global(void* to, uint32_t from, uint32_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(
-                   __cvta_generic_to_global(to)),
-               "r"(from), "r"(bytes)
-               : "memory");
-}
-// Stores a box of the map's three dimensions, whose first element is at (x, y, z), x along the
-// innermost. The map is a kernel parameter.
+// Stores belong to the thread that issues them, and are waited for in groups. This one stores a box
+// of the map's three dimensions, whose first element is at (x, y, z), x along the innermost. The
+// map is a kernel parameter.
 __device__ __forceinline__ void store_box(const CUtensorMap& map, int x, int y, int z,
                                           uint32_t from) {
   asm volatile(
@@ -209,7 +203,6 @@ void store_shared(uint32_t address, const T& value) {
 using cuda_emulation::arrive;
 using cuda_emulation::commit_stores;
 using cuda_emulation::copy_16_bytes;
-using cuda_emulation::copy_to_global;
 using cuda_emulation::copy_to_shared;
 using cuda_emulation::elect_lane;
 using cuda_emulation::expect_bytes;

@@ -155,12 +155,6 @@ inline void begin_store(PendingStore store) {
   for (const auto& [address, bytes] : store.from) shared->begin_store(address, bytes);
   open_stores->push_back(std::move(store));
 }
-inline void copy_to_global(void* to, uint32_t from, uint32_t bytes) {
-  check(bytes > 0 && bytes % 16 == 0 && from % 16 == 0 && reinterpret_cast<uintptr_t>(to) % 16 == 0,
-        "a bulk store is not aligned");
-  begin_store(
-      {{{from, bytes}}, [=, source = shared->at(from, bytes)] { std::memcpy(to, source, bytes); }});
-}
 inline void commit_stores() {
   store_groups->push_back(std::move(*open_stores));
   open_stores->clear();
