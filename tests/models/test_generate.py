@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mostly_slow import mostly_slow
 from payloads import count_decodes
-from runs import BF16, DRAWN, F32, GREEDY, NONE, PROMPTS, assert_same_bits, begin, load, read, run
+from runs import BF16, DRAWN, F32, GREEDY, NONE, PROMPTS, assert_same_bits, begin, load, run
 
 import df11_jax
 from df11_jax import _ffi, _take, models
@@ -425,77 +425,6 @@ def test_prompts_that_come_one_by_one_and_a_stop_token_of_no_model(llama):
     assert models.generate(params, prompts, config, tokens=3, stop=[10**12]) == expected
     for stop in ([-(10**12)], jnp.array([299])):  # as in the arrays that `prefill` takes
         assert models.generate(params, [[1], [2]], config, tokens=3, stop=stop) == expected
-
-
-@pytest.mark.parametrize(
-    ("changed", "error", "message"),
-    [
-        ({"length": 8}, ValueError, "prompts have 9 tokens, but the cache has room for 8"),
-        ({"prompts": [[1, 2], [3, 4]]}, TypeError, r"prompts are list, expected an array \[batch"),
-        ({"prompts": np.ones((2, 9))}, TypeError, "prompts are float.*, expected .* of integers"),
-        ({"prompts": np.ones(9, np.int32)}, ValueError, r"prompts have the shape \(9,\), expected"),
-        ({"prompts": np.ones((2, 0), np.int32)}, ValueError, "at least one of each"),
-        (
-            {"lengths": np.array([9])},
-            ValueError,
-            r"lengths have the shape .*, expected \(2,\): one",
-        ),
-        ({"lengths": np.int32(9)}, ValueError, r"lengths have the shape .*, expected \(2,\): one"),
-        (
-            {"keys": jax.random.key(0)},
-            ValueError,
-            r"keys have the shape \(\), expected \(2,\): one",
-        ),
-    ],
-)
-def test_rows_that_do_not_fit_each_other(llama, changed, error, message):
-    params, config = llama
-    arrays = {
-        "prompts": np.ones((2, 9), np.int32),
-        "lengths": np.array([9, 8]),
-        "keys": jax.random.split(jax.random.key(0), 2),
-        "length": 16,
-    }
-    args = arrays | changed
-    with pytest.raises(error, match=message):
-        models.prefill(params, sampling=GREEDY, stop=NONE, config=config, **args)
-
-
-def test_decode_takes_tokens_that_the_caller_chose_as_another_integer(llama):
-    params, config = llama
-    keys = jax.random.split(jax.random.key(0), 3)
-    state = read(params, config)
-    with pytest.raises(ValueError, match="room is 0, expected at least 1 token"):
-        models.decode(params, state, 2, GREEDY, keys, NONE, 0, config)
-    _, expected = models.decode(params, read(params, config), 2, GREEDY, keys, NONE, 2, config)
-    state = state._replace(tokens=state.tokens.astype(jnp.int16))
-    _, tokens = models.decode(params, state, 2, GREEDY, keys, NONE, 2, config)
-    np.testing.assert_array_equal(tokens, expected)
-
-
-@pytest.mark.parametrize(
-    ("family", "length", "room", "expected"),
-    [
-        ("llama", 6, 12, 4),
-        ("llama", 64, 5, 5),
-        # Sliding layers only: with a whole window there is always room.
-        ("mistral", 6, 12, 4),
-        ("mistral", 8, 12, 12),
-    ],
-)
-@pytest.mark.slow
-def test_no_token_where_there_is_no_room(family, length, room, expected):
-    params, config = load(family)
-    keys, prompts = jax.random.split(jax.random.key(0), 1), np.ones((1, 2), np.int32)
-
-    def decode(length, room):
-        args = prompts, np.array([2], np.int32), GREEDY, keys, NONE
-        state = models.prefill(params, *args, length, config)
-        return np.asarray(models.decode(params, state, 12, GREEDY, keys, NONE, room, config)[1])
-
-    tokens = decode(length, room)
-    np.testing.assert_array_equal(tokens[:, :expected], decode(64, 12)[:, :expected])
-    assert (tokens[:, expected:] == models.NO_TOKEN).all()
 
 
 @pytest.mark.slow

@@ -376,7 +376,7 @@ void counters() {
   const std::vector<uint32_t> workspaces(2500);
   const auto take = [](const uint32_t& workspace, int64_t count) {
     uint32_t* first = nullptr;
-    expect(take_counters(&workspace, count, &first) == cudaSuccess, "counters");
+    expect(take_counters(0, &workspace, count, &first) == cudaSuccess, "counters");
     return first;
   };
   std::vector<const uint32_t*> taken;

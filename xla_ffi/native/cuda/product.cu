@@ -123,9 +123,8 @@ cudaError_t launch_product_work(cudaStream_t stream, const ProductWork& work) {
   }
 }
 
-cudaError_t take_counters(const uint32_t* workspace, int64_t count, uint32_t** counters) {
-  int device = 0;
-  if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+cudaError_t take_counters(int device, const uint32_t* workspace, int64_t count,
+                          uint32_t** counters) {
   return CounterPool::take(device, workspace, count, counters);
 }
 
@@ -148,7 +147,7 @@ cudaError_t launch_product(cudaStream_t stream, const Product& product) {
   }
   if (!is_aligned(product.x) || !is_aligned(product.workspace)) return cudaErrorMisalignedAddress;
   uint32_t* counters = nullptr;
-  error = take_counters(product.workspace, product_counters(product), &counters);
+  error = take_counters(device, product.workspace, product_counters(product), &counters);
   if (error != cudaSuccess) return error;
   ProductWork work;
   if (!plan_product(product, counters, major >= 9, blocks, static_cast<uint32_t>(shared_bytes),

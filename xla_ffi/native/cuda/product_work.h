@@ -334,7 +334,8 @@ inline bool plan_product(const Product& product, uint32_t* counters, bool has_bu
 // The kernel's launch. For tests, which share work out otherwise.
 cudaError_t launch_product_work(cudaStream_t stream, const ProductWork& work);
 
-// Counters for launches with this workspace on the current device, as many or more.
-cudaError_t take_counters(const uint32_t* workspace, int64_t count, uint32_t** counters);
+// Counters for launches with this workspace on a device, as many or more.
+cudaError_t take_counters(int device, const uint32_t* workspace, int64_t count,
+                          uint32_t** counters);
 
 }  // namespace df11::native
