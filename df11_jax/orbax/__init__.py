@@ -15,7 +15,8 @@ for the other packages of df11_jax, and not public.
 
 import importlib.util
 
-if importlib.util.find_spec("orbax") is None:
+# Orbax's packages share a namespace: another of them may be there alone.
+if not all(importlib.util.find_spec(name) for name in ("orbax", "orbax.checkpoint")):
     raise ImportError(
         'df11_jax.orbax needs orbax-checkpoint. Install with: pip install "df11_jax[orbax]"'
     )

@@ -301,6 +301,13 @@ sys.modules["flax"] = None
     assert f"ImportError: df11_jax.{module} needs flax. Install with: pip install" in ended.stderr
 
 
+def test_orbax_without_its_checkpoints():
+    # As where another of Orbax's packages is installed alone.
+    code = "import orbax; orbax.__path__ = []; import df11_jax.orbax"
+    ended = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert "ImportError: df11_jax.orbax needs orbax-checkpoint. Install with: pip" in ended.stderr
+
+
 def test_generate_downloads_nothing():
     output = run("generate", "Qwen/Qwen3-0.6B", "--prompt", "x", status=2)
     assert "hf download" in output
