@@ -272,7 +272,7 @@ void partners() {
         compare(clamped, together, "launch of " + std::to_string(count));
         for (int i = 0; i < count; ++i) {
           Call alone = call;
-          alone.matrices = {&matrices[i]};
+          alone.matrices.assign(1, &matrices[i]);
           expect(multiply(alone)[0] == together[i], "bits depend on the launch");
         }
       }
