@@ -59,7 +59,8 @@ def failures() -> Iterator[None]:
         if os.environ.get(_TRACEBACK):
             click.echo(printable(traceback.format_exc(), keep="\n"), err=True)
         # A module in C++ that is interrupted while it is imported raises an ImportError for it.
-        interrupted = isinstance(error.__cause__ or error, KeyboardInterrupt)
+        # JAX gives an interrupt a cause of its own: the line of the program that it was lowering.
+        interrupted = any(isinstance(e, KeyboardInterrupt) for e in (error, error.__cause__))
         notes = (note for note in getattr(error, "__notes__", ()) if note.startswith(_NOTE))
         fail(
             INTERRUPTED if interrupted else FAILED,

@@ -8,6 +8,7 @@ import sys
 import unicodedata
 
 import families
+import jax
 import model_files
 import numpy as np
 import pytest
@@ -324,6 +325,20 @@ def test_an_interrupt_while_a_module_is_imported(plain, monkeypatch):
         raise ImportError("initialization failed") from KeyboardInterrupt()
 
     monkeypatch.setattr(info, "summarize", fail)
+    assert run("info", plain) == (130, "Error: interrupted\n")
+
+
+def test_an_interrupt_to_which_jax_gives_a_cause(plain, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    # As it does while it lowers programs.
+    function = jax.custom_vjp(lambda x: x)
+    function.defvjp(lambda x: (x, None), interrupt)
+    with pytest.raises(KeyboardInterrupt) as error:
+        jax.grad(function)(1.0)
+    assert error.value.__cause__ is not None
+    monkeypatch.setattr(info, "summarize", lambda source: jax.grad(function)(1.0))
     assert run("info", plain) == (130, "Error: interrupted\n")
 
 
