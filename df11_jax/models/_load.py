@@ -187,12 +187,13 @@ def _check_tensors(
 ) -> None:
     """Raises ValueError if a tensor is not what its place needs."""
     for name, parts in places.items():
-        _check(name, parts, source.tensors[name], cast)
+        check_tensor(name, parts, source.tensors[name], cast)
     if head := find_tied_head(source.tensors, config):
         _check_tied_head(head, source, places, cast)
 
 
-def _check(name: str, places: Places, info: TensorInfo, cast: bool) -> None:
+def check_tensor(name: str, places: Places, info: TensorInfo, cast: bool) -> None:
+    """Raises ValueError if a tensor, by its header, is not what its places need."""
     expected = tensor_shape(places)
     if tuple(info.shape) != expected:
         raise ValueError(f"{name}: expected shape {list(expected)}, got {list(info.shape)}")
@@ -212,7 +213,7 @@ def _check_tied_head(
     Versions of transformers disagree about such a head.
     """
     embedding, table = next((name, parts) for name, parts in places.items() if parts[0].is_table)
-    _check(head, table, source.tensors[head], cast)
+    check_tensor(head, table, source.tensors[head], cast)
     both = (source.read(name).astype(BFLOAT16, copy=False) for name in (embedding, head))
     if difference := first_difference(*both):
         raise ValueError(

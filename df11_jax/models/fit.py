@@ -19,6 +19,7 @@ from df11_jax.models import estimate
 from df11_jax.models._config import Config
 from df11_jax.models._hf_config import read_config
 from df11_jax.models._hf_fields import UnsupportedModelError
+from df11_jax.models._load import check_tensor
 from df11_jax.models._saved import find_saved
 from df11_jax.models._weights import find_places
 from df11_jax.models.budget import Budget
@@ -292,7 +293,11 @@ def _read_checkpoint(source: Source, where: str) -> Model:
         try:
             config = read_config(fields, where)
             saved = find_saved(source.tensors, config)
-            names = set(source.tensors if saved else find_places(source.tensors, config))
+            if not saved:
+                places = find_places(source.tensors, config)
+                for name, parts in places.items():
+                    check_tensor(name, parts, source.tensors[name], cast=True)
+                names = set(places)
             reason = ""
         except ValueError as error:
             config, reason = None, str(error)

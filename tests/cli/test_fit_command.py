@@ -340,6 +340,17 @@ def test_only_weights_of_models_that_cannot_be_run(tmp_path):
     assert "has no config.json" in run(path, "--memory", "1MB")
 
 
+def test_tensors_of_other_shapes_than_the_configuration_says(tmp_path):
+    path = families.write_family(tmp_path / "model", "llama")
+    parameters = ask(path, "--memory", "1GB")["parameters"]
+    (path / "config.json").write_text(
+        json.dumps(families.CONFIGS["llama"] | {"intermediate_size": 1600})
+    )
+    answer = ask(path, "--memory", "1GB")
+    assert "expected shape [64, 1600], got [64, 160]" in answer["only_weights"]
+    assert answer["parameters"] == parameters and answer["temporary"] is None
+
+
 def test_it_starts_no_device_and_compiles_nothing(llama):
     code = f"""
 import atexit, sys
