@@ -88,6 +88,9 @@ def resumable(target: Path) -> Iterator[None]:
 
 def _describe(error: BaseException) -> str:
     said = str(error)
+    if isinstance(error, FileNotFoundError) and not error.filename and error.errno:
+        # Of what is looked for, the current directory alone has no name.
+        return "the current directory is not there any more: change to one that is"
     if isinstance(error, OSError) and error.strerror:  # none of ours, which are texts
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, AssertionError) and not said:  # as JAX's, where there is no device

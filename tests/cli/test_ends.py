@@ -213,6 +213,16 @@ def test_an_empty_path_is_not_the_current_directory(tmp_path, monkeypatch, args)
     assert status == 2 and "must not be empty" in output
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_current_directory_that_was_removed(tmp_path, plain, monkeypatch, command):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    status, output = run(command, "../plain", *COMMANDS[command])
+    assert status == 2 and "the current directory is not there any more" in output
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_directories_that_cannot_be_read(tmp_path, command):
