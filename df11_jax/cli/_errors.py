@@ -1,6 +1,7 @@
 """The end of commands that cannot do what they should: one line and a status, no traceback."""
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ DOES_NOT_FIT = 3
 INTERRUPTED = 128 + signal.SIGINT
 
 _TRACEBACK = "DF11_JAX_TRACEBACK"
+_NO_NAME = (None, os.strerror(errno.ENOENT))
 _NOTE = "df11_jax: "  # what notes of ours begin with
 
 
@@ -88,8 +90,8 @@ def resumable(target: Path) -> Iterator[None]:
 
 def _describe(error: BaseException) -> str:
     said = str(error)
-    if isinstance(error, FileNotFoundError) and not error.filename and error.errno:
-        # Of what is looked for, the current directory alone has no name.
+    if isinstance(error, FileNotFoundError) and (error.filename, error.strerror) == _NO_NAME:
+        # Of what the system looks for, the current directory alone has no name.
         return "the current directory is not there any more: change to one that is"
     if isinstance(error, OSError) and error.strerror:  # none of ours, which are texts
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
