@@ -116,10 +116,11 @@ def rows_in_piece(rows: int, k: int) -> int:
 
 
 def has_bands(stack: Compressed) -> bool:
-    """Whether `take` decompresses little more than the rows."""
+    """Whether `take` decompresses little more than the rows; of an empty stack there are none."""
     layout = stack.layout
     axes = layout.batch_axes, layout.row_axes
-    return layout.view.along_columns and axes == (0, 1) and not layout.parts
+    is_matrix = layout.view.along_columns and axes == (0, 1)
+    return is_matrix and not layout.parts and 0 not in stack.stack_shape
 
 
 # Under jit even where the caller is not: its loop would else be compiled each time, and constants

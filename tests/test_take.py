@@ -117,6 +117,13 @@ def test_slices_of_a_stack():
     assert count_decodes(rows, stack, 1) == 2
 
 
+@pytest.mark.parametrize("count", [3, 40])  # fewer than there are bands, and more
+def test_slices_of_an_empty_stack(table, count):
+    stack, indices = df11_jax.stack([table])[:0], jnp.arange(count)
+    rows = jax.jit(lambda i: df11_jax.take(df11_jax.DF11Slice(stack, i), indices))(0)
+    assert_same_bits(rows, jnp.zeros((count, COLUMNS), jnp.bfloat16))
+
+
 def test_transformations(weights, table):
     indices = jnp.array([[4, 500], [77, 3]])
     assert_same_bits(jax.vmap(df11_jax.take, (None, 0))(table, indices), weights[indices])
