@@ -346,10 +346,10 @@ def _decode_first(call: _Call, x: Array, index: Array, *payloads: Array) -> list
         contracted = 2 if stack.layout.along_columns else 1
         if batch == 1:
             matrix, contracted = matrix[0], contracted - 1
-        dtype = jnp.promote_types(x.dtype, matrix.dtype)
+        # Of two types, as jax.numpy.dot passes them on: what they become is up to JAX.
         product = jax.lax.dot_general(
-            x.astype(dtype),
-            matrix.astype(dtype),
+            x,
+            matrix,
             (((x.ndim - 1,), (contracted,)), ((), ())),
             preferred_element_type=call.out_dtype,
         )

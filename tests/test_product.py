@@ -94,6 +94,17 @@ def test_other_rows_than_bfloat16(weights):
     )
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int32", "float8_e4m3fn"])
+@pytest.mark.parametrize("out", [jnp.bfloat16, jnp.float32])
+def test_other_rows_and_a_type_of_the_result(weights, dtype, out):
+    x, a = rows(4).astype(jnp.float32).astype(dtype), df11_jax.compress(weights)
+    with jax.numpy_dtype_promotion("strict"):  # a type that is asked for is no promotion
+        actual = df11_jax.dot(x, a, preferred_element_type=out, exact=True)
+        expected = jnp.dot(x, weights, preferred_element_type=out)
+    assert actual.dtype == expected.dtype
+    np.testing.assert_array_equal(actual, expected)
+
+
 def test_rows_of_a_weak_type(weights):
     a, wide = df11_jax.compress(weights), weights.astype(jnp.float32)
     for x in (jnp.full((2, K), 0.3), jnp.full((2, K), 3)):
