@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 
-import jax
+try:
+    from jax.errors import InconclusiveDimensionOperation
+except ImportError:  # jax 0.9
+    from jax.core import InconclusiveDimensionOperation
 
 
 def holds(condition: Callable[[], bool]) -> bool:
     """Whether a condition holds; False if that depends on a dimension that is not known yet."""
     try:
         return bool(condition())
-    except jax.errors.InconclusiveDimensionOperation:
+    except InconclusiveDimensionOperation:
         return False
