@@ -1,5 +1,6 @@
 """`CompressedParam`, and which parameters become one."""
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -174,6 +175,10 @@ def test_a_checkpoint_into_an_abstract_model(x, tmp_path):
     assert_same_bits(model(x), linear()(x))
 
 
+@pytest.mark.skipif(
+    flax.__version__ == "0.12.5",
+    reason="needs flax 0.12.6, whose get_abstract_model takes parameters that are trees",
+)
 def test_an_abstract_parameter(param):
     abstract = jax.eval_shape(lambda: param)
     assert abstract.get_value() == jax.ShapeDtypeStruct((256, 128), jnp.bfloat16)

@@ -97,6 +97,7 @@ def test_nnx_on_a_gpu():
 
 
 def test_nnx_layers_of_a_scan(fused_products):
+    @nnx.split_rngs(splits=LAYERS)
     @nnx.vmap(in_axes=0, out_axes=0)
     def make_layers(rngs):
         return nnx.Linear(WIDTH, WIDTH, rngs=rngs, **bf16)
@@ -106,7 +107,7 @@ def test_nnx_layers_of_a_scan(fused_products):
     def scanned(x, layer):
         return layer(x)
 
-    layers = make_layers(nnx.Rngs(0).split(LAYERS))
+    layers = make_layers(nnx.Rngs(0))
     x = jnp.ones((2, WIDTH), jnp.bfloat16)
     expected = scanned(x, layers)
     df11_jax.nnx.compress(layers, stacked=".", fused=True)
@@ -117,7 +118,7 @@ def test_nnx_layers_of_a_scan(fused_products):
 @pytest.mark.slow
 @pytest.mark.parametrize("lazy", [False, True])
 def test_nnx_layers_in_scan_blocks(lazy, fused_products):
-    layers = nnx.vmap(Layer)(nnx.Rngs(0).split(LAYERS))
+    layers = nnx.split_rngs(splits=LAYERS)(nnx.vmap(Layer))(nnx.Rngs(0))
     graphdef, plain = nnx.split(layers)
     x = jnp.ones((2, 3, WIDTH), jnp.bfloat16)
 
