@@ -297,7 +297,7 @@ def _parse(header: bytes, data_bytes: int) -> tuple[dict[str, str], dict[str, En
     if end != data_bytes:
         raise ValueError(
             f"the tensors have {end:,} bytes by the header, the file has {data_bytes:,} for them: "
-            "it is truncated, or was not written completely"
+            + ("it is truncated" if data_bytes < end else "something was appended to it")
         )
     return metadata, entries
 
