@@ -42,7 +42,7 @@ def join_processes(
         Whether this process is the one that prints. The others have no standard output any more.
 
     Raises:
-        click.UsageError: some of the options are missing.
+        click.UsageError: some of the options are missing, or the address has no port.
         RuntimeError: the other processes are not found.
     """
     if num_processes == 1:
@@ -54,6 +54,12 @@ def join_processes(
         )
     if not any(given) and not is_launched():
         return True
+    if coordinator is not None:
+        port = coordinator.rpartition(":")[2]
+        if not (port.isdecimal() and 0 < int(port) < 2**16):  # JAX may look for it for minutes
+            raise click.UsageError(
+                f"--coordinator {coordinator}: expected HOST:PORT, PORT up to 65535"
+            )
     import jax
 
     try:

@@ -37,6 +37,15 @@ def test_options_that_are_missing(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "address", ["", "localhost", "localhost:", "localhost:99999", "localhost:-1"]
+)
+def test_an_address_without_a_port(tmp_path, address):
+    others = ["--process-id", 0, "--num-processes", 2]
+    output = invoke(tmp_path, "--prompt", "x", "--coordinator", address, *others).output
+    assert f"--coordinator {address}: expected HOST:PORT" in output
+
+
+@pytest.mark.parametrize(
     ("environment", "expected"),
     [
         ({}, False),
