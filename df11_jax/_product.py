@@ -67,7 +67,8 @@ def dot(
 
     It is differentiable with respect to `x`, and works under the same transformations as
     `decompress`, but for `jax.linear_transpose` and `jax.experimental.jet`, which need
-    `x @ decompress(a)`. Under `vmap`, mapped rows become rows of `x`.
+    `x @ decompress(a)`, and for second derivatives through a loop, which need `exact=True` where
+    the product would be fused. Under `vmap`, mapped rows become rows of `x`.
 
     Args:
         x: the rows to multiply. Only bfloat16 ones are multiplied by the fused product.
@@ -170,7 +171,12 @@ def _dot_all(x: Array, matrices: Sequence[Matrix], out_type: Any, exact: bool) -
             for leaf in a.stack.payload
         ]
         index = as_index(run[0].index, math.prod(run[0].stack.stack_shape))
-        results += _product(call, rows, index, *payloads)
+        if call.is_fused and _platforms(math.prod(rows.shape[:-1])):
+            results += _product(call, rows, index, *payloads)
+        else:
+            # Without rules of its own: where JAX differentiates a loop twice, it drops those of a
+            # custom_jvp, and then stops at the custom_vmap.
+            results += _choose(call, (), rows, index, *payloads)
     for i, a in enumerate(operands):
         if not isinstance(a, DF11Slice):
             results.insert(i, jnp.dot(x, a, preferred_element_type=out_type))

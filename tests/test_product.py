@@ -296,6 +296,27 @@ def test_gradients(weights):
     assert by_row.shape == x.shape
 
 
+@pytest.mark.parametrize("lazy", [True, False])
+def test_gradients_of_gradients_through_a_scan(lazy):
+    weights = random_weights((2, K, K))
+    stack = df11_jax.compress(weights, stack_axes=1)
+    x = rows(_product.MOST_FUSED_ROWS + 1)
+
+    def penalty(forward):
+        def loss(x):
+            return jnp.sum(forward(x).astype(jnp.float32) ** 2)
+
+        return jax.grad(lambda x: jnp.sum(jax.grad(loss)(x).astype(jnp.float32) ** 2))
+
+    def block(x, w, _):
+        return jnp.tanh(df11_jax.dot(x, w)), None
+
+    checkpointed = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
+    plain = jax.jit(penalty(lambda x: jax.lax.scan(checkpointed, x, weights)[0]))
+    actual = jax.jit(penalty(lambda x: df11_jax.scan_blocks(block, x, stack, lazy=lazy)[0]))
+    assert_same_bits(actual(x), plain(x))
+
+
 def test_vmap(weights):
     a = df11_jax.compress(weights)
     assert_same_bits(jax.vmap(lambda x: df11_jax.dot(x, a))(rows(5)), rows(5) @ weights)
