@@ -32,7 +32,8 @@ def scan_blocks(
     of one, it is compiled each time.
 
     When differentiated, a block with compressed weights is run again in the backward pass, as under
-    `jax.checkpoint`: only its arguments are stored, and it is decompressed once more.
+    `jax.checkpoint`: only its arguments are stored, and it is decompressed once more. The same
+    holds when a gradient is differentiated.
 
     Args:
         block_fn: `block_fn(carry, block_params, x) -> (carry, y)`, where `block_params` has the
@@ -163,8 +164,9 @@ class _Stack:
         return jax.tree.unflatten(self._treedef, [by_leaf[i] for i in range(len(self.leaves))])
 
     def checkpoint(self, body: Callable[..., Any]) -> Callable[..., Any]:
-        """The same body of a scan. Differentiating it stores no decoded weights."""
-        return jax.checkpoint(body) if self._compressed else body
+        """The same body of a scan. Differentiating it, and its gradient, stores no weights."""
+        # The forward pass of a gradient is the body without the outer one of the two.
+        return jax.checkpoint(jax.checkpoint(body)) if self._compressed else body
 
 
 def _common_length(stack: _Stack, xs: PyTree) -> int:

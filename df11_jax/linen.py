@@ -317,7 +317,8 @@ def _with_variables(
             )
             return mapped(scopes, *args, **kwargs)
 
-        return lift.checkpoint(with_arrays)(scopes, arrays)
+        # Two of them, for gradients of gradients, too: see `df11_jax._scan`.
+        return lift.checkpoint(lift.checkpoint(with_arrays))(scopes, arrays)
 
     return wrapper
 

@@ -1,5 +1,7 @@
 """Derivatives through `scan_blocks`: the same bits, and weights decoded again, not stored."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -69,6 +71,26 @@ def test_weights_are_decoded_again_and_not_stored(params, x, block_fn):
 
     def residuals(x):
         return jax.tree.leaves(jax.vjp(lambda x: loss(x, compressed, block_fn), x)[1])
+
+    stored = [leaf for leaf in jax.eval_shape(residuals, x) if leaf.dtype != jnp.uint32]
+    assert all(leaf.size < WIDTH * HIDDEN for leaf in stored)
+
+
+def test_gradients_of_gradients_store_no_weights(params, x):
+    plain, compressed = params
+
+    def gradient(x, p, block):
+        return jax.grad(lambda x: loss(x, p, block))(x)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def penalty(x, p, block):
+        return jax.grad(lambda x: jnp.sum(gradient(x, p, block).astype(jnp.float32) ** 2))(x)
+
+    run_again = jax.checkpoint(jax.checkpoint(block))
+    assert_same_bits(penalty(x, compressed, block), penalty(x, plain, run_again))
+
+    def residuals(x):
+        return jax.tree.leaves(jax.vjp(lambda x: gradient(x, compressed, block), x)[1])
 
     stored = [leaf for leaf in jax.eval_shape(residuals, x) if leaf.dtype != jnp.uint32]
     assert all(leaf.size < WIDTH * HIDDEN for leaf in stored)
