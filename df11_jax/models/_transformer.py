@@ -448,6 +448,7 @@ def project(
     return softcap(logits, config.logit_softcap)
 
 
+@with_promotion
 def block_shapes(config: Config) -> Params:
     """The shapes of the parameters of one block; if blocks differ, of one block of each type."""
     config = dataclasses.replace(config, axis=None)  # there is no mesh here

@@ -253,6 +253,12 @@ def test_a_tied_head_that_is_not_the_embedding(tmp_path):
     assert_same_bits(rows.reshape(-1, 64)[: families.VOCAB], head)
 
 
+def test_ranks_and_dtypes_that_users_do_not_let_jax_promote(directory):
+    expected = models.load(directory).params
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        jax.tree.map(np.testing.assert_array_equal, models.load(directory).params, expected)
+
+
 @pytest.mark.parametrize("shape", [(64, 128), (4, 5), (130, 70), (132, 7), (1, 9), (68, 1)])
 def test_transpose(shape):
     bits = np.random.default_rng(0).integers(0, 2**16, shape, np.uint16)
