@@ -20,6 +20,7 @@ from df11_jax import _ffi, _host_codec, _layout, _xla_decoder, published
 from df11_jax._array import DF11Array
 from df11_jax._decode import decompress
 from df11_jax._product import dot
+from df11_jax._promotion import with_promotion
 from df11_jax.published import xla_decoder as _published_xla_decoder
 
 PLAIN = "plain XLA"
@@ -102,7 +103,12 @@ def check_device(device: jax.Device, platform: str, samples: list[Sample]) -> It
         for decoder, decode, context in _decoders(platform, sample.layout):
             start, error = time.perf_counter(), None
             try:
-                with context, jax.default_device(device):
+                with (
+                    context,
+                    jax.default_device(device),
+                    jax.debug_nans(False),  # which are among the weights, and so are infinities
+                    jax.debug_infs(False),
+                ):
                     decoded = decode(jax.device_put(sample.encoded, device))
                     error = _difference(np.asarray(decoded).view(np.uint16), sample.bits)
             except Exception as problem:  # XLA's, above all
@@ -219,6 +225,7 @@ def _encode_published(bits: Bits) -> published.PublishedUnit:
     return published.encode_unit({"self-test": bits.view(ml_dtypes.bfloat16)})
 
 
+@with_promotion
 def _decode_native_plainly(array: DF11Array) -> jax.Array:
     index = jnp.arange(array.stack_shape[0], dtype=jnp.int32)
     payload = (leaf[None] for leaf in array.payload)
@@ -229,6 +236,7 @@ def _decode_published(unit: published.PublishedUnit) -> jax.Array:
     return published.decompress(unit)["self-test"]
 
 
+@with_promotion
 def _decode_published_plainly(unit: published.PublishedUnit) -> jax.Array:
     return _published_xla_decoder.decode(*unit.arrays)
 

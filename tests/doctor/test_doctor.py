@@ -52,6 +52,12 @@ def test_products_pick_weights():
     assert outcome.weights > 65536
 
 
+def test_what_users_do_not_let_jax_do():
+    strict = jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict")
+    with strict[0], strict[1], jax.debug_nans(True), jax.debug_infs(True):
+        assert examine().problems == []
+
+
 def test_backends(report):
     by_platform = {backend.platform: backend for backend in report.backends}
     assert by_platform["cpu"].decoder == f"compiled, {simd_name(_cpu_library.simd_levels()[-1])}"
