@@ -115,8 +115,11 @@ def directory_beside(path: Path) -> Iterator[Path]:
     try:
         yield directory
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
-        os.close(descriptor)
+        try:
+            shutil.rmtree(directory, ignore_errors=True)
+        finally:
+            # Else nobody could remove what an interrupt has left, as long as this process runs.
+            os.close(descriptor)
 
 
 def remove_left(directory: Path, name: str | None = None) -> None:

@@ -6,11 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from df11_jax._files import atomic
-from df11_jax._files.atomic import new_directory, new_file, remove_left
+from df11_jax._files.atomic import directory_beside, new_directory, new_file, remove_left
 from df11_jax._files.journal import incomplete
 
 JOURNAL = "df11_jax-incomplete.json"
@@ -168,6 +169,27 @@ def test_directories_of_killed_writers_are_removed_and_those_of_others_are_not(t
     shutil.rmtree(path)
     with incomplete(path, {}):
         (path / "newest").touch()
+    assert names(tmp_path) == ["x"]
+
+
+def test_what_an_interrupt_does_not_let_a_writer_remove_the_next_one_removes(tmp_path):
+    path = tmp_path / "x"
+
+    def interrupt(directory):
+        while directory.stat().st_mtime_ns == 0:  # until the first file is removed
+            pass
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        with directory_beside(path) as directory:
+            for i in range(5000):
+                (directory / str(i)).touch()
+            os.utime(directory, ns=(0, 0))
+            thread = threading.Thread(target=interrupt, args=(directory,))
+            thread.start()
+        thread.join()
+    with new_file(path):
+        pass
     assert names(tmp_path) == ["x"]
 
 
