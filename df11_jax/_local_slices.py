@@ -16,6 +16,7 @@ from jaxtyping import Array, BFloat16, Int32
 from df11_jax import _ffi, _layout, _parts, _xla_decoder
 from df11_jax._ffi_call import DecoderCall, call_decoder
 from df11_jax._layout import Layout
+from df11_jax._promotion import with_promotion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Decoding:
         return (band.n, band.k) if self.wanted == "bands" else layout.part_shape
 
 
+@with_promotion
 def decode_local(
     decoding: Decoding, index: Int32[Array, "*batch"], *payloads: Array
 ) -> list[BFloat16[Array, "..."]]:

@@ -238,6 +238,17 @@ def test_disable_jit(axis_type):
         assert_same_bits(df11_jax.decompress(small), plain)
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_ranks_and_dtypes_that_users_do_not_let_jax_promote(axis_type):
+    where = NamedSharding(make_mesh({"tp": 4}, axis_type), P(None, None, "tp"))
+    plain = jax.device_put(random_weights((2, D, 128)), where)
+    small = df11_jax.compress(plain, stack_axes=1)
+    chosen = df11_jax.DF11Slice(small, jnp.array([1, 0]))
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        assert_same_bits(df11_jax.decompress(small), plain)
+        assert_same_bits(df11_jax.decompress(chosen), plain[::-1])
+
+
 def test_programs_of_different_layouts_differ():
     """The cache of compiled programs knows them by their text, which has no callbacks in it."""
     where = NamedSharding(make_mesh({"tp": 4}), P(None, "tp"))
