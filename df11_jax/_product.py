@@ -127,12 +127,10 @@ class _Call(NamedTuple):
     Attributes:
         layouts: the layout of each matrix.
         out_dtype: the dtype of the results.
-        is_fused: whether the product may be fused.
     """
 
     layouts: tuple[Layout, ...]
     out_dtype: np.dtype
-    is_fused: bool
 
 
 def _dot_all(x: Array, matrices: Sequence[Matrix], out_type: Any, exact: bool) -> list[Array]:
@@ -160,18 +158,17 @@ def _dot_all(x: Array, matrices: Sequence[Matrix], out_type: Any, exact: bool) -
     # A launch reads matrices of one stack index; others have launches of their own.
     for begin, end in _runs(slices):
         run = slices[begin:end]
-        call = _Call(
-            tuple(a.stack.layout for a in run),
-            out_dtype,
-            has_kernel and not exact and not is_split(x) and all(_can_fuse(a.stack) for a in run),
-        )
+        call = _Call(tuple(a.stack.layout for a in run), out_dtype)
         payloads = [
             leaf.reshape(math.prod(a.stack.stack_shape), *leaf.shape[len(a.stack.stack_shape) :])
             for a in run
             for leaf in a.stack.payload
         ]
         index = as_index(run[0].index, math.prod(run[0].stack.stack_shape))
-        if call.is_fused and _platforms(math.prod(rows.shape[:-1])):
+        may_fuse = (
+            has_kernel and not exact and not is_split(x) and all(_can_fuse(a.stack) for a in run)
+        )
+        if may_fuse and _platforms(math.prod(rows.shape[:-1])):
             results += _product(call, rows, index, *payloads)
         else:
             # Without rules of its own: where JAX differentiates a loop twice, it drops those of a
@@ -288,8 +285,7 @@ def _batched(call: _Call) -> Any:
 
     @custom_vmap
     def product(x: Array, index: Array, *payloads: Array) -> list[Array]:
-        platforms = _platforms(math.prod(x.shape[:-1])) if call.is_fused else ()
-        return _choose(call, platforms, x, index, *payloads)
+        return _choose(call, _platforms(math.prod(x.shape[:-1])), x, index, *payloads)
 
     @product.def_vmap
     def rule(size: int, batched: Any, x: Array, *others: Array) -> Any:
