@@ -71,3 +71,9 @@ def count_decodes(function: Callable[..., Any], *args: Any) -> int:
         time.sleep(0.05)  # what others have started, and did not wait for, may still run
     jax.block_until_ready(function(*args))
     return _cpu_library.decode_count() - before
+
+
+def stored_sizes(function: Callable[[jax.Array], Any], x: jax.Array) -> list[int]:
+    """Of the arrays that a backward pass needs of the forward pass; not of payloads, in uint32."""
+    pullback = jax.eval_shape(lambda x: jax.vjp(function, x)[1], x)
+    return [leaf.size for leaf in jax.tree.leaves(pullback) if leaf.dtype != jnp.uint32]

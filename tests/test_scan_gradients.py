@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from mostly_slow import mostly_slow
-from payloads import assert_same_bits, count_decodes, random_weights
+from payloads import assert_same_bits, count_decodes, random_weights, stored_sizes
 from scanned_blocks import (
     HIDDEN,
     LAYERS,
@@ -68,12 +68,8 @@ def test_weights_are_decoded_again_and_not_stored(params, x, block_fn):
     _, compressed = params
     gradient = jax.jit(jax.grad(lambda x: loss(x, compressed, block_fn)))
     assert count_decodes(gradient, x) == 2 * LAYERS * TENSORS
-
-    def residuals(x):
-        return jax.tree.leaves(jax.vjp(lambda x: loss(x, compressed, block_fn), x)[1])
-
-    stored = [leaf for leaf in jax.eval_shape(residuals, x) if leaf.dtype != jnp.uint32]
-    assert all(leaf.size < WIDTH * HIDDEN for leaf in stored)
+    stored = stored_sizes(lambda x: loss(x, compressed, block_fn), x)
+    assert all(size < WIDTH * HIDDEN for size in stored)
 
 
 def test_gradients_of_gradients_store_no_weights(params, x):
@@ -88,12 +84,8 @@ def test_gradients_of_gradients_store_no_weights(params, x):
 
     run_again = jax.checkpoint(jax.checkpoint(block))
     assert_same_bits(penalty(x, compressed, block), penalty(x, plain, run_again))
-
-    def residuals(x):
-        return jax.tree.leaves(jax.vjp(lambda x: gradient(x, compressed, block), x)[1])
-
-    stored = [leaf for leaf in jax.eval_shape(residuals, x) if leaf.dtype != jnp.uint32]
-    assert all(leaf.size < WIDTH * HIDDEN for leaf in stored)
+    stored = stored_sizes(lambda x: gradient(x, compressed, block), x)
+    assert all(size < WIDTH * HIDDEN for size in stored)
 
 
 def test_gradients_of_plain_leaves(params, x):
